@@ -1,0 +1,167 @@
+"""`python -m pujax.benchmark`: what a training step costs here, as a table and a line of JSON."""
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.table import Table
+
+from pujax.config import BenchmarkRun, ConfigError, ShapesConfig, conf_dir, from_hydra, register
+
+if TYPE_CHECKING:
+    from pujax.measure import Cost
+
+register("benchmark_schema", BenchmarkRun)
+
+# What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
+SWEPT: Mapping[str, Sequence[int]] = {
+    "candidates": (2, 4, 8),
+    "prompt_tokens": (64, 128, 256, 512),
+    "response_tokens": (32, 64, 128),
+}
+ROWS = {
+    "step_s": ("step", "s"),
+    "generate_s": ("sampling", "s"),
+    "score_s": ("reference pass and scores", "s"),
+    "update_s": ("update", "s"),
+    "generate_tokens_per_s": ("sampled", "tokens/s"),
+    "tokens": ("prompt and response tokens", ""),
+    "mfu": ("update, of the matrix-product peak", ""),
+    "step_mfu": ("step, of the matrix-product peak", ""),
+    "matmul_gflops_per_s": ("matrix-product peak", "GFLOP/s"),
+    "peak_rss_gib": ("peak memory, process", "GiB"),
+    "peak_device_gib": ("peak memory, device", "GiB"),
+    "compile_cold_s": ("compilation, nothing cached", "s"),
+    "compile_warm_s": ("compilation, cached", "s"),
+    "load_s": ("loading the weights", "s"),
+}
+
+
+@hydra.main(config_path=conf_dir(), config_name="benchmark", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Measure, show a table, and print one JSON object as the last line."""
+    try:
+        run = from_hydra(BenchmarkRun, composed)
+        from pujax.measure import Subject
+
+        subject = Subject(run)
+        console = Console(stderr=False)
+        cost = subject.measure(run.benchmark)
+        console.print(table(cost))
+        line: dict[str, Any] = described(run, composed) | asdict(cost)
+        if run.benchmark.sweep:
+            line["sweep"] = [asdict(one) for one in sweep(subject, run.benchmark, cost, console)]
+            for path in write_sweep(line["sweep"], Path(run.benchmark.out)):
+                console.print(path)
+    except ConfigError as error:
+        sys.exit(f"pujax.benchmark: {error}")
+    print(json.dumps(line))
+
+
+def described(run: BenchmarkRun, composed: DictConfig) -> dict[str, Any]:
+    """What was measured and with what: the settings' names, versions and the device."""
+    import jax
+
+    return {
+        "model": run.model.path,
+        "dtype": run.model.dtype,
+        "remat": run.model.remat,
+        "lora_rank": run.model.lora.rank,
+        "loss": composed.loss["_target_"].rpartition(".")[2],
+        "scorer": composed.scorer.score["_target_"].rpartition(".")[2],
+        "offline": run.benchmark.offline,
+        "mesh": [run.mesh.data, run.mesh.fsdp, run.mesh.tensor],
+        "device": jax.devices()[0].device_kind,
+        "devices": jax.device_count(),
+        "seed": run.seed,
+        "versions": {name: version(name) for name in ("pujax", "jax", "jaxlib", "flax")},
+    }
+
+
+def table(cost: "Cost") -> Table:
+    """One measurement for a terminal."""
+    shown = Table(
+        title=f"{cost.prompts} prompts x {cost.candidates} candidates x "
+        f"({cost.prompt_tokens} + {cost.response_tokens}) tokens",
+        show_header=False,
+    )
+    shown.add_column()
+    shown.add_column(justify="right")
+    for key, (title, unit) in ROWS.items():
+        value = getattr(cost, key)
+        if value is not None:
+            shown.add_row(title, f"{_short(value)} {unit}".strip())
+    return shown
+
+
+def sweep(subject: Any, shape: ShapesConfig, first: "Cost", console: Console) -> list["Cost"]:
+    """The costs around `shape`, one of its sizes changed at a time."""
+    costs = [first]
+    for key, values in SWEPT.items():
+        for value in values:
+            if value != getattr(shape, key):
+                costs.append(subject.measure(replace(shape, **{key: value})))
+                console.print(f"{key}={value}: step {costs[-1].step_s:.2f} s")
+    return costs
+
+
+def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
+    """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
+    directory.mkdir(parents=True, exist_ok=True)
+    names = ("candidates", "prompt_tokens", "response_tokens")
+    keys = ("step_s", "generate_s", "score_s", "update_s", "mfu", "compile_cold_s")
+    rows = [
+        "| K | P | T | " + " | ".join(ROWS[key][0] for key in keys) + " |",
+        "|" + "---:|" * (len(names) + len(keys)),
+        *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
+    ]
+    text, picture = directory / "sweep.md", directory / "sweep.png"
+    text.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    _plot(costs, names, picture)
+    return [text, picture]
+
+
+def _plot(costs: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+    """A panel for each size: stacked phases over it, and the whole step as a line."""
+    from matplotlib.figure import Figure
+
+    titles = ("K, candidates a prompt", "P, prompt tokens", "T, response tokens")
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    panels = figure.subplots(1, len(names), sharey=True)
+    for axes, name, title in zip(panels, names, titles, strict=True):
+        others = [other for other in names if other != name]
+        line = sorted(
+            (cost for cost in costs if all(cost[o] == costs[0][o] for o in others)),
+            key=lambda cost: cost[name],
+        )
+        sizes = [cost[name] for cost in line]
+        phases = {
+            ROWS[key][0]: [cost[key] or 0.0 for cost in line]
+            for key in ("generate_s", "score_s", "update_s")
+        }
+        axes.stackplot(sizes, *phases.values(), labels=list(phases), alpha=0.7)
+        axes.plot(sizes, [cost["step_s"] for cost in line], "k.-", label="whole step")
+        axes.set_xlabel(title)
+        axes.set_xticks(sizes)
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+    panels[0].set_ylabel("seconds a step")
+    panels[0].legend(loc="upper left", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _short(value: float | int | None) -> str:
+    if value is None:
+        return "–"
+    return str(value) if isinstance(value, int) else f"{value:.3g}"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""`python -m pujax.collect`: ask a teacher each prompt once and keep every answer.
+
+Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
+`stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
+reached, 1 after an error, and 128 + the signal's number after SIGINT or SIGTERM.
+"""
+
+import asyncio
+import contextlib
+import heapq
+import signal
+import statistics
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import hydra
+from omegaconf import DictConfig
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from pujax.config import (
+    CollectConfig,
+    CollectRun,
+    ConfigError,
+    TeacherConfig,
+    conf_dir,
+    from_hydra,
+    register,
+)
+from pujax.prompts import PromptError, load_prompts
+from pujax.teacher import (
+    Answer,
+    Messages,
+    Plan,
+    StoreError,
+    Tally,
+    Teacher,
+    TeacherError,
+    anchors_for,
+    collect,
+    make_plan,
+    open_endpoint,
+    read_failures,
+    read_records,
+    with_system,
+)
+
+REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
+GATHER = 0.05  # seconds that a local model waits for more prompts before it answers a batch
+
+register("collect_schema", CollectRun)
+
+
+@hydra.main(config_path=conf_dir(), config_name="collect", version_base="1.3")
+def main(composed: DictConfig) -> None:
+    """Run the command that the settings describe and exit with its status."""
+    try:
+        sys.exit(run(from_hydra(CollectRun, composed)))
+    except (ConfigError, PromptError, StoreError, TeacherError) as error:
+        sys.exit(f"pujax.collect: {error}")
+
+
+def run(settings: CollectRun) -> int:
+    """The exit status of collecting, planning or describing, as the settings ask."""
+    store, teacher = Path(settings.store), settings.teacher
+    if settings.stats:
+        print(describe(store))
+        return 0
+    if settings.data.prompts is None:
+        raise ConfigError("data.prompts is not set: name a file, a list of files or a dataset")
+    prompts = partial(load_prompts, settings.data.prompts)
+    if teacher.base_url is None and teacher.path is None:
+        anchors_for(list(prompts()), teacher, store, settings.collect)
+        return 0
+    if settings.collect.dry_run:
+        plan = make_plan(prompts(), teacher, store, retry_failed=settings.collect.retry_failed)
+        print(describe_plan(plan, teacher))
+        return 0
+    console = Console(stderr=True)
+    with Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    ) as progress:
+        show = _reporter(progress)
+        tally = collect(
+            prompts, teacher, store, settings.collect, tick=show, open_teacher=open_teacher
+        )
+    return 128 + signal.Signals[tally.stopped] if tally.stopped in ("SIGINT", "SIGTERM") else 0
+
+
+def open_teacher(
+    teacher: TeacherConfig, settings: CollectConfig
+) -> AbstractAsyncContextManager[Teacher]:
+    """The server at `teacher.base_url`, or the model at `teacher.path`."""
+    if teacher.path is None:
+        return open_endpoint(teacher, settings)
+    return LocalTeacher(teacher, batch=settings.concurrency)
+
+
+class LocalTeacher:
+    """A model on this disk, through pujax's own decoder, `batch` prompts at a time.
+
+    Of `teacher.extra_body` it takes top_k, top_p and seed; a temperature of null is 0 here.
+    """
+
+    def __init__(self, settings: TeacherConfig, *, batch: int) -> None:
+        unknown = sorted(set(settings.extra_body) - {"top_k", "top_p", "seed"})
+        if unknown or settings.max_tokens is None:
+            raise ConfigError(
+                f"teacher.path: a local teacher needs teacher.max_tokens={settings.max_tokens} to "
+                f"be a number and takes top_k, top_p and seed alone in extra_body, not {unknown}"
+            )
+        from pujax.generate import Generator  # jax with it: only a local teacher needs that
+
+        self._settings = settings
+        self._batch = batch
+        self._generator = Generator.load(str(settings.path))
+        self._waiting: asyncio.Queue[tuple[Messages, asyncio.Future[Answer]]] = asyncio.Queue()
+
+    async def __aenter__(self) -> "LocalTeacher":
+        self._running = asyncio.create_task(self._run())
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        self._running.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await self._running
+
+    async def ask(self, messages: Messages) -> Answer:
+        """The model's answer, made together with those that are asked for at the same time."""
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._waiting.put_nowait((messages, answer))
+        return await answer
+
+    async def _run(self) -> None:
+        while True:
+            batch = [await self._waiting.get()]
+            await asyncio.sleep(GATHER)
+            while not self._waiting.empty():  # no more are in flight than a batch holds
+                batch.append(self._waiting.get_nowait())
+            try:
+                answers = await asyncio.to_thread(self._answer, [asked for asked, _ in batch])
+            except Exception as error:
+                for _, answer in batch:
+                    answer.set_exception(TeacherError(f"{self._settings.path}: {error}"))
+            else:
+                for (_, answer), made in zip(batch, answers, strict=True):
+                    answer.set_result(made)
+
+    def _answer(self, conversations: Sequence[Messages]) -> list[Answer]:
+        settings = self._settings
+        turns = [with_system(settings.system, messages) for messages in conversations]
+        # Batches of one size compile once.
+        full = turns + turns[:1] * (self._batch - len(turns))
+        replies = self._generator.answer(
+            full,
+            max_tokens=settings.max_tokens or 0,
+            temperature=settings.temperature or 0.0,
+            **settings.extra_body,
+        )
+        return [
+            Answer(
+                text=reply.text,
+                finish_reason="stop" if reply.finished else "length",
+                model=settings.model,
+                usage={
+                    "prompt_tokens": reply.prompt_tokens,
+                    "completion_tokens": reply.tokens,
+                },
+            )
+            for reply in replies[: len(turns)]
+        ]
+
+
+def _reporter(progress: Progress):
+    """A function that shows a tally: as a bar on a terminal, as a line now and then elsewhere."""
+    bar = progress.add_task("asking", total=None)
+    last = time.monotonic()
+
+    def show(plan: Plan, tally: Tally) -> None:
+        nonlocal last
+        failed = sum(tally.failed.values())
+        done = tally.answered + failed
+        note = "".join(
+            f", {count} {name}"
+            for name, count in (("failed", failed), ("retried", tally.retried))
+            if count
+        )
+        if progress.console.is_terminal:
+            progress.update(bar, total=plan.to_ask, completed=done, description=f"asking{note}")
+        elif time.monotonic() - last > REPORT_EVERY:
+            last = time.monotonic()
+            print(f"asking: {done} of {plan.to_ask}{note}", file=sys.stderr, flush=True)
+
+    return show
+
+
+def describe_plan(plan: Plan, teacher: TeacherConfig) -> str:
+    """What a collection would take, for `collect.dry_run`."""
+    money = "unknown: set teacher.price.input and teacher.price.output, per million tokens"
+    if plan.cost is not None:
+        money = f"at most about {plan.cost:,.4f}"
+    bound = "at most" if teacher.max_tokens else "a guess, as teacher.max_tokens is null,"
+    return "\n".join(
+        (
+            f"prompts     {plan.prompts:>10,}",
+            f"cached      {plan.cached:>10,}",
+            f"failed      {plan.failed:>10,}   asked again with collect.retry_failed=true alone",
+            f"duplicates  {plan.duplicates:>10,}",
+            f"to ask      {plan.to_ask:>10,}",
+            f"tokens in   {plan.prompt_tokens:>10,}   about, by a count of characters",
+            f"tokens out  {plan.completion_tokens:>10,}   {bound} of all answers",
+            f"cost        {money}",
+        )
+    )
+
+
+def describe(store: Path) -> str:
+    """Counts, lengths, finish reasons, cost and the extremes of a store, for `stats`."""
+    if not store.is_file():
+        raise StoreError(f"{store}: no such store: collect it with `python -m pujax.collect`")
+    lengths: list[int] = []
+    counts: dict[str, Counter[str]] = {"model": Counter(), "finish_reason": Counter()}
+    bill: Counter[str] = Counter()
+    keys: set[str] = set()
+
+    def answers() -> Iterable[tuple[int, str, str]]:
+        for _, record in read_records(store):
+            keys.add(record["key"])
+            lengths.append(len(record["response"]))
+            for name, counter in counts.items():
+                counter[str(record[name])] += 1
+            _charge(bill, record)
+            yield lengths[-1], record["id"], record["response"]
+
+    short: list[tuple[int, str, str]] = []
+    long: list[tuple[int, str, str]] = []
+    for answer in answers():
+        short = heapq.nsmallest(10, [*short, answer])
+        long = heapq.nlargest(10, [*long, answer])
+    reasons: Counter[str] = Counter()
+    for _, record in read_failures(store):
+        reasons[record["reason"]] += 1
+        _charge(bill, record)
+    lines = [f"answers        {len(lengths):,}" + _twice(len(lengths) - len(keys))]
+    lines += [f"{name:<14} {_table(counter)}" for name, counter in counts.items()]
+    lines += [f"failures       {_table(reasons) if reasons else 0}"]
+    lines += [
+        f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
+        f"cost           {bill['cost'] / 1e9:,.4f}" + _unpriced(bill["unpriced"]),
+    ]
+    if lengths:
+        lines += [
+            f"characters     shortest {min(lengths)}, median {statistics.median(lengths):g}, "
+            f"mean {statistics.fmean(lengths):.1f}, longest {max(lengths)}"
+        ]
+    for title, extremes in (("shortest", short), ("longest", long)):
+        lines += [f"{title}:"]
+        lines += [f"  {size:>6}  {name}  {text!r:.80}" for size, name, text in extremes]
+    return "\n".join(lines)
+
+
+def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
+    for name in ("prompt_tokens", "completion_tokens"):
+        bill[name] += (record["usage"] or {}).get(name, 0)
+    bill["cost"] += round((record["cost"] or 0.0) * 1e9)
+    bill["unpriced"] += record["cost"] is None
+
+
+def _table(counter: Counter[str]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+
+
+def _twice(count: int) -> str:
+    return f" ({count:,} of them asked twice)" if count else ""
+
+
+def _unpriced(count: int) -> str:
+    return f" (the price of {count:,} was unknown)" if count else ""
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,661 @@
+"""Typed settings that check themselves, and the bridge from Hydra to them.
+
+Only this module and the command modules know Hydra. Everything below gets frozen dataclasses.
+"""
+
+import importlib.util
+import inspect
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import MISSING, DictConfig, OmegaConf
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+    """A setting is wrong; the message names its key, its value and the remedy."""
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise `ConfigError` naming `key` and `value` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {remedy}")
+
+
+def conf_dir() -> str:
+    """The absolute path of the YAML tree: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parent
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return str(candidate)
+    raise ConfigError(f"no conf/train.yaml beside {package}: reinstall pujax")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept: `root`/`name`/<time>, unless `dir` says otherwise."""
+
+    name: str = MISSING
+    root: str = "runs"
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """The shape of a random student, for tests and dry runs; 0 layers is none."""
+
+    layers: int = 0
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_width: int = 128
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.heads == 0,
+            "model.shape.width",
+            self.width,
+            f"must be a multiple of model.shape.heads={self.heads}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            "model.shape.heads",
+            self.heads,
+            f"must be a multiple of model.shape.kv_heads={self.kv_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021): scale alpha / rank, on the kernels `targets` match.
+
+    Rank 0 is none: every parameter is trained.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "q|k|v|o|gate|up|down"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "model.lora.rank", self.rank, "must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student. With a `shape` of some layers its weights are random, its tokenizer `path`'s.
+
+    `path` is a hub id, a Hugging Face directory, a GGUF file, or `package://NAME/FILE`.
+    `dtype` is what the matrices multiply in; `auto` is float32 on CPU and bfloat16 elsewhere.
+    """
+
+    path: str = MISSING
+    dtype: str = "auto"
+    remat: str = "none"
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.dtype in ("auto", "float32", "bfloat16"),
+            "model.dtype",
+            self.dtype,
+            "choose auto, float32 or bfloat16",
+        )
+        require(
+            self.remat in ("none", "dots", "full"),
+            "model.remat",
+            self.remat,
+            "choose none, dots or full",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, anchors and the static shapes they are padded to (lengths in tokens).
+
+    `anchors` is the store that answers both `prompts` and `heldout`. `system` is the student's
+    system message where a prompt has none; null leaves it to the chat template.
+    """
+
+    prompts: str = MISSING
+    anchors: str = MISSING
+    heldout: str = MISSING
+    system: str | None = None
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 128
+    on_too_long: str = "error"
+
+    def __post_init__(self) -> None:
+        require(
+            self.on_too_long in ("error", "drop", "truncate"),
+            "data.on_too_long",
+            self.on_too_long,
+            "choose error, drop or truncate",
+        )
+        for key in ("max_prompt_tokens", "max_response_tokens"):
+            require(getattr(self, key) > 1, f"data.{key}", getattr(self, key), "must exceed 1")
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How the student samples its candidates. `top_k=0` and `top_p=1` switch those filters off."""
+
+    candidates: int = 4
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 2, "sampling.candidates", self.candidates, "needs at least 2")
+        require(self.temperature > 0, "sampling.temperature", self.temperature, "must be positive")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Whose scores rank the candidates: the frozen reference's or the current policy's."""
+
+    score: Any = MISSING
+    by: str = "reference"
+
+    def __post_init__(self) -> None:
+        require(
+            self.by in ("reference", "policy"), "scorer.by", self.by, "choose reference or policy"
+        )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """The first stage: `steps` of `batch` anchors at peak learning rate `lr`; 0 steps skip it."""
+
+    steps: int = 100
+    batch: int = 8
+    lr: float = 2e-5
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "sft.steps", self.steps, "must not be negative")
+        require(self.batch > 0, "sft.batch", self.batch, "must be positive")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The second stage: `steps` groups of `prompts`, each learnt from `inner_epochs` times.
+
+    `microbatch` prompts at a time go through the gradient (all of them when null).
+    """
+
+    steps: int = 100
+    prompts: int = 4
+    lr: float = 5e-6
+    inner_epochs: int = 1
+    microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "align.steps", self.steps, "must not be negative")
+        require(self.prompts > 0, "align.prompts", self.prompts, "must be positive")
+        require(self.inner_epochs > 0, "align.inner_epochs", self.inner_epochs, "must be positive")
+        if self.microbatch is not None:
+            require(
+                self.microbatch > 0 and self.prompts % self.microbatch == 0,
+                "align.microbatch",
+                self.microbatch,
+                f"must divide align.prompts={self.prompts}",
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with global-norm clipping; linear warm-up over a share of the steps, then `schedule`.
+
+    `max_skipped` non-finite updates in a row stop the run.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    max_skipped: int = 3
+
+    def __post_init__(self) -> None:
+        require(
+            self.schedule in ("cosine", "constant"),
+            "optim.schedule",
+            self.schedule,
+            "choose cosine or constant",
+        )
+        require(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "must lie in [0, 1]")
+        require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint `every` so many steps and at each stage's end; the newest `keep` stay."""
+
+    every: int = 50
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "checkpoint.every", self.every, "must be positive")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: `prompts` of them (null: all), `batch` at once, greedily decoded.
+
+    `every` alignment steps apart in the run; 0 evaluates between the stages alone.
+    """
+
+    every: int = 0
+    prompts: int | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, "eval.batch", self.batch, "must be positive")
+        require(self.every >= 0, "eval.every", self.every, "must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. `data=-1` takes all that `fsdp` and `tensor` leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("fsdp", "tensor"):
+            require(getattr(self, axis) > 0, f"mesh.{axis}", getattr(self, axis), "be positive")
+        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "positive, or -1")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Everything `python -m pujax.export` is told: a `run`'s directory or a `model`'s path.
+
+    `format` is hf (a directory for transformers and vLLM), gguf (a file for llama.cpp, its matrices
+    in `kind`) or peft (the adapter of a LoRA run). `dtype` is what hf's tensors are stored in.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    out: str = MISSING
+    format: str = "hf"
+    kind: str = "F16"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model is None),
+            "run",
+            self.run,
+            "set either run=DIRECTORY or model=PATH",
+        )
+        for key, choices in (
+            ("format", ("hf", "gguf", "peft")),
+            ("kind", ("F16", "Q8_0")),
+            ("dtype", ("float32", "bfloat16", "float16")),
+        ):
+            value = getattr(self, key)
+            require(value in choices, key, value, f"choose {', '.join(choices)}")
+        require(
+            self.format != "peft" or self.run is not None,
+            "format",
+            self.format,
+            "an adapter is a LoRA run's: set run=DIRECTORY",
+        )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything `python -m pujax.generate` is told; prompts come from stdin without `prompt`."""
+
+    run: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    system: str | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model is None),
+            "run",
+            self.run,
+            "set either run=DIRECTORY or model=PATH",
+        )
+        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 is greedy, or positive")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class PriceConfig:
+    """What a million tokens cost, in any one currency; null when unknown."""
+
+    input: float | None = None
+    output: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("input", "output"):
+            value = getattr(self, key)
+            require(value is None or value >= 0, f"teacher.price.{key}", value, "must be >= 0")
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """The black box: an endpoint at `base_url`, a local model at `path`, or neither (replay).
+
+    `model` and the sampling parameters (`system`, `temperature`, `max_tokens`, `extra_body`) decide
+    an anchor's key. `api_key_env` names the environment variable that holds the key; a header's
+    value `env:NAME` is read from the environment as well.
+    """
+
+    base_url: str | None = None
+    path: str | None = None
+    model: str | None = None
+    api_key_env: str | None = None
+    system: str | None = None
+    temperature: float | None = None
+    max_tokens: int | None = None
+    extra_body: dict[str, Any] = field(default_factory=dict)
+    headers: dict[str, str] = field(default_factory=dict)
+    price: PriceConfig = field(default_factory=PriceConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.base_url is None or self.path is None,
+            "teacher.path",
+            self.path,
+            "set teacher.base_url or teacher.path, not both",
+        )
+        if self.base_url is not None:
+            require(
+                self.base_url.startswith(("http://", "https://")),
+                "teacher.base_url",
+                self.base_url,
+                "must start with http:// or https://",
+            )
+            if "@" in self.base_url.split("/")[2]:  # the value holds a secret: do not show it
+                raise ConfigError("teacher.base_url holds a password: use teacher.api_key_env")
+        if self.base_url is not None or self.path is not None:
+            require(bool(self.model), "teacher.model", self.model, "name the teacher's model")
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            # Someone may have put the key itself here: do not show the value.
+            raise ConfigError(
+                "teacher.api_key_env must be an environment variable's name (capitals, digits, "
+                "underscores), such as OPENAI_API_KEY, never the key itself"
+            )
+        require(
+            self.temperature is None or self.temperature >= 0,
+            "teacher.temperature",
+            self.temperature,
+            "must be >= 0",
+        )
+        require(
+            self.max_tokens is None or self.max_tokens > 0,
+            "teacher.max_tokens",
+            self.max_tokens,
+            "must be positive",
+        )
+        named = {"model", "messages", "system", "temperature", "max_tokens"}
+        ours = sorted(named & set(self.extra_body))
+        require(
+            not ours,
+            "teacher.extra_body",
+            ours,
+            "these have settings of their own or are made here: take them out",
+        )
+        for key, remedy in (("stream", "answers are read whole"), ("n", "one answer a prompt")):
+            require(
+                self.extra_body.get(key) in (None, False, 1),
+                f"teacher.extra_body.{key}",
+                self.extra_body.get(key),
+                remedy,
+            )
+
+
+@dataclass(frozen=True)
+class BudgetConfig:
+    """What one collection may spend at most; null is no limit. Retries are requests too."""
+
+    requests: int | None = None
+    tokens: int | None = None
+    money: float | None = None
+
+    def __post_init__(self) -> None:
+        for key in ("requests", "tokens", "money"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"collect.budget.{key}", value, "must be positive")
+
+
+@dataclass(frozen=True)
+class CollectConfig:
+    """How the teacher is asked: pace, patience and budget. `timeout` is in seconds a request."""
+
+    concurrency: int = 8
+    requests_per_minute: float | None = None
+    tokens_per_minute: float | None = None
+    retries: int = 8
+    timeout: float = 120.0
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    dry_run: bool = False
+    retry_failed: bool = False
+
+    def __post_init__(self) -> None:
+        for key in ("concurrency", "timeout", "requests_per_minute", "tokens_per_minute"):
+            value = getattr(self, key)
+            require(value is None or value > 0, f"collect.{key}", value, "must be positive")
+        require(self.retries >= 0, "collect.retries", self.retries, "must not be negative")
+
+
+@dataclass(frozen=True)
+class DatasetConfig:
+    """Prompts from `datasets.load_dataset(dataset, name, split=split, data_files=data_files)`.
+
+    `slice` ("100:200") picks rows. `columns` maps ours (id, prompt, messages, answer, kind) to the
+    dataset's; `template` makes the prompt from a row's columns, as in "{question} Be brief."
+    """
+
+    dataset: str = MISSING
+    name: str | None = None
+    split: str = "train"
+    data_files: str | None = None
+    slice: str | None = None
+    columns: dict[str, str] = field(default_factory=dict)
+    template: str | None = None
+
+    def __post_init__(self) -> None:
+        require(
+            self.slice is None or re.fullmatch(r"\d*:\d*", self.slice) is not None,
+            "data.prompts.slice",
+            self.slice,
+            "write START:STOP, such as 100:200",
+        )
+        ours = {"id", "prompt", "messages", "answer", "kind"}
+        unknown = sorted(set(self.columns) - ours)
+        require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(ours)}")
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where prompts are: a file, a list of files, or a mapping with the keys of `DatasetConfig`."""
+
+    prompts: Any = None
+
+
+@dataclass(frozen=True)
+class CollectRun:
+    """Everything `python -m pujax.collect` is told. `stats` describes the store and asks nobody."""
+
+    store: str = MISSING
+    stats: bool = False
+    data: PromptsConfig = field(default_factory=PromptsConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `python -m pujax.train` is told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    labels: Any = MISSING
+    loss: Any = MISSING
+    sft: SftConfig = field(default_factory=SftConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The work that a benchmark times; every prompt and response has its full length.
+
+    `offline` takes the responses as given, so that a step is the reference's pass and the update:
+    with one candidate, a DPO step on pairs. `steps` are timed after a first one. `sweep` times
+    other numbers of candidates and other lengths too, each for itself, and writes table and plot
+    to `out`.
+    """
+
+    prompts: int = 4
+    candidates: int = 4
+    prompt_tokens: int = 64
+    response_tokens: int = 64
+    offline: bool = False
+    steps: int = 5
+    sweep: bool = False
+    out: str = "."
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("prompts", 1),
+            ("candidates", 1 if self.offline else 2),
+            ("prompt_tokens", 1),
+            ("response_tokens", 2),
+            ("steps", 1),
+        ):
+            value = getattr(self, key)
+            require(value >= least, f"benchmark.{key}", value, f"must be at least {least}")
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """Everything `python -m pujax.benchmark` is told."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    labels: Any = MISSING
+    loss: Any = MISSING
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    benchmark: ShapesConfig = field(default_factory=ShapesConfig)
+
+
+def register(name: str, schema: type) -> None:
+    """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
+    node = OmegaConf.structured(schema)
+    _unlock(node)  # a frozen dataclass is read-only at every level, which stops composition
+    ConfigStore.instance().store(name=name, node=node)
+
+
+def _unlock(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            _unlock(child)
+
+
+def from_hydra(schema: type[T], composed: DictConfig) -> T:
+    """The composed settings as an instance of `schema`, every value present and checked.
+
+    Raises `ConfigError` for a missing mandatory value, naming its key.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
+    settings = OmegaConf.to_object(composed)
+    if not isinstance(settings, schema):
+        raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
+    return settings
+
+
+def build(node: Any, key: str) -> Callable[..., Any]:
+    """The function that `node` names by `_target_`, its other entries bound as keywords.
+
+    Entries that are themselves nodes with a `_target_` are built first. Raises `ConfigError`
+    naming `key` for an unknown function, an unknown keyword or a missing one.
+    """
+    from hydra.utils import instantiate
+
+    try:
+        function = instantiate(node, _convert_="all")
+    except Exception as error:
+        cause = error.__cause__ or error
+        raise ConfigError(f"{key}: cannot build {node.get('_target_')!r}: {cause}") from error
+    _check_bound(function, key)
+    return function
+
+
+def _check_bound(function: Any, key: str) -> None:
+    """`functools.partial` takes any keyword silently: hold what it bound against the signature."""
+    keywords = dict(getattr(function, "keywords", {}))
+    target = getattr(function, "func", function)
+    parameters = inspect.signature(target).parameters
+    choices = {
+        name: parameter
+        for name, parameter in parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+    unknown = sorted(set(keywords) - set(choices))
+    if unknown:
+        raise ConfigError(f"{key}: {target.__name__} has no {unknown}; it takes {sorted(choices)}")
+    unset = [
+        name
+        for name, parameter in choices.items()
+        if name not in keywords and parameter.default is inspect.Parameter.empty
+    ]
+    if unset:
+        raise ConfigError(f"{key}: {target.__name__} also needs {unset}")
+    for name, value in keywords.items():
+        for part in value if isinstance(value, list | tuple) else [value]:
+            if hasattr(part, "func"):
+                _check_bound(part, f"{key}.{name}")
+
+
+def package_file(path: str) -> Path:
+    """The file that `package://NAME/FILE` names, found without importing the package.
+
+    Raises `ConfigError` when the package or the file is missing.
+    """
+    name, _, file = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{path}: package {name!r} is not installed: run `make setup`")
+    found = Path(next(iter(spec.submodule_search_locations))) / file
+    if not found.is_file():
+        raise ConfigError(f"{path}: no file {file!r} in {found.parent}")
+    return found

@@ -1,0 +1,1 @@
+"""The student: one decoder, its families, and its weights on disk."""

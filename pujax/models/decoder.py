@@ -1,0 +1,634 @@
+"""One Flax decoder that works on groups: prompts once, their responses side by side.
+
+`prefill` encodes each prompt once into a `Prefix`; `extend` runs its G responses against that
+shared prefix; `decode` does the same one token at a time with a cache of the response alone.
+All three run the same layer function, so the sampler, the scorers and the gradient agree.
+
+Prompts are right-padded and carry a length; a response starts at position `length` of its prompt.
+Layers are stacked on a leading axis L and scanned.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from pujax.types import Params
+
+NEGATIVE = -1e30  # a masked attention score; finite, so that a wholly masked row stays finite
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's frequency scaling (its "llama3" rope type): slow rotations are slowed further."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_positions: int
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """A family's traits as settings; widths and counts in numbers of units.
+
+    `window` and `pattern` describe Gemma 3's local attention: every `pattern`-th layer is global,
+    the others see `window` positions back and rotate with `rope_local_base`. `window=0`: all
+    layers are global.
+    """
+
+    family: str
+    vocab: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_width: int
+    mlp_width: int
+    norm_eps: float
+    rope_base: float
+    tied: bool
+    eos_ids: tuple[int, ...]
+    bos_id: int | None = None
+    max_positions: int = 8192
+    rope_scaling: RopeScaling | None = None
+    qkv_bias: bool = False
+    qk_norm: bool = False
+    post_norms: bool = False
+    gelu: bool = False
+    embed_scale: float = 1.0
+    query_scale: float | None = None
+    window: int = 0
+    pattern: int = 0
+    rope_local_base: float = 10_000.0
+    lora_scale: float = 1.0
+
+    @property
+    def local_layers(self) -> tuple[bool, ...]:
+        """Which layers attend to the last `window` positions alone."""
+        return tuple(
+            self.window > 0 and (i + 1) % self.pattern != 0 if self.pattern else self.window > 0
+            for i in range(self.layers)
+        )
+
+
+@flax.struct.dataclass
+class Prefix:
+    """Prompts as the responses see them: keys and values of every layer, and the last hidden state.
+
+    `last` is the normed final hidden state at each prompt's last token: it predicts the first
+    token of every response.
+    """
+
+    k: Float[Array, "L B KV P H"]
+    v: Float[Array, "L B KV P H"]
+    lengths: Int[Array, " B"]
+    last: Float[Array, "B D"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the K responses alone, T positions; the prefix is never copied into it."""
+
+    k: Float[Array, "L B K KV T H"]
+    v: Float[Array, "L B K KV T H"]
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer; the methods below are its whole interface."""
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def setup(self) -> None:
+        """Declare the parameters; `param_shapes` tells their tree."""
+        self.embed = self.param("embed", _normal, (self.config.vocab, self.config.width))
+        # Flax would refuse an adapter's entries beside the kernels, so given ones are just taken.
+        self.layers = (
+            self.get_variable("params", "layers")
+            if self.has_variable("params", "layers")
+            else self.param("layers", lambda key: _init_layers(key, self.config))
+        )
+        self.final_norm = self.param("final_norm", nn.initializers.ones, (self.config.width,))
+        if not self.config.tied:
+            self.unembedding = self.param(
+                "unembed", _normal, (self.config.vocab, self.config.width)
+            )
+
+    def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
+        """Logits of whole sequences; used to initialise, and by tests as the plain forward."""
+        hidden, _, _ = self._whole(tokens, None)
+        return self.unembed(hidden)
+
+    def prefill(
+        self, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], *, room: int | None = None
+    ) -> Prefix:
+        """Encode right-padded prompts once. A prompt's length must be at least 1.
+
+        With `room`, which the prompts' real tokens must not exceed, only those are computed.
+        """
+        real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
+        hidden, k, v = self._whole(tokens, None if room is None else _pack(real, room))
+        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return Prefix(k=k, v=v, lengths=lengths, last=last)
+
+    def extend(
+        self,
+        prefix: Prefix,
+        tokens: Int[Array, "B G T"],
+        *,
+        tap: int | None = None,
+        mask: Bool[Array, "B G T"] | None = None,
+        room: int | None = None,
+    ) -> tuple[Float[Array, "B G T D"], Float[Array, "B G T D"] | None]:
+        """Normed final hidden states of responses, and the residual stream after `tap` layers.
+
+        Position t sees the whole prompt and its own response's tokens up to t. Padding sits to
+        the right of a response, so it changes nothing before it. With `room`, which the tokens
+        that `mask` marks must not exceed, only those are computed and the others' states are 0.
+        """
+        pack = None if room is None or mask is None else _pack(mask, room)
+        x, tapped = self._responses(prefix, tokens, tap, self.config.layers, pack)
+        return self._norm(x, self.final_norm), tapped
+
+    def read(
+        self, prefix: Prefix, tokens: Int[Array, "B G T"], *, layers: int
+    ) -> Float[Array, "B G T D"]:
+        """The residual stream of responses after `layers` layers; the later layers never run."""
+        return self._responses(prefix, tokens, None, layers, None)[0]
+
+    def decode(
+        self,
+        prefix: Prefix,
+        cache: Cache,
+        tokens: Int[Array, "B K"],
+        t: Int[Array, ""],
+    ) -> tuple[Float[Array, "B K D"], Cache]:
+        """Normed hidden state of every response's token `t`, and the cache with it added."""
+        config = self.config
+        x = self._embedded(tokens)[:, :, None]
+        size = cache.k.shape[-2]
+        key_at = jnp.arange(size)
+        positions = (prefix.lengths + t)[:, None, None]
+        rope = _rotations(config, positions)
+        own = {
+            False: (key_at <= t)[None, None, None, :],
+            True: ((key_at <= t) & (key_at > t - config.window))[None, None, None, :],
+        }
+        shared = _prefix_masks(config, prefix, positions)
+
+        def layer(carry, inputs):
+            x, k_all, v_all, i = carry
+            weights, local, k_prefix, v_prefix = inputs
+            q, k, v = self._qkv(weights, x, rope, local)
+            # [B, K, 1, KV, H] into [L, B, K, KV, T, H] at (i, t), in place: the cache is carried.
+            k_all = jax.lax.dynamic_update_slice(
+                k_all, k.swapaxes(2, 3)[None].astype(k_all.dtype), (i, 0, 0, 0, t, 0)
+            )
+            v_all = jax.lax.dynamic_update_slice(
+                v_all, v.swapaxes(2, 3)[None].astype(v_all.dtype), (i, 0, 0, 0, t, 0)
+            )
+            mixed = _attend(
+                q,
+                jax.lax.dynamic_index_in_dim(k_all, i, keepdims=False),
+                jax.lax.dynamic_index_in_dim(v_all, i, keepdims=False),
+                _pick(own, local),
+                k_prefix,
+                v_prefix,
+                _pick(shared, local),
+                self._query_scale,
+            )
+            x = self._finish(weights, x, mixed)
+            return (x, k_all, v_all, i + 1), None
+
+        (x, k_all, v_all, _), _ = jax.lax.scan(
+            layer,
+            (x, cache.k, cache.v, jnp.int32(0)),
+            (self.layers, self._local, prefix.k, prefix.v),
+        )
+        return self._norm(x[:, :, 0], self.final_norm), Cache(k=k_all, v=v_all)
+
+    def unembed(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """Float32 logits of normed hidden states."""
+        table = self.embed if self.config.tied else self.unembedding
+        return jnp.einsum(
+            "...d,vd->...v",
+            hidden.astype(self.dtype),
+            table.astype(self.dtype),
+            preferred_element_type=jnp.float32,
+        )
+
+    # ------------------------------------------------------------------ the layers
+
+    @property
+    def _query_scale(self) -> float:
+        config = self.config
+        return config.query_scale if config.query_scale is not None else config.head_width**-0.5
+
+    @property
+    def _local(self) -> Bool[Array, " L"] | None:
+        """One flag a layer, or None where every layer is global and nothing needs choosing."""
+        flags = self.config.local_layers
+        return jnp.array(flags) if any(flags) else None
+
+    def _embedded(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+        x = self.embed.at[tokens].get(mode="clip").astype(self.dtype)
+        scale = self.config.embed_scale
+        return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
+
+    def _norm(self, x: Array, scale: Array) -> Array:
+        x32 = x.astype(jnp.float32)
+        normed = x32 * jax.lax.rsqrt(
+            jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.config.norm_eps
+        )
+        scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
+        return (normed * scale).astype(self.dtype)
+
+    def _project(self, weights: Params, name: str, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
+        """The named kernel, with its bias and its low-rank adapter where it has them."""
+        y = x @ weights[name].astype(self.dtype)
+        if f"{name}_lora_a" in weights:
+            low = x @ weights[f"{name}_lora_a"].astype(self.dtype)
+            y = y + (low @ weights[f"{name}_lora_b"].astype(self.dtype)) * self.config.lora_scale
+        if f"{name}_bias" in weights:
+            bias = weights[f"{name}_bias"].astype(self.dtype)
+            y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
+        return y
+
+    def _qkv(self, weights: Params, x: Array, rope: dict[bool, Array], local: Array | None):
+        """Rotated queries [B, N, T, KV, R, H] and keys, and values [B, N, T, KV, H]."""
+        config = self.config
+        h = self._norm(x, weights["attn_norm"])
+        lead = h.shape[:-1]
+        q = self._project(weights, "q", h).reshape(*lead, config.heads, config.head_width)
+        k = self._project(weights, "k", h).reshape(*lead, config.kv_heads, config.head_width)
+        v = self._project(weights, "v", h).reshape(*lead, config.kv_heads, config.head_width)
+        if config.qk_norm:
+            q = self._norm(q, weights["q_norm"])
+            k = self._norm(k, weights["k_norm"])
+        angles = _pick(rope, local)
+        q, k = _rotate(q, angles), _rotate(k, angles)
+        return q.reshape(*lead, config.kv_heads, -1, config.head_width), k, v
+
+    def _finish(self, weights: Params, x: Array, mixed: Array) -> Array:
+        """The rest of a layer: output projection, residuals and the gated MLP."""
+        config = self.config
+        y = self._project(weights, "o", mixed)
+        if config.post_norms:
+            y = self._norm(y, weights["post_attn_norm"])
+        x = x + y
+        h = self._norm(x, weights["mlp_norm"])
+        gate = self._project(weights, "gate", h)
+        gate = jax.nn.gelu(gate, approximate=True) if config.gelu else jax.nn.silu(gate)
+        y = self._project(weights, "down", gate * self._project(weights, "up", h))
+        if config.post_norms:
+            y = self._norm(y, weights["post_mlp_norm"])
+        return x + y
+
+    def _whole(self, tokens: Int[Array, "B P"], pack: Int[Array, " C"] | None):
+        """Normed hidden states [B, P, D] of whole sequences, keys and values [L, B, KV, P, H]."""
+        size = tokens.shape[1]
+        grid = _Grid((tokens.shape[0], 1, size), pack)
+        x = grid.taken(self._embedded(tokens)[:, None])
+        positions = jnp.broadcast_to(jnp.arange(size)[None, None, :], grid.shape)
+        rope = grid.taken_angles(_rotations(self.config, positions))
+        masks = _causal_masks(self.config, size)
+
+        def layer(x, inputs):
+            weights, local = inputs
+            q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
+            k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+            mixed = _attend(q, k, v, _pick(masks, local), None, None, None, self._query_scale)
+            return self._finish(weights, x, grid.taken(mixed)), (k[:, 0], v[:, 0])
+
+        x, (k, v) = jax.lax.scan(self._rematted(layer), x, (self.layers, self._local))
+        return grid.spread(self._norm(x, self.final_norm))[:, 0], k, v
+
+    def _responses(
+        self,
+        prefix: Prefix,
+        tokens: Int[Array, "B G T"],
+        tap: int | None,
+        layers: int,
+        pack: Int[Array, " C"] | None,
+    ):
+        """The residual stream [B, G, T, D] after `layers` layers, and after `tap` of them."""
+        config = self.config
+        B, G, size = tokens.shape
+        grid = _Grid((B, G, size), pack)
+        x = grid.taken(self._embedded(tokens))
+        positions = jnp.broadcast_to(
+            prefix.lengths[:, None, None] + jnp.arange(size)[None, None, :], tokens.shape
+        )
+        rope = grid.taken_angles(_rotations(config, positions))
+        masks = _causal_masks(config, size)
+        shared = _prefix_masks(config, prefix, positions)
+
+        def layer(carry, inputs):
+            x, tapped, i = carry
+            weights, local, k_prefix, v_prefix = inputs
+            q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
+            k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+            mixed = _attend(
+                q,
+                k,
+                v,
+                _pick(masks, local),
+                k_prefix,
+                v_prefix,
+                _pick(shared, local),
+                self._query_scale,
+            )
+            x = self._finish(weights, x, grid.taken(mixed))
+            if tapped is not None:
+                tapped = jnp.where(i + 1 == tap, x, tapped)
+            return (x, tapped, i + 1), None
+
+        stacks = (self.layers, self._local, prefix.k, prefix.v)
+        if layers < config.layers:
+            stacks = jax.tree.map(lambda stack: stack[:layers], stacks)
+        start = (x, None if tap is None else jnp.zeros_like(x), jnp.int32(0))
+        (x, tapped, _), _ = jax.lax.scan(self._rematted(layer), start, stacks)
+        return grid.spread(x), None if tapped is None else grid.spread(tapped)
+
+    def _rematted(self, layer):
+        """What the backward pass keeps of a layer: all of it, its products, or its input alone."""
+        if self.remat == "full":
+            return jax.checkpoint(layer, prevent_cse=False)
+        if self.remat == "dots":
+            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            return jax.checkpoint(layer, policy=policy, prevent_cse=False)
+        return layer
+
+
+def _pack(mask: Bool[Array, "..."], room: int) -> Int[Array, " C"]:
+    """Where the marked tokens stand in the flattened grid; unused room points beyond its end."""
+    return jnp.nonzero(mask.ravel(), size=room, fill_value=mask.size)[0]
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Tokens as the grid [B, N, T] that attention needs, or packed [C] as all else may be.
+
+    Norms, projections and the MLP treat each token alone, so where padding is much of the grid
+    they run on the real tokens only. Without `pack` the two forms are one.
+    """
+
+    shape: tuple[int, int, int]
+    pack: Int[Array, " C"] | None
+
+    def taken(self, x: Float[Array, "B N T *F"]) -> Array:
+        """[B, N, T, ...] to [C, ...]; unused room is 0."""
+        if self.pack is None:
+            return x
+        flat = x.reshape(math.prod(self.shape), *x.shape[3:])
+        return flat.at[self.pack].get(mode="fill", fill_value=0)
+
+    def spread(self, x: Array) -> Float[Array, "B N T *F"]:
+        """[C, ...] to [B, N, T, ...]; tokens that were not taken are 0."""
+        if self.pack is None:
+            return x
+        flat = jnp.zeros((math.prod(self.shape), *x.shape[1:]), x.dtype)
+        return flat.at[self.pack].set(x, mode="drop").reshape(*self.shape, *x.shape[1:])
+
+    def taken_angles(self, rotations: dict[bool, Array]) -> dict[bool, Array]:
+        """Cosines and sines [2, B, N, T, 1, F] to [2, C, 1, F]."""
+        if self.pack is None:
+            return rotations
+        return {
+            local: jnp.stack([self.taken(angles[0]), self.taken(angles[1])])
+            for local, angles in rotations.items()
+        }
+
+
+@dataclass(frozen=True)
+class LanguageModel:
+    """The decoder as pure functions of its parameters: what the rest of the package uses.
+
+    Hashable, so a jitted function may close over it or take it as a static argument.
+    """
+
+    config: DecoderConfig
+    dtype: Any = jnp.float32
+    remat: str = "none"
+
+    def _apply(self, params: Params, method: str, *args: Any, **choices: Any) -> Any:
+        module = Decoder(self.config, self.dtype, self.remat)
+        return module.apply({"params": params}, *args, method=method, **choices)
+
+    def init(self, key: Array) -> Params:
+        """Random float32 parameters."""
+        module = Decoder(self.config, self.dtype, self.remat)
+        return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
+
+    def forward(self, params: Params, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
+        """See `Decoder.__call__`."""
+        return self._apply(params, "__call__", tokens)
+
+    def prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "B P"],
+        lengths: Int[Array, " B"],
+        *,
+        room: int | None = None,
+    ) -> Prefix:
+        """See `Decoder.prefill`."""
+        return self._apply(params, "prefill", tokens, lengths, room=room)
+
+    def extend(
+        self,
+        params: Params,
+        prefix: Prefix,
+        tokens: Int[Array, "B G T"],
+        *,
+        tap: int | None = None,
+        mask: Bool[Array, "B G T"] | None = None,
+        room: int | None = None,
+    ) -> tuple[Float[Array, "B G T D"], Float[Array, "B G T D"] | None]:
+        """See `Decoder.extend`."""
+        return self._apply(params, "extend", prefix, tokens, tap=tap, mask=mask, room=room)
+
+    def read(
+        self, params: Params, prefix: Prefix, tokens: Int[Array, "B G T"], *, layers: int
+    ) -> Float[Array, "B G T D"]:
+        """See `Decoder.read`."""
+        return self._apply(params, "read", prefix, tokens, layers=layers)
+
+    def decode(
+        self,
+        params: Params,
+        prefix: Prefix,
+        cache: Cache,
+        tokens: Int[Array, "B K"],
+        t: Int[Array, ""],
+    ) -> tuple[Float[Array, "B K D"], Cache]:
+        """See `Decoder.decode`."""
+        return self._apply(params, "decode", prefix, cache, tokens, t)
+
+    def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """See `Decoder.unembed`."""
+        return self._apply(params, "unembed", hidden)
+
+    def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
+        """Room for `size` tokens of each of `candidates` responses to each prompt."""
+        return empty_cache(self.config, prompts, candidates, size, self.dtype)
+
+
+def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
+    """Room for `size` tokens of each of `candidates` responses to each prompt."""
+    shape = (config.layers, prompts, candidates, config.kv_heads, size, config.head_width)
+    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+
+
+def _pick(choices: dict[bool, Array], local: Array | None) -> Array:
+    """The entry for this layer: a global one unless its flag says local."""
+    return choices[False] if local is None else jnp.where(local, choices[True], choices[False])
+
+
+def _rotations(config: DecoderConfig, positions: Int[Array, "B N T"]) -> dict[bool, Array]:
+    """Cosines and sines [2, B, N, T, 1, H/2] at `positions`, for global and for local layers."""
+
+    def angles(base: float, scaling: RopeScaling | None) -> Array:
+        half = config.head_width // 2
+        frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
+        if scaling is not None:
+            frequency = _scaled(frequency, scaling)
+        angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, 1, half)
+        return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
+
+    rotations = {False: angles(config.rope_base, config.rope_scaling)}
+    if any(config.local_layers):
+        rotations[True] = angles(config.rope_local_base, None)
+    return rotations
+
+
+def _scaled(frequency: Float[Array, " F"], scaling: RopeScaling) -> Float[Array, " F"]:
+    """Llama 3.1's rule: long wavelengths divided by `factor`, a linear blend in between."""
+    wavelength = 2 * math.pi / frequency
+    low, high = scaling.low_freq_factor, scaling.high_freq_factor
+    blend = (scaling.original_positions / wavelength - low) / (high - low)
+    blend = jnp.clip(blend, 0.0, 1.0)
+    return frequency * (blend + (1 - blend) / scaling.factor)
+
+
+def _rotate(x: Float[Array, "B N T X H"], angles: Float[Array, "2 B N T 1 F"]) -> Array:
+    """Rotary embedding (Su et al., 2021) in the half-split layout of Hugging Face checkpoints."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = angles[0], angles[1]
+    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return rotated.astype(x.dtype)
+
+
+def _causal_masks(config: DecoderConfig, size: int) -> dict[bool, Array]:
+    """[1, 1, T, T] for global and for local layers: key s is seen by query t."""
+    query_at, key_at = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
+    causal = key_at <= query_at
+    near = causal & (key_at > query_at - config.window)
+    return {False: causal[None, None], True: near[None, None]}
+
+
+def _prefix_masks(config: DecoderConfig, prefix: Prefix, positions: Array) -> dict[bool, Array]:
+    """[B, N, T, P] for global and for local layers: prompt key p is seen by response query t."""
+    key_at = jnp.arange(prefix.k.shape[-2])[None, None, None, :]
+    real = key_at < prefix.lengths[:, None, None, None]
+    near = real & (key_at > positions[..., None] - config.window)
+    return {False: jnp.broadcast_to(real, near.shape), True: near}
+
+
+def _attend(
+    q: Float[Array, "B N T KV R H"],
+    k: Float[Array, "B N KV S H"],
+    v: Float[Array, "B N KV S H"],
+    mask: Bool[Array, "B N T S"],
+    k_prefix: Float[Array, "B KV P H"] | None,
+    v_prefix: Float[Array, "B KV P H"] | None,
+    prefix_mask: Bool[Array, "B N T P"] | None,
+    scale: float,
+) -> Float[Array, "B N T O"]:
+    """Grouped-query attention to a response's own keys and to its prompt's shared ones.
+
+    One softmax runs over both. The shared part is one product a prompt: all N responses' queries
+    against the prompt's keys, which are never copied.
+    """
+    B, N, T, KV, R, H = q.shape
+    q = (q * scale).transpose(0, 3, 1, 4, 2, 5)  # B KV N R T H
+    own = jnp.einsum("bknrth,bnksh->bknrts", q, k, preferred_element_type=jnp.float32)
+    own = jnp.where(mask[:, None, :, None], own, NEGATIVE)
+    if k_prefix is None:
+        weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
+        mixed = jnp.einsum("bknrts,bnksh->bntkrh", weights, v)
+        return mixed.reshape(B, N, T, KV * R * H)
+    flat = q.reshape(B, KV, N * R * T, H)
+    shared = jnp.einsum("bkqh,bkph->bkqp", flat, k_prefix, preferred_element_type=jnp.float32)
+    shared = shared.reshape(B, KV, N, R, T, -1)
+    assert prefix_mask is not None
+    shared = jnp.where(prefix_mask[:, None, :, None], shared, NEGATIVE)
+    top = jnp.maximum(own.max(axis=-1, keepdims=True), shared.max(axis=-1, keepdims=True))
+    top = jax.lax.stop_gradient(top)
+    own, shared = jnp.exp(own - top), jnp.exp(shared - top)
+    total = own.sum(axis=-1, keepdims=True) + shared.sum(axis=-1, keepdims=True)
+    own, shared = (own / total).astype(v.dtype), (shared / total).astype(v.dtype)
+    mixed = jnp.einsum("bknrts,bnksh->bknrth", own, v)
+    from_prompt = jnp.einsum("bkqp,bkph->bkqh", shared.reshape(B, KV, N * R * T, -1), v_prefix)
+    mixed = mixed + from_prompt.reshape(mixed.shape)
+    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, T, KV * R * H)
+
+
+def _normal(key: Array, shape: tuple[int, ...]) -> Array:
+    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+
+
+def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
+    """The stacked parameters of the layers by name; kernels are [L, in, out]."""
+    L, D, F = config.layers, config.width, config.mlp_width
+    q_width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
+    shapes = {
+        "attn_norm": (L, D),
+        "q": (L, D, q_width),
+        "k": (L, D, kv_width),
+        "v": (L, D, kv_width),
+        "o": (L, q_width, D),
+        "mlp_norm": (L, D),
+        "gate": (L, D, F),
+        "up": (L, D, F),
+        "down": (L, F, D),
+    }
+    if config.qkv_bias:
+        shapes |= {"q_bias": (L, q_width), "k_bias": (L, kv_width), "v_bias": (L, kv_width)}
+    if config.qk_norm:
+        shapes |= {"q_norm": (L, config.head_width), "k_norm": (L, config.head_width)}
+    if config.post_norms:
+        shapes |= {"post_attn_norm": (L, D), "post_mlp_norm": (L, D)}
+    return shapes
+
+
+def param_shapes(config: DecoderConfig) -> Params:
+    """The shape of every parameter, as the tree that `Decoder` takes."""
+    shapes: Params = {
+        "embed": (config.vocab, config.width),
+        "layers": layer_shapes(config),
+        "final_norm": (config.width,),
+    }
+    if not config.tied:
+        shapes["unembed"] = (config.vocab, config.width)
+    return shapes
+
+
+def _init_layers(key: Array, config: DecoderConfig) -> Params:
+    shapes = layer_shapes(config)
+    keys = jax.random.split(key, len(shapes))
+    return {
+        name: jnp.ones(shape)
+        if name.endswith("norm")
+        else jnp.zeros(shape)
+        if name.endswith("bias")
+        else _normal(key, shape)
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }

