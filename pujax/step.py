@@ -329,15 +329,15 @@ def update(
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
-    def take(state: TrainState) -> TrainState:
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        return TrainState(state.step + 1, params, opt_state, jnp.zeros_like(state.skipped))
-
-    def skip(state: TrainState) -> TrainState:
-        return TrainState(state.step + 1, state.params, state.opt_state, state.skipped + 1)
-
-    state = jax.lax.cond(finite, take, skip, state)
+    # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
+    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params, opt_state = jax.tree.map(
+        lambda new, old: jnp.where(finite, new, old),
+        (optax.apply_updates(state.params, updates), opt_state),
+        (state.params, state.opt_state),
+    )
+    skipped = jnp.where(finite, 0, state.skipped + 1)
+    state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
 
 
