@@ -154,7 +154,8 @@ def test_index_zero_is_the_anchor_and_labels_sum_to_one(batch, group):
 
 def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     other = jax.tree.map(lambda x: x * 1.3, params)
-    make = partial(rollout, model, recipe(by_policy=True, scorer=scoring.self_likelihood))
+    choices = recipe(by_policy=True, scorer=scoring.self_likelihood, inner_epochs=2)
+    make = partial(rollout, model, choices)
     group, _ = jax.jit(make)(params, other, batch, jax.random.key(9))
     np.testing.assert_allclose(
         group.scores, scoring.mean_logps(group.old_logps, group.mask), atol=1e-4
