@@ -5,6 +5,9 @@ from pathlib import Path
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 )
+# A collective blocks its thread, and a device may wait in several at once: with a thread or two a
+# core, as is the default, eight devices on two cores run out of them and wait for ever.
+os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
