@@ -95,7 +95,7 @@ class ModelConfig:
 
     path: str = MISSING
     dtype: str = "auto"
-    remat: str = "none"
+    remat: str = "dots"
     shape: ShapeConfig = field(default_factory=ShapeConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
 

@@ -22,8 +22,8 @@ from pujax.checkpoint import Checkpoints, Place
 from pujax.collect import open_teacher
 from pujax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig, build
 from pujax.data import DataError, Dataset, Example, batch_at, collate, make_dataset
+from pujax.deploy import export_hf
 from pujax.evaluate import Evaluation
-from pujax.export import export_hf
 from pujax.logs import RunLog, SampleGroup, progress
 from pujax.mesh import make_mesh, placer, put_batch, tree_shardings
 from pujax.models import weights

@@ -13,7 +13,7 @@ from tiny_families import TINY, tiny
 
 from pujax.chat import Chat
 from pujax.config import ConfigError, ExportConfig, LoraConfig
-from pujax.export import export, export_gguf, export_hf, export_peft
+from pujax.deploy import export, export_gguf, export_hf, export_peft
 from pujax.models import lora, weights
 from pujax.models.decoder import LanguageModel
 from pujax.models.families import WeightsError

@@ -8,7 +8,7 @@ import pytest
 
 from pujax.chat import Chat
 from pujax.config import ConfigError
-from pujax.export import export_hf
+from pujax.deploy import export_hf
 from pujax.generate import Generator
 from pujax.models.decoder import DecoderConfig, LanguageModel
 

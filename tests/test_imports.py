@@ -16,13 +16,13 @@ ORDER = [
     {"models.gguf"},
     {"models.weights"},
     {"chat"},
-    {"data", "sampling", "scoring", "export"},
+    {"data", "sampling", "scoring", "deploy"},
     {"step", "evaluate"},
     {"report", "generate"},
     {"collect"},
     {"fit"},
     {"train", "measure"},
-    {"benchmark"},
+    {"benchmark", "export"},
 ]
 
 

@@ -13,12 +13,14 @@ from pujax.config import ConfigError, LoraConfig, MeshConfig, SamplingConfig
 from pujax.mesh import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.models.lora import init_adapter
 from pujax.step import (
+    Needs,
     Recipe,
     anchor_group,
     assemble,
     make_optimizer,
     make_sft_step,
     make_train_step,
+    needs_of,
     policy_logps,
     rollout,
     update,
@@ -27,6 +29,8 @@ from pujax.types import Batch, Room, TrainState
 
 FRAMES = Frames(*(np.array(ids) for ids in ([7, 8], [9], [10], [11, 12, 13, 14, 15])))
 SCORER = partial(scoring.blend, scores=[scoring.embedding, scoring.token_f1], weights=[1.0, 1.0])
+ALONE = partial(labels.softmax_labels)
+SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
 
 
 @pytest.fixture(scope="module")
@@ -323,3 +327,73 @@ def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, 
         seen.append(float(metrics["loss"]))
     assert seen[-1] < 0.7 * seen[0]
     assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * 4
+
+
+# ---------------------------------------------------------------------- what a loss needs
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule", "anchor", "reference"),
+    [
+        (losses.sft, ALONE, True, False),
+        (losses.dpo, ALONE, False, True),
+        (partial(losses.dpo, pairs=labels.anchor_vs_all), ALONE, True, True),
+        (partial(losses.dpo, nll_weight=1.0), ALONE, False, True),
+        (losses.ipo, ALONE, False, True),
+        (losses.nnpu, ALONE, True, True),
+        (losses.listwise, ALONE, False, True),
+        (losses.listwise, SHARED, True, True),
+        (partial(losses.grpo, kl_coef=0.0), ALONE, False, False),
+        (partial(losses.grpo, kl_coef=0.1), ALONE, False, True),
+        (partial(losses.ldl_grpo, kl_coef=0.0), SHARED, True, True),
+    ],
+)
+def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
+    assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.dpo, partial(losses.grpo, kl_coef=0.1), partial(losses.grpo, kl_coef=0.0)]
+)
+def test_leaving_out_what_a_loss_does_not_need_leaves_its_gradient(
+    model,
+    params,
+    batch,
+    loss,
+):
+    plain = recipe(labels=ALONE)
+    needs = needs_of(loss, ALONE, 3)
+    assert not needs.anchor
+    optimizer = optax.sgd(1.0)
+    moved = []
+    for wanted in (Needs(), needs):
+        choices = recipe(labels=ALONE, needs=wanted)
+        make = jax.jit(partial(rollout, model, choices))
+        group, _ = make(params, params, batch, jax.random.key(3))
+        learn = jax.jit(partial(update, model, loss, optimizer, needs=wanted, on_policy=True))
+        state, metrics = learn(state_of(params, optimizer), None, group)
+        assert ("logps/anchor" in metrics) == wanted.anchor
+        assert any(name.startswith("kl/") for name in metrics) == wanted.reference
+        moved.append(state.params)
+    assert plain.needs == Needs()
+    for lean, full, start in zip(*map(jax.tree.leaves, (moved[1], moved[0], params)), strict=True):
+        scale = np.abs(full - start).max()
+        np.testing.assert_allclose(lean, full, atol=1e-7 + 1e-5 * scale)
+
+
+def test_on_policy_the_anchors_old_log_probs_are_the_updates_own(model, params, batch):
+    """A group learnt from once skips the pass that reads the anchor; the update is the same."""
+    loss, optimizer = partial(losses.ldl_grpo, kl_coef=0.1), optax.sgd(1.0)
+    moved = []
+    for inner_epochs in (1, 2):
+        make = jax.jit(partial(rollout, model, recipe(inner_epochs=inner_epochs)))
+        group, _ = make(params, params, batch, jax.random.key(3))
+        if inner_epochs == 2:
+            own = jax.jit(partial(policy_logps, model))(params, group)[:, 0]
+            np.testing.assert_allclose(group.old_logps[:, 0], own, atol=1e-5)
+            assert jnp.abs(own).max() > 1
+        learn = jax.jit(partial(update, model, loss, optimizer, on_policy=inner_epochs == 1))
+        moved.append(learn(state_of(params, optimizer), None, group)[0].params)
+    for once, twice, start in zip(*map(jax.tree.leaves, (*moved, params)), strict=True):
+        scale = np.abs(twice - start).max()
+        np.testing.assert_allclose(once, twice, atol=1e-6 + 1e-4 * scale)

