@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from pujax.chat import Frames
-from pujax.config import SamplingConfig
+from pujax.config import ConfigError, SamplingConfig
 from pujax.losses import group_metrics
 from pujax.models.decoder import LanguageModel, Prefix
 from pujax.models.lora import with_adapter
@@ -68,6 +68,7 @@ def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
 
     On many random groups: is there any gradient at the anchor, and does any move when the
     reference log-probs do? A loss with a fixed rule answers with exact zeros or it does not.
+    Raises `ConfigError` for a loss that learns from nothing in such groups.
     """
     B, G, T = 64, candidates + 1, 3
     key = iter(jax.random.split(jax.random.key(0), 8))
@@ -100,6 +101,12 @@ def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
     first, second = jax.jit(gradients)(
         logps, old, noise(B, G), logps + noise(B, G, T), logps + noise(B, G, T)
     )
+    if not jnp.any(first):
+        raise ConfigError(
+            f"loss: it learns nothing from groups of {candidates} candidates under these labels, "
+            "its gradient is 0: take more candidates, or a loss that learns from the anchor too "
+            "(loss=dpo_anchor)"
+        )
     return Needs(anchor=bool(jnp.any(first[:, 0])), reference=bool(jnp.any(first != second)))
 
 

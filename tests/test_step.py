@@ -352,6 +352,11 @@ def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
     assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
 
 
+def test_a_loss_that_nothing_moves_is_refused():
+    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
+        needs_of(losses.dpo, ALONE, 1)
+
+
 @pytest.mark.parametrize(
     "loss", [losses.dpo, partial(losses.grpo, kl_coef=0.1), partial(losses.grpo, kl_coef=0.0)]
 )
