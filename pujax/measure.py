@@ -257,7 +257,7 @@ def flops(config: DecoderConfig, shape: ShapesConfig, recipe: Recipe) -> tuple[f
 
     learnt = K + 1 if recipe.needs.anchor else K
     trained = 3 * (prompts() + responses(learnt))
-    reference = prompts() + responses(K + 1) if recipe.needs.reference else 0.0
+    reference = prompts() + responses(learnt) if recipe.needs.reference else 0.0
     sampled = 0.0 if shape.offline else prompts() + responses(K)
     return trained, reference + sampled
 

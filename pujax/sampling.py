@@ -146,9 +146,10 @@ def _generate(
 
     def advance(carry):
         t, made, cache = carry
-        hidden, cache = model.decode(params, prefix, cache, made.tokens[:, :, t], t)
+        hidden, cache = model.decode(params, decoding, cache, made.tokens[:, :, t], t)
         return t + 1, draw(t + 1, hidden, made), cache
 
+    decoding = model.decoding(params, prefix)
     cache = model.empty_cache(prompts, candidates, size)
     _, made, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), made, cache))
     return made

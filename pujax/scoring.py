@@ -17,9 +17,10 @@ from jaxtyping import Array, Bool, Float, Int
 from pujax.chat import Frames
 from pujax.labels import standardize
 from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.unembed import chosen_logps
 from pujax.types import Batch, Metrics, Params, Room
 
-CHUNK = 512  # tokens whose logits are whole in memory at once
+CHUNK = 512  # tokens that are unembedded at once
 
 
 def token_logps(
@@ -31,42 +32,27 @@ def token_logps(
 ) -> Float[Array, "B G T"]:
     """Log-prob of each token given the hidden state that predicts it; 0 where `mask` is False.
 
-    Each prompt's real tokens are packed to the front and unembedded chunk by chunk; chunks
-    without a real token are skipped, and the backward pass makes a chunk's logits again instead
-    of keeping them. So [B, G, T, V] is never in memory and padding costs next to nothing.
+    Each prompt's real tokens are packed to the front and unembedded chunk by chunk, as many
+    chunks as hold one; neither pass ever holds more than a block of the vocabulary's logits. So
+    [B, G, T, V] is never in memory and padding costs next to nothing.
     """
     B, G, T, _ = hidden.shape
-    size = max(1, CHUNK // B)
-    count = -(-G * T // size)
-    pad = count * size - G * T
-    flat_mask = mask.reshape(B, G * T)
-    order = jnp.argsort(~flat_mask, axis=1, stable=True)
+    size = min(G * T, max(1, CHUNK // B))
+    order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
 
     def packed(values: Array) -> Array:
         """[B, G, T, ...] to [chunks, B, size, ...], real tokens first."""
         flat = values.reshape(B, G * T, *values.shape[3:])
         index = order.reshape(B, G * T, *[1] * (flat.ndim - 2))
         flat = jnp.take_along_axis(flat, index, axis=1)
-        flat = jnp.pad(flat, [(0, 0), (0, pad)] + [(0, 0)] * (flat.ndim - 2))
-        return flat.reshape(B, count, size, *flat.shape[2:]).swapaxes(0, 1)
+        flat = jnp.pad(flat, [(0, 0), (0, -G * T % size)] + [(0, 0)] * (flat.ndim - 2))
+        return flat.reshape(B, -1, size, *flat.shape[2:]).swapaxes(0, 1)
 
-    @jax.checkpoint
-    def chunk_logps(hidden: Array, tokens: Array) -> Array:
-        logits = model.unembed(params, hidden)
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
-
-    def one(_, chunk):
-        hidden, tokens, mask = chunk
-        logps = jax.lax.cond(
-            jnp.any(mask), chunk_logps, lambda *_: jnp.zeros((B, size)), hidden, tokens
-        )
-        return None, jnp.where(mask, logps, 0.0)
-
-    _, logps = jax.lax.scan(one, None, (packed(hidden), packed(tokens), packed(mask)))
-    logps = logps.swapaxes(0, 1).reshape(B, count * size)[:, : G * T]
-    back = jnp.argsort(order, axis=1)
-    return jnp.take_along_axis(logps, back, axis=1).reshape(B, G, T)
+    used = -(-mask.sum(axis=(1, 2)).max() // size)
+    logps = chosen_logps(packed(hidden), model.unembedding(params), packed(tokens), used)
+    logps = logps.swapaxes(0, 1).reshape(B, -1)[:, : G * T]
+    logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(B, G, T)
+    return jnp.where(mask, logps, 0.0)
 
 
 def response_logps(
@@ -77,14 +63,19 @@ def response_logps(
     mask: Bool[Array, "B G T"],
     *,
     room: int | None = None,
+    anchor: bool = True,
 ) -> Float[Array, "B G T"]:
     """log π(y_t | x, y_<t) of every response token, the prompt encoded once; 0 where masked.
 
     With `room`, which the tokens that `mask` marks must not exceed, padding is not computed.
+    Without `anchor` those of response 0 are not computed, and 0.
     """
+    first = 0 if anchor else 1
+    tokens, mask = tokens[:, first:], mask[:, first:]
     seen = tokens[:, :, :-1]
     hidden, _ = model.extend(params, prefix, seen, mask=mask[:, :, :-1], room=room)
-    return token_logps(model, params, _predicting(prefix, hidden), tokens, mask)
+    logps = token_logps(model, params, _predicting(prefix, hidden), tokens, mask)
+    return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
 
 
 def packed(
@@ -132,13 +123,22 @@ class Scene:
     notes: Metrics = field(default_factory=dict)
     _memory: dict[Any, Array] = field(default_factory=dict)
 
-    def logps(self) -> Float[Array, "B G T"]:
-        """Log-probs of the responses after their prompts."""
-        if "logps" not in self._memory:
-            self._memory["logps"] = response_logps(
-                self.model, self.params, self.prefix, self.tokens, self.mask, room=self.room
-            )
-        return self._memory["logps"]
+    def logps(self, *, anchor: bool = True) -> Float[Array, "B G T"]:
+        """Log-probs of the responses after their prompts; the anchors' may be left out, and 0."""
+        if "logps" in self._memory:
+            return self._memory["logps"]
+        logps = response_logps(
+            self.model,
+            self.params,
+            self.prefix,
+            self.tokens,
+            self.mask,
+            room=self.room,
+            anchor=anchor,
+        )
+        if anchor:
+            self._memory["logps"] = logps
+        return logps
 
     def hidden(self, layers: int) -> Float[Array, "B G T D"]:
         """The residual stream of the responses after `layers` layers, prompt in view.

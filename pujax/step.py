@@ -206,8 +206,9 @@ def judge(
         if recipe.by_policy:
             scene = replace(reference, params=params, prefix=prefix, wants_logps=False, _memory={})
         scores = recipe.scorer(scene)
-        logps = reference.logps() if recipe.needs.reference else jnp.zeros(mask.shape)
-        return scores, logps, scene.notes
+        if not recipe.needs.reference:
+            return scores, jnp.zeros(mask.shape), scene.notes
+        return scores, reference.logps(anchor=recipe.needs.anchor), scene.notes
 
     scores, ref_logps, notes = packed(recipe.room, batch.prompt_lengths, mask, judged)
     labels, valid = recipe.labels(scores)
@@ -263,12 +264,10 @@ def policy_logps(
     Without `anchor` those of the anchors are not computed, and 0.
     """
     prompts, responses = (None, None) if room is None else (room.prompts, room.responses)
-    first = 0 if anchor else 1
     prefix = model.prefill(params, group.prompts, group.prompt_lengths, room=prompts)
-    logps = response_logps(
-        model, params, prefix, group.tokens[:, first:], group.mask[:, first:], room=responses
+    return response_logps(
+        model, params, prefix, group.tokens, group.mask, room=responses, anchor=anchor
     )
-    return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
 
 
 def update(

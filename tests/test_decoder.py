@@ -54,10 +54,11 @@ def _extended(model: LanguageModel, params: Any, prompts: Any, lengths: Any, res
 def _decoded(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `prefill` and one `decode` a token."""
     prefix = model.prefill(params, prompts, lengths)
+    decoding = model.decoding(params, prefix)
     B, K, T = responses.shape
 
     def step(cache, inputs):
-        hidden, cache = model.decode(params, prefix, cache, *inputs)
+        hidden, cache = model.decode(params, decoding, cache, *inputs)
         return cache, hidden
 
     inputs = (jnp.moveaxis(responses, 2, 0)[:-1], jnp.arange(T - 1))

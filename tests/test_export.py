@@ -71,11 +71,12 @@ def _greedy(config: Any, params: Any, prompts: list[list[int]], size: int) -> li
     @jax.jit
     def run(params):
         prefix = model.prefill(params, jnp.array(padded), jnp.array(lengths))
+        decoding = model.decoding(params, prefix)
 
         def step(carry, t):
             hidden, cache = carry
             token = model.unembed(params, hidden).argmax(-1)
-            return model.decode(params, prefix, cache, token, t), token[:, 0]
+            return model.decode(params, decoding, cache, token, t), token[:, 0]
 
         start = (prefix.last[:, None], model.empty_cache(len(prompts), 1, size))
         return jax.lax.scan(step, start, jnp.arange(size))[1].T

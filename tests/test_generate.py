@@ -133,10 +133,11 @@ def test_smollm2s_three_ways_through_the_decoder_agree(chat):
     hidden, _ = jax.jit(model.extend)(params, prefix, answer)
     extended = model.unembed(params, hidden)[0, 0]
     np.testing.assert_allclose(extended, expected, atol=1e-4)
+    decoding = model.decoding(params, prefix)
     cache = model.empty_cache(1, 1, answer.shape[2])
     step = jax.jit(model.decode)
     for t in range(answer.shape[2]):
-        hidden, cache = step(params, prefix, cache, answer[:, :, t], np.int32(t))
+        hidden, cache = step(params, decoding, cache, answer[:, :, t], np.int32(t))
         np.testing.assert_allclose(model.unembed(params, hidden)[0, 0], expected[t], atol=1e-4)
 
 

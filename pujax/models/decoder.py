@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pujax.types import Params
 
+KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 NEGATIVE = -1e30  # a masked attention score; finite, so that a wholly masked row stays finite
 
 
@@ -92,11 +93,24 @@ class Prefix:
 
 
 @flax.struct.dataclass
-class Cache:
-    """Keys and values of the K responses alone, T positions; the prefix is never copied into it."""
+class Decoding:
+    """What every step of a decoding loop reads: made once before it, layer by layer.
 
-    k: Float[Array, "L B K KV T H"]
-    v: Float[Array, "L B K KV T H"]
+    Kernels are [out, in] under `<name>_rows`, in the dtype they multiply in.
+    """
+
+    layers: tuple[Params, ...]
+    k: tuple[Float[Array, "B KV P H"], ...]
+    v: tuple[Float[Array, "B KV P H"], ...]
+    lengths: Int[Array, " B"]
+
+
+@flax.struct.dataclass
+class Cache:
+    """Keys and values of the K responses alone, a layer each; the prefix is never copied in."""
+
+    k: tuple[Float[Array, "B KV K T H"], ...]
+    v: tuple[Float[Array, "B KV K T H"], ...]
 
 
 class Decoder(nn.Module):
@@ -163,9 +177,31 @@ class Decoder(nn.Module):
         """The residual stream of responses after `layers` layers; the later layers never run."""
         return self._responses(prefix, tokens, None, layers, None)[0]
 
+    def decoding(self, prefix: Prefix) -> Decoding:
+        """What `decode` needs of the layers and of the prompts.
+
+        A token's few rows leave a kernel no time to be sliced from its stack or packed into tiles:
+        on a CPU each costs as much as the product. So they are laid out here, once a loop.
+        """
+
+        def layer(i: int) -> Params:
+            kernels = [name for name in self.layers if name in KERNELS]
+            rest = {name: stack[i] for name, stack in self.layers.items() if name not in kernels}
+            return rest | {
+                f"{name}_rows": self.layers[name][i].astype(self.dtype).T for name in kernels
+            }
+
+        count = range(self.config.layers)
+        return Decoding(
+            layers=tuple(layer(i) for i in count),
+            k=tuple(prefix.k[i] for i in count),
+            v=tuple(prefix.v[i] for i in count),
+            lengths=prefix.lengths,
+        )
+
     def decode(
         self,
-        prefix: Prefix,
+        decoding: Decoding,
         cache: Cache,
         tokens: Int[Array, "B K"],
         t: Int[Array, ""],
@@ -173,56 +209,39 @@ class Decoder(nn.Module):
         """Normed hidden state of every response's token `t`, and the cache with it added."""
         config = self.config
         x = self._embedded(tokens)[:, :, None]
-        size = cache.k.shape[-2]
-        key_at = jnp.arange(size)
-        positions = (prefix.lengths + t)[:, None, None]
+        key_at = jnp.arange(cache.k[0].shape[-2])
+        positions = (decoding.lengths + t)[:, None, None]
         rope = _rotations(config, positions)
         own = {
             False: (key_at <= t)[None, None, None, :],
             True: ((key_at <= t) & (key_at > t - config.window))[None, None, None, :],
         }
-        shared = _prefix_masks(config, prefix, positions)
-
-        def layer(carry, inputs):
-            x, k_all, v_all, i = carry
-            weights, local, k_prefix, v_prefix = inputs
+        shared = _prefix_masks(config, decoding.k[0].shape[-2], decoding.lengths, positions)
+        keys, values = list(cache.k), list(cache.v)
+        for i, local in enumerate(config.local_layers):
+            weights = decoding.layers[i]
             q, k, v = self._qkv(weights, x, rope, local)
-            # [B, K, 1, KV, H] into [L, B, K, KV, T, H] at (i, t), in place: the cache is carried.
-            k_all = jax.lax.dynamic_update_slice(
-                k_all, k.swapaxes(2, 3)[None].astype(k_all.dtype), (i, 0, 0, 0, t, 0)
-            )
-            v_all = jax.lax.dynamic_update_slice(
-                v_all, v.swapaxes(2, 3)[None].astype(v_all.dtype), (i, 0, 0, 0, t, 0)
-            )
+            # In place: the cache is carried.
+            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], _heads_first(k), t, axis=3)
+            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], _heads_first(v), t, axis=3)
             mixed = _attend(
                 q,
-                jax.lax.dynamic_index_in_dim(k_all, i, keepdims=False),
-                jax.lax.dynamic_index_in_dim(v_all, i, keepdims=False),
+                keys[i],
+                values[i],
                 _pick(own, local),
-                k_prefix,
-                v_prefix,
+                decoding.k[i],
+                decoding.v[i],
                 _pick(shared, local),
                 self._query_scale,
             )
             x = self._finish(weights, x, mixed)
-            return (x, k_all, v_all, i + 1), None
-
-        (x, k_all, v_all, _), _ = jax.lax.scan(
-            layer,
-            (x, cache.k, cache.v, jnp.int32(0)),
-            (self.layers, self._local, prefix.k, prefix.v),
-        )
-        return self._norm(x[:, :, 0], self.final_norm), Cache(k=k_all, v=v_all)
+        hidden = self._norm(x[:, :, 0], self.final_norm)
+        return hidden, Cache(k=tuple(keys), v=tuple(values))
 
     def unembed(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """Float32 logits of normed hidden states."""
+        """Float32 logits of a few normed hidden states; `unembed.chosen_logps` is for many."""
         table = self.embed if self.config.tied else self.unembedding
-        return jnp.einsum(
-            "...d,vd->...v",
-            hidden.astype(self.dtype),
-            table.astype(self.dtype),
-            preferred_element_type=jnp.float32,
-        )
+        return _streamed(hidden.astype(self.dtype), table.astype(self.dtype), jnp.float32)
 
     # ------------------------------------------------------------------ the layers
 
@@ -251,17 +270,21 @@ class Decoder(nn.Module):
         return (normed * scale).astype(self.dtype)
 
     def _project(self, weights: Params, name: str, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
-        """The named kernel, with its bias and its low-rank adapter where it has them."""
-        y = x @ weights[name].astype(self.dtype)
+        """Through the named kernel, with its bias and its low-rank adapter where it has them."""
+        if f"{name}_rows" in weights:
+            y = _streamed(x, weights[f"{name}_rows"], self.dtype)
+        else:
+            y = _times(x, weights[name].astype(self.dtype))
         if f"{name}_lora_a" in weights:
-            low = x @ weights[f"{name}_lora_a"].astype(self.dtype)
-            y = y + (low @ weights[f"{name}_lora_b"].astype(self.dtype)) * self.config.lora_scale
+            low = _times(x, weights[f"{name}_lora_a"].astype(self.dtype))
+            change = _times(low, weights[f"{name}_lora_b"].astype(self.dtype))
+            y = y + change * self.config.lora_scale
         if f"{name}_bias" in weights:
             bias = weights[f"{name}_bias"].astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         return y
 
-    def _qkv(self, weights: Params, x: Array, rope: dict[bool, Array], local: Array | None):
+    def _qkv(self, weights: Params, x: Array, rope: dict[bool, Array], local: Array | bool | None):
         """Rotated queries [B, N, T, KV, R, H] and keys, and values [B, N, T, KV, H]."""
         config = self.config
         h = self._norm(x, weights["attn_norm"])
@@ -303,9 +326,9 @@ class Decoder(nn.Module):
         def layer(x, inputs):
             weights, local = inputs
             q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+            k, v = _heads_first(k), _heads_first(v)
             mixed = _attend(q, k, v, _pick(masks, local), None, None, None, self._query_scale)
-            return self._finish(weights, x, grid.taken(mixed)), (k[:, 0], v[:, 0])
+            return self._finish(weights, x, grid.taken(mixed)), (k[:, :, 0], v[:, :, 0])
 
         x, (k, v) = jax.lax.scan(self._rematted(layer), x, (self.layers, self._local))
         return grid.spread(self._norm(x, self.final_norm))[:, 0], k, v
@@ -328,13 +351,13 @@ class Decoder(nn.Module):
         )
         rope = grid.taken_angles(_rotations(config, positions))
         masks = _causal_masks(config, size)
-        shared = _prefix_masks(config, prefix, positions)
+        shared = _prefix_masks(config, prefix.k.shape[-2], prefix.lengths, positions)
 
         def layer(carry, inputs):
             x, tapped, i = carry
             weights, local, k_prefix, v_prefix = inputs
             q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            k, v = k.swapaxes(2, 3), v.swapaxes(2, 3)
+            k, v = _heads_first(k), _heads_first(v)
             mixed = _attend(
                 q,
                 k,
@@ -365,6 +388,27 @@ class Decoder(nn.Module):
             policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
             return jax.checkpoint(layer, policy=policy, prevent_cse=False)
         return layer
+
+
+def _times(x: Float[Array, "*N I"], kernel: Float[Array, "I O"]) -> Float[Array, "*N O"]:
+    """x @ kernel, its rows in one dimension.
+
+    The gradient of a kernel sums over the rows. Over several dimensions of them XLA would first
+    transpose the wider operand, at a tenth of a layer's time on a CPU.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], dtype: Any) -> Array:
+    """x @ rowsᵀ [*N, O] for few x, with the kernel as the product's left operand.
+
+    That is the one that XLA's products on a CPU read where it lies; a right operand they pack
+    anew each time. The barriers keep XLA from turning the product round.
+    """
+    flat = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
+    y = jax.lax.optimization_barrier(jax.lax.dot(rows, flat, preferred_element_type=dtype))
+    return y.T.reshape(*x.shape[:-1], rows.shape[0])
 
 
 def _pack(mask: Bool[Array, "..."], room: int) -> Int[Array, " C"]:
@@ -461,20 +505,28 @@ class LanguageModel:
         """See `Decoder.read`."""
         return self._apply(params, "read", prefix, tokens, layers=layers)
 
+    def decoding(self, params: Params, prefix: Prefix) -> Decoding:
+        """See `Decoder.decoding`."""
+        return self._apply(params, "decoding", prefix)
+
     def decode(
         self,
         params: Params,
-        prefix: Prefix,
+        decoding: Decoding,
         cache: Cache,
         tokens: Int[Array, "B K"],
         t: Int[Array, ""],
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """See `Decoder.decode`."""
-        return self._apply(params, "decode", prefix, cache, tokens, t)
+        return self._apply(params, "decode", decoding, cache, tokens, t)
 
     def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """See `Decoder.unembed`."""
         return self._apply(params, "unembed", hidden)
+
+    def unembedding(self, params: Params) -> Float[Array, "V D"]:
+        """The table whose rows `unembed` multiplies hidden states with."""
+        return params["embed" if self.config.tied else "unembed"]
 
     def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
         """Room for `size` tokens of each of `candidates` responses to each prompt."""
@@ -483,13 +535,15 @@ class LanguageModel:
 
 def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
     """Room for `size` tokens of each of `candidates` responses to each prompt."""
-    shape = (config.layers, prompts, candidates, config.kv_heads, size, config.head_width)
-    return Cache(k=jnp.zeros(shape, dtype), v=jnp.zeros(shape, dtype))
+    empty = jnp.zeros((prompts, config.kv_heads, candidates, size, config.head_width), dtype)
+    return Cache(k=(empty,) * config.layers, v=(empty,) * config.layers)
 
 
-def _pick(choices: dict[bool, Array], local: Array | None) -> Array:
+def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
     """The entry for this layer: a global one unless its flag says local."""
-    return choices[False] if local is None else jnp.where(local, choices[True], choices[False])
+    if local is None or isinstance(local, bool):
+        return choices[bool(local)]
+    return jnp.where(local, choices[True], choices[False])
 
 
 def _rotations(config: DecoderConfig, positions: Int[Array, "B N T"]) -> dict[bool, Array]:
@@ -534,18 +588,24 @@ def _causal_masks(config: DecoderConfig, size: int) -> dict[bool, Array]:
     return {False: causal[None, None], True: near[None, None]}
 
 
-def _prefix_masks(config: DecoderConfig, prefix: Prefix, positions: Array) -> dict[bool, Array]:
+def _prefix_masks(
+    config: DecoderConfig, size: int, lengths: Int[Array, " B"], positions: Int[Array, "B N T"]
+) -> dict[bool, Array]:
     """[B, N, T, P] for global and for local layers: prompt key p is seen by response query t."""
-    key_at = jnp.arange(prefix.k.shape[-2])[None, None, None, :]
-    real = key_at < prefix.lengths[:, None, None, None]
+    key_at = jnp.arange(size)[None, None, None, :]
+    real = key_at < lengths[:, None, None, None]
     near = real & (key_at > positions[..., None] - config.window)
     return {False: jnp.broadcast_to(real, near.shape), True: near}
 
 
+def _heads_first(x: Float[Array, "B N T KV H"]) -> Float[Array, "B KV N T H"]:
+    return x.transpose(0, 3, 1, 2, 4)
+
+
 def _attend(
     q: Float[Array, "B N T KV R H"],
-    k: Float[Array, "B N KV S H"],
-    v: Float[Array, "B N KV S H"],
+    k: Float[Array, "B KV N S H"],
+    v: Float[Array, "B KV N S H"],
     mask: Bool[Array, "B N T S"],
     k_prefix: Float[Array, "B KV P H"] | None,
     v_prefix: Float[Array, "B KV P H"] | None,
@@ -559,11 +619,11 @@ def _attend(
     """
     B, N, T, KV, R, H = q.shape
     q = (q * scale).transpose(0, 3, 1, 4, 2, 5)  # B KV N R T H
-    own = jnp.einsum("bknrth,bnksh->bknrts", q, k, preferred_element_type=jnp.float32)
+    own = jnp.einsum("bknrth,bknsh->bknrts", q, k, preferred_element_type=jnp.float32)
     own = jnp.where(mask[:, None, :, None], own, NEGATIVE)
     if k_prefix is None:
         weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bknrts,bnksh->bntkrh", weights, v)
+        mixed = jnp.einsum("bknrts,bknsh->bntkrh", weights, v)
         return mixed.reshape(B, N, T, KV * R * H)
     flat = q.reshape(B, KV, N * R * T, H)
     shared = jnp.einsum("bkqh,bkph->bkqp", flat, k_prefix, preferred_element_type=jnp.float32)
@@ -575,7 +635,7 @@ def _attend(
     own, shared = jnp.exp(own - top), jnp.exp(shared - top)
     total = own.sum(axis=-1, keepdims=True) + shared.sum(axis=-1, keepdims=True)
     own, shared = (own / total).astype(v.dtype), (shared / total).astype(v.dtype)
-    mixed = jnp.einsum("bknrts,bnksh->bknrth", own, v)
+    mixed = jnp.einsum("bknrts,bknsh->bknrth", own, v)
     from_prompt = jnp.einsum("bkqp,bkph->bkqh", shared.reshape(B, KV, N * R * T, -1), v_prefix)
     mixed = mixed + from_prompt.reshape(mixed.shape)
     return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, T, KV * R * H)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pujax.config import ConfigError, LoraConfig
+from pujax.models.decoder import KERNELS
 from pujax.types import Params
 
-KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 _A, _B = "_lora_a", "_lora_b"
 
 
