@@ -10,9 +10,9 @@ import pujax
 ROOT = Path(pujax.__file__).parent
 # A module imports from earlier lines alone. Modules on one line don't import each other.
 ORDER = [
-    {"types", "config"},
-    {"prompts", "models.decoder", "labels", "mesh", "logs", "checkpoint", "models.lora"},
-    {"teacher", "models.families", "losses"},
+    {"types", "config", "models.unembed"},
+    {"prompts", "models.decoder", "labels", "mesh", "logs", "checkpoint"},
+    {"teacher", "models.families", "models.lora", "losses"},
     {"models.gguf"},
     {"models.weights"},
     {"chat"},
