@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -337,14 +338,19 @@ def update(
 
     # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params, opt_state = jax.tree.map(
-        lambda new, old: jnp.where(finite, new, old),
-        (optax.apply_updates(state.params, updates), opt_state),
-        (state.params, state.opt_state),
-    )
+    params = _where(finite, optax.apply_updates(state.params, updates), state.params)
+    # XLA makes the moments anew wherever they are read. Unless the parameters that read the old
+    # ones are known to be done, it copies the old ones first: twice the parameters' memory.
+    done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
+    opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
+
+
+def _where(chosen: Array, new: Any, old: Any) -> Any:
+    """One of two trees, leaf by leaf."""
+    return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
 
 
 def _is_known(metric: str, needs: Needs) -> bool:
