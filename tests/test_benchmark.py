@@ -51,17 +51,17 @@ def test_the_command_ends_in_one_json_object(tmp_path):
         "benchmark.candidates=2",
         "benchmark.prompt_tokens=5",
         "benchmark.response_tokens=4",
-        "benchmark.steps=5",
+        "benchmark.steps=3",
     ]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     done = subprocess.run(
-        command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=300
+        command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=900
     )
     assert done.returncode == 0, done.stderr
     line = json.loads(done.stdout.splitlines()[-1])
     assert line["tokens"] == 5 + 3 * 4
-    assert len(line["step_s_all"]) == 5
-    assert line["step_s"] == pytest.approx(sorted(line["step_s_all"])[2])
+    assert len(line["step_s_all"]) == 3
+    assert line["step_s"] == pytest.approx(sorted(line["step_s_all"])[1])
     assert 0 < line["generate_s"] < 60
     assert line["generate_tokens_per_s"] == pytest.approx(8 / line["generate_s"])
     assert 0 < line["mfu"] < 1

