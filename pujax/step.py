@@ -340,7 +340,8 @@ def update(
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = _where(finite, optax.apply_updates(state.params, updates), state.params)
     # XLA makes the moments anew wherever they are read. Unless the parameters that read the old
-    # ones are known to be done, it copies the old ones first: twice the parameters' memory.
+    # ones are known to be done, it copies the old ones first: twice the parameters' memory. Of
+    # finite parameters and a finite gradient this is always true.
     done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
     opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
     skipped = jnp.where(finite, 0, state.skipped + 1)
