@@ -30,7 +30,7 @@ from pujax.config import DataConfig, EvalConfig
 from pujax.data import Example, collate, make_dataset
 from pujax.logs import read_jsonl, write_whole
 from pujax.models import weights
-from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.decoder import LanguageModel, Prefix, Prompts
 from pujax.prompts import Prompt, load_prompts
 from pujax.sampling import greedy
 from pujax.scoring import mean_logps, packed, response_logps
@@ -178,9 +178,9 @@ def _read(
     mask = (jnp.arange(size)[None, :] < batch.anchor_lengths[:, None])[:, None]
 
     def read(room: Room | None) -> tuple[Prefix, Float[Array, "B 1 T"]]:
-        prompts, responses = (None, None) if room is None else (room.prompts, room.responses)
-        prefix = model.prefill(params, batch.prompts, batch.prompt_lengths, room=prompts)
-        return prefix, response_logps(model, params, prefix, tokens, mask, room=responses)
+        prompts = Prompts(batch.prompts, batch.prompt_lengths)
+        prefix = model.prefill(params, prompts, room=room)
+        return prefix, response_logps(model, params, prefix, tokens, mask, room=room)
 
     prefix, logps = packed(room, batch.prompt_lengths, mask, read)
     made = greedy(model, params, prefix, size=size)

@@ -128,10 +128,11 @@ def _compiled(
     """One completion a prompt, jitted once for each choice of model, length and filters."""
     import jax
 
+    from pujax.models.decoder import Prompts
     from pujax.sampling import greedy, sample
 
     def run(params: "Params", tokens: "Array", lengths: "Array", key: "Array") -> "Completions":
-        prefix = model.prefill(params, tokens, lengths)
+        prefix = model.prefill(params, Prompts(tokens, lengths))
         if temperature == 0:
             return greedy(model, params, prefix, size=size)
         return sample(

@@ -21,10 +21,11 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pujax.chat import Chat
+from pujax.compilation import release_compiler_memory
 from pujax.config import BenchmarkRun, SamplingConfig, ShapesConfig, build
 from pujax.fit import Student, load_student, new_state
 from pujax.mesh import make_mesh, put_batch, tree_shardings
-from pujax.models.decoder import DecoderConfig, layer_shapes
+from pujax.models.decoder import DecoderConfig, Prompts, layer_shapes
 from pujax.step import (
     Recipe,
     assemble,
@@ -77,6 +78,7 @@ class Subject:
         # An empty cache of compiled programs, so that a first compilation is a cold one.
         jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="pujax-xla-"))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+        release_compiler_memory()
         self.run = run
         self.mesh: Mesh = make_mesh(run.mesh)
         self.chat = Chat.load(run.model.path)
@@ -116,7 +118,7 @@ class Subject:
 
         def grouped(params: Params, reference: Params, base: Params, batch: Batch, made, key):
             whole = assemble(base, params), assemble(base, reference)
-            prefix = model.prefill(whole[0], batch.prompts, batch.prompt_lengths)
+            prefix = model.prefill(whole[0], Prompts(batch.prompts, batch.prompt_lengths))
             return judge(model, recipe, *whole, batch, prefix, made, key)[0]
 
         def updated(state: TrainState, base: Params, group):

@@ -122,7 +122,10 @@ def _generate(
         logits = model.unembed(params, hidden)
         token = choose(jax.random.fold_in(key, t), logits)
         chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
-        logp = chosen - jax.nn.logsumexp(logits, axis=-1)
+        # The exponentials are those that `sample_token` takes at temperature 1, made once.
+        top = logits.max(axis=-1, keepdims=True)
+        total = jnp.exp(logits - top).sum(axis=-1)
+        logp = chosen - top[..., 0] - jnp.log(total)
         alive = ~made.finished
         return Completions(
             tokens=made.tokens.at[:, :, t].set(jnp.where(alive, token, 0)),

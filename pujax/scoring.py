@@ -16,7 +16,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pujax.chat import Frames
 from pujax.labels import standardize
-from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.decoder import LanguageModel, Prefix, Prompts
 from pujax.models.unembed import chosen_logps
 from pujax.types import Batch, Metrics, Params, Room
 
@@ -58,23 +58,23 @@ def token_logps(
 def response_logps(
     model: LanguageModel,
     params: Params,
-    prefix: Prefix,
+    after: Prompts | Prefix,
     tokens: Int[Array, "B G T"],
     mask: Bool[Array, "B G T"],
     *,
-    room: int | None = None,
+    room: Room | None = None,
     anchor: bool = True,
 ) -> Float[Array, "B G T"]:
     """log π(y_t | x, y_<t) of every response token, the prompt encoded once; 0 where masked.
 
-    With `room`, which the tokens that `mask` marks must not exceed, padding is not computed.
+    With `room`, into which the tokens that `mask` marks and the prompts' must fit, padding is not
+    computed.
     Without `anchor` those of response 0 are not computed, and 0.
     """
     first = 0 if anchor else 1
     tokens, mask = tokens[:, first:], mask[:, first:]
-    seen = tokens[:, :, :-1]
-    hidden, _ = model.extend(params, prefix, seen, mask=mask[:, :, :-1], room=room)
-    logps = token_logps(model, params, _predicting(prefix, hidden), tokens, mask)
+    states = model.extend(params, after, tokens[:, :, :-1], mask=mask[:, :, :-1], room=room)
+    logps = token_logps(model, params, states.predicting, tokens, mask)
     return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
 
 
@@ -88,13 +88,6 @@ def packed(
     if room is None:
         return work(None)
     return jax.lax.cond(room.fits(prompt_lengths, mask), lambda: work(room), lambda: work(None))
-
-
-def _predicting(prefix: Prefix, hidden: Float[Array, "B G S D"]) -> Float[Array, "B G T D"]:
-    """The states that predict each response token: the prompt's last, then each token's own."""
-    B, G, _, D = hidden.shape
-    first = jnp.broadcast_to(prefix.last[:, None, None], (B, G, 1, D))
-    return jnp.concatenate([first, hidden], axis=2)
 
 
 def mean_logps(logps: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G"]:
@@ -114,12 +107,12 @@ class Scene:
     params: Params
     frames: Frames
     batch: Batch
-    prefix: Prefix
+    after: Prompts | Prefix
     tokens: Int[Array, "B G T"]
     mask: Bool[Array, "B G T"]
     key: Array
     wants_logps: bool = True
-    room: int | None = None
+    room: Room | None = None
     notes: Metrics = field(default_factory=dict)
     _memory: dict[Any, Array] = field(default_factory=dict)
 
@@ -130,7 +123,7 @@ class Scene:
         logps = response_logps(
             self.model,
             self.params,
-            self.prefix,
+            self.after,
             self.tokens,
             self.mask,
             room=self.room,
@@ -147,23 +140,26 @@ class Scene:
         """
         if layers not in self._memory:
             if self.wants_logps and "logps" not in self._memory:
-                final, tapped = self.model.extend(
+                states = self.model.extend(
                     self.params,
-                    self.prefix,
+                    self.after,
                     self.tokens,
                     tap=layers,
                     mask=self.mask,
                     room=self.room,
                 )
-                assert tapped is not None
-                self._memory[layers] = tapped
-                states = _predicting(self.prefix, final[:, :, :-1])
+                assert states.tapped is not None
+                self._memory[layers] = states.tapped
                 self._memory["logps"] = token_logps(
-                    self.model, self.params, states, self.tokens, self.mask
+                    self.model,
+                    self.params,
+                    states.predicting[:, :, :-1],
+                    self.tokens,
+                    self.mask,
                 )
             else:
                 self._memory[layers] = self.model.read(
-                    self.params, self.prefix, self.tokens, layers=layers
+                    self.params, self.after, self.tokens, layers=layers
                 )
         return self._memory[layers]
 
@@ -245,13 +241,12 @@ def self_likelihood(scene: Scene) -> Float[Array, "B G"]:
 
 def likelihood(scene: Scene) -> Float[Array, "B G"]:
     """mean-lp(y | C(x, a)): C is a chat prompt that shows the anchor as the reference answer."""
-    prompt, length = _join(
+    prompt = _join(
         (scene.batch.references, scene.batch.reference_lengths),
         _anchor_text(scene),
         _constant(scene.frames.reference_tail, scene.mask.shape[:1]),
     )
-    prefix = scene.model.prefill(scene.params, prompt, length)
-    logps = response_logps(scene.model, scene.params, prefix, scene.tokens, scene.mask)
+    logps = response_logps(scene.model, scene.params, Prompts(*prompt), scene.tokens, scene.mask)
     return mean_logps(logps, scene.mask)
 
 
@@ -263,12 +258,10 @@ def pmi(scene: Scene) -> Float[Array, "B G"]:
 def reconstruction(scene: Scene) -> Float[Array, "B G"]:
     """mean-lp(a | C(x, y)): how well the response, shown as reference, predicts the anchor.
 
-    Every C(x, y) of a prompt starts alike, so that start is the shared prefix, and
+    Every C(x, y) of a prompt starts alike, so that start is the shared prompt, and
     y + the rest of C + a is run as its response.
     """
-    prefix = scene.model.prefill(
-        scene.params, scene.batch.references, scene.batch.reference_lengths
-    )
+    head = Prompts(scene.batch.references, scene.batch.reference_lengths)
     shown, shown_length = _join(
         (scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.reference_tail, scene.mask.shape[:2]),
@@ -278,23 +271,22 @@ def reconstruction(scene: Scene) -> Float[Array, "B G"]:
     tokens, total = _join((shown, shown_length), (anchors, anchor_length))
     at = jnp.arange(tokens.shape[-1])[None, None]
     mask = (at >= shown_length[..., None]) & (at < total[..., None])
-    logps = response_logps(scene.model, scene.params, prefix, tokens, mask)
+    logps = response_logps(scene.model, scene.params, head, tokens, mask)
     return mean_logps(logps, mask)
 
 
 def judge(scene: Scene) -> Float[Array, "B G"]:
     """Σ_r r·p(r), r = 1..5, from the next-token logits of a prompt that asks for a rating."""
-    prompt, length = _join(
+    prompt = _join(
         (scene.batch.references, scene.batch.reference_lengths),
         _anchor_text(scene),
         _constant(scene.frames.judge_middle, scene.mask.shape[:1]),
     )
-    prefix = scene.model.prefill(scene.params, prompt, length)
     tokens, total = _join(
         (scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.judge_tail, scene.mask.shape[:2]),
     )
-    hidden, _ = scene.model.extend(scene.params, prefix, tokens)
+    hidden = scene.model.extend(scene.params, Prompts(*prompt), tokens).hidden
     last = jnp.take_along_axis(hidden, (total - 1)[..., None, None], axis=2)[:, :, 0]
     logits = scene.model.unembed(scene.params, last)[..., jnp.asarray(scene.frames.rating_ids)]
     ratings = jnp.arange(1, 1 + logits.shape[-1], dtype=jnp.float32)[None, None]

@@ -12,7 +12,7 @@ from jaxtyping import Array
 from pujax.chat import Frames
 from pujax.config import ConfigError, SamplingConfig
 from pujax.losses import group_metrics
-from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.decoder import LanguageModel, Prefix, Prompts
 from pujax.models.lora import with_adapter
 from pujax.sampling import sample
 from pujax.scoring import Scene, Scorer, packed, response_logps
@@ -148,7 +148,7 @@ def explore(
 ) -> tuple[Prefix, Completions]:
     """The policy's encoding of the prompts, and the candidates it samples after them."""
     choices = recipe.sampling
-    prefix = model.prefill(params, batch.prompts, batch.prompt_lengths)
+    prefix = model.prefill(params, Prompts(batch.prompts, batch.prompt_lengths))
     made = sample(
         model,
         params,
@@ -191,21 +191,16 @@ def judge(
         seen = (model, ref_params, recipe.frames, batch)
         reference = Scene(
             *seen,
-            prefix=model.prefill(
-                ref_params,
-                batch.prompts,
-                batch.prompt_lengths,
-                room=None if room is None else room.prompts,
-            ),
+            after=Prompts(batch.prompts, batch.prompt_lengths),
             tokens=tokens,
             mask=mask,
             key=key,
             wants_logps=recipe.needs.reference,
-            room=None if room is None else room.responses,
+            room=room,
         )
         scene = reference
         if recipe.by_policy:
-            scene = replace(reference, params=params, prefix=prefix, wants_logps=False, _memory={})
+            scene = replace(reference, params=params, after=prefix, wants_logps=False, _memory={})
         scores = recipe.scorer(scene)
         if not recipe.needs.reference:
             return scores, jnp.zeros(mask.shape), scene.notes
@@ -264,10 +259,9 @@ def policy_logps(
 
     Without `anchor` those of the anchors are not computed, and 0.
     """
-    prompts, responses = (None, None) if room is None else (room.prompts, room.responses)
-    prefix = model.prefill(params, group.prompts, group.prompt_lengths, room=prompts)
+    prompts = Prompts(group.prompts, group.prompt_lengths)
     return response_logps(
-        model, params, prefix, group.tokens, group.mask, room=responses, anchor=anchor
+        model, params, prompts, group.tokens, group.mask, room=room, anchor=anchor
     )
 
 
@@ -339,11 +333,19 @@ def update(
     # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = _where(finite, optax.apply_updates(state.params, updates), state.params)
-    # XLA makes the moments anew wherever they are read. Unless the parameters that read the old
-    # ones are known to be done, it copies the old ones first: twice the parameters' memory. Of
+    # XLA makes the moments anew wherever they are read. Unless the parameter that reads the old
+    # ones is known to be done, it copies the old ones first: twice the parameters' memory. Of
     # finite parameters and a finite gradient this is always true.
-    done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
-    opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
+    chosen = jax.tree.map(
+        lambda new, old: lambda use: jnp.where(use, new, old), opt_state, state.opt_state
+    )
+    opt_state = optax.tree.map_params(
+        optimizer,
+        lambda choose, leaf: choose(finite & jnp.isfinite(leaf.ravel()[0])),
+        chosen,
+        params,
+        transform_non_params=lambda choose: choose(finite),
+    )
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}

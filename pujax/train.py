@@ -1,6 +1,5 @@
 """`python -m pujax.train`: the command that composes the settings and does the run."""
 
-import os
 import sys
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
+from pujax.compilation import keep_compiled, release_compiler_memory
 from pujax.config import ConfigError, TrainConfig, conf_dir, from_hydra, register
 
 register("train_schema", TrainConfig)
@@ -25,7 +25,8 @@ def main(composed: DictConfig) -> None:
         directory = run_directory(config, _plain(composed))
     except ConfigError as error:
         sys.exit(f"pujax.train: {error}")
-    _use_compilation_cache()
+    keep_compiled()
+    release_compiler_memory()
     from pujax.chat import ChatError
     from pujax.checkpoint import CheckpointError
     from pujax.data import DataError
@@ -127,13 +128,6 @@ def _differing(stored: Any, given: dict[str, Any]) -> list[str]:
         for key in sorted(set(before) | set(now))
         if before.get(key) != now.get(key) and key.split(".")[0] not in UNTOUCHED
     ]
-
-
-def _use_compilation_cache() -> None:
-    """Keep compiled programs in a per-user folder, unless the user has chosen one."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
 
 
 if __name__ == "__main__":

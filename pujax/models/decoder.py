@@ -1,8 +1,9 @@
 """One Flax decoder that works on groups: prompts once, their responses side by side.
 
-`prefill` encodes each prompt once into a `Prefix`; `extend` runs its G responses against that
-shared prefix; `decode` does the same one token at a time with a cache of the response alone.
-All three run the same layer function, so the sampler, the scorers and the gradient agree.
+`extend` runs prompts, each once, and the G responses of each through the layers together.
+`prefill` encodes prompts alone into a `Prefix`, after which `extend` runs responses alone and
+`decode` makes them token by token with a cache of the response alone. All of them run the same
+layer functions, so the sampler, the scorers and the gradient agree.
 
 Prompts are right-padded and carry a length; a response starts at position `length` of its prompt.
 Layers are stacked on a leading axis L and scanned.
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from pujax.types import Params
+from pujax.types import Params, Room
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 NEGATIVE = -1e30  # a masked attention score; finite, so that a wholly masked row stays finite
@@ -79,6 +80,14 @@ class DecoderConfig:
 
 
 @flax.struct.dataclass
+class Prompts:
+    """Right-padded prompts; a prompt's length must be at least 1."""
+
+    tokens: Int[Array, "B P"]
+    lengths: Int[Array, " B"]
+
+
+@flax.struct.dataclass
 class Prefix:
     """Prompts as the responses see them: keys and values of every layer, and the last hidden state.
 
@@ -90,6 +99,25 @@ class Prefix:
     v: Float[Array, "L B KV P H"]
     lengths: Int[Array, " B"]
     last: Float[Array, "B D"]
+
+
+@flax.struct.dataclass
+class States:
+    """Normed final hidden states at each prompt's last token and at the responses' tokens.
+
+    `tapped` is the residual stream on the way there, where that was asked for.
+    """
+
+    last: Float[Array, "B D"]
+    hidden: Float[Array, "B G T D"]
+    tapped: Float[Array, "B G T D"] | None
+
+    @property
+    def predicting(self) -> Float[Array, "B G T+1 D"]:
+        """The states that predict token 0, 1, ... T of each response."""
+        B, G, _, D = self.hidden.shape
+        first = jnp.broadcast_to(self.last[:, None, None], (B, G, 1, D))
+        return jnp.concatenate([first, self.hidden], axis=2)
 
 
 @flax.struct.dataclass
@@ -137,45 +165,51 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
         """Logits of whole sequences; used to initialise, and by tests as the plain forward."""
-        hidden, _, _ = self._whole(tokens, None)
-        return self.unembed(hidden)
+        prompts = Prompts(tokens, jnp.full(tokens.shape[:1], tokens.shape[1]))
+        stream, _, _ = self._run(prompts, _no_responses(prompts))
+        return self.unembed(self._norm(stream, self.final_norm))
 
-    def prefill(
-        self, tokens: Int[Array, "B P"], lengths: Int[Array, " B"], *, room: int | None = None
-    ) -> Prefix:
-        """Encode right-padded prompts once. A prompt's length must be at least 1.
+    def prefill(self, prompts: Prompts, *, room: Room | None = None) -> Prefix:
+        """Encode prompts once.
 
-        With `room`, which the prompts' real tokens must not exceed, only those are computed.
+        With `room`, into which the prompts' real tokens must fit, padding is not computed.
         """
-        real = jnp.arange(tokens.shape[1])[None, :] < lengths[:, None]
-        hidden, k, v = self._whole(tokens, None if room is None else _pack(real, room))
-        last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return Prefix(k=k, v=v, lengths=lengths, last=last)
+        stream, _, seen = self._run(
+            prompts, _no_responses(prompts), room=None if room is None else room.prompts
+        )
+        assert seen is not None
+        return Prefix(*seen, lengths=prompts.lengths, last=self._last(stream, prompts.lengths))
 
     def extend(
         self,
-        prefix: Prefix,
+        after: Prompts | Prefix,
         tokens: Int[Array, "B G T"],
         *,
         tap: int | None = None,
         mask: Bool[Array, "B G T"] | None = None,
-        room: int | None = None,
-    ) -> tuple[Float[Array, "B G T D"], Float[Array, "B G T D"] | None]:
-        """Normed final hidden states of responses, and the residual stream after `tap` layers.
+        room: Room | None = None,
+    ) -> States:
+        """Final hidden states of responses, and the residual stream after `tap` layers.
 
         Position t sees the whole prompt and its own response's tokens up to t. Padding sits to
-        the right of a response, so it changes nothing before it. With `room`, which the tokens
-        that `mask` marks must not exceed, only those are computed and the others' states are 0.
+        the right of a response, so it changes nothing before it. With `room`, into which the
+        tokens that `mask` marks and the prompts' must fit, padding is not computed, and its states
+        are 0.
         """
-        pack = None if room is None or mask is None else _pack(mask, room)
-        x, tapped = self._responses(prefix, tokens, tap, self.config.layers, pack)
-        return self._norm(x, self.final_norm), tapped
+        fresh = isinstance(after, Prompts)
+        size = None if room is None else room.responses + (room.prompts if fresh else 0)
+        stream, tapped, _ = self._run(after, tokens, mask=mask, room=size, tap=tap)
+        return States(
+            last=self._last(stream, after.lengths) if fresh else after.last,
+            hidden=self._norm(_responses(stream, tokens), self.final_norm),
+            tapped=None if tapped is None else _responses(tapped, tokens),
+        )
 
     def read(
-        self, prefix: Prefix, tokens: Int[Array, "B G T"], *, layers: int
+        self, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
     ) -> Float[Array, "B G T D"]:
         """The residual stream of responses after `layers` layers; the later layers never run."""
-        return self._responses(prefix, tokens, None, layers, None)[0]
+        return _responses(self._run(after, tokens, layers=layers)[0], tokens)
 
     def decoding(self, prefix: Prefix) -> Decoding:
         """What `decode` needs of the layers and of the prompts.
@@ -211,7 +245,8 @@ class Decoder(nn.Module):
         x = self._embedded(tokens)[:, :, None]
         key_at = jnp.arange(cache.k[0].shape[-2])
         positions = (decoding.lengths + t)[:, None, None]
-        rope = _rotations(config, positions)
+        # Without the barrier every layer works the cosines and sines out anew.
+        rope = jax.lax.optimization_barrier(_rotations(config, positions))
         own = {
             False: (key_at <= t)[None, None, None, :],
             True: ((key_at <= t) & (key_at > t - config.window))[None, None, None, :],
@@ -224,16 +259,8 @@ class Decoder(nn.Module):
             # In place: the cache is carried.
             keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], _heads_first(k), t, axis=3)
             values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], _heads_first(v), t, axis=3)
-            mixed = _attend(
-                q,
-                keys[i],
-                values[i],
-                _pick(own, local),
-                decoding.k[i],
-                decoding.v[i],
-                _pick(shared, local),
-                self._query_scale,
-            )
+            prefix = decoding.k[i], decoding.v[i], _pick(shared, local)
+            mixed = _attend(q, keys[i], values[i], _pick(own, local), self._query_scale, prefix)
             x = self._finish(weights, x, mixed)
         hidden = self._norm(x[:, :, 0], self.final_norm)
         return hidden, Cache(k=tuple(keys), v=tuple(values))
@@ -260,6 +287,13 @@ class Decoder(nn.Module):
         x = self.embed.at[tokens].get(mode="clip").astype(self.dtype)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
+
+    def _last(
+        self, stream: Float[Array, "B S D"], lengths: Int[Array, " B"]
+    ) -> Float[Array, "B D"]:
+        """The normed state at each prompt's last token, of rows that start with the prompts."""
+        last = jnp.take_along_axis(stream, (lengths - 1)[:, None, None], axis=1)[:, 0]
+        return self._norm(last, self.final_norm)
 
     def _norm(self, x: Array, scale: Array) -> Array:
         x32 = x.astype(jnp.float32)
@@ -314,71 +348,72 @@ class Decoder(nn.Module):
             y = self._norm(y, weights["post_mlp_norm"])
         return x + y
 
-    def _whole(self, tokens: Int[Array, "B P"], pack: Int[Array, " C"] | None):
-        """Normed hidden states [B, P, D] of whole sequences, keys and values [L, B, KV, P, H]."""
-        size = tokens.shape[1]
-        grid = _Grid((tokens.shape[0], 1, size), pack)
-        x = grid.taken(self._embedded(tokens)[:, None])
-        positions = jnp.broadcast_to(jnp.arange(size)[None, None, :], grid.shape)
-        rope = grid.taken_angles(_rotations(self.config, positions))
-        masks = _causal_masks(self.config, size)
-
-        def layer(x, inputs):
-            weights, local = inputs
-            q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            k, v = _heads_first(k), _heads_first(v)
-            mixed = _attend(q, k, v, _pick(masks, local), None, None, None, self._query_scale)
-            return self._finish(weights, x, grid.taken(mixed)), (k[:, :, 0], v[:, :, 0])
-
-        x, (k, v) = jax.lax.scan(self._rematted(layer), x, (self.layers, self._local))
-        return grid.spread(self._norm(x, self.final_norm))[:, 0], k, v
-
-    def _responses(
+    def _run(
         self,
-        prefix: Prefix,
-        tokens: Int[Array, "B G T"],
-        tap: int | None,
-        layers: int,
-        pack: Int[Array, " C"] | None,
-    ):
-        """The residual stream [B, G, T, D] after `layers` layers, and after `tap` of them."""
-        config = self.config
-        B, G, size = tokens.shape
-        grid = _Grid((B, G, size), pack)
-        x = grid.taken(self._embedded(tokens))
-        positions = jnp.broadcast_to(
-            prefix.lengths[:, None, None] + jnp.arange(size)[None, None, :], tokens.shape
-        )
-        rope = grid.taken_angles(_rotations(config, positions))
-        masks = _causal_masks(config, size)
-        shared = _prefix_masks(config, prefix.k.shape[-2], prefix.lengths, positions)
+        after: Prompts | Prefix,
+        responses: Int[Array, "B G T"],
+        *,
+        mask: Bool[Array, "B G T"] | None = None,
+        room: int | None = None,
+        layers: int | None = None,
+        tap: int | None = None,
+    ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
+        """Tokens through the layers: prompts that are not encoded yet, responses, or both.
+
+        A prompt and its responses are one row of P + G·T tokens (P is 0 where a `Prefix` has the
+        prompt), so each kernel multiplies them all at once and gets its gradient from one product.
+        Returns the residual stream [B, P + G·T, D], the same after `tap` layers, and the keys and
+        values [L, B, KV, P, H] of prompts that came without responses.
+        """
+        config, scale = self.config, self._query_scale
+        (B, G, T), lengths = responses.shape, after.lengths
+        encoded = (after.k, after.v) if isinstance(after, Prefix) else None
+        prompts = after.tokens if isinstance(after, Prompts) else jnp.zeros((B, 0), jnp.int32)
+        P = prompts.shape[1]
+        shown = after.k.shape[-2] if isinstance(after, Prefix) else P
+        at_prompt = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+        at = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
+
+        def row(of_prompt: Array, of_responses: Array) -> Array:
+            return jnp.concatenate([of_prompt, of_responses.reshape(B, G * T)], axis=1)
+
+        pack = None
+        if room is not None:
+            marked = jnp.ones((B, G, T), bool) if mask is None else mask
+            pack = _pack(row(at_prompt < lengths[:, None], marked), room)
+        grid = _Grid((B, P + G * T), pack)
+        x = grid.taken(self._embedded(row(prompts, responses)))
+        rope = grid.taken_angles(_rotations(config, row(at_prompt, at)))
+        among_prompt, among_response = _causal_masks(config, P), _causal_masks(config, T)
+        from_response = _prefix_masks(config, shown, lengths, at)
 
         def layer(carry, inputs):
             x, tapped, i = carry
-            weights, local, k_prefix, v_prefix = inputs
+            weights, local, seen = inputs
             q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            k, v = _heads_first(k), _heads_first(v)
-            mixed = _attend(
-                q,
-                k,
-                v,
-                _pick(masks, local),
-                k_prefix,
-                v_prefix,
-                _pick(shared, local),
-                self._query_scale,
-            )
-            x = self._finish(weights, x, grid.taken(mixed))
+            mixed = []
+            if P:
+                own = _heads_first(k[:, None, :P]), _heads_first(v[:, None, :P])
+                mask = _pick(among_prompt, local)
+                mixed.append(_attend(q[:, None, :P], *own, mask, scale)[:, 0])
+                seen = own[0][:, :, 0], own[1][:, :, 0]
+            if G:
+                q, k, v = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
+                own = _heads_first(k), _heads_first(v)
+                mask, of_prompt = _pick(among_response, local), _pick(from_response, local)
+                made = _attend(q, *own, mask, scale, (seen[0], seen[1], of_prompt))
+                mixed.append(made.reshape(B, G * T, -1))
+            x = self._finish(weights, x, grid.taken(jnp.concatenate(mixed, axis=1)))
             if tapped is not None:
                 tapped = jnp.where(i + 1 == tap, x, tapped)
-            return (x, tapped, i + 1), None
+            return (x, tapped, i + 1), None if G else seen
 
-        stacks = (self.layers, self._local, prefix.k, prefix.v)
-        if layers < config.layers:
+        stacks = (self.layers, self._local, encoded)
+        if layers is not None:
             stacks = jax.tree.map(lambda stack: stack[:layers], stacks)
         start = (x, None if tap is None else jnp.zeros_like(x), jnp.int32(0))
-        (x, tapped, _), _ = jax.lax.scan(self._rematted(layer), start, stacks)
-        return grid.spread(x), None if tapped is None else grid.spread(tapped)
+        (x, tapped, _), seen = jax.lax.scan(self._rematted(layer), start, stacks)
+        return grid.spread(x), None if tapped is None else grid.spread(tapped), seen
 
     def _rematted(self, layer):
         """What the backward pass keeps of a layer: all of it, its products, or its input alone."""
@@ -418,31 +453,31 @@ def _pack(mask: Bool[Array, "..."], room: int) -> Int[Array, " C"]:
 
 @dataclass(frozen=True)
 class _Grid:
-    """Tokens as the grid [B, N, T] that attention needs, or packed [C] as all else may be.
+    """Tokens as the grid [B, S] that attention needs, or packed [C] as all else may be.
 
     Norms, projections and the MLP treat each token alone, so where padding is much of the grid
     they run on the real tokens only. Without `pack` the two forms are one.
     """
 
-    shape: tuple[int, int, int]
+    shape: tuple[int, int]
     pack: Int[Array, " C"] | None
 
-    def taken(self, x: Float[Array, "B N T *F"]) -> Array:
-        """[B, N, T, ...] to [C, ...]; unused room is 0."""
+    def taken(self, x: Float[Array, "B S *F"]) -> Array:
+        """[B, S, ...] to [C, ...]; unused room is 0."""
         if self.pack is None:
             return x
-        flat = x.reshape(math.prod(self.shape), *x.shape[3:])
+        flat = x.reshape(math.prod(self.shape), *x.shape[2:])
         return flat.at[self.pack].get(mode="fill", fill_value=0)
 
-    def spread(self, x: Array) -> Float[Array, "B N T *F"]:
-        """[C, ...] to [B, N, T, ...]; tokens that were not taken are 0."""
+    def spread(self, x: Array) -> Float[Array, "B S *F"]:
+        """[C, ...] to [B, S, ...]; tokens that were not taken are 0."""
         if self.pack is None:
             return x
         flat = jnp.zeros((math.prod(self.shape), *x.shape[1:]), x.dtype)
         return flat.at[self.pack].set(x, mode="drop").reshape(*self.shape, *x.shape[1:])
 
     def taken_angles(self, rotations: dict[bool, Array]) -> dict[bool, Array]:
-        """Cosines and sines [2, B, N, T, 1, F] to [2, C, 1, F]."""
+        """Cosines and sines [2, B, S, 1, F] to [2, C, 1, F]."""
         if self.pack is None:
             return rotations
         return {
@@ -475,35 +510,28 @@ class LanguageModel:
         """See `Decoder.__call__`."""
         return self._apply(params, "__call__", tokens)
 
-    def prefill(
-        self,
-        params: Params,
-        tokens: Int[Array, "B P"],
-        lengths: Int[Array, " B"],
-        *,
-        room: int | None = None,
-    ) -> Prefix:
+    def prefill(self, params: Params, prompts: Prompts, *, room: Room | None = None) -> Prefix:
         """See `Decoder.prefill`."""
-        return self._apply(params, "prefill", tokens, lengths, room=room)
+        return self._apply(params, "prefill", prompts, room=room)
 
     def extend(
         self,
         params: Params,
-        prefix: Prefix,
+        after: Prompts | Prefix,
         tokens: Int[Array, "B G T"],
         *,
         tap: int | None = None,
         mask: Bool[Array, "B G T"] | None = None,
-        room: int | None = None,
-    ) -> tuple[Float[Array, "B G T D"], Float[Array, "B G T D"] | None]:
+        room: Room | None = None,
+    ) -> States:
         """See `Decoder.extend`."""
-        return self._apply(params, "extend", prefix, tokens, tap=tap, mask=mask, room=room)
+        return self._apply(params, "extend", after, tokens, tap=tap, mask=mask, room=room)
 
     def read(
-        self, params: Params, prefix: Prefix, tokens: Int[Array, "B G T"], *, layers: int
+        self, params: Params, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
     ) -> Float[Array, "B G T D"]:
         """See `Decoder.read`."""
-        return self._apply(params, "read", prefix, tokens, layers=layers)
+        return self._apply(params, "read", after, tokens, layers=layers)
 
     def decoding(self, params: Params, prefix: Prefix) -> Decoding:
         """See `Decoder.decoding`."""
@@ -533,6 +561,16 @@ class LanguageModel:
         return empty_cache(self.config, prompts, candidates, size, self.dtype)
 
 
+def _no_responses(prompts: Prompts) -> Int[Array, "B 0 0"]:
+    return jnp.zeros((prompts.tokens.shape[0], 0, 0), jnp.int32)
+
+
+def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float[Array, "B G T D"]:
+    """The part of each row that belongs to its responses, which end it."""
+    B, G, T = tokens.shape
+    return row[:, row.shape[1] - G * T :].reshape(B, G, T, row.shape[-1])
+
+
 def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
     """Room for `size` tokens of each of `candidates` responses to each prompt."""
     empty = jnp.zeros((prompts, config.kv_heads, candidates, size, config.head_width), dtype)
@@ -546,15 +584,17 @@ def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
     return jnp.where(local, choices[True], choices[False])
 
 
-def _rotations(config: DecoderConfig, positions: Int[Array, "B N T"]) -> dict[bool, Array]:
-    """Cosines and sines [2, B, N, T, 1, H/2] at `positions`, for global and for local layers."""
+def _rotations(config: DecoderConfig, positions: Int[Array, "*N"]) -> dict[bool, Array]:
+    """Cosines and sines [2, *N, 1, H/2] at `positions`, for global and for local layers."""
 
     def angles(base: float, scaling: RopeScaling | None) -> Array:
         half = config.head_width // 2
         frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
         if scaling is not None:
             frequency = _scaled(frequency, scaling)
-        angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, 1, half)
+        angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
+            (1,) * positions.ndim + (1, half)
+        )
         return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
 
     rotations = {False: angles(config.rope_base, config.rope_scaling)}
@@ -572,7 +612,7 @@ def _scaled(frequency: Float[Array, " F"], scaling: RopeScaling) -> Float[Array,
     return frequency * (blend + (1 - blend) / scaling.factor)
 
 
-def _rotate(x: Float[Array, "B N T X H"], angles: Float[Array, "2 B N T 1 F"]) -> Array:
+def _rotate(x: Float[Array, "*N X H"], angles: Float[Array, "2 *N 1 F"]) -> Array:
     """Rotary embedding (Su et al., 2021) in the half-split layout of Hugging Face checkpoints."""
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = angles[0], angles[1]
@@ -607,28 +647,27 @@ def _attend(
     k: Float[Array, "B KV N S H"],
     v: Float[Array, "B KV N S H"],
     mask: Bool[Array, "B N T S"],
-    k_prefix: Float[Array, "B KV P H"] | None,
-    v_prefix: Float[Array, "B KV P H"] | None,
-    prefix_mask: Bool[Array, "B N T P"] | None,
     scale: float,
+    prefix: tuple[Array, Array, Array] | None = None,
 ) -> Float[Array, "B N T O"]:
     """Grouped-query attention to a response's own keys and to its prompt's shared ones.
 
-    One softmax runs over both. The shared part is one product a prompt: all N responses' queries
+    `prefix` is a prompt's keys and values [B, KV, P, H] and what is seen of them [B, N, T, P]. One
+    softmax runs over both. The shared part is one product a prompt: all N responses' queries
     against the prompt's keys, which are never copied.
     """
     B, N, T, KV, R, H = q.shape
     q = (q * scale).transpose(0, 3, 1, 4, 2, 5)  # B KV N R T H
     own = jnp.einsum("bknrth,bknsh->bknrts", q, k, preferred_element_type=jnp.float32)
     own = jnp.where(mask[:, None, :, None], own, NEGATIVE)
-    if k_prefix is None:
+    if prefix is None:
         weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
         mixed = jnp.einsum("bknrts,bknsh->bntkrh", weights, v)
         return mixed.reshape(B, N, T, KV * R * H)
+    k_prefix, v_prefix, prefix_mask = prefix
     flat = q.reshape(B, KV, N * R * T, H)
     shared = jnp.einsum("bkqh,bkph->bkqp", flat, k_prefix, preferred_element_type=jnp.float32)
     shared = shared.reshape(B, KV, N, R, T, -1)
-    assert prefix_mask is not None
     shared = jnp.where(prefix_mask[:, None, :, None], shared, NEGATIVE)
     top = jnp.maximum(own.max(axis=-1, keepdims=True), shared.max(axis=-1, keepdims=True))
     top = jax.lax.stop_gradient(top)

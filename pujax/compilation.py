@@ -1,0 +1,37 @@
+"""How programs are compiled: once a user, and without keeping the memory that it takes."""
+
+import ctypes
+import os
+from pathlib import Path
+from typing import Any
+
+COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for the event
+
+
+def keep_compiled() -> None:
+    """Keep compiled programs in a per-user folder, unless the user has chosen one.
+
+    To be called before jax is imported.
+    """
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
+
+
+def release_compiler_memory() -> None:
+    """From now on, give what a long compilation took back to the system, where libc can.
+
+    glibc keeps what is freed in small pieces, and a training step, whose buffers are big, can't
+    use it: 0.6 GiB after compiling one on a CPU.
+    """
+    import jax.monitoring
+
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
+    if trim is None:
+        return
+
+    def release(event: str, duration_secs: float, **_: Any) -> None:
+        if event == COMPILED and duration_secs > 1.0:  # trimming takes about 0.1 s
+            trim(0)
+
+    jax.monitoring.register_event_duration_secs_listener(release)
