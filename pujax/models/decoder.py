@@ -394,14 +394,14 @@ class Decoder(nn.Module):
             mixed = []
             if P:
                 own = _heads_first(k[:, None, :P]), _heads_first(v[:, None, :P])
-                mask = _pick(among_prompt, local)
-                mixed.append(_attend(q[:, None, :P], *own, mask, scale)[:, 0])
+                among = _pick(among_prompt, local)
+                mixed.append(_attend(q[:, None, :P], *own, among, scale)[:, 0])
                 seen = own[0][:, :, 0], own[1][:, :, 0]
             if G:
                 q, k, v = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
                 own = _heads_first(k), _heads_first(v)
-                mask, of_prompt = _pick(among_response, local), _pick(from_response, local)
-                made = _attend(q, *own, mask, scale, (seen[0], seen[1], of_prompt))
+                among, of_prompt = _pick(among_response, local), _pick(from_response, local)
+                made = _attend(q, *own, among, scale, (seen[0], seen[1], of_prompt))
                 mixed.append(made.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(mixed, axis=1)))
             if tapped is not None:
