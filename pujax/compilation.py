@@ -1,6 +1,7 @@
 """How programs are compiled: once a user, and without keeping the memory that it takes."""
 
 import ctypes
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ def keep_compiled() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
 
 
+@functools.cache  # a sweep calls this once a run, in one process
 def release_compiler_memory() -> None:
     """From now on, give what a long compilation took back to the system, where libc can.
 

@@ -333,19 +333,11 @@ def update(
     # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
     params = _where(finite, optax.apply_updates(state.params, updates), state.params)
-    # XLA makes the moments anew wherever they are read. Unless the parameter that reads the old
-    # ones is known to be done, it copies the old ones first: twice the parameters' memory. Of
+    # XLA makes the moments anew wherever they are read. Unless the parameters that read the old
+    # ones are known to be done, it copies the old ones first: twice the parameters' memory. Of
     # finite parameters and a finite gradient this is always true.
-    chosen = jax.tree.map(
-        lambda new, old: lambda use: jnp.where(use, new, old), opt_state, state.opt_state
-    )
-    opt_state = optax.tree.map_params(
-        optimizer,
-        lambda choose, leaf: choose(finite & jnp.isfinite(leaf.ravel()[0])),
-        chosen,
-        params,
-        transform_non_params=lambda choose: choose(finite),
-    )
+    done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
+    opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}

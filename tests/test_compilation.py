@@ -1,4 +1,3 @@
-import ctypes
 from types import SimpleNamespace
 
 import jax
@@ -15,8 +14,11 @@ def trims(monkeypatch):
     calls = []
     libc = SimpleNamespace(malloc_trim=calls.append)
     monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: libc)
+    release_compiler_memory.cache_clear()
     release_compiler_memory()
-    return calls
+    release_compiler_memory()
+    yield calls
+    release_compiler_memory.cache_clear()
 
 
 def test_a_long_compilation_is_followed_by_a_trim_and_a_short_one_is_not(trims):
@@ -36,10 +38,16 @@ def test_jax_tells_of_a_compilation_under_that_name():
     assert COMPILED in heard
 
 
-def test_a_libc_without_trimming_is_left_alone(monkeypatch):
+def test_where_libc_can_not_trim_nothing_listens(monkeypatch):
+    listeners = []
+    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
     monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: SimpleNamespace())
-    release_compiler_memory()
-    assert not hasattr(ctypes.CDLL(None), "malloc_trim")
+    release_compiler_memory.__wrapped__()
+    assert listeners == []
+    libc = SimpleNamespace(malloc_trim=print)
+    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: libc)
+    release_compiler_memory.__wrapped__()
+    assert len(listeners) == 1
 
 
 def test_programs_are_kept_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):

@@ -89,9 +89,9 @@ def test_padding_changes_nothing(name):
     prompts = np.concatenate([PROMPTS, np.full((2, 7), 5)], axis=1)
     prompts[1, 6:] = 7
     responses = np.concatenate([RESPONSES, np.full((2, 3, 5), 9)], axis=2)
-    for way in (_together, _extended, _decoded):
+    for way, atol in ((_together, 5e-5), (_extended, 5e-5), (_decoded, 1e-4)):
         padded = way(model, params, prompts, LENGTHS, responses)[:, :, : plain.shape[2]]
-        np.testing.assert_allclose(padded, plain, atol=1e-4, err_msg=str(way))
+        np.testing.assert_allclose(padded, plain, atol=atol, err_msg=str(way))
 
 
 def test_read_and_tap_give_the_residual_stream_of_the_same_layer():
@@ -102,8 +102,8 @@ def test_read_and_tap_give_the_residual_stream_of_the_same_layer():
     expected = read(params, prompts, responses)
     for after in (prompts, jax.jit(model.prefill)(params, prompts)):
         tapped = jax.jit(partial(model.extend, tap=2))(params, after, responses).tapped
+        np.testing.assert_allclose(tapped, read(params, after, responses), atol=1e-6)
         np.testing.assert_allclose(tapped, expected, atol=1e-5)
-        np.testing.assert_allclose(read(params, after, responses), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
