@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -16,7 +16,7 @@ from rich.table import Table
 from pujax.config import BenchmarkRun, ConfigError, ShapesConfig, conf_dir, from_hydra, register
 
 if TYPE_CHECKING:
-    from pujax.measure import Cost, Subject
+    from pujax.measure import Cost
 
 register("benchmark_schema", BenchmarkRun)
 
@@ -58,7 +58,7 @@ def main(composed: DictConfig) -> None:
         line: dict[str, Any] = described(run, composed) | asdict(cost)
         if run.benchmark.sweep:
             line["sweep"], written = [asdict(cost)], list[Path]()
-            for key, value, cost in sweep(subject, run.benchmark):
+            for key, value, cost in sweep(subject.measure, run.benchmark):
                 console.print(f"{key}={value}: step {cost.step_s:.2f} s")
                 line["sweep"].append(asdict(cost))
                 # After each, so that a sweep that is cut off leaves what it measured.
@@ -106,12 +106,14 @@ def table(cost: "Cost") -> Table:
     return shown
 
 
-def sweep(subject: "Subject", shape: ShapesConfig) -> Iterator[tuple[str, int, "Cost"]]:
+def sweep(
+    measure: Callable[[ShapesConfig], "Cost"], shape: ShapesConfig
+) -> Iterator[tuple[str, int, "Cost"]]:
     """The costs around `shape`, one of its sizes changed at a time: which, to what, the cost."""
     for key, values in SWEPT.items():
         for value in values:
             if value != getattr(shape, key):
-                yield key, value, subject.measure(replace(shape, **{key: value}))
+                yield key, value, measure(replace(shape, **{key: value}))
 
 
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:

@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from dataclasses import asdict
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -41,21 +42,19 @@ def test_shapes_are_checked():
         ShapesConfig(candidates=0)
 
 
-class Stopwatch:
+def measured(shape):
     """In a subject's place: a step takes a second a candidate."""
-
-    def measure(self, shape):
-        sizes = ("candidates", "prompt_tokens", "response_tokens")
-        costs = dict.fromkeys(Cost.__dataclass_fields__, 0.5)
-        costs |= {size: getattr(shape, size) for size in sizes}
-        return Cost(**costs | {"step_s": shape.candidates})
+    sizes = ("candidates", "prompt_tokens", "response_tokens")
+    costs: dict[str, Any] = dict.fromkeys(Cost.__dataclass_fields__, 0.5)
+    costs |= {size: getattr(shape, size) for size in sizes}
+    return Cost(**costs | {"step_s": shape.candidates})
 
 
 def test_a_sweep_changes_one_size_at_a_time():
     around = ShapesConfig(candidates=8, prompt_tokens=64, response_tokens=64)
     swept = [
         (key, value, cost.candidates, cost.prompt_tokens, cost.response_tokens)
-        for key, value, cost in sweep(Stopwatch(), around)
+        for key, value, cost in sweep(measured, around)
     ]
     assert swept == [
         ("candidates", 2, 2, 64, 64),
@@ -70,7 +69,7 @@ def test_a_sweep_changes_one_size_at_a_time():
 
 def test_a_sweep_is_written_from_its_first_two_costs_on(tmp_path):
     around = ShapesConfig(candidates=8)
-    costs = [Stopwatch().measure(around), next(sweep(Stopwatch(), around))[2]]
+    costs = [measured(around), next(sweep(measured, around))[2]]
     text, picture = write_sweep([asdict(cost) for cost in costs], tmp_path / "new")
     head, _, *rows = text.read_text().splitlines()
     assert head.startswith("| K | P | T | step | sampling |")
