@@ -312,7 +312,11 @@ def update(
 
     prompts = group.prompts.shape[0]
     if microbatch is None or microbatch == prompts:
-        grads, metrics = gradients(group)
+        # Nothing is learnt from a group without a token. Asking that first keeps XLA from filling
+        # the gradient's buffers with zeros while the sampler still needs its own.
+        made = jax.eval_shape(gradients, group)
+        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
+        grads, metrics = jax.lax.cond(group.mask.any(), gradients, lambda _: nothing, group)
     else:
         parts = jax.tree.map(
             lambda x: x.reshape(prompts // microbatch, microbatch, *x.shape[1:]), group
@@ -327,20 +331,30 @@ def update(
         total, _ = jax.lax.scan(add, zeros, parts)
         grads, metrics = jax.tree.map(lambda x: x * (microbatch / prompts), total)
 
-    norm = optax.tree.norm(grads)
+    norm = _norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
     # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    updates, _ = optimizer.update(grads, state.opt_state, state.params)
     params = _where(finite, optax.apply_updates(state.params, updates), state.params)
-    # XLA makes the moments anew wherever they are read. Unless the parameters that read the old
-    # ones are known to be done, it copies the old ones first: twice the parameters' memory. Of
-    # finite parameters and a finite gradient this is always true.
+    # XLA would share what parameters and moments have in common through memory: twice the
+    # parameters' size. Behind the barrier the moments are made from the gradient once more.
+    _, opt_state = optimizer.update(
+        jax.lax.optimization_barrier(grads), state.opt_state, state.params
+    )
+    # Unless the parameters that read the old moments are known to be done, those are copied first.
+    # Of finite parameters and a finite gradient this is always true.
     done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
     opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
+
+
+def _norm(tree: Params) -> Array:
+    """The global norm, each leaf's squares summed as a product: they are never in memory."""
+    squares = [jnp.tensordot(leaf, leaf, axes=leaf.ndim) for leaf in jax.tree.leaves(tree)]
+    return jnp.sqrt(jnp.stack(squares).sum())
 
 
 def _where(chosen: Array, new: Any, old: Any) -> Any:
