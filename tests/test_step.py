@@ -252,6 +252,24 @@ def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group)
     assert (after.skipped, after.step) == (0, 3)
 
 
+def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
+    """Adam's new moments overwrite the old, and the gradient's room is not filled while sampling.
+
+    Scratch is 2.0 times the parameters; without the one 3.3 times, without the other 2.4.
+    """
+    settings = dataclasses.replace(model.config, width=128, mlp_width=512, layers=8)
+    model = dataclasses.replace(model, config=settings, remat="dots")
+    state = jax.eval_shape(lambda: state_of(model.init(jax.random.key(0)), optax.adamw(1e-3)))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step = make_train_step(
+        model, recipe(), losses.grpo, optax.adamw(1e-3), jax.tree.map(lambda _: one, state)
+    )
+    few = jax.tree.map(lambda x: x[:2], batch)
+    compiled = step.lower(state, state.params, None, few, jax.random.key(5)).compile()
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.2 * size
+
+
 def test_inner_epochs_learn_from_the_same_group_again(model, params, batch):
     loss = partial(losses.grpo, kl_coef=0.0)
     mesh = MeshConfig()
