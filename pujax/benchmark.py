@@ -154,9 +154,9 @@ def _plot(costs: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) 
         axes.plot(sizes, [cost["step_s"] for cost in line], "k.-", label="whole step")
         axes.set_xlabel(title)
         axes.set_xticks(sizes)
-        axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("seconds a step")
+    panels[0].set_ylim(bottom=0)  # of all three, and last: it ends the search for an upper limit
     panels[0].legend(loc="upper left", fontsize="small")
     figure.savefig(path, dpi=120)
 

@@ -2,12 +2,13 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import pytest
+from matplotlib.figure import Figure
 from test_step import recipe
 
 from pujax.benchmark import sweep, write_sweep
@@ -75,6 +76,18 @@ def test_a_sweep_is_written_from_its_first_two_costs_on(tmp_path):
     assert head.startswith("| K | P | T | step | sampling |")
     assert rows == [f"| {K} | 64 | 64 | {K} |" + " 0.5 |" * 5 for K in (8, 2)]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_curve_fits_into_its_panel(tmp_path, monkeypatch):
+    limits = []
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *_, **__: limits.extend(a.get_ylim() for a in self.axes)
+    )
+    costs = [measured(ShapesConfig(candidates=8)), measured(ShapesConfig(candidates=2))]
+    costs.append(replace(measured(ShapesConfig(candidates=8, prompt_tokens=512)), step_s=30.0))
+    write_sweep([asdict(cost) for cost in costs], tmp_path)
+    assert len(limits) == 3
+    assert all(low == 0 and high >= 30 for low, high in limits)
 
 
 @pytest.mark.slow
