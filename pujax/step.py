@@ -310,28 +310,29 @@ def update(
             lambda room: jax.grad(mean_loss, has_aux=True)(state.params, part, room),
         )
 
+    def nothing(part: Group) -> tuple[Params, Metrics]:
+        shapes = jax.eval_shape(gradients, part)
+        return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
     prompts = group.prompts.shape[0]
     if microbatch is None or microbatch == prompts:
         # Nothing is learnt from a group without a token. Asking that first keeps XLA from filling
         # the gradient's buffers with zeros while the sampler still needs its own.
-        made = jax.eval_shape(gradients, group)
-        nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), made)
-        grads, metrics = jax.lax.cond(group.mask.any(), gradients, lambda _: nothing, group)
+        grads, metrics = jax.lax.cond(group.mask.any(), gradients, nothing, group)
     else:
         parts = jax.tree.map(
             lambda x: x.reshape(prompts // microbatch, microbatch, *x.shape[1:]), group
         )
-        first = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], parts))
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
 
         def add(total, part):
             return jax.tree.map(jnp.add, total, gradients(part)), None
 
         # Every prompt counts once in loss and metrics, so equal parts average to the whole.
+        zeros = nothing(jax.tree.map(lambda x: x[0], parts))
         total, _ = jax.lax.scan(add, zeros, parts)
         grads, metrics = jax.tree.map(lambda x: x * (microbatch / prompts), total)
 
-    norm = _norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
 
     # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
@@ -349,12 +350,6 @@ def update(
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
-
-
-def _norm(tree: Params) -> Array:
-    """The global norm, each leaf's squares summed as a product: they are never in memory."""
-    squares = [jnp.tensordot(leaf, leaf, axes=leaf.ndim) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(jnp.stack(squares).sum())
 
 
 def _where(chosen: Array, new: Any, old: Any) -> Any:
