@@ -102,8 +102,8 @@ def test_read_and_tap_give_the_residual_stream_of_the_same_layer():
     expected = read(params, prompts, responses)
     for after in (prompts, jax.jit(model.prefill)(params, prompts)):
         tapped = jax.jit(partial(model.extend, tap=2))(params, after, responses).tapped
-        np.testing.assert_allclose(tapped, read(params, after, responses), atol=1e-6)
-        np.testing.assert_allclose(tapped, expected, atol=1e-5)
+        np.testing.assert_allclose(tapped, read(params, after, responses), atol=5e-5)
+        np.testing.assert_allclose(tapped, expected, atol=5e-5)
 
 
 @pytest.mark.parametrize("remat", ["dots", "full"])
