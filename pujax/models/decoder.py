@@ -17,12 +17,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
+from pujax.models.attention import KEPT, Shared, attend, attend_next
 from pujax.types import Params, Room
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
-NEGATIVE = -1e30  # a masked attention score; finite, so that a wholly masked row stays finite
 
 
 @dataclass(frozen=True)
@@ -243,15 +244,9 @@ class Decoder(nn.Module):
         """Normed hidden state of every response's token `t`, and the cache with it added."""
         config = self.config
         x = self._embedded(tokens)[:, :, None]
-        key_at = jnp.arange(cache.k[0].shape[-2])
         positions = (decoding.lengths + t)[:, None, None]
         # Without the barrier every layer works the cosines and sines out anew.
         rope = jax.lax.optimization_barrier(_rotations(config, positions))
-        own = {
-            False: (key_at <= t)[None, None, None, :],
-            True: ((key_at <= t) & (key_at > t - config.window))[None, None, None, :],
-        }
-        shared = _prefix_masks(config, decoding.k[0].shape[-2], decoding.lengths, positions)
         keys, values = list(cache.k), list(cache.v)
         for i, local in enumerate(config.local_layers):
             weights = decoding.layers[i]
@@ -259,9 +254,10 @@ class Decoder(nn.Module):
             # In place: the cache is carried.
             keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], _heads_first(k), t, axis=3)
             values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], _heads_first(v), t, axis=3)
-            prefix = decoding.k[i], decoding.v[i], _pick(shared, local)
-            mixed = _attend(q, keys[i], values[i], _pick(own, local), self._query_scale, prefix)
-            x = self._finish(weights, x, mixed)
+            shared = Shared(decoding.k[i], decoding.v[i], decoding.lengths)
+            reach = config.window if local else None
+            mixed = attend_next(q[:, :, 0], keys[i], values[i], t, shared=shared, reach=reach)
+            x = self._finish(weights, x, mixed[:, :, None])
         hidden = self._norm(x[:, :, 0], self.final_norm)
         return hidden, Cache(k=tuple(keys), v=tuple(values))
 
@@ -282,6 +278,12 @@ class Decoder(nn.Module):
         """One flag a layer, or None where every layer is global and nothing needs choosing."""
         flags = self.config.local_layers
         return jnp.array(flags) if any(flags) else None
+
+    def _reach(self, local: Bool[Array, ""] | None) -> Int[Array, ""] | None:
+        """How many tokens back, itself included, a token of this layer sees; None is no limit."""
+        if local is None:
+            return None
+        return jnp.where(local, self.config.window, jnp.iinfo(jnp.int32).max)
 
     def _embedded(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         x = self.embed.at[tokens].get(mode="clip").astype(self.dtype)
@@ -308,7 +310,7 @@ class Decoder(nn.Module):
         if f"{name}_rows" in weights:
             y = _streamed(x, weights[f"{name}_rows"], self.dtype)
         else:
-            y = _times(x, weights[name].astype(self.dtype))
+            y = checkpoint_name(_times(x, weights[name].astype(self.dtype)), name)
         if f"{name}_lora_a" in weights:
             low = _times(x, weights[f"{name}_lora_a"].astype(self.dtype))
             change = _times(low, weights[f"{name}_lora_b"].astype(self.dtype))
@@ -319,7 +321,7 @@ class Decoder(nn.Module):
         return y
 
     def _qkv(self, weights: Params, x: Array, rope: dict[bool, Array], local: Array | bool | None):
-        """Rotated queries [B, N, T, KV, R, H] and keys, and values [B, N, T, KV, H]."""
+        """Rotated, scaled queries [*N, KV, R, H], and keys and values [*N, KV, H]."""
         config = self.config
         h = self._norm(x, weights["attn_norm"])
         lead = h.shape[:-1]
@@ -331,6 +333,7 @@ class Decoder(nn.Module):
             k = self._norm(k, weights["k_norm"])
         angles = _pick(rope, local)
         q, k = _rotate(q, angles), _rotate(k, angles)
+        q = q * jnp.asarray(self._query_scale, q.dtype)
         return q.reshape(*lead, config.kv_heads, -1, config.head_width), k, v
 
     def _finish(self, weights: Params, x: Array, mixed: Array) -> Array:
@@ -365,12 +368,11 @@ class Decoder(nn.Module):
         Returns the residual stream [B, P + G·T, D], the same after `tap` layers, and the keys and
         values [L, B, KV, P, H] of prompts that came without responses.
         """
-        config, scale = self.config, self._query_scale
+        config = self.config
         (B, G, T), lengths = responses.shape, after.lengths
         encoded = (after.k, after.v) if isinstance(after, Prefix) else None
         prompts = after.tokens if isinstance(after, Prompts) else jnp.zeros((B, 0), jnp.int32)
         P = prompts.shape[1]
-        shown = after.k.shape[-2] if isinstance(after, Prefix) else P
         at_prompt = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         at = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
 
@@ -384,24 +386,19 @@ class Decoder(nn.Module):
         grid = _Grid((B, P + G * T), pack)
         x = grid.taken(self._embedded(row(prompts, responses)))
         rope = grid.taken_angles(_rotations(config, row(at_prompt, at)))
-        among_prompt, among_response = _causal_masks(config, P), _causal_masks(config, T)
-        from_response = _prefix_masks(config, shown, lengths, at)
 
         def layer(carry, inputs):
             x, tapped, i = carry
             weights, local, seen = inputs
             q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            mixed = []
+            mixed, reach = [], self._reach(local)
             if P:
-                own = _heads_first(k[:, None, :P]), _heads_first(v[:, None, :P])
-                among = _pick(among_prompt, local)
-                mixed.append(_attend(q[:, None, :P], *own, among, scale)[:, 0])
-                seen = own[0][:, :, 0], own[1][:, :, 0]
+                own = (y[:, None, :P] for y in (q, k, v))
+                mixed.append(attend(*own, reach=reach)[:, 0])
+                seen = tuple(_heads_first(y[:, None, :P])[:, :, 0] for y in (k, v))
             if G:
-                q, k, v = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
-                own = _heads_first(k), _heads_first(v)
-                among, of_prompt = _pick(among_response, local), _pick(from_response, local)
-                made = _attend(q, *own, among, scale, (seen[0], seen[1], of_prompt))
+                own = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
+                made = attend(*own, shared=Shared(*seen, lengths), reach=reach)
                 mixed.append(made.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(mixed, axis=1)))
             if tapped is not None:
@@ -416,11 +413,16 @@ class Decoder(nn.Module):
         return grid.spread(x), None if tapped is None else grid.spread(tapped), seen
 
     def _rematted(self, layer):
-        """What the backward pass keeps of a layer: all of it, its products, or its input alone."""
+        """What the backward pass keeps of a layer: all of it, its products, or its input alone.
+
+        Of the products the output projection's is made again: it is a small one, and would take as
+        much memory as attention's result, which is kept.
+        """
         if self.remat == "full":
             return jax.checkpoint(layer, prevent_cse=False)
         if self.remat == "dots":
-            policy = jax.checkpoint_policies.dots_with_no_batch_dims_saveable
+            kept = (KEPT, "q", "k", "v", "gate", "up")
+            policy = jax.checkpoint_policies.save_only_these_names(*kept)
             return jax.checkpoint(layer, policy=policy, prevent_cse=False)
         return layer
 
@@ -620,64 +622,8 @@ def _rotate(x: Float[Array, "*N X H"], angles: Float[Array, "2 *N 1 F"]) -> Arra
     return rotated.astype(x.dtype)
 
 
-def _causal_masks(config: DecoderConfig, size: int) -> dict[bool, Array]:
-    """[1, 1, T, T] for global and for local layers: key s is seen by query t."""
-    query_at, key_at = jnp.arange(size)[:, None], jnp.arange(size)[None, :]
-    causal = key_at <= query_at
-    near = causal & (key_at > query_at - config.window)
-    return {False: causal[None, None], True: near[None, None]}
-
-
-def _prefix_masks(
-    config: DecoderConfig, size: int, lengths: Int[Array, " B"], positions: Int[Array, "B N T"]
-) -> dict[bool, Array]:
-    """[B, N, T, P] for global and for local layers: prompt key p is seen by response query t."""
-    key_at = jnp.arange(size)[None, None, None, :]
-    real = key_at < lengths[:, None, None, None]
-    near = real & (key_at > positions[..., None] - config.window)
-    return {False: jnp.broadcast_to(real, near.shape), True: near}
-
-
 def _heads_first(x: Float[Array, "B N T KV H"]) -> Float[Array, "B KV N T H"]:
     return x.transpose(0, 3, 1, 2, 4)
-
-
-def _attend(
-    q: Float[Array, "B N T KV R H"],
-    k: Float[Array, "B KV N S H"],
-    v: Float[Array, "B KV N S H"],
-    mask: Bool[Array, "B N T S"],
-    scale: float,
-    prefix: tuple[Array, Array, Array] | None = None,
-) -> Float[Array, "B N T O"]:
-    """Grouped-query attention to a response's own keys and to its prompt's shared ones.
-
-    `prefix` is a prompt's keys and values [B, KV, P, H] and what is seen of them [B, N, T, P]. One
-    softmax runs over both. The shared part is one product a prompt: all N responses' queries
-    against the prompt's keys, which are never copied.
-    """
-    B, N, T, KV, R, H = q.shape
-    q = (q * scale).transpose(0, 3, 1, 4, 2, 5)  # B KV N R T H
-    own = jnp.einsum("bknrth,bknsh->bknrts", q, k, preferred_element_type=jnp.float32)
-    own = jnp.where(mask[:, None, :, None], own, NEGATIVE)
-    if prefix is None:
-        weights = jax.nn.softmax(own, axis=-1).astype(v.dtype)
-        mixed = jnp.einsum("bknrts,bknsh->bntkrh", weights, v)
-        return mixed.reshape(B, N, T, KV * R * H)
-    k_prefix, v_prefix, prefix_mask = prefix
-    flat = q.reshape(B, KV, N * R * T, H)
-    shared = jnp.einsum("bkqh,bkph->bkqp", flat, k_prefix, preferred_element_type=jnp.float32)
-    shared = shared.reshape(B, KV, N, R, T, -1)
-    shared = jnp.where(prefix_mask[:, None, :, None], shared, NEGATIVE)
-    top = jnp.maximum(own.max(axis=-1, keepdims=True), shared.max(axis=-1, keepdims=True))
-    top = jax.lax.stop_gradient(top)
-    own, shared = jnp.exp(own - top), jnp.exp(shared - top)
-    total = own.sum(axis=-1, keepdims=True) + shared.sum(axis=-1, keepdims=True)
-    own, shared = (own / total).astype(v.dtype), (shared / total).astype(v.dtype)
-    mixed = jnp.einsum("bknrts,bknsh->bknrth", own, v)
-    from_prompt = jnp.einsum("bkqp,bkph->bkqh", shared.reshape(B, KV, N * R * T, -1), v_prefix)
-    mixed = mixed + from_prompt.reshape(mixed.shape)
-    return mixed.transpose(0, 2, 4, 1, 3, 5).reshape(B, N, T, KV * R * H)
 
 
 def _normal(key: Array, shape: tuple[int, ...]) -> Array:
