@@ -20,15 +20,13 @@ from pujax import evaluate, losses, report
 from pujax.chat import Chat
 from pujax.checkpoint import Checkpoints, Place
 from pujax.collect import open_teacher
-from pujax.config import ConfigError, LoraConfig, ModelConfig, TrainConfig, build
+from pujax.config import TrainConfig, build
 from pujax.data import DataError, Dataset, Example, batch_at, collate, make_dataset
 from pujax.deploy import export_hf
 from pujax.evaluate import Evaluation
 from pujax.logs import RunLog, SampleGroup, progress
-from pujax.mesh import make_mesh, placer, put_batch, tree_shardings
-from pujax.models import weights
-from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.models.lora import init_adapter
+from pujax.mesh import make_mesh, put_batch, tree_shardings
+from pujax.models.decoder import DecoderConfig
 from pujax.prompts import load_prompts, messages_key
 from pujax.step import (
     Recipe,
@@ -38,6 +36,7 @@ from pujax.step import (
     make_train_step,
     needs_of,
 )
+from pujax.student import load_student, new_state
 from pujax.teacher import anchors_for
 from pujax.types import Batch, Group, LossFn, Params, Room, TrainState
 
@@ -48,18 +47,6 @@ class NonFiniteError(RuntimeError):
 
 class StopRequested(Exception):
     """The run was asked to stop, and has saved its state; the message says where it stands."""
-
-
-@dataclass(frozen=True)
-class Student:
-    """The model with what is frozen of it and what is trained.
-
-    Without LoRA `base` is None and `trainable` is every parameter.
-    """
-
-    model: LanguageModel
-    base: Params | None
-    trainable: Params
 
 
 @dataclass(frozen=True)
@@ -302,60 +289,6 @@ def load_data(config: TrainConfig, chat: Chat, console: Console) -> tuple[Datase
     return train_data, heldout
 
 
-def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
-    """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
-
-    Raises `ConfigError` where tokenizer and embedding don't match.
-    """
-    dtype = compute_dtype(config.dtype)
-    if config.shape.layers:
-        shape = config.shape
-        settings = DecoderConfig(
-            family="llama",
-            vocab=chat.vocab,
-            width=shape.width,
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_width=shape.width // shape.heads,
-            mlp_width=shape.mlp_width,
-            norm_eps=1e-5,
-            rope_base=10_000.0,
-            tied=True,
-            eos_ids=chat.eos_ids,
-        )
-        params = LanguageModel(settings).init(jax.random.key(seed))
-        params = jax.device_put(params, tree_shardings(mesh, params))
-    else:
-        # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
-        kept = dtype if config.lora.rank else jnp.float32
-        settings, params = weights.load(config.path, dtype=kept, place=placer(mesh))
-    if chat.vocab > settings.vocab:
-        raise ConfigError(
-            f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
-            f"{settings.vocab} rows: take both from one source"
-        )
-    settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
-    if not config.lora.rank:
-        return Student(LanguageModel(settings, dtype, config.remat), None, params)
-    settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
-    adapter = make_adapter(config.lora, params, mesh, seed)
-    return Student(LanguageModel(settings, dtype, config.remat), params, adapter)
-
-
-def make_adapter(config: LoraConfig, params: Params, mesh: Mesh, seed: int) -> Params:
-    """A fresh adapter on the mesh: B is zero, so it changes nothing yet."""
-    adapter = init_adapter(jax.random.key(seed), params, config)
-    return jax.device_put(adapter, tree_shardings(mesh, adapter))
-
-
-def compute_dtype(name: str) -> Any:
-    """What the matrices multiply in: `auto` is float32 on CPU and bfloat16 elsewhere."""
-    if name == "auto":
-        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
 def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe, LossFn]:
     """The functions that the settings name, tried on shapes so that a wrong value fails now.
 
@@ -407,18 +340,6 @@ def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.Gradien
         warmup=optim.warmup,
         schedule=optim.schedule,
     )
-
-
-def new_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """A stage's first state, on the mesh. It takes `trainable` over: the step donates it."""
-
-    def make(params: Params) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
-
-    shardings = tree_shardings(mesh, jax.eval_shape(make, trainable))
-    state = jax.jit(make, out_shardings=shardings)(trainable)
-    return state
 
 
 def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list[SampleGroup]:

@@ -23,7 +23,6 @@ from jaxtyping import Array
 from pujax.chat import Chat
 from pujax.compilation import release_compiler_memory
 from pujax.config import BenchmarkRun, SamplingConfig, ShapesConfig, build
-from pujax.fit import Student, load_student, new_state
 from pujax.mesh import make_mesh, put_batch, tree_shardings
 from pujax.models.decoder import DecoderConfig, Prompts, layer_shapes
 from pujax.step import (
@@ -35,6 +34,7 @@ from pujax.step import (
     needs_of,
     update,
 )
+from pujax.student import Student, load_student, new_state
 from pujax.types import Batch, Completions, LossFn, Params, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak

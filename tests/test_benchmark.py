@@ -121,3 +121,9 @@ def test_the_command_ends_in_one_json_object(tmp_path):
     assert 0.5 < line["peak_rss_gib"] < 16
     assert (line["loss"], line["scorer"]) == ("grpo", "random")
     assert line["versions"]["jax"] == jax.__version__
+
+
+def test_a_measured_process_holds_neither_plots_nor_checkpoints():
+    code = "import sys, pujax.measure; print({'matplotlib', 'orbax', 'httpx'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"

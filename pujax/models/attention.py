@@ -8,17 +8,20 @@ log-sum-exp (Dao et al., 2022), which costs less than reading them from memory.
 Where cuDNN has a kernel for a case, that is used instead (never tried: no GPU was at hand).
 """
 
-from functools import partial
-from typing import Any
+from functools import partial, reduce
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 128  # queries a row, at most, whose scores are made together
+BLOCK = 64  # queries a row, at most, whose scores are made together
 RUNS = 4  # parts of long sequences, of which each leaves out the keys of those after it
+# From [B, N, T, KV, R, H] to [B, KV, N, R, T, H], and of keys the same without R.
+HEADS_FIRST = {6: (0, 3, 1, 4, 2, 5), 5: (0, 3, 1, 2, 4)}
 KEPT = "attended"  # the name under which a rematerialisation policy may keep what attention gave
 NEGATIVE = -1e30  # a masked score; finite, so that a wholly masked row stays finite
 
@@ -51,17 +54,10 @@ def attend(
             *sequences, scale=1.0, is_causal=True, implementation="cudnn"
         )
         return mixed.reshape(B, N, T, KV * R * H)
-    # As many sequences at once as fill a block; of longer ones as many blocks as they fill.
-    n = max(n for n in range(1, N + 1) if N % n == 0 and n * T <= max(BLOCK, T))
     blocks = -(-T // BLOCK)
     size = blocks * -(-T // blocks)
-    q, k, v = (
-        jnp.pad(x, [(0, 0), (0, 0), (0, size - T)] + [(0, 0)] * (x.ndim - 3)) for x in (q, k, v)
-    )
-    q = q.reshape(B, N // n, n, size, KV, R, H).transpose(1, 0, 4, 2, 5, 3, 6)
-    k, v = (x.reshape(B, N // n, n, size, KV, H).transpose(1, 0, 4, 2, 3, 5) for x in (k, v))
-    mixed = _attended(q, k, v, shared, reach)
-    return mixed.transpose(1, 0, 3, 5, 2, 4, 6).reshape(B, N, size, KV * R * H)[:, :, :T]
+    q, k, v = (_padded(x, size) for x in (q, k, v))
+    return _attended(q, k, v, shared, reach)[:, :, :T].reshape(B, N, T, KV * R * H)
 
 
 def attend_next(
@@ -76,8 +72,9 @@ def attend_next(
     """The same for token `t` of N responses, whose keys and values up to it stand in a cache."""
     B, N, KV, R, H = q.shape
     q = q.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
-    mixed, _ = _forward_block(q, k, v, shared, t, reach)
-    return mixed[:, :, :, :, 0].transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
+    mixed, _ = _forward_block(q, _visible(k, v, shared, t[None], reach))
+    mixed = mixed[:, :, :, :, 0].astype(v.dtype)
+    return mixed.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
 
 
 def _suits_cudnn(dtype: Any, head_width: int) -> bool:
@@ -94,183 +91,171 @@ def _suits_cudnn(dtype: Any, head_width: int) -> bool:
 
 @jax.custom_vjp
 def _attended(
-    q: Float[Array, "J B KV n R T H"],
-    k: Float[Array, "J B KV n T H"],
-    v: Float[Array, "J B KV n T H"],
+    q: Float[Array, "B N T KV R H"],
+    k: Float[Array, "B N T KV H"],
+    v: Float[Array, "B N T KV H"],
     shared: Shared | None,
     reach: Int[Array, ""] | None,
-) -> Float[Array, "J B KV n R T H"]:
-    """What each query gets, n sequences at a time."""
+) -> Float[Array, "B N T KV R H"]:
+    """What each query gets; where T is more than a block it is a multiple of the blocks' size."""
     return _forward(q, k, v, shared, reach)[0]
 
 
 def _forward(q: Array, k: Array, v: Array, shared: Shared | None, reach: Array | None):
-    size, runs = _runs(q.shape[-2])
+    n, size, runs = _plan(*q.shape[1:3])
 
-    def sequences(_: None, inputs: tuple[Array, ...]) -> tuple[None, tuple[Array, Array]]:
-        q, k, v = inputs
+    def block(stop: int, made: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], None]:
+        first = at[0], 0
+        own = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
+        visible = _visible(*own, shared, at[1] + jnp.arange(size), reach)
+        mixed, normalizer = _forward_block(_cut(q, at, (n, size)), visible)
+        return (_put(made[0], mixed, at), _put(made[1], normalizer, at)), None
 
-        def block(keys: tuple, _: None, i: Array) -> tuple[None, tuple[Array, Array]]:
-            return None, _forward_block(_rows(q, i, size), *keys, shared, i * size, reach)
-
-        made = []
-        for run in runs:
-            keys = k[..., : (run[-1] + 1) * size, :], v[..., : (run[-1] + 1) * size, :]
-            made.append(jax.lax.scan(partial(block, keys), None, jnp.array(run))[1])
-        mixed, normalizer = (jnp.concatenate(parts) for parts in zip(*made, strict=True))
-        return None, (_joined(mixed, -2), _joined(normalizer, -1))
-
-    _, (mixed, normalizer) = jax.lax.scan(sequences, None, (q, k, v))
-    mixed, normalizer = checkpoint_name(mixed, KEPT), checkpoint_name(normalizer, KEPT)
+    made = jnp.zeros(q.shape, v.dtype), jnp.zeros((*q.shape[:-1], 1))
+    for stop, where in runs:
+        made, _ = jax.lax.scan(partial(block, stop), made, where)
+    mixed, normalizer = (checkpoint_name(x, KEPT) for x in made)
     return mixed, (q, k, v, shared, reach, mixed, normalizer)
 
 
-def _backward(saved: tuple, cotangent: Float[Array, "J B KV n R T H"]):
+def _backward(saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
     q, k, v, shared, reach, mixed, normalizer = saved
-    size, runs = _runs(q.shape[-2])
+    n, size, runs = _plan(*q.shape[1:3])
+    products = jnp.sum(mixed.astype(jnp.float32) * cotangent, axis=-1, keepdims=True)
 
-    def sequences(d_shared: tuple[Array, Array] | None, inputs: tuple[Array, ...]):
-        q, k, v, mixed, normalizer, cotangent = inputs
-        products = jnp.sum(mixed.astype(jnp.float32) * cotangent, axis=-1)
-
-        def block(keys: tuple, carry: tuple, i: Array) -> tuple[tuple, Array]:
-            d_k, d_v, d_shared = carry
-            rows = (_rows(x, i, size) for x in (q, cotangent))
-            sums = (_rows(x, i, size, axis=-1) for x in (normalizer, products))
-            own, of_prompt = _backward_block(*rows, *sums, *keys, shared, i * size, reach)
-            d_q = own[0]
-            if d_shared is not None:
-                assert of_prompt is not None
-                d_q += of_prompt[0]
-                d_shared = d_shared[0] + of_prompt[1], d_shared[1] + of_prompt[2]
-            return (d_k + own[1], d_v + own[2], d_shared), d_q
-
-        d_q, d_k, d_v = [], jnp.zeros(k.shape), jnp.zeros(v.shape)
-        for run in runs:
-            keys = k[..., : (run[-1] + 1) * size, :], v[..., : (run[-1] + 1) * size, :]
-            zeros = jnp.zeros(keys[0].shape)
-            (d_keys, d_values, d_shared), d_rows = jax.lax.scan(
-                partial(block, keys), (zeros, zeros, d_shared), jnp.array(run)
-            )
-            d_k = d_k.at[..., : zeros.shape[-2], :].add(d_keys)
-            d_v = d_v.at[..., : zeros.shape[-2], :].add(d_values)
-            d_q.append(d_rows)
-        return d_shared, (_joined(jnp.concatenate(d_q), -2), d_k, d_v)
-
-    start = None if shared is None else (jnp.zeros(shared.k.shape), jnp.zeros(shared.v.shape))
-    inputs = (q, k, v, mixed, normalizer, cotangent)
-    d_shared, (d_q, d_k, d_v) = jax.lax.scan(sequences, start, inputs)
-    if shared is not None:
-        d_k_shared, d_v_shared = d_shared
-        d_shared = shared.replace(
-            k=d_k_shared.astype(k.dtype), v=d_v_shared.astype(v.dtype), lengths=None
+    def block(stop: int, made: tuple, at: Array) -> tuple[tuple, None]:
+        d_q, d_k, d_v, *d_shared = made
+        first = at[0], 0
+        own = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
+        visible = _visible(*own, shared, at[1] + jnp.arange(size), reach)
+        rows, known, out, product = (
+            _cut(x, at, (n, size)) for x in (q, normalizer, cotangent, products)
         )
-    return d_q.astype(q.dtype), d_k.astype(k.dtype), d_v.astype(v.dtype), d_shared, None
+        d_rows, (d_own, *d_prompt) = _backward_block(rows, visible, known, out, product)
+        d_k = _put(d_k, _cut(d_k, first, (n, stop)) + d_own[0], first)
+        d_v = _put(d_v, _cut(d_v, first, (n, stop)) + d_own[1], first)
+        d_shared = jax.tree.map(jnp.add, d_shared, [x for pair in d_prompt for x in pair])
+        return (_put(d_q, d_rows, at), d_k, d_v, *d_shared), None
+
+    like = [q, k, v] if shared is None else [q, k, v, shared.k, shared.v]
+    made = tuple(jnp.zeros(x.shape) for x in like)
+    for stop, where in runs:
+        made, _ = jax.lax.scan(partial(block, stop), made, where)
+    d_q, d_k, d_v, *d_prompt = (
+        gradient.astype(x.dtype) for gradient, x in zip(made, like, strict=True)
+    )
+    d_shared = shared and shared.replace(k=d_prompt[0], v=d_prompt[1], lengths=None)
+    return d_q, d_k, d_v, d_shared, None
 
 
 _attended.defvjp(_forward, _backward)
 
 
-def _forward_block(
-    q: Float[Array, "B KV n R t H"],
+def _plan(N: int, T: int) -> tuple[int, int, list[tuple[int, Int[Array, "W 2"]]]]:
+    """Sequences and queries of a block, and runs of blocks.
+
+    Of each run how many keys its blocks see, and the first sequence and query of each block.
+    """
+    n = max(n for n in range(1, N + 1) if N % n == 0 and n * T <= max(BLOCK, T))
+    blocks = -(-T // BLOCK)
+    size, each = T // blocks, -(-blocks // RUNS)
+    runs = []
+    for run in (range(i, min(i + each, blocks)) for i in range(0, blocks, each)):
+        where = [(first, block * size) for first in range(0, N, n) for block in run]
+        runs.append(((run[-1] + 1) * size, jnp.array(where)))
+    return n, size, runs
+
+
+def _cut(x: Array, at: Any, size: tuple[int, int]) -> Array:
+    """Of [B, N, T, KV, ...] n sequences' t tokens, `at` the first: [B, KV, n, ..., t, (H)]."""
+    x = jax.lax.dynamic_slice_in_dim(x, at[0], size[0], axis=1)
+    x = jax.lax.dynamic_slice_in_dim(x, at[1], size[1], axis=2)
+    return x.transpose(HEADS_FIRST[x.ndim])
+
+
+def _put(x: Array, block: Array, at: Any) -> Array:
+    """`x` with a block back where `_cut` took it."""
+    block = block.transpose(np.argsort(HEADS_FIRST[x.ndim])).astype(x.dtype)
+    return jax.lax.dynamic_update_slice(x, block, (0, at[0], at[1]) + (0,) * (x.ndim - 3))
+
+
+class _Keys(NamedTuple):
+    """Keys and values that a block of queries sees, by the names of their axes in a product."""
+
+    axes: str
+    k: Array
+    v: Array
+    seen: Bool[Array, "#B #t S"]
+
+    def scores(self, q: Float[Array, "B KV n R t H"]) -> Float[Array, "B KV n R t S"]:
+        """Masked scores in float32."""
+        scores = _dot(f"bknrth,{self.axes}->bknrts", q, self.k)
+        return jnp.where(self.seen[:, None, None, None], scores, NEGATIVE)
+
+
+def _visible(
     k: Float[Array, "B KV n S H"],
     v: Float[Array, "B KV n S H"],
     shared: Shared | None,
-    first: int | Int[Array, ""],
+    at: Int[Array, " t"],
     reach: int | Array | None,
-) -> tuple[Float[Array, "B KV n R t H"], Float[Array, "B KV n R t"]]:
-    """What queries `first`, `first` + 1, ... get, and the log of their weights' sum."""
-    own, of_prompt = _scores(q, k, shared, first, reach)
-    top = own.max(axis=-1, keepdims=True)
-    if of_prompt is not None:
-        top = jnp.maximum(top, of_prompt.max(axis=-1, keepdims=True))
-    own = jnp.exp(own - top)
-    total = own.sum(axis=-1, keepdims=True)
-    mixed = _dot("bknrts,bknsh->bknrth", own.astype(v.dtype), v)
-    if of_prompt is not None:
-        of_prompt = jnp.exp(of_prompt - top)
-        total += of_prompt.sum(axis=-1, keepdims=True)
-        mixed += _dot("bknrtp,bkph->bknrth", of_prompt.astype(v.dtype), shared.v)
-    return (mixed / total).astype(v.dtype), (top + jnp.log(total))[..., 0]
+) -> list[_Keys]:
+    """What queries `at` these places see: their own sequence's keys, and the prompt's."""
+
+    def near(real: Array, behind: Array) -> Array:
+        return real if reach is None else real & (behind < reach)
+
+    at = at[None, :, None]
+    behind = at - jnp.arange(k.shape[-2])[None, None]
+    own = _Keys("bknsh", k, v, near(behind >= 0, behind))
+    if shared is None:
+        return [own]
+    length, key_at = shared.lengths[:, None, None], jnp.arange(shared.k.shape[-2])[None, None]
+    seen = near(key_at < length, length + at - key_at)
+    return [own, _Keys("bksh", shared.k, shared.v, seen)]
+
+
+def _forward_block(
+    q: Float[Array, "B KV n R t H"], visible: list[_Keys]
+) -> tuple[Float[Array, "B KV n R t H"], Float[Array, "B KV n R t 1"]]:
+    """What the queries get, and the log of their weights' sum."""
+    scores = [keys.scores(q) for keys in visible]
+    top = reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
+    total, mixed = jnp.zeros(top.shape), jnp.zeros(q.shape)
+    for part, keys in zip(scores, visible, strict=True):
+        weights = jnp.exp(part - top)
+        total += weights.sum(axis=-1, keepdims=True)
+        mixed += _dot(f"bknrts,{keys.axes}->bknrth", weights.astype(keys.v.dtype), keys.v)
+    return mixed / total, top + jnp.log(total)
 
 
 def _backward_block(
     q: Float[Array, "B KV n R t H"],
+    visible: list[_Keys],
+    normalizer: Float[Array, "B KV n R t 1"],
     cotangent: Float[Array, "B KV n R t H"],
-    normalizer: Float[Array, "B KV n R t"],
-    products: Float[Array, "B KV n R t"],
-    k: Float[Array, "B KV n S H"],
-    v: Float[Array, "B KV n S H"],
-    shared: Shared | None,
-    first: int,
-    reach: Array | None,
-):
-    """Gradients of queries, keys and values: by way of a block's own keys, and of the prompt's.
+    products: Float[Array, "B KV n R t 1"],
+) -> tuple[Float[Array, "B KV n R t H"], list[tuple[Array, Array]]]:
+    """The queries' gradient, and that of each of the visible keys and values.
 
-    `products` are those of each query's result with its cotangent.
+    `products` are those of what each query got with its cotangent.
     """
-
-    def part(scores: Array, k: Array, v: Array, keys: str):
-        weights = jnp.exp(scores - normalizer[..., None])
-        d_v = _dot(f"bknrts,bknrth->{keys}", weights.astype(v.dtype), cotangent)
-        d_weights = _dot(f"bknrth,{keys}->bknrts", cotangent, v)
-        d_scores = (weights * (d_weights - products[..., None])).astype(k.dtype)
-        d_q = _dot(f"bknrts,{keys}->bknrth", d_scores, k)
-        return d_q, _dot(f"bknrts,bknrth->{keys}", d_scores, q), d_v
-
-    own, of_prompt = _scores(q, k, shared, first, reach)
-    own = part(own, k, v, "bknsh")
-    return own, None if of_prompt is None else part(of_prompt, shared.k, shared.v, "bksh")
-
-
-def _scores(
-    q: Float[Array, "B KV n R t H"],
-    k: Float[Array, "B KV n S H"],
-    shared: Shared | None,
-    first: int | Int[Array, ""],
-    reach: int | Array | None,
-) -> tuple[Float[Array, "B KV n R t S"], Float[Array, "B KV n R t P"] | None]:
-    """Masked scores of own keys and of the prompt's, in float32."""
-    at = first + jnp.arange(q.shape[-2])[None, :, None]
-    ahead = at - jnp.arange(k.shape[-2])[None, None]
-    own = _seen(_dot("bknrth,bknsh->bknrts", q, k), ahead >= 0, ahead, reach)
-    if shared is None:
-        return own, None
-    lengths, key_at = shared.lengths[:, None, None], jnp.arange(shared.k.shape[-2])[None, None]
-    scores = _dot("bknrth,bkph->bknrtp", q, shared.k)
-    return own, _seen(scores, key_at < lengths, lengths + at - key_at, reach)
-
-
-def _seen(
-    scores: Float[Array, "B KV n R t S"],
-    real: Bool[Array, "#B #t S"],
-    ahead: Int[Array, "#B t S"],
-    reach: int | Array | None,
-) -> Float[Array, "B KV n R t S"]:
-    """Scores of keys that are `real` and less than `reach` behind their query."""
-    seen = real if reach is None else real & (ahead < reach)
-    return jnp.where(seen[:, None, None, None], scores, NEGATIVE)
+    d_q, d_visible = jnp.zeros(q.shape), []
+    for keys in visible:
+        weights = jnp.exp(keys.scores(q) - normalizer)
+        d_weights = _dot(f"bknrth,{keys.axes}->bknrts", cotangent, keys.v)
+        d_scores = (weights * (d_weights - products)).astype(keys.k.dtype)
+        d_q += _dot(f"bknrts,{keys.axes}->bknrth", d_scores, keys.k)
+        d_k = _dot(f"bknrts,bknrth->{keys.axes}", d_scores, q)
+        d_v = _dot(f"bknrts,bknrth->{keys.axes}", weights.astype(keys.v.dtype), cotangent)
+        d_visible.append((d_k, d_v))
+    return d_q, d_visible
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:
     return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
 
 
-def _runs(length: int) -> tuple[int, list[range]]:
-    """The queries of a block, and the blocks as at most `RUNS` runs of them."""
-    blocks = -(-length // BLOCK)
-    each = -(-blocks // RUNS)
-    runs = [range(i, min(i + each, blocks)) for i in range(0, blocks, each)]
-    return length // blocks, runs
-
-
-def _rows(x: Array, i: Int[Array, ""], size: int, axis: int = -2) -> Array:
-    return jax.lax.dynamic_slice_in_dim(x, i * size, size, axis)
-
-
-def _joined(blocks: Array, axis: int) -> Array:
-    """Blocks on a leading axis, joined along `axis`."""
-    x = jnp.moveaxis(blocks, 0, axis - 1)
-    shape = list(blocks.shape[1:])
-    shape[axis] *= blocks.shape[0]
-    return x.reshape(shape)
+def _padded(x: Array, size: int) -> Array:
+    """More tokens, which come after the others and so change nothing."""
+    return jnp.pad(x, [(0, size - x.shape[2]) if axis == 2 else (0, 0) for axis in range(x.ndim)])

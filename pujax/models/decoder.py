@@ -17,7 +17,6 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
@@ -310,7 +309,7 @@ class Decoder(nn.Module):
         if f"{name}_rows" in weights:
             y = _streamed(x, weights[f"{name}_rows"], self.dtype)
         else:
-            y = checkpoint_name(_times(x, weights[name].astype(self.dtype)), name)
+            y = _times(x, weights[name].astype(self.dtype))
         if f"{name}_lora_a" in weights:
             low = _times(x, weights[f"{name}_lora_a"].astype(self.dtype))
             change = _times(low, weights[f"{name}_lora_b"].astype(self.dtype))
@@ -395,10 +394,10 @@ class Decoder(nn.Module):
             if P:
                 own = (y[:, None, :P] for y in (q, k, v))
                 mixed.append(attend(*own, reach=reach)[:, 0])
-                seen = tuple(_heads_first(y[:, None, :P])[:, :, 0] for y in (k, v))
+                seen = k[:, :P].transpose(0, 2, 1, 3), v[:, :P].transpose(0, 2, 1, 3)
             if G:
                 own = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
-                made = attend(*own, shared=Shared(*seen, lengths), reach=reach)
+                made = attend(*own, shared=Shared(seen[0], seen[1], lengths), reach=reach)
                 mixed.append(made.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(mixed, axis=1)))
             if tapped is not None:
@@ -413,16 +412,17 @@ class Decoder(nn.Module):
         return grid.spread(x), None if tapped is None else grid.spread(tapped), seen
 
     def _rematted(self, layer):
-        """What the backward pass keeps of a layer: all of it, its products, or its input alone.
+        """What the backward pass keeps: all of a layer, its products, or its input alone.
 
-        Of the products the output projection's is made again: it is a small one, and would take as
-        much memory as attention's result, which is kept.
+        What attention gave counts as a product.
         """
         if self.remat == "full":
             return jax.checkpoint(layer, prevent_cse=False)
         if self.remat == "dots":
-            kept = (KEPT, "q", "k", "v", "gate", "up")
-            policy = jax.checkpoint_policies.save_only_these_names(*kept)
+            policies = jax.checkpoint_policies
+            policy = policies.save_from_both_policies(
+                policies.dots_with_no_batch_dims_saveable, policies.save_only_these_names(KEPT)
+            )
             return jax.checkpoint(layer, policy=policy, prevent_cse=False)
         return layer
 
