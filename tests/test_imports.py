@@ -10,13 +10,13 @@ import pujax
 ROOT = Path(pujax.__file__).parent
 # A module imports from earlier lines alone. Modules on one line don't import each other.
 ORDER = [
-    {"types", "config", "compilation", "models.unembed"},
+    {"types", "config", "compilation", "models.attention", "models.unembed"},
     {"prompts", "models.decoder", "labels", "mesh", "logs", "checkpoint"},
     {"teacher", "models.families", "models.lora", "losses"},
     {"models.gguf"},
     {"models.weights"},
     {"chat"},
-    {"data", "sampling", "scoring", "deploy"},
+    {"data", "sampling", "scoring", "deploy", "student"},
     {"step", "evaluate"},
     {"report", "generate"},
     {"collect"},
