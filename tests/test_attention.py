@@ -84,7 +84,16 @@ def test_the_next_token_gets_what_it_gets_among_all():
         for t in range(6):
             # What the cache holds beyond token t is not there yet.
             keys, values = (x.at[:, :, t + 1 :].set(9.0).transpose(0, 3, 1, 2, 4) for x in (k, v))
-            one = attend_next(q[:, :, t], keys, values, jnp.int32(t), shared=shared, reach=reach)
+            one = attend_next(
+                q[:, :, t],
+                keys.swapaxes(-1, -2),
+                values,
+                jnp.int32(t),
+                shared_k=shared.k.swapaxes(-1, -2),
+                shared_v=shared.v,
+                lengths=shared.lengths,
+                reach=reach,
+            )
             np.testing.assert_allclose(one, whole[:, :, t], atol=1e-5)
 
 

@@ -62,17 +62,29 @@ def attend(
 
 def attend_next(
     q: Float[Array, "B N KV R H"],
-    k: Float[Array, "B KV N S H"],
+    k: Float[Array, "B KV N H S"],
     v: Float[Array, "B KV N S H"],
     t: Int[Array, ""],
     *,
-    shared: Shared,
+    shared_k: Float[Array, "B KV H P"],
+    shared_v: Float[Array, "B KV P H"],
+    lengths: Int[Array, " B"],
     reach: int | None = None,
 ) -> Float[Array, "B N O"]:
-    """The same for token `t` of N responses, whose keys and values up to it stand in a cache."""
+    """The same for token `t` of N responses, whose keys and values up to it stand in a cache.
+
+    Keys lie with their tokens last: so XLA multiplies a few queries with them on a CPU without
+    turning them first, which costs more than the product.
+    """
     B, N, KV, R, H = q.shape
     q = q.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
-    mixed, _ = _forward_block(q, _visible(k, v, shared, t[None], reach))
+    own = _own_seen(t[None], v.shape[-2], reach)
+    prompt = _prompt_seen(t[None], shared_v.shape[-2], lengths, reach)
+    visible = [
+        _Keys("bknhs", "bknsh", k, v, own),
+        _Keys("bkhs", "bksh", shared_k, shared_v, prompt),
+    ]
+    mixed, _ = _forward_block(q, visible)
     mixed = mixed[:, :, :, :, 0].astype(v.dtype)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
 
@@ -182,14 +194,15 @@ def _put(x: Array, block: Array, at: Any) -> Array:
 class _Keys(NamedTuple):
     """Keys and values that a block of queries sees, by the names of their axes in a product."""
 
-    axes: str
+    k_axes: str
+    v_axes: str
     k: Array
     v: Array
     seen: Bool[Array, "#B #t S"]
 
     def scores(self, q: Float[Array, "B KV n R t H"]) -> Float[Array, "B KV n R t S"]:
         """Masked scores in float32."""
-        scores = _dot(f"bknrth,{self.axes}->bknrts", q, self.k)
+        scores = _dot(f"bknrth,{self.k_axes}->bknrts", q, self.k)
         return jnp.where(self.seen[:, None, None, None], scores, NEGATIVE)
 
 
@@ -201,18 +214,29 @@ def _visible(
     reach: int | Array | None,
 ) -> list[_Keys]:
     """What queries `at` these places see: their own sequence's keys, and the prompt's."""
-
-    def near(real: Array, behind: Array) -> Array:
-        return real if reach is None else real & (behind < reach)
-
-    at = at[None, :, None]
-    behind = at - jnp.arange(k.shape[-2])[None, None]
-    own = _Keys("bknsh", k, v, near(behind >= 0, behind))
+    own = _Keys("bknsh", "bknsh", k, v, _own_seen(at, k.shape[-2], reach))
     if shared is None:
         return [own]
-    length, key_at = shared.lengths[:, None, None], jnp.arange(shared.k.shape[-2])[None, None]
-    seen = near(key_at < length, length + at - key_at)
-    return [own, _Keys("bksh", shared.k, shared.v, seen)]
+    seen = _prompt_seen(at, shared.k.shape[-2], shared.lengths, reach)
+    return [own, _Keys("bksh", "bksh", shared.k, shared.v, seen)]
+
+
+def _own_seen(at: Int[Array, " t"], count: int, reach: int | Array | None) -> Bool[Array, "1 t S"]:
+    """Which of `count` keys of their own sequence queries `at` these places see."""
+    behind = at[None, :, None] - jnp.arange(count)[None, None]
+    return _near(behind >= 0, behind, reach)
+
+
+def _prompt_seen(
+    at: Int[Array, " t"], count: int, lengths: Int[Array, " B"], reach: int | Array | None
+) -> Bool[Array, "B #t P"]:
+    """The same of the prompt's keys, of which the first `lengths` are real."""
+    key_at, length = jnp.arange(count)[None, None], lengths[:, None, None]
+    return _near(key_at < length, length + at[None, :, None] - key_at, reach)
+
+
+def _near(real: Array, behind: Array, reach: int | Array | None) -> Array:
+    return real if reach is None else real & (behind < reach)
 
 
 def _forward_block(
@@ -225,7 +249,7 @@ def _forward_block(
     for part, keys in zip(scores, visible, strict=True):
         weights = jnp.exp(part - top)
         total += weights.sum(axis=-1, keepdims=True)
-        mixed += _dot(f"bknrts,{keys.axes}->bknrth", weights.astype(keys.v.dtype), keys.v)
+        mixed += _dot(f"bknrts,{keys.v_axes}->bknrth", weights.astype(keys.v.dtype), keys.v)
     return mixed / total, top + jnp.log(total)
 
 
@@ -243,11 +267,11 @@ def _backward_block(
     d_q, d_visible = jnp.zeros(q.shape), []
     for keys in visible:
         weights = jnp.exp(keys.scores(q) - normalizer)
-        d_weights = _dot(f"bknrth,{keys.axes}->bknrts", cotangent, keys.v)
+        d_weights = _dot(f"bknrth,{keys.v_axes}->bknrts", cotangent, keys.v)
         d_scores = (weights * (d_weights - products)).astype(keys.k.dtype)
-        d_q += _dot(f"bknrts,{keys.axes}->bknrth", d_scores, keys.k)
-        d_k = _dot(f"bknrts,bknrth->{keys.axes}", d_scores, q)
-        d_v = _dot(f"bknrts,bknrth->{keys.axes}", weights.astype(keys.v.dtype), cotangent)
+        d_q += _dot(f"bknrts,{keys.k_axes}->bknrth", d_scores, keys.k)
+        d_k = _dot(f"bknrts,bknrth->{keys.k_axes}", d_scores, q)
+        d_v = _dot(f"bknrts,bknrth->{keys.v_axes}", weights.astype(keys.v.dtype), cotangent)
         d_visible.append((d_k, d_v))
     return d_q, d_visible
 

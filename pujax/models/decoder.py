@@ -124,11 +124,12 @@ class States:
 class Decoding:
     """What every step of a decoding loop reads: made once before it, layer by layer.
 
-    Kernels are [out, in] under `<name>_rows`, in the dtype they multiply in.
+    Kernels are [out, in] under `<name>_rows`, in the dtype they multiply in; keys have their tokens
+    last, as `attend_next` wants them.
     """
 
     layers: tuple[Params, ...]
-    k: tuple[Float[Array, "B KV P H"], ...]
+    k: tuple[Float[Array, "B KV H P"], ...]
     v: tuple[Float[Array, "B KV P H"], ...]
     lengths: Int[Array, " B"]
 
@@ -137,7 +138,7 @@ class Decoding:
 class Cache:
     """Keys and values of the K responses alone, a layer each; the prefix is never copied in."""
 
-    k: tuple[Float[Array, "B KV K T H"], ...]
+    k: tuple[Float[Array, "B KV K H T"], ...]
     v: tuple[Float[Array, "B KV K T H"], ...]
 
 
@@ -228,7 +229,7 @@ class Decoder(nn.Module):
         count = range(self.config.layers)
         return Decoding(
             layers=tuple(layer(i) for i in count),
-            k=tuple(prefix.k[i] for i in count),
+            k=tuple(prefix.k[i].swapaxes(-1, -2) for i in count),
             v=tuple(prefix.v[i] for i in count),
             lengths=prefix.lengths,
         )
@@ -251,11 +252,19 @@ class Decoder(nn.Module):
             weights = decoding.layers[i]
             q, k, v = self._qkv(weights, x, rope, local)
             # In place: the cache is carried.
-            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], _heads_first(k), t, axis=3)
-            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], _heads_first(v), t, axis=3)
-            shared = Shared(decoding.k[i], decoding.v[i], decoding.lengths)
-            reach = config.window if local else None
-            mixed = attend_next(q[:, :, 0], keys[i], values[i], t, shared=shared, reach=reach)
+            k, v = _heads_first(k).swapaxes(-1, -2), _heads_first(v)
+            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, t, axis=4)
+            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, t, axis=3)
+            mixed = attend_next(
+                q[:, :, 0],
+                keys[i],
+                values[i],
+                t,
+                shared_k=decoding.k[i],
+                shared_v=decoding.v[i],
+                lengths=decoding.lengths,
+                reach=config.window if local else None,
+            )
             x = self._finish(weights, x, mixed[:, :, None])
         hidden = self._norm(x[:, :, 0], self.final_norm)
         return hidden, Cache(k=tuple(keys), v=tuple(values))
@@ -576,7 +585,8 @@ def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float
 def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
     """Room for `size` tokens of each of `candidates` responses to each prompt."""
     empty = jnp.zeros((prompts, config.kv_heads, candidates, size, config.head_width), dtype)
-    return Cache(k=(empty,) * config.layers, v=(empty,) * config.layers)
+    turned = empty.reshape(*empty.shape[:3], config.head_width, size)
+    return Cache(k=(turned,) * config.layers, v=(empty,) * config.layers)
 
 
 def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
