@@ -19,21 +19,24 @@ def keep_compiled() -> None:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
 
 
-@functools.cache  # a sweep calls this once a run, in one process
-def release_compiler_memory() -> None:
-    """From now on, give what a long compilation took back to the system, where libc can.
+def give_back() -> None:
+    """Give the system the memory that was freed, where libc can.
 
     glibc keeps what is freed in small pieces, and a training step, whose buffers are big, can't
     use it: 0.6 GiB after compiling one on a CPU.
     """
-    import jax.monitoring
-
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if os.name == "posix" else None
-    if trim is None:
-        return
+    if trim is not None:
+        trim(0)
+
+
+@functools.cache  # a sweep calls this once a run, in one process
+def release_compiler_memory() -> None:
+    """From now on, give back what a long compilation took."""
+    import jax.monitoring
 
     def release(event: str, duration_secs: float, **_: Any) -> None:
         if event == COMPILED and duration_secs > 1.0:  # trimming takes about 0.1 s
-            trim(0)
+            give_back()
 
     jax.monitoring.register_event_duration_secs_listener(release)

@@ -1,3 +1,6 @@
+import platform
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -5,7 +8,7 @@ import jax.monitoring
 import pytest
 
 from pujax import compilation
-from pujax.compilation import COMPILED, keep_compiled, release_compiler_memory
+from pujax.compilation import COMPILED, give_back, keep_compiled, release_compiler_memory
 
 
 @pytest.fixture
@@ -38,16 +41,25 @@ def test_jax_tells_of_a_compilation_under_that_name():
     assert COMPILED in heard
 
 
-def test_where_libc_can_not_trim_nothing_listens(monkeypatch):
-    listeners = []
-    monkeypatch.setattr(jax.monitoring, "register_event_duration_secs_listener", listeners.append)
+def test_where_libc_can_not_trim_nothing_is_given_back(monkeypatch):
     monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: SimpleNamespace())
-    release_compiler_memory.__wrapped__()
-    assert listeners == []
-    libc = SimpleNamespace(malloc_trim=print)
-    monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: libc)
-    release_compiler_memory.__wrapped__()
-    assert len(listeners) == 1
+    give_back()
+    monkeypatch.setattr(compilation.os, "name", "nt")
+    monkeypatch.delattr(compilation.ctypes, "CDLL")
+    give_back()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc keeps freed memory")
+def test_freed_memory_is_given_back():
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+
+    # Too small to be mapped apart, and the last one pins the end of the heap.
+    held = [bytes([1]) * 2**16 for _ in range(3000)]
+    del held[:-1]
+    before = resident()
+    give_back()
+    assert resident() < before - 100 * 2**20
 
 
 def test_programs_are_kept_in_the_users_cache_unless_told_otherwise(monkeypatch, tmp_path):
