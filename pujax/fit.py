@@ -16,14 +16,14 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pujax import evaluate, losses, report
+from pujax import held_out, losses, page
 from pujax.chat import Chat
 from pujax.checkpoint import Checkpoints, Place
 from pujax.collect import open_teacher
 from pujax.config import TrainConfig, build
 from pujax.data import DataError, Dataset, Example, batch_at, collate, make_dataset
 from pujax.deploy import export_hf
-from pujax.evaluate import Evaluation
+from pujax.held_out import Evaluation
 from pujax.logs import RunLog, SampleGroup, progress
 from pujax.mesh import make_mesh, put_batch, tree_shardings
 from pujax.models.decoder import DecoderConfig
@@ -102,9 +102,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         """The held-out evaluation of a model, from the disk if this run has made it before."""
         path = directory / f"eval-{name}.jsonl"
         if keep and path.exists():
-            result = evaluate.load(path)
+            result = held_out.load(path)
         else:
-            result = evaluate.evaluate(
+            result = held_out.evaluate(
                 model,
                 assemble(base, trainable),
                 heldout.examples[: config.eval.prompts],
@@ -117,7 +117,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 room=room_for(heldout, config.eval.batch, 1) if alone else None,
             )
             if keep:
-                evaluate.save(result, directory)
+                held_out.save(result, directory)
         log.evaluation(name, step, result.means())
         return result
 
@@ -373,9 +373,9 @@ def finish(
     """Export the aligned model, draw the report, print the table, and mark the run as done."""
     card = {"student": config.model.path} | dataclasses.asdict(config)
     export_hf(settings, params, chat, directory / "export", card)
-    (directory / "table.md").write_text(evaluate.markdown(results) + "\n", encoding="utf-8")
-    report.write(directory)
-    console.print(evaluate.table(results))
+    (directory / "table.md").write_text(held_out.markdown(results) + "\n", encoding="utf-8")
+    page.write(directory)
+    console.print(held_out.table(results))
     console.print(f"run: {directory}\nplot: {directory / 'curves.png'}")
     (directory / "done").touch()
 

@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from pujax import evaluate
+from pujax import evaluate, held_out
 from pujax.chat import Chat
 from pujax.data import Example
-from pujax.evaluate import Difference, Evaluation, Row, compare, contains, exact
+from pujax.held_out import Difference, Evaluation, Row, compare, contains, exact
 from pujax.models import weights
 from pujax.models.decoder import LanguageModel
 from pujax.prompts import Prompt
@@ -137,7 +137,7 @@ def test_means_leave_out_prompts_without_a_true_answer():
     means = Evaluation("base", rows).means()
     assert means["eval/exact"] == 0.5
     assert means["eval/rouge_l"] == 0.5
-    assert list(means) == [f"eval/{name}" for name in evaluate.METRICS]
+    assert list(means) == [f"eval/{name}" for name in held_out.METRICS]
     writing = Evaluation("base", rows).by_kind()["writing"].means()
     assert "eval/exact" not in writing
     assert writing["eval/length"] == 4.0
@@ -203,7 +203,7 @@ def three():
 def test_the_table_fits_into_eighty_columns_and_shows_every_number():
     console = Console(file=io.StringIO(), width=80, force_terminal=True)
     with console.capture() as capture:
-        console.print(evaluate.table(three()))
+        console.print(held_out.table(three()))
     coloured = capture.get()
     text = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
     assert "…" not in text
@@ -216,11 +216,11 @@ def test_the_table_fits_into_eighty_columns_and_shows_every_number():
 
 
 def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_difference():
-    lines = evaluate.markdown(three()).splitlines()
+    lines = held_out.markdown(three()).splitlines()
     assert lines[0] == "| held-out | base | sft | aligned | sft - base | aligned - sft |"
     assert lines[1] == "|---|---:|---:|---:|---:|---:|"
     assert [line.split(" | ")[0] for line in lines[2:8]] == [
-        f"| {title}" for title in evaluate.METRICS.values()
+        f"| {title}" for title in held_out.METRICS.values()
     ]
     assert lines[3].endswith(r"| +0.250\* [0.250, 0.250] | -0.125\* [-0.125, -0.125] |")
     assert lines[6] == "| length (tokens) | 4.0 | 4.0 | 4.0 | +0.0 [0.0, 0.0] | +0.0 [0.0, 0.0] |"
@@ -229,20 +229,20 @@ def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_differen
 
 def test_a_metric_that_no_prompt_has_has_no_row():
     rows = tuple(row(i, answer=None, exact=None, contains=None) for i in range(3))
-    text = evaluate.markdown([Evaluation("base", rows), Evaluation("sft", rows)])
+    text = held_out.markdown([Evaluation("base", rows), Evaluation("sft", rows)])
     assert "ROUGE" in text
     assert "exact" not in text
 
 
 def test_a_length_has_no_better_end():
-    assert evaluate.verdict("length", Difference(-3.0, -4.0, -2.0, 9)) == ""
-    assert evaluate.verdict("exact", Difference(-3.0, -4.0, -2.0, 9)) == "loss"
-    assert evaluate.verdict("exact", Difference(0.1, -0.1, 0.3, 9)) == ""
+    assert held_out.verdict("length", Difference(-3.0, -4.0, -2.0, 9)) == ""
+    assert held_out.verdict("exact", Difference(-3.0, -4.0, -2.0, 9)) == "loss"
+    assert held_out.verdict("exact", Difference(0.1, -0.1, 0.3, 9)) == ""
 
 
 def test_kinds_read_from_the_first_model_to_the_last():
     first, last = evaluation("base", [0.25, 0.25], [0.0, 1.0]), evaluation("sft", [0.5, 1.0])
-    header, rows = evaluate.kind_cells([first, last])
+    header, rows = held_out.kind_cells([first, last])
     assert header[:4] == ["kind", "prompts", "anchor log-prob", "anchor ROUGE-L"]
     assert rows == [
         ["sum", "2", "-1.00 → -1.00", "0.25 → 0.75", "0.50 → 0.00", "0.50 → 0.00"],
@@ -252,19 +252,19 @@ def test_kinds_read_from_the_first_model_to_the_last():
 def test_what_is_saved_is_loaded_in_the_order_of_the_run(tmp_path):
     for name in ("aligned", "base", "sft"):
         rows = (row(0, response="\ud800 \u2028\n", exact=None), row(1))
-        evaluate.save(Evaluation(name, rows), tmp_path)
-    loaded = evaluate.load_all(tmp_path)
+        held_out.save(Evaluation(name, rows), tmp_path)
+    loaded = held_out.load_all(tmp_path)
     assert [evaluation.model for evaluation in loaded] == ["base", "sft", "aligned"]
     assert loaded[0].rows == rows
     assert len((tmp_path / "eval-sft.jsonl").read_text().splitlines()[0]) > 10
 
 
 def test_a_row_that_is_not_one_is_named_with_its_line(tmp_path):
-    path = evaluate.save(evaluation("base", [0.1, 0.2]), tmp_path)
+    path = held_out.save(evaluation("base", [0.1, 0.2]), tmp_path)
     with path.open("a") as file:
         file.write(json.dumps({"id": "p3"}) + "\n")
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:3: not a row of an evaluation"):
-        evaluate.load(path)
+        held_out.load(path)
 
 
 WORDS = [f"w{i}" for i in range(96)]
@@ -311,7 +311,7 @@ def examples(prompts):
 
 
 def run(model, params, examples, batch):
-    return evaluate.evaluate(
+    return held_out.evaluate(
         model, params, examples, name="base", batch=batch, collate=collate, decode=decode
     )
 
@@ -360,7 +360,7 @@ def test_the_batch_size_changes_nothing_and_filled_up_rows_are_not_counted(model
 
 
 def test_other_parameters_and_a_partial_batch_compile_nothing_again(model, params, examples):
-    jitted: Any = evaluate._read
+    jitted: Any = held_out._read
     run(model, params, examples, 4)
     before = jitted._cache_size()
     run(model, jax.tree.map(lambda x: x * 2, params), examples[:2], 4)
@@ -400,7 +400,7 @@ def test_several_turns_are_shown_under_their_roles_and_the_system_message_is_not
 def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     for found in three():
-        evaluate.save(found, tmp_path)
+        held_out.save(found, tmp_path)
     assert evaluate.main([str(tmp_path)]) == 0
     assert "+0.250* [0.250,0.250]" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "nowhere")]) == 1
@@ -412,8 +412,8 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, capsys, mo
 
 
 def test_a_note_on_one_model_says_nothing_of_differences():
-    assert "intervals" not in evaluate.note(three()[:1])
-    assert "intervals" in evaluate.note(three())
+    assert "intervals" not in held_out.note(three()[:1])
+    assert "intervals" in held_out.note(three())
 
 
 @pytest.mark.slow
@@ -438,7 +438,7 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     for name in ("one", "two"):
         assert evaluate.main([str(tmp_path), "--model", str(other), "--name", name]) == 0
     assert "two - one" in capsys.readouterr().out
-    one, two = evaluate.load_all(tmp_path)
+    one, two = held_out.load_all(tmp_path)
     assert one.rows == two.rows
     assert [row.id for row in one.rows] == ["heldout-0001", "heldout-0002", "heldout-0003"]
     assert one.rows[0].answer == "Rocky"

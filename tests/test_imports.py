@@ -17,12 +17,12 @@ ORDER = [
     {"models.weights"},
     {"chat"},
     {"data", "sampling", "scoring", "deploy", "student"},
-    {"step", "evaluate"},
-    {"report", "generate"},
+    {"step", "held_out"},
+    {"page", "generate"},
     {"collect"},
     {"fit"},
     {"train", "measure"},
-    {"benchmark", "export"},
+    {"benchmark", "export", "evaluate", "report"},
 ]
 
 
@@ -59,11 +59,13 @@ def test_only_models_know_flax_modules():
             assert "flax.linen" not in path.read_text(encoding="utf-8"), path
 
 
-@pytest.mark.parametrize("command", ["train", "collect", "generate", "benchmark", "export"])
+@pytest.mark.parametrize(
+    "command", ["train", "collect", "generate", "benchmark", "export", "evaluate", "report"]
+)
 def test_help_needs_neither_jax_nor_transformers(command):
     code = (
         f"import sys; sys.argv = ['x']; import pujax.{command}; "
-        "heavy = {'jax', 'transformers', 'torch', 'datasets'} & set(sys.modules); "
+        "heavy = {'jax', 'transformers', 'torch', 'datasets', 'matplotlib'} & set(sys.modules); "
         "sys.exit(f'imported {sorted(heavy)}' if heavy else 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -6,9 +6,10 @@ import struct
 import numpy as np
 import pytest
 
-from pujax import evaluate, report
-from pujax.evaluate import Evaluation, Row
+from pujax import held_out, report
+from pujax.held_out import Evaluation, Row
 from pujax.logs import RunLog, SampleGroup
+from pujax.page import running_mean, write
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
 
@@ -55,14 +56,14 @@ def run(tmp_path_factory):
             group = SampleGroup(EVIL, EVIL, EVIL, [EVIL, EVIL], [1.0, 0.5, 0.0], [0.0, 0.75, 0.25])
             log.samples("align", step, [group] * 5)
     for model, rouge in (("base", 0.25), ("sft", 0.5), ("aligned", 0.375)):
-        evaluate.save(evaluation(model, rouge), directory)
+        held_out.save(evaluation(model, rouge), directory)
     config = {"seed": 7, "model": {"path": EVIL}, "loss": {"_target_": "pujax.losses.dpo"}}
     (directory / "config.yaml").write_text(json.dumps(config))
     return directory
 
 
 def page(directory):
-    return report.write(directory).read_text(encoding="utf-8")
+    return write(directory).read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -145,8 +146,8 @@ def test_a_run_without_a_step_has_a_report(tmp_path):
 
 def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():
     values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
-    np.testing.assert_allclose(report.running_mean(values, 1), [2.0, 2.0, 4.0, 6.0, 6.0])
-    np.testing.assert_array_equal(report.running_mean(values, 0), values)
+    np.testing.assert_allclose(running_mean(values, 1), [2.0, 2.0, 4.0, 6.0, 6.0])
+    np.testing.assert_array_equal(running_mean(values, 0), values)
 
 
 def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys):
