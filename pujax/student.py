@@ -92,5 +92,4 @@ def new_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: 
         return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
 
     shardings = tree_shardings(mesh, jax.eval_shape(make, trainable))
-    state = jax.jit(make, out_shardings=shardings)(trainable)
-    return state
+    return jax.jit(make, out_shardings=shardings)(trainable)

@@ -584,9 +584,10 @@ def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float
 
 def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
     """Room for `size` tokens of each of `candidates` responses to each prompt."""
-    empty = jnp.zeros((prompts, config.kv_heads, candidates, size, config.head_width), dtype)
-    turned = empty.reshape(*empty.shape[:3], config.head_width, size)
-    return Cache(k=(turned,) * config.layers, v=(empty,) * config.layers)
+    lead = (prompts, config.kv_heads, candidates)
+    k = jnp.zeros((*lead, config.head_width, size), dtype)
+    v = jnp.zeros((*lead, size, config.head_width), dtype)
+    return Cache(k=(k,) * config.layers, v=(v,) * config.layers)
 
 
 def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
