@@ -13,10 +13,12 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pujax.config import BenchmarkRun, ConfigError, ShapesConfig, conf_dir, from_hydra, register
+from pujax.errors import ConfigError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import BenchmarkRun, ShapesConfig
 
 if TYPE_CHECKING:
-    from pujax.measure import Cost
+    from pujax.run.measure import Cost
 
 register("benchmark_schema", BenchmarkRun)
 
@@ -49,7 +51,7 @@ def main(composed: DictConfig) -> None:
     """Measure, show a table, and print one JSON object as the last line."""
     try:
         run = from_hydra(BenchmarkRun, composed)
-        from pujax.measure import Subject
+        from pujax.run.measure import Subject
 
         subject = Subject(run)
         console = Console(stderr=False)

@@ -5,16 +5,13 @@ Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what
 reached, 1 after an error, and 128 + the signal's number after SIGINT or SIGTERM.
 """
 
-import asyncio
-import contextlib
 import heapq
 import signal
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,35 +21,15 @@ from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pujax.config import (
-    CollectConfig,
-    CollectRun,
-    ConfigError,
-    TeacherConfig,
-    conf_dir,
-    from_hydra,
-    register,
-)
-from pujax.prompts import PromptError, load_prompts
-from pujax.teacher import (
-    Answer,
-    Messages,
-    Plan,
-    StoreError,
-    Tally,
-    Teacher,
-    TeacherError,
-    anchors_for,
-    collect,
-    make_plan,
-    open_endpoint,
-    read_failures,
-    read_records,
-    with_system,
-)
+from pujax.errors import ConfigError, PromptError, StoreError, TeacherError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.local_teacher import open_teacher
+from pujax.teacher.asking import Plan, Tally, anchors_for, collect, make_plan
+from pujax.teacher.prompts import load_prompts
+from pujax.teacher.settings import CollectRun, TeacherConfig
+from pujax.teacher.store import read_failures, read_records
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
-GATHER = 0.05  # seconds that a local model waits for more prompts before it answers a batch
 
 register("collect_schema", CollectRun)
 
@@ -96,90 +73,6 @@ def run(settings: CollectRun) -> int:
             prompts, teacher, store, settings.collect, tick=show, open_teacher=open_teacher
         )
     return 128 + signal.Signals[tally.stopped] if tally.stopped in ("SIGINT", "SIGTERM") else 0
-
-
-def open_teacher(
-    teacher: TeacherConfig, settings: CollectConfig
-) -> AbstractAsyncContextManager[Teacher]:
-    """The server at `teacher.base_url`, or the model at `teacher.path`."""
-    if teacher.path is None:
-        return open_endpoint(teacher, settings)
-    return LocalTeacher(teacher, batch=settings.concurrency)
-
-
-class LocalTeacher:
-    """A model on this disk, through pujax's own decoder, `batch` prompts at a time.
-
-    Of `teacher.extra_body` it takes top_k, top_p and seed; a temperature of null is 0 here.
-    """
-
-    def __init__(self, settings: TeacherConfig, *, batch: int) -> None:
-        unknown = sorted(set(settings.extra_body) - {"top_k", "top_p", "seed"})
-        if unknown or settings.max_tokens is None:
-            raise ConfigError(
-                f"teacher.path: a local teacher needs teacher.max_tokens={settings.max_tokens} to "
-                f"be a number and takes top_k, top_p and seed alone in extra_body, not {unknown}"
-            )
-        from pujax.generate import Generator  # jax with it: only a local teacher needs that
-
-        self._settings = settings
-        self._batch = batch
-        self._generator = Generator.load(str(settings.path))
-        self._waiting: asyncio.Queue[tuple[Messages, asyncio.Future[Answer]]] = asyncio.Queue()
-
-    async def __aenter__(self) -> "LocalTeacher":
-        self._running = asyncio.create_task(self._run())
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        self._running.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await self._running
-
-    async def ask(self, messages: Messages) -> Answer:
-        """The model's answer, made together with those that are asked for at the same time."""
-        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self._waiting.put_nowait((messages, answer))
-        return await answer
-
-    async def _run(self) -> None:
-        while True:
-            batch = [await self._waiting.get()]
-            await asyncio.sleep(GATHER)
-            while not self._waiting.empty():  # no more are in flight than a batch holds
-                batch.append(self._waiting.get_nowait())
-            try:
-                answers = await asyncio.to_thread(self._answer, [asked for asked, _ in batch])
-            except Exception as error:
-                for _, answer in batch:
-                    answer.set_exception(TeacherError(f"{self._settings.path}: {error}"))
-            else:
-                for (_, answer), made in zip(batch, answers, strict=True):
-                    answer.set_result(made)
-
-    def _answer(self, conversations: Sequence[Messages]) -> list[Answer]:
-        settings = self._settings
-        turns = [with_system(settings.system, messages) for messages in conversations]
-        # Batches of one size compile once.
-        full = turns + turns[:1] * (self._batch - len(turns))
-        replies = self._generator.answer(
-            full,
-            max_tokens=settings.max_tokens or 0,
-            temperature=settings.temperature or 0.0,
-            **settings.extra_body,
-        )
-        return [
-            Answer(
-                text=reply.text,
-                finish_reason="stop" if reply.finished else "length",
-                model=settings.model,
-                usage={
-                    "prompt_tokens": reply.prompt_tokens,
-                    "completion_tokens": reply.tokens,
-                },
-            )
-            for reply in replies[: len(turns)]
-        ]
 
 
 def _reporter(progress: Progress):

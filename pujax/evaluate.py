@@ -24,8 +24,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     from rich.console import Console
 
-    from pujax.held_out import evaluate_other, load_all, save, table
-    from pujax.teacher import StoreError
+    from pujax.errors import StoreError
+    from pujax.evaluation.metrics import load_all, save
+    from pujax.evaluation.tables import table
+    from pujax.run.heldout import evaluate_other
 
     try:
         if options.model is not None:

@@ -5,7 +5,9 @@ import sys
 import hydra
 from omegaconf import DictConfig
 
-from pujax.config import ConfigError, ExportConfig, conf_dir, from_hydra, register
+from pujax.errors import ConfigError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import ExportConfig
 
 register("export_schema", ExportConfig)
 
@@ -16,7 +18,7 @@ def main(composed: DictConfig) -> None:
     """Export as told, and print where to."""
     try:
         settings = from_hydra(ExportConfig, composed)
-        from pujax.deploy import export
+        from pujax.run.finished import export
 
         print(export(settings))
     except ConfigError as error:

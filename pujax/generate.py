@@ -1,23 +1,13 @@
 """`python -m pujax.generate`: answers from a run, a Hugging Face directory or a GGUF file."""
 
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import hydra
 from omegaconf import DictConfig
 
-from pujax.config import ConfigError, GenerateConfig, conf_dir, from_hydra, register
-
-if TYPE_CHECKING:
-    from jaxtyping import Array
-
-    from pujax.chat import Chat
-    from pujax.models.decoder import LanguageModel
-    from pujax.types import Completions, Params
+from pujax.errors import ConfigError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import GenerateConfig
 
 register("generate_schema", GenerateConfig)
 
@@ -25,6 +15,8 @@ register("generate_schema", GenerateConfig)
 @hydra.main(config_path=f"{conf_dir()}/tools", config_name="generate", version_base="1.3")
 def main(composed: DictConfig) -> None:
     """Print an answer to `prompt`, or one to each line of standard input."""
+    from pujax.run.generator import Generator  # jax with it: --help does not need that
+
     try:
         settings = from_hydra(GenerateConfig, composed)
         prompts = [settings.prompt] if settings.prompt is not None else list(sys.stdin)
@@ -45,109 +37,6 @@ def main(composed: DictConfig) -> None:
                 print(f"[cut at max_tokens={settings.max_tokens}]", file=sys.stderr)
     except ConfigError as error:
         sys.exit(f"pujax.generate: {error}")
-
-
-@dataclass(frozen=True)
-class Reply:
-    """A generated answer; `finished` when it ended by itself. Lengths in tokens."""
-
-    text: str
-    finished: bool
-    prompt_tokens: int
-    tokens: int
-
-
-@dataclass(frozen=True)
-class Generator:
-    """A model with its tokenizer, ready to answer."""
-
-    model: "LanguageModel"
-    params: "Params"
-    chat: "Chat"
-
-    @classmethod
-    def load(cls, path: str) -> "Generator":
-        """The model of a run's directory, or at any path that `weights.load` takes.
-
-        Raises `ConfigError`, and with it `WeightsError` and `ChatError`.
-        """
-        from pujax.chat import Chat
-        from pujax.models import weights
-        from pujax.models.decoder import LanguageModel
-
-        exported = Path(path) / "export"
-        if (Path(path) / "config.yaml").is_file() and not exported.is_dir():
-            raise ConfigError(f"{path}: this run has not ended: it has no export/ yet")
-        source = str(exported) if exported.is_dir() else path
-        chat = Chat.load(source)
-        config, params = weights.load(source)
-        config = replace(config, eos_ids=chat.eos_ids)
-        return cls(LanguageModel(config), params, chat)
-
-    def answer(
-        self,
-        conversations: Sequence[Sequence[dict[str, str]]],
-        *,
-        max_tokens: int,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int = 0,
-    ) -> list[Reply]:
-        """One answer to each conversation; greedy at temperature 0.
-
-        Prompts are padded to a power of two, so that few lengths are compiled.
-        """
-        import jax
-        import numpy as np
-
-        rendered = [self.chat.render(list(messages)) for messages in conversations]
-        lengths = np.array([len(ids) for ids in rendered], np.int32)
-        size = max(16, 1 << int(lengths.max() - 1).bit_length())
-        tokens = np.zeros((len(rendered), size), np.int32)
-        for row, ids in zip(tokens, rendered, strict=True):
-            row[: len(ids)] = ids
-        run = _compiled(self.model, max_tokens, temperature, top_k, top_p)
-        made = jax.device_get(run(self.params, tokens, lengths, jax.random.key(seed)))
-        counts = made.mask[:, 0].sum(axis=-1)
-        return [
-            Reply(
-                text=self.chat.decode(made.tokens[b, 0, : counts[b]]),
-                finished=bool(made.finished[b, 0]),
-                prompt_tokens=int(lengths[b]),
-                tokens=int(counts[b]),
-            )
-            for b in range(len(rendered))
-        ]
-
-
-@lru_cache(maxsize=8)
-def _compiled(
-    model: "LanguageModel", size: int, temperature: float, top_k: int, top_p: float
-) -> "Callable[..., Completions]":
-    """One completion a prompt, jitted once for each choice of model, length and filters."""
-    import jax
-
-    from pujax.models.decoder import Prompts
-    from pujax.sampling import greedy, sample
-
-    def run(params: "Params", tokens: "Array", lengths: "Array", key: "Array") -> "Completions":
-        prefix = model.prefill(params, Prompts(tokens, lengths))
-        if temperature == 0:
-            return greedy(model, params, prefix, size=size)
-        return sample(
-            model,
-            params,
-            prefix,
-            key,
-            size=size,
-            candidates=1,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-        )
-
-    return jax.jit(run)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("run", type=Path, metavar="RUN_DIR")
     directory = parser.parse_args(arguments).run
 
-    from pujax.page import write
+    from pujax.evaluation.page import write
 
     try:
         print(write(directory))

@@ -8,8 +8,10 @@ from typing import Any
 import hydra
 from omegaconf import DictConfig, OmegaConf
 
-from pujax.compilation import keep_compiled, release_compiler_memory
-from pujax.config import ConfigError, TrainConfig, conf_dir, from_hydra, register
+from pujax.errors import ConfigError
+from pujax.run.compilation import keep_compiled, release_compiler_memory
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
 
@@ -27,13 +29,18 @@ def main(composed: DictConfig) -> None:
         sys.exit(f"pujax.train: {error}")
     keep_compiled()
     release_compiler_memory()
-    from pujax.chat import ChatError
-    from pujax.checkpoint import CheckpointError
-    from pujax.data import DataError
-    from pujax.fit import NonFiniteError, StopRequested, fit
-    from pujax.models.weights import WeightsError
-    from pujax.prompts import PromptError
-    from pujax.teacher import StoreError, TeacherError
+    from pujax.errors import (
+        ChatError,
+        CheckpointError,
+        DataError,
+        NonFiniteError,
+        PromptError,
+        StopRequested,
+        StoreError,
+        TeacherError,
+        WeightsError,
+    )
+    from pujax.run.fit import fit
 
     try:
         fit(config, directory)

@@ -17,10 +17,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
+import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
 Params = Any  # a nested dict of arrays
+
 Metrics = dict[str, Array]
 
 
@@ -29,7 +31,7 @@ class Batch:
     """B prompts with their anchors.
 
     `references` holds, for each prompt, the chat prompt that is about to show a reference answer:
-    the tokens up to where that answer's text begins (see `pujax.chat.Frames`).
+    the tokens up to where that answer's text begins (see `Frames`).
     """
 
     prompts: Int[Array, "B P"]
@@ -94,6 +96,7 @@ class TrainState:
 
 
 Labels = tuple[Float[Array, "B G"], Bool[Array, "B G"]]
+
 LabelRule = Callable[[Float[Array, "B G"]], Labels]
 """Scores to (labels, valid)."""
 
@@ -102,3 +105,18 @@ PairRule = Callable[[Float[Array, "B G"]], Float[Array, "B G G"]]
 
 LossFn = Callable[[Float[Array, "B G T"], Group], tuple[Float[Array, " B"], Metrics]]
 """Policy log-probs and the group to one loss a prompt; hyper-parameters are bound keywords."""
+
+
+@dataclass(frozen=True)
+class Frames:
+    """The constant tokens of the prompts that show a model two answers to a question.
+
+    A reference prompt is `reference_head(messages)`, the answer shown, `reference_tail`; then
+    comes the response that is scored. A rating prompt is the same head, the reference answer,
+    `judge_middle`, the candidate, `judge_tail`; then come the logits of `rating_ids`, 1 to 5.
+    """
+
+    reference_tail: Int[np.ndarray, " N"]
+    judge_middle: Int[np.ndarray, " N2"]
+    judge_tail: Int[np.ndarray, " N3"]
+    rating_ids: Int[np.ndarray, "5"]

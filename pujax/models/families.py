@@ -11,14 +11,10 @@ from typing import Any
 
 import numpy as np
 
-from pujax.config import ConfigError
+from pujax.errors import WeightsError
 from pujax.models.decoder import DecoderConfig, RopeScaling
 
 Settings = Mapping[str, Any]  # a config.json, every key of its family present
-
-
-class WeightsError(ConfigError):
-    """A model's files are wrong; the message names the file, the tensor or key, and the remedy."""
 
 
 @dataclass(frozen=True)
@@ -105,15 +101,18 @@ _PLAIN = {
     "layers/up": Name("model.layers.{}.mlp.up_proj.weight", "blk.{}.ffn_up.weight"),
     "layers/down": Name("model.layers.{}.mlp.down_proj.weight", "blk.{}.ffn_down.weight"),
 }
+
 _BIASES = {
     "layers/q_bias": Name("model.layers.{}.self_attn.q_proj.bias", "blk.{}.attn_q.bias"),
     "layers/k_bias": Name("model.layers.{}.self_attn.k_proj.bias", "blk.{}.attn_k.bias"),
     "layers/v_bias": Name("model.layers.{}.self_attn.v_proj.bias", "blk.{}.attn_v.bias"),
 }
+
 _QK_NORMS = {
     "layers/q_norm": Name("model.layers.{}.self_attn.q_norm.weight", "blk.{}.attn_q_norm.weight"),
     "layers/k_norm": Name("model.layers.{}.self_attn.k_norm.weight", "blk.{}.attn_k_norm.weight"),
 }
+
 _FOUR_NORMS = {
     "layers/post_attn_norm": Name(
         "model.layers.{}.post_attention_layernorm.weight", "blk.{}.post_attention_norm.weight"

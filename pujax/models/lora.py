@@ -10,23 +10,24 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from pujax.config import ConfigError, LoraConfig
+from pujax.errors import ConfigError
 from pujax.models.decoder import KERNELS
 from pujax.types import Params
 
 _A, _B = "_lora_a", "_lora_b"
+ALL = "|".join(KERNELS)
 
 
-def init_adapter(key: Array, params: Params, config: LoraConfig) -> Params:
+def init_adapter(key: Array, params: Params, *, rank: int, targets: str = ALL) -> Params:
     """A float32 adapter that changes nothing yet: A uniform within 1/√in (as PEFT's), B zero.
 
-    Raises `ConfigError` when `config.targets` matches no kernel of `params`.
+    Raises `ConfigError` when `targets` matches no kernel of `params`.
     """
     layers = params["layers"]
-    names = [name for name in KERNELS if re.fullmatch(config.targets, name)]
+    names = [name for name in KERNELS if re.fullmatch(targets, name)]
     if not names:
         raise ConfigError(
-            f"model.lora.targets={config.targets!r} matches none of the kernels "
+            f"model.lora.targets={targets!r} matches none of the kernels "
             f"{', '.join(KERNELS)}: it must match whole names, as q|v does"
         )
     adapter = {}
@@ -35,9 +36,9 @@ def init_adapter(key: Array, params: Params, config: LoraConfig) -> Params:
         L, fan_in, fan_out = layers[name].shape
         limit = fan_in**-0.5
         adapter[name + _A] = jax.random.uniform(
-            its_key, (L, fan_in, config.rank), jnp.float32, -limit, limit
+            its_key, (L, fan_in, rank), jnp.float32, -limit, limit
         )
-        adapter[name + _B] = jnp.zeros((L, config.rank, fan_out), jnp.float32)
+        adapter[name + _B] = jnp.zeros((L, rank, fan_out), jnp.float32)
     return {"layers": adapter}
 
 

@@ -1,0 +1,1 @@
+"""What is on disk, in and out; each reader beside its writer."""

@@ -1,0 +1,53 @@
+"""Where a model lies that a setting names: on this disk, in a package, or on the hub."""
+
+import importlib.util
+import os
+import re
+from pathlib import Path
+
+from pujax.errors import ConfigError, WeightsError
+
+
+def locate(path: str | os.PathLike[str]) -> Path:
+    """The local file or directory that `path` (as in `load`) stands for, fetched if need be.
+
+    Raises `WeightsError` when it is nowhere, `ConfigError` for a missing package.
+    """
+    text = os.fspath(path)
+    if text.startswith("package://"):
+        return package_file(text)
+    local = Path(text).expanduser()
+    if local.exists():
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?", text):
+        raise WeightsError(f"{text}: no such file or directory")
+    import huggingface_hub
+    from httpx import HTTPError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    owner, name, *file = text.split("/", 2)
+    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    try:
+        if file:
+            return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file[0]))
+        return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns))
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+        raise WeightsError(
+            f"{text}: neither a local path nor to be had from the model hub ({error}); "
+            "give a local directory or GGUF file, or check the id, the network and `hf auth login`"
+        ) from error
+
+
+def package_file(path: str) -> Path:
+    """The file that `package://NAME/FILE` names, found without importing the package.
+
+    Raises `ConfigError` when the package or the file is missing.
+    """
+    name, _, file = path.removeprefix("package://").partition("/")
+    spec = importlib.util.find_spec(name)
+    if spec is None or not spec.submodule_search_locations:
+        raise ConfigError(f"{path}: package {name!r} is not installed: run `make setup`")
+    found = Path(next(iter(spec.submodule_search_locations))) / file
+    if not found.is_file():
+        raise ConfigError(f"{path}: no file {file!r} in {found.parent}")
+    return found

@@ -1,0 +1,1 @@
+"""The method: prompts to groups, groups to losses, losses to updates."""

@@ -1,0 +1,102 @@
+"""Scores to soft labels, and scores to pairs.
+
+The abstract of arXiv 2601.20687 fixes that preferences are pairwise or listwise, order-consistent
+and concentrated on near-optimal candidates. How scores become labels or pairs is ours.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from pujax.errors import require
+from pujax.types import Labels
+
+# Scores closer than this share of the largest are float32 noise, not a preference.
+_RESOLUTION = 1e-6
+
+
+def candidates(scores: Float[Array, "B G"]) -> Bool[Array, "B G"]:
+    """True where a response is a candidate, false for the anchor."""
+    return jnp.broadcast_to(jnp.arange(scores.shape[-1]) > 0, scores.shape)
+
+
+def standardize(scores: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G"]:
+    """Scores with mean 0 and (population) deviation 1 over `mask` in each row, zero outside it.
+
+    Rows whose scores are all equal, to float32's resolution, become zeros.
+    """
+    scores = jnp.where(mask, scores.astype(jnp.float32), 0)
+    count_B1 = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
+    centred = jnp.where(mask, scores - scores.sum(axis=-1, keepdims=True) / count_B1, 0)
+    std_B1 = jnp.sqrt(jnp.sum(centred**2, axis=-1, keepdims=True) / count_B1)
+    equal_B1 = std_B1 <= _RESOLUTION * jnp.abs(scores).max(axis=-1, keepdims=True)
+    return jnp.where(equal_B1, 0, centred / jnp.where(equal_B1, 1, std_B1))
+
+
+def softmax_labels(
+    scores: Float[Array, "B G"],
+    *,
+    tau: float = 0.5,
+    standardized: bool = True,
+    anchor_mass: float = 0.0,
+) -> Labels:
+    """Labels softmax(z / tau) over the candidates, and which responses take part (ours).
+
+    z is the score, `standardized` within the candidates of its prompt or as it is. The anchor, the
+    one known positive, gets `anchor_mass` and the candidates share the rest; with none it is out.
+
+    If every |s_i - r_i| <= eps, then r_i - r_j > 2 eps puts label i above label j, the argmax has
+    regret at most 2 eps, and (for z = s) the mass on {r_i < r* - delta} is at most
+    (K - 1) exp(-(delta - 2 eps) / tau).
+    """
+    require(tau > 0, "labels.tau", tau, "must be positive")
+    require(0 <= anchor_mass < 1, "labels.anchor_mass", anchor_mass, "must lie in [0, 1)")
+    candidate = candidates(scores)
+    z = standardize(scores, candidate) if standardized else scores.astype(jnp.float32)
+    shares = jax.nn.softmax(jnp.where(candidate, z / tau, -jnp.inf), axis=-1)
+    labels = jnp.where(candidate, (1 - anchor_mass) * shares, anchor_mass)
+    return labels, candidate | (anchor_mass > 0)
+
+
+def extremes(values: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G G"]:
+    """Pair weights for the best over the worst within `mask`; ties share their weight evenly.
+
+    A row of equal values holds no preference: its weights are zero.
+    """
+    z = standardize(values, mask)
+    best_B1 = z.max(axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
+    worst_B1 = z.min(axis=-1, keepdims=True, where=mask, initial=jnp.inf)
+    chosen = _share(mask & (z == best_B1) & (best_B1 > worst_B1))
+    rejected = _share(mask & (z == worst_B1))
+    return chosen[:, :, None] * rejected[:, None, :]
+
+
+def best_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
+    """The best candidate is preferred to the worst; ties share, equal scores weigh nothing."""
+    return extremes(scores, candidates(scores))
+
+
+def anchor_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
+    """The anchor is preferred to the worst candidate; ties share.
+
+    Equal scores keep their weight: that the anchor is preferred does not come from the scores.
+    """
+    candidate = candidates(scores)
+    z = standardize(scores, candidate)
+    worst_B1 = z.min(axis=-1, keepdims=True, where=candidate, initial=jnp.inf)
+    return _anchor_over(_share(candidate & (z == worst_B1)))
+
+
+def anchor_vs_all(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
+    """The anchor is preferred to every candidate, each with weight 1 / K."""
+    return _anchor_over(_share(candidates(scores)))
+
+
+def _share(chosen: Bool[Array, "B G"]) -> Float[Array, "B G"]:
+    """A weight of one a row, split evenly over `chosen`; zeros where nothing is."""
+    return chosen / jnp.maximum(chosen.sum(axis=-1, keepdims=True), 1).astype(jnp.float32)
+
+
+def _anchor_over(rejected: Float[Array, "B G"]) -> Float[Array, "B G G"]:
+    anchor_G = jnp.arange(rejected.shape[-1]) == 0
+    return jnp.where(anchor_G[None, :, None], rejected[:, None, :], 0)

@@ -1,0 +1,401 @@
+"""Policy log-probs and a group to one loss a prompt.
+
+Delta_i = lp_policy(y_i) - lp_ref(y_i), summed over tokens. That training uses DPO, GRPO or a
+label-distribution variant of GRPO is from the abstract of arXiv 2601.20687; their exact form here,
+and everything else, is ours or from the source that a docstring names.
+
+Log-probs outside the mask may be anything, NaN included: neither a loss nor its gradient sees them.
+Losses return means that are exact under averaging over microbatches of equal size, metrics too.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jax.scipy.special import xlogy
+from jaxtyping import Array, Bool, Float
+
+from pujax.errors import require
+from pujax.method.labels import anchor_vs_all, best_vs_worst, candidates, extremes, standardize
+from pujax.types import Group, Metrics, PairRule
+
+LossAndMetrics = tuple[Float[Array, " B"], Metrics]
+
+Advantage = Callable[[Group], Float[Array, "B K"]]
+"""A group to one advantage a candidate; zero for candidates that are not valid."""
+
+Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
+"""Token terms and their mask to one value a prompt."""
+
+Surrogate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
+"""A classifier's output times its label (+1 or -1) to a loss."""
+
+# Advantages and label differences below this are float32 rounding, not a signal.
+_NO_SIGNAL = 1e-6
+
+# Supervised and pairwise losses.
+
+
+def sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
+    """Mean negative log-prob of the anchor's tokens."""
+    return -_mean(_masked(logps, group.mask)[:, 0], group.mask[:, 0]), {}
+
+
+def dpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    length_normalized: bool = False,
+    nll_weight: float = 0.0,
+) -> LossAndMetrics:
+    """-log sigmoid(beta (Delta_w - Delta_l)), weighted over pairs (Rafailov et al., 2023, eq. 7).
+
+    `label_smoothing` takes the labels to be flipped that often (cDPO, Mitchell, 2023), which ends
+    at beta (Delta_w - Delta_l) = logit(1 - label_smoothing). `length_normalized` divides each Delta
+    by the response's length. `nll_weight` adds the chosen response's mean negative log-prob, which
+    holds up what the margin alone lets sink (Pang et al., 2024, eq. 1).
+    """
+    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(
+        0 <= label_smoothing < 0.5,
+        "loss.label_smoothing",
+        label_smoothing,
+        "must lie in [0, 0.5)",
+    )
+    weights_BGG = pairs(group.scores)
+    log_ratios = _log_ratios(logps, group)
+    rewards_BG = beta * (_mean(log_ratios, group.mask) if length_normalized else _sum(log_ratios))
+    margins_BGG = rewards_BG[:, :, None] - rewards_BG[:, None, :]
+    losses_BGG = (1 - label_smoothing) * jax.nn.softplus(-margins_BGG)
+    losses_BGG += label_smoothing * jax.nn.softplus(margins_BGG)
+    nll_BG = -_mean(_masked(logps, group.mask), group.mask)
+    loss_B = jnp.sum(weights_BGG * (losses_BGG + nll_weight * nll_BG[:, :, None]), axis=(1, 2))
+    return loss_B, _preference_metrics(logps, group, rewards_BG, weights_BGG)
+
+
+def ipo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+) -> LossAndMetrics:
+    """(Delta_w - Delta_l - 1 / (2 beta))^2, weighted over pairs (Azar et al., 2023, eq. 17)."""
+    require(beta > 0, "loss.beta", beta, "must be positive")
+    weights_BGG = pairs(group.scores)
+    delta_BG = _sum(_log_ratios(logps, group))
+    gaps_BGG = delta_BG[:, :, None] - delta_BG[:, None, :]
+    loss_B = jnp.sum(weights_BGG * (gaps_BGG - 1 / (2 * beta)) ** 2, axis=(1, 2))
+    return loss_B, _preference_metrics(logps, group, beta * delta_BG, weights_BGG)
+
+
+# Positive-unlabeled risk.
+
+
+def sigmoid_loss(z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """sigmoid(-z): bounded, and l(z) + l(-z) = 1 (the surrogate of Kiryo et al., 2017)."""
+    return jax.nn.sigmoid(-z)
+
+
+def logistic_loss(z: Float[Array, "..."]) -> Float[Array, "..."]:
+    """log(1 + exp(-z)): convex and unbounded, l(-z) - l(z) = z."""
+    return jax.nn.softplus(-z)
+
+
+def nnpu(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    beta: float = 0.1,
+    prior: float = 0.3,
+    surrogate: Surrogate = sigmoid_loss,
+) -> LossAndMetrics:
+    """Non-negative PU risk of the implied reward h = beta Delta (Kiryo et al., 2017, eq. 6).
+
+    prior l(h(a)) + max(0, E_U l(-h(y)) - prior l(-h(a))): the anchor a is the positive, the
+    candidates are the unlabeled, `prior` is the share of them that is as good as the anchor. Where
+    the max is at 0 the candidates get no gradient; with `sigmoid_loss` and h(a) large that is where
+    their mean sigmoid(h) has come down to `prior`.
+
+    Ours: the classifier, and the max within each prompt (in the paper within each batch), so that
+    a prompt's loss does not depend on its neighbours. This is eq. 6 itself, without the paper's
+    gradient switch below the max. Scores and labels are not used.
+    """
+    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(0 < prior < 1, "loss.prior", prior, "must lie in (0, 1)")
+    rewards_BG = beta * _sum(_log_ratios(logps, group))
+    anchor_B = rewards_BG[:, 0]
+    unlabeled_B = _mean(surrogate(-rewards_BG[:, 1:]), group.valid[:, 1:])
+    negative_B = jnp.maximum(0, unlabeled_B - prior * surrogate(-anchor_B))
+    metrics = _preference_metrics(logps, group, rewards_BG, anchor_vs_all(group.scores))
+    return prior * surrogate(anchor_B) + negative_B, metrics
+
+
+# Listwise loss.
+
+
+def listwise(logps: Float[Array, "B G T"], group: Group, *, beta: float = 0.1) -> LossAndMetrics:
+    """KL(q || p), q the labels and p = softmax(beta Delta) over the valid responses (ours).
+
+    Zero where beta Delta = log q + const. At the reference p is uniform over the G valid responses,
+    so the gradient there is the policy gradient with advantages beta (q_i - 1 / G).
+    """
+    require(beta > 0, "loss.beta", beta, "must be positive")
+    rewards_BG = beta * _sum(_log_ratios(logps, group))
+    terms_BG = xlogy(group.labels, group.labels) - group.labels * _log_p(rewards_BG, group.valid)
+    loss_B = jnp.sum(terms_BG, axis=-1, where=group.valid)
+    return loss_B, _label_metrics(logps, group, rewards_BG, group.valid)
+
+
+# Policy-gradient losses: advantages, aggregations, and the two losses.
+
+
+def mean_std(group: Group) -> Float[Array, "B K"]:
+    """Scores standardised within the candidates of a prompt (Shao et al., 2024, section 4.1.2)."""
+    return standardize(group.scores[:, 1:], group.valid[:, 1:])
+
+
+def mean(group: Group) -> Float[Array, "B K"]:
+    """Scores less their mean over the candidates of a prompt (Dr. GRPO, Liu et al., 2025)."""
+    valid = group.valid[:, 1:]
+    scores = group.scores[:, 1:].astype(jnp.float32)
+    return jnp.where(valid, scores - _mean(_masked(scores, valid), valid)[:, None], 0)
+
+
+def from_labels(group: Group) -> Float[Array, "B K"]:
+    """K q - 1, q the labels made to sum to one over the candidates (ours)."""
+    valid = group.valid[:, 1:]
+    share = _mean(_masked(group.labels[:, 1:], valid), valid)[:, None]
+    return jnp.where(valid & (share > 0), group.labels[:, 1:] / jnp.maximum(share, 1e-30) - 1, 0)
+
+
+def token_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> Float[Array, " B"]:
+    """The mean over all tokens of a prompt's candidates (DAPO, Yu et al., 2025)."""
+    return jnp.sum(terms, axis=(1, 2), where=mask) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
+
+
+def sequence_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> Float[Array, " B"]:
+    """The mean over candidates of each one's mean over tokens (GRPO, Shao et al., 2024).
+
+    A token of a long response weighs less, so long bad responses are punished less.
+    """
+    return _mean(_mean(terms, mask), mask.any(axis=-1))
+
+
+def constant(
+    terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"], *, length: float = 1.0
+) -> Float[Array, " B"]:
+    """The mean over candidates of each one's sum over tokens, divided by a constant `length`.
+
+    Free of length bias (Dr. GRPO, Liu et al., 2025); at length 1 it is the policy gradient itself.
+    """
+    return _sum(_masked(terms, mask)).mean(axis=-1) / length
+
+
+def grpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    advantage: Advantage = mean_std,
+    aggregate: Aggregate = constant,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.04,
+    mask_unfinished: bool = False,
+) -> LossAndMetrics:
+    """Clipped surrogate over the candidates plus KL to the reference (Shao et al., 2024, eq. 3).
+
+    The anchor takes no part: it was never sampled. `clip_low` and `clip_high` bound the ratio to
+    [1 - low, 1 + high] (DAPO, Yu et al., 2025). The KL term is `kl_terms`, not the paper's k3,
+    whose gradient is not the KL's. `mask_unfinished` drops the tokens of responses that were cut
+    off, though their scores stay in the baseline (as in DAPO). The metrics' rewards take beta = 1.
+
+    With `constant` and on-policy, its gradient is that of -E[A] + kl_coef KL(policy || ref), so for
+    fixed advantages training ends at policy ~ ref exp(A / kl_coef).
+    """
+    mask = _candidate_mask(group, mask_unfinished)
+    advantages = stop_gradient(advantage(group))
+    surrogate, clipped = _clipped_surrogate(
+        logps[:, 1:], group.old_logps[:, 1:], advantages, mask, clip_low, clip_high
+    )
+    loss_B = aggregate(surrogate + kl_coef * kl_terms(logps, group, mask), mask)
+    metrics = _label_metrics(
+        logps, group, _sum(_log_ratios(logps, group)), group.valid & candidates(group.scores)
+    )
+    return loss_B, metrics | {
+        "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean(),
+        "group/no_signal": (jnp.abs(advantages).max(axis=-1) <= _NO_SIGNAL).mean(),
+    }
+
+
+def ldl_grpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    beta: float = 0.1,
+    clip_low: float = 0.2,
+    clip_high: float = 0.2,
+    kl_coef: float = 0.04,
+    mask_unfinished: bool = False,
+) -> LossAndMetrics:
+    """GRPO whose advantage is a label distribution's: A_i = G (q_i - p_i) (ours).
+
+    q are the labels, p = softmax(beta Delta) at the sampling policy over the G valid responses; a
+    valid anchor takes part. The clipped surrogate is summed over tokens and over the G responses,
+    so with kl_coef = 0 the first gradient (policy = old policy) is that of `listwise` times
+    G / beta, and it vanishes where p = q. The KL term is G times that of `grpo`, so that `kl_coef`
+    weighs the same in both: at the reference, with the anchor left out, the gradient is G times
+    that of `grpo` with `from_labels`, which never stops.
+
+    Candidates that `mask_unfinished` drops lose their tokens but stay in q and p, as in `grpo`.
+    """
+    require(beta > 0, "loss.beta", beta, "must be positive")
+    valid = group.valid
+    candidate_mask = _candidate_mask(group, mask_unfinished)
+    anchor_mask = group.mask[:, :1] & valid[:, :1, None]
+    mask = jnp.concatenate([anchor_mask, candidate_mask], axis=1)
+    count_B = jnp.maximum(valid.sum(axis=-1), 1)
+    p_BG = jnp.exp(_log_p(beta * _sum(_log_ratios(group.old_logps, group)), valid))
+    advantages = jnp.where(valid, count_B[:, None] * (group.labels - p_BG), 0)
+    surrogate, clipped = _clipped_surrogate(
+        logps, group.old_logps, stop_gradient(advantages), mask, clip_low, clip_high
+    )
+    kl_B = constant(kl_terms(logps, group, candidate_mask), candidate_mask)
+    loss_B = _sum(_sum(surrogate)) + kl_coef * count_B * kl_B
+    rewards_BG = beta * _sum(_log_ratios(logps, group))
+    return loss_B, _label_metrics(logps, group, rewards_BG, valid) | {
+        "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean()
+    }
+
+
+def kl_terms(
+    logps: Float[Array, "B G T"], group: Group, mask: Bool[Array, "B K T"]
+) -> Float[Array, "B K T"]:
+    """Token terms that sum to an estimate of KL(policy || reference), in value and in gradient.
+
+    The value of a term is l_t = log policy - log ref at the sampled token (k1). Its gradient is
+    ratio_t (L_t - b_t) grad log policy_t, with L_t = sum_{u >= t} l_u, b_t the mean of L_t over the
+    prompt's other candidates (a baseline: it lowers the variance and not the mean), and ratio_t =
+    policy / old policy of the token.
+
+    For candidates sampled independently from the policy, the expected sum over tokens is exactly
+    the gradient of the KL between the distributions over whole responses of up to T tokens. That
+    includes how a token changes the states that later tokens see, which l_t alone in place of L_t
+    (k2, or k3 times the ratio) leaves out. For samples of an older policy, ratio_t corrects the
+    choice of the token but not the odds of the tokens before it: exact for one-token responses and
+    PPO's approximation beyond. Tempered sampling, or a mask that drops candidates, shifts the
+    expectation to what was kept. (Ours, from the policy gradient theorem; Tang & Munos, 2025.)
+    """
+    log_ratio = stop_gradient(_masked(logps[:, 1:] - group.ref_logps[:, 1:], mask))
+    ratio = jnp.exp(_masked(logps[:, 1:] - group.old_logps[:, 1:], mask))
+    to_go = jnp.cumsum(log_ratio[..., ::-1], axis=-1)[..., ::-1]
+    others = (to_go.sum(axis=1, keepdims=True) - to_go) / max(to_go.shape[1] - 1, 1)
+    return log_ratio + (ratio - stop_gradient(ratio)) * (to_go - others)
+
+
+# Metrics.
+
+
+def group_metrics(logps: Float[Array, "B G T"], group: Group) -> Metrics:
+    """What is logged whichever the loss: means over prompts.
+
+    `kl/ref` is the mean over a prompt's candidate tokens of log policy - log ref (k1, per token),
+    apart from any KL that is trained; `logps/anchor` is the anchor's summed log-prob;
+    `label/entropy` is in nats.
+    """
+    logps, labels = stop_gradient(logps), group.labels
+    return {
+        "kl/ref": token_mean(_log_ratios(logps, group)[:, 1:], group.mask[:, 1:]).mean(),
+        "logps/anchor": _sum(_masked(logps, group.mask))[:, 0].mean(),
+        "label/entropy": -xlogy(labels, labels).sum(axis=-1, where=group.valid).mean(),
+        "label/top1_mass": labels.max(axis=-1, where=group.valid, initial=0).mean(),
+    }
+
+
+def _preference_metrics(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    rewards_BG: Float[Array, "B G"],
+    weights_BGG: Float[Array, "B G G"],
+) -> Metrics:
+    """Implied rewards and summed log-probs of the chosen and the rejected under pair weights.
+
+    A tie counts half in the accuracy. A prompt without pairs counts as a tie of its candidates.
+    """
+    rewards_BG = stop_gradient(rewards_BG)
+    lp_BG = _sum(_masked(stop_gradient(logps), group.mask))
+    paired_B = weights_BGG.sum(axis=(1, 2))
+    rest_BG = (1 - paired_B)[:, None] * candidates(lp_BG) / max(lp_BG.shape[-1] - 1, 1)
+    margins_BGG = rewards_BG[:, :, None] - rewards_BG[:, None, :]
+    return {
+        "reward/margin": jnp.sum(weights_BGG * margins_BGG, axis=(1, 2)).mean(),
+        "reward/accuracy": jnp.sum(weights_BGG * jnp.sign(margins_BGG), axis=(1, 2)).mean() / 2
+        + 0.5,
+        "logps/chosen": _sum((weights_BGG.sum(axis=2) + rest_BG) * lp_BG).mean(),
+        "logps/rejected": _sum((weights_BGG.sum(axis=1) + rest_BG) * lp_BG).mean(),
+        "group/no_signal": (paired_B == 0).mean(),
+    }
+
+
+def _label_metrics(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    rewards_BG: Float[Array, "B G"],
+    mask_BG: Bool[Array, "B G"],
+) -> Metrics:
+    """The same for the response with the highest label over the one with the lowest."""
+    return _preference_metrics(logps, group, rewards_BG, extremes(group.labels, mask_BG))
+
+
+# What several losses share.
+
+
+def _masked(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Values in float32, zero outside the mask, so that nothing there reaches a gradient."""
+    return jnp.where(mask, x.astype(jnp.float32), 0)
+
+
+def _sum(x: Float[Array, "*shape n"]) -> Float[Array, "*shape"]:
+    return jnp.sum(x, axis=-1)
+
+
+def _mean(x: Float[Array, "*shape n"], mask: Bool[Array, "*shape n"]) -> Float[Array, "*shape"]:
+    """The mean over the last axis within the mask; zero where the mask is empty."""
+    return jnp.sum(x, axis=-1, where=mask) / jnp.maximum(mask.sum(axis=-1), 1)
+
+
+def _log_ratios(logps: Float[Array, "B G T"], group: Group) -> Float[Array, "B G T"]:
+    return _masked(logps - group.ref_logps, group.mask)
+
+
+def _log_p(rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
+    """Log softmax over the valid responses. Outside it is finite: 0 * -inf would be NaN."""
+    floor = jnp.finfo(jnp.float32).min
+    return jax.nn.log_softmax(jnp.where(valid, rewards, floor), axis=-1)
+
+
+def _candidate_mask(group: Group, mask_unfinished: bool) -> Bool[Array, "B K T"]:
+    kept = group.valid & group.finished if mask_unfinished else group.valid
+    return group.mask[:, 1:] & kept[:, 1:, None]
+
+
+def _clipped_surrogate(
+    logps: Float[Array, "B n T"],
+    old_logps: Float[Array, "B n T"],
+    advantages: Float[Array, "B n"],
+    mask: Bool[Array, "B n T"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
+    """PPO's loss of each token, and where its clip binds (Schulman et al., 2017, eq. 7)."""
+    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
+    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
+    ratio = jnp.exp(_masked(logps - old_logps, mask))
+    advantages = advantages[:, :, None]
+    free = ratio * advantages
+    bound = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    return _masked(-jnp.minimum(free, bound), mask), mask & (bound < free)

@@ -1,0 +1,77 @@
+"""The records of text that cross a room: prompts, what the teacher said, both as tokens. No jax."""
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pujax.errors import require
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One prompt: its `messages` are chat turns, each with a `role` and a `content`.
+
+    `answer` is what a checker compares with, `kind` the task's name; neither reaches the teacher.
+    """
+
+    id: str
+    messages: tuple[dict[str, str], ...]
+    answer: str | None = None
+    kind: str | None = None
+
+
+Messages = Sequence[Mapping[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Anchor:
+    """A teacher's answer as training uses it."""
+
+    response: str
+    finish_reason: str | None
+    model: str | None
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt with its anchor, as tokens. `anchor_ids` ends with an EOS when it finished."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]
+    anchor: str
+    anchor_ids: tuple[int, ...]
+    anchor_finished: bool
+
+
+def messages_key(messages: Iterable[Mapping[str, str]]) -> str:
+    """The sha256 of the messages alone: what they are looked up by when no teacher is named."""
+    plain = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
+    return hashlib.sha256(canonical(plain)).hexdigest()
+
+
+def canonical(value: Any) -> bytes:
+    """The one JSON form of `value` that keys are made from."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the student samples its candidates. `top_k=0` and `top_p=1` switch those filters off."""
+
+    candidates: int = 4
+    temperature: float = 0.7
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.candidates >= 2, "sampling.candidates", self.candidates, "needs at least 2")
+        require(self.temperature > 0, "sampling.temperature", self.temperature, "must be positive")
+        require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must lie in (0, 1]")
+
+
+STAGES = ("sft", "align")
+"""The stages of a run, in the order in which it goes through them."""

@@ -1,0 +1,261 @@
+"""What a run writes while it trains, metrics and samples, and the progress it shows."""
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Column
+from tensorboardX import SummaryWriter
+
+from pujax.files.durable import Line, read_jsonl, whole_lines, write_whole
+from pujax.records import STAGES
+
+SHOWN = {"loss": "loss", "score/mean": "score", "kl/ref": "kl"}  # metrics in the progress line
+
+RECENT = 50  # steps whose pace the ETA goes by
+
+
+@dataclass(frozen=True)
+class SampleGroup:
+    """One group as a person reads it; scores and labels count the anchor in, at index 0."""
+
+    id: str
+    prompt: str
+    anchor: str
+    candidates: Sequence[str]
+    scores: Sequence[float]
+    labels: Sequence[float]
+
+    def __post_init__(self) -> None:
+        sizes = (len(self.candidates) + 1, len(self.scores), len(self.labels))
+        if len(set(sizes)) > 1:
+            raise ValueError(
+                f"sample {self.id!r}: {sizes[0]} responses, {sizes[1]} scores and {sizes[2]} "
+                "labels: the anchor and each candidate need one of each"
+            )
+
+
+class RunLog:
+    """Appends a run's metrics and samples to its directory; close it, or use it in a `with`.
+
+    `metrics.jsonl` gets one object a step, and `tensorboard/` a run a stage. `resume` is the stage
+    and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
+    beyond it is cut off, so that no step appears twice.
+
+    Raises FileExistsError when the directory has metrics and `resume` is None, and ValueError
+    naming file and line when a file to go on with can't be read.
+    """
+
+    def __init__(self, directory: Path, *, resume: tuple[str, int] | None = None) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        metrics, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
+        if resume is None and metrics.exists() and metrics.stat().st_size:
+            raise FileExistsError(
+                f"{metrics} has the metrics of an earlier run: go on with it (resume=auto) or "
+                "choose another run.dir"
+            )
+        stage, step = resume or (STAGES[0], 0)
+        cut(metrics, stage, step)
+        cut(samples, stage, step)
+        self._evaluated = {
+            (line["model"], line["step"])
+            for line in (read_jsonl(metrics) if metrics.exists() else [])
+            if line["stage"] == "eval"
+        }
+        self._metrics = metrics.open("a", encoding="utf-8")
+        # Half a surrogate pair, which a prompt may hold, becomes its JSON escape.
+        self._samples = samples.open("a", encoding="utf-8", errors="backslashreplace")
+        self._tensorboard = directory / "tensorboard"
+        # TensorBoard hides what an earlier process wrote from the purged step on.
+        later = STAGES[STAGES.index(stage) + 1 :]
+        self._purge = {stage: step + 1} | dict.fromkeys(later, 0) if resume else {}
+        self._writers: dict[str, SummaryWriter] = {}
+
+    def step(
+        self, stage: str, step: int, metrics: Mapping[str, Any], *, seconds: float, tokens: int
+    ) -> Line:
+        """Write one step, `tokens` real tokens in `seconds`; returns the line as written.
+
+        A value that isn't finite is written as null.
+        """
+        pace = {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
+        line = {"stage": stage, "step": step} | _rounded(metrics) | _rounded(pace)
+        _append(self._metrics, [line])
+        self._plot(stage, step, {**metrics, **pace})
+        return line
+
+    def evaluation(self, model: str, step: int, means: Mapping[str, float]) -> None:
+        """Write the means of `model` (base, sft or aligned) at `step` of the stage before them.
+
+        Does nothing where the run had written them before it was cut off and resumed.
+        """
+        if (model, step) in self._evaluated:
+            return
+        self._evaluated.add((model, step))
+        line = {"stage": "eval", "model": model, "step": step} | _rounded(means)
+        _append(self._metrics, [line])
+        self._plot(f"eval-{model}", step, means)
+
+    def samples(self, stage: str, step: int, groups: Iterable[SampleGroup]) -> None:
+        """Write a step's groups as text, one a line."""
+        lines = []
+        for group in groups:
+            numbers = {
+                name: [_round(value) for value in getattr(group, name)]
+                for name in ("scores", "labels")
+            }
+            lines.append({"stage": stage, "step": step} | asdict(group) | numbers)
+        _append(self._samples, lines)
+
+    def close(self) -> None:
+        """Flush and close every file."""
+        self._metrics.close()
+        self._samples.close()
+        for writer in self._writers.values():
+            writer.close()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _plot(self, run: str, step: int, metrics: Mapping[str, Any]) -> None:
+        if run not in self._writers:
+            self._writers[run] = SummaryWriter(
+                str(self._tensorboard / run), purge_step=self._purge.get(run), flush_secs=10
+            )
+        for name, value in metrics.items():
+            if math.isfinite(value):
+                self._writers[run].add_scalar(name, float(value), step)
+
+
+def cut(path: Path, stage: str, step: int) -> None:
+    """Drop from a log's first line beyond (`stage`, `step`) on, and a torn last line, atomically.
+
+    Evaluations stay or go with the training steps around them. A file that isn't there is left so.
+    """
+    if not path.exists():
+        return
+    kept = []
+    for number, (line, raw) in enumerate(whole_lines(path), 1):
+        if not {"stage", "step"} <= line.keys():
+            raise ValueError(f"{path}:{number}: no `stage` or no `step`: remove this line")
+        if line["stage"] in STAGES and _place(line["stage"], line["step"]) > _place(stage, step):
+            break
+        kept.append(raw + b"\n")
+    write_whole(path, b"".join(kept))
+
+
+@contextmanager
+def progress(
+    stage: str,
+    *,
+    done: int,
+    steps: int,
+    console: Console | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    every: float = 10.0,
+) -> Iterator[Callable[[Line], None]]:
+    """Show a stage's progress; yields the function that takes each step's line (`RunLog.step`).
+
+    A terminal gets a bar; anything else a plain line at the first step, at the last, and no more
+    often than each `every` seconds in between. `done` steps were made before this process.
+    """
+    console = console or Console()
+    times: deque[float] = deque(maxlen=RECENT + 1)
+
+    if not console.is_terminal:
+        shown_at = -math.inf
+
+        def show_line(line: Line) -> None:
+            nonlocal shown_at
+            times.append(clock())
+            if times[-1] - shown_at >= every or line["step"] >= steps:
+                shown_at = times[-1]
+                text = (
+                    f"{stage} {line['step']}/{steps}  {summary(line)}  {_left(times, line, steps)}"
+                )
+                console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+
+        yield show_line
+        return
+
+    columns = (
+        TextColumn("[bold]{task.description}"),
+        BarColumn(bar_width=None),
+        MofNCompleteColumn(table_column=Column(no_wrap=True)),
+        TextColumn("{task.fields[now]}", markup=False),
+    )
+    with Progress(*columns, console=console, expand=True, refresh_per_second=4) as bar:
+        task = bar.add_task(stage, total=steps, completed=done, now="compiling")
+
+        def show_bar(line: Line) -> None:
+            times.append(clock())
+            now = f"{summary(line)}  {_left(times, line, steps)}".rstrip()
+            bar.update(task, completed=line["step"], now=now)
+
+        yield show_bar
+
+
+def summary(line: Line) -> str:
+    """A step's main metrics on one line, to three digits."""
+    parts = [
+        f"{short} {line[name]:#.3g}" if line[name] is not None else f"{short} not finite"
+        for name, short in SHOWN.items()
+        if name in line
+    ]
+    return "  ".join([*parts, f"{line['time/tokens_per_s']:.0f} tok/s"])
+
+
+def eta(times: Sequence[float], left: int) -> float | None:
+    """Seconds until `left` more steps are done, given when this process finished its last ones.
+
+    The first step, which compiles, only starts the clock; pauses between steps count. None as
+    long as there is no second step to go by.
+    """
+    if len(times) < 2:
+        return None
+    return (times[-1] - times[0]) / (len(times) - 1) * left
+
+
+def duration(seconds: float) -> str:
+    """`m:ss`, or `h:mm:ss` from an hour on."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _left(times: Sequence[float], line: Line, steps: int) -> str:
+    seconds = eta(times, steps - line["step"])
+    return "" if seconds is None else f"{duration(seconds)} left"
+
+
+def _place(stage: str, step: int) -> tuple[int, int]:
+    return STAGES.index(stage), step
+
+
+def _append(file: Any, lines: Iterable[Line]) -> None:
+    text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
+    file.write(text)
+    file.flush()
+
+
+def _rounded(metrics: Mapping[str, Any]) -> Line:
+    return {name: _round(value) for name, value in metrics.items()}
+
+
+def _round(value: Any) -> float | int | None:
+    """Six significant digits; null for what JSON has no number for."""
+    number = float(value)
+    if not math.isfinite(number):
+        return None
+    return float(f"{number:.6g}")

@@ -1,0 +1,369 @@
+"""Typed settings that check themselves, and the bridge from Hydra to them.
+
+Only this module and the command modules know Hydra. Everything below gets frozen dataclasses.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+from pujax.errors import require
+from pujax.records import Sampling
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where a run is kept: `root`/`name`/<time>, unless `dir` says otherwise."""
+
+    name: str = MISSING
+    root: str = "runs"
+    dir: str | None = None
+
+
+@dataclass(frozen=True)
+class ShapeConfig:
+    """The shape of a random student, for tests and dry runs; 0 layers is none."""
+
+    layers: int = 0
+    width: int = 64
+    heads: int = 4
+    kv_heads: int = 2
+    mlp_width: int = 128
+
+    def __post_init__(self) -> None:
+        require(
+            self.width % self.heads == 0,
+            "model.shape.width",
+            self.width,
+            f"must be a multiple of model.shape.heads={self.heads}",
+        )
+        require(
+            self.heads % self.kv_heads == 0,
+            "model.shape.heads",
+            self.heads,
+            f"must be a multiple of model.shape.kv_heads={self.kv_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al., 2021): scale alpha / rank, on the kernels `targets` match.
+
+    Rank 0 is none: every parameter is trained.
+    """
+
+    rank: int = 0
+    alpha: float = 32.0
+    targets: str = "q|k|v|o|gate|up|down"
+
+    def __post_init__(self) -> None:
+        require(self.rank >= 0, "model.lora.rank", self.rank, "must be 0 (off) or positive")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The student. With a `shape` of some layers its weights are random, its tokenizer `path`'s.
+
+    `path` is a hub id, a Hugging Face directory, a GGUF file, or `package://NAME/FILE`.
+    `dtype` is what the matrices multiply in; `auto` is float32 on CPU and bfloat16 elsewhere.
+    """
+
+    path: str = MISSING
+    dtype: str = "auto"
+    remat: str = "dots"
+    shape: ShapeConfig = field(default_factory=ShapeConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+
+    def __post_init__(self) -> None:
+        require(
+            self.dtype in ("auto", "float32", "bfloat16"),
+            "model.dtype",
+            self.dtype,
+            "choose auto, float32 or bfloat16",
+        )
+        require(
+            self.remat in ("none", "dots", "full"),
+            "model.remat",
+            self.remat,
+            "choose none, dots or full",
+        )
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Prompts, anchors and the static shapes they are padded to (lengths in tokens).
+
+    `anchors` is the store that answers both `prompts` and `heldout`. `system` is the student's
+    system message where a prompt has none; null leaves it to the chat template.
+    """
+
+    prompts: str = MISSING
+    anchors: str = MISSING
+    heldout: str = MISSING
+    system: str | None = None
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 128
+    on_too_long: str = "error"
+
+    def __post_init__(self) -> None:
+        require(
+            self.on_too_long in ("error", "drop", "truncate"),
+            "data.on_too_long",
+            self.on_too_long,
+            "choose error, drop or truncate",
+        )
+        for key in ("max_prompt_tokens", "max_response_tokens"):
+            require(getattr(self, key) > 1, f"data.{key}", getattr(self, key), "must exceed 1")
+
+
+@dataclass(frozen=True)
+class ScorerConfig:
+    """Whose scores rank the candidates: the frozen reference's or the current policy's."""
+
+    score: Any = MISSING
+    by: str = "reference"
+
+    def __post_init__(self) -> None:
+        require(
+            self.by in ("reference", "policy"), "scorer.by", self.by, "choose reference or policy"
+        )
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """The first stage: `steps` of `batch` anchors at peak learning rate `lr`; 0 steps skip it."""
+
+    steps: int = 100
+    batch: int = 8
+    lr: float = 2e-5
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "sft.steps", self.steps, "must not be negative")
+        require(self.batch > 0, "sft.batch", self.batch, "must be positive")
+
+
+@dataclass(frozen=True)
+class AlignConfig:
+    """The second stage: `steps` groups of `prompts`, each learnt from `inner_epochs` times.
+
+    `microbatch` prompts at a time go through the gradient (all of them when null).
+    """
+
+    steps: int = 100
+    prompts: int = 4
+    lr: float = 5e-6
+    inner_epochs: int = 1
+    microbatch: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.steps >= 0, "align.steps", self.steps, "must not be negative")
+        require(self.prompts > 0, "align.prompts", self.prompts, "must be positive")
+        require(self.inner_epochs > 0, "align.inner_epochs", self.inner_epochs, "must be positive")
+        if self.microbatch is not None:
+            require(
+                self.microbatch > 0 and self.prompts % self.microbatch == 0,
+                "align.microbatch",
+                self.microbatch,
+                f"must divide align.prompts={self.prompts}",
+            )
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW with global-norm clipping; linear warm-up over a share of the steps, then `schedule`.
+
+    `max_skipped` non-finite updates in a row stop the run.
+    """
+
+    b1: float = 0.9
+    b2: float = 0.99
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    warmup: float = 0.1
+    schedule: str = "cosine"
+    max_skipped: int = 3
+
+    def __post_init__(self) -> None:
+        require(
+            self.schedule in ("cosine", "constant"),
+            "optim.schedule",
+            self.schedule,
+            "choose cosine or constant",
+        )
+        require(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "must lie in [0, 1]")
+        require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive")
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """A checkpoint `every` so many steps and at each stage's end; the newest `keep` stay."""
+
+    every: int = 50
+    keep: int = 2
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "checkpoint.every", self.every, "must be positive")
+        require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """Held-out evaluation: `prompts` of them (null: all), `batch` at once, greedily decoded.
+
+    `every` alignment steps apart in the run; 0 evaluates between the stages alone.
+    """
+
+    every: int = 0
+    prompts: int | None = None
+    batch: int = 16
+
+    def __post_init__(self) -> None:
+        require(self.batch > 0, "eval.batch", self.batch, "must be positive")
+        require(self.every >= 0, "eval.every", self.every, "must not be negative")
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis. `data=-1` takes all that `fsdp` and `tensor` leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+    def __post_init__(self) -> None:
+        for axis in ("fsdp", "tensor"):
+            require(getattr(self, axis) > 0, f"mesh.{axis}", getattr(self, axis), "be positive")
+        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "positive, or -1")
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Everything `python -m pujax.export` is told: a `run`'s directory or a `model`'s path.
+
+    `format` is hf (a directory for transformers and vLLM), gguf (a file for llama.cpp, its matrices
+    in `kind`) or peft (the adapter of a LoRA run). `dtype` is what hf's tensors are stored in.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    out: str = MISSING
+    format: str = "hf"
+    kind: str = "F16"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model is None),
+            "run",
+            self.run,
+            "set either run=DIRECTORY or model=PATH",
+        )
+        for key, choices in (
+            ("format", ("hf", "gguf", "peft")),
+            ("kind", ("F16", "Q8_0")),
+            ("dtype", ("float32", "bfloat16", "float16")),
+        ):
+            value = getattr(self, key)
+            require(value in choices, key, value, f"choose {', '.join(choices)}")
+        require(
+            self.format != "peft" or self.run is not None,
+            "format",
+            self.format,
+            "an adapter is a LoRA run's: set run=DIRECTORY",
+        )
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything `python -m pujax.generate` is told; prompts come from stdin without `prompt`."""
+
+    run: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    system: str | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model is None),
+            "run",
+            self.run,
+            "set either run=DIRECTORY or model=PATH",
+        )
+        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 is greedy, or positive")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Everything `python -m pujax.train` is told."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    seed: int = 0
+    resume: str = "auto"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+    sampling: Sampling = field(default_factory=Sampling)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    labels: Any = MISSING
+    loss: Any = MISSING
+    sft: SftConfig = field(default_factory=SftConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+
+
+@dataclass(frozen=True)
+class ShapesConfig:
+    """The work that a benchmark times; every prompt and response has its full length.
+
+    `offline` takes the responses as given, so that a step is the reference's pass and the update:
+    with one candidate, a DPO step on pairs. `steps` are timed after a first one. `sweep` times
+    other numbers of candidates and other lengths too, each for itself, and writes table and plot
+    to `out`.
+    """
+
+    prompts: int = 4
+    candidates: int = 4
+    prompt_tokens: int = 64
+    response_tokens: int = 64
+    offline: bool = False
+    steps: int = 5
+    sweep: bool = False
+    out: str = "."
+
+    def __post_init__(self) -> None:
+        for key, least in (
+            ("prompts", 1),
+            ("candidates", 1 if self.offline else 2),
+            ("prompt_tokens", 1),
+            ("response_tokens", 2),
+            ("steps", 1),
+        ):
+            value = getattr(self, key)
+            require(value >= least, f"benchmark.{key}", value, f"must be at least {least}")
+
+
+@dataclass(frozen=True)
+class BenchmarkRun:
+    """Everything `python -m pujax.benchmark` is told."""
+
+    seed: int = 0
+    model: ModelConfig = field(default_factory=ModelConfig)
+    scorer: ScorerConfig = field(default_factory=ScorerConfig)
+    labels: Any = MISSING
+    loss: Any = MISSING
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    benchmark: ShapesConfig = field(default_factory=ShapesConfig)

@@ -1,0 +1,96 @@
+"""A student on its mesh: what is frozen of it, what is trained, and the state of its training."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from pujax.errors import ConfigError
+from pujax.files import weights
+from pujax.files.chat import Chat
+from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.models.lora import init_adapter
+from pujax.models.sharding import placer, tree_shardings
+from pujax.run.settings import LoraConfig, ModelConfig
+from pujax.types import Params, TrainState
+
+
+@dataclass(frozen=True)
+class Student:
+    """The model with what is frozen of it and what is trained.
+
+    Without LoRA `base` is None and `trainable` is every parameter.
+    """
+
+    model: LanguageModel
+    base: Params | None
+    trainable: Params
+
+
+def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
+    """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
+
+    Raises `ConfigError` where tokenizer and embedding don't match.
+    """
+    dtype = compute_dtype(config.dtype)
+    if config.shape.layers:
+        shape = config.shape
+        settings = DecoderConfig(
+            family="llama",
+            vocab=chat.vocab,
+            width=shape.width,
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_width=shape.width // shape.heads,
+            mlp_width=shape.mlp_width,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            tied=True,
+            eos_ids=chat.eos_ids,
+        )
+        params = LanguageModel(settings).init(jax.random.key(seed))
+        params = jax.device_put(params, tree_shardings(mesh, params))
+    else:
+        # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
+        kept = dtype if config.lora.rank else jnp.float32
+        settings, params = weights.load(config.path, dtype=kept, place=placer(mesh))
+    if chat.vocab > settings.vocab:
+        raise ConfigError(
+            f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
+            f"{settings.vocab} rows: take both from one source"
+        )
+    settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
+    if not config.lora.rank:
+        return Student(LanguageModel(settings, dtype, config.remat), None, params)
+    settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
+    adapter = make_adapter(config.lora, params, mesh, seed)
+    return Student(LanguageModel(settings, dtype, config.remat), params, adapter)
+
+
+def make_adapter(config: LoraConfig, params: Params, mesh: Mesh, seed: int) -> Params:
+    """A fresh adapter on the mesh: B is zero, so it changes nothing yet."""
+    adapter = init_adapter(jax.random.key(seed), params, rank=config.rank, targets=config.targets)
+    return jax.device_put(adapter, tree_shardings(mesh, adapter))
+
+
+def compute_dtype(name: str) -> Any:
+    """What the matrices multiply in: `auto` is float32 on CPU and bfloat16 elsewhere."""
+    if name == "auto":
+        name = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+def new_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """A stage's first state, on the mesh. It takes `trainable` over: the step donates it."""
+
+    def make(params: Params) -> TrainState:
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
+
+    shardings = tree_shardings(mesh, jax.eval_shape(make, trainable))
+    return jax.jit(make, out_shardings=shardings)(trainable)

@@ -1,0 +1,1 @@
+"""The black box and what it answered; no jax."""

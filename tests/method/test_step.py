@@ -1,0 +1,407 @@
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from recipes import recipe
+
+from pujax.errors import ConfigError
+from pujax.method import labels, losses, scoring
+from pujax.method.needs import Needs, needs_of
+from pujax.method.optimizer import make_optimizer
+from pujax.method.step import (
+    anchor_group,
+    assemble,
+    make_sft_step,
+    make_train_step,
+    policy_logps,
+    rollout,
+    update,
+)
+from pujax.models.lora import init_adapter
+from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
+from pujax.run.settings import LoraConfig
+from pujax.types import Batch, Room, TrainState
+
+ALONE = partial(labels.softmax_labels)
+SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    rng = np.random.default_rng(1)
+
+    def rows(size, lengths):
+        tokens = jnp.array(rng.integers(6, 96, (8, size)), jnp.int32)
+        lengths = jnp.array(lengths, jnp.int32)
+        return jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths
+
+    prompts, prompt_lengths = rows(6, [3, 6, 1, 5, 2, 4, 6, 3])
+    anchors, anchor_lengths = rows(5, [4, 5, 2, 3, 5, 1, 4, 4])
+    references, reference_lengths = rows(7, [4, 7, 2, 6, 3, 5, 7, 4])
+    return Batch(
+        prompts=prompts,
+        prompt_lengths=prompt_lengths,
+        anchors=anchors,
+        anchor_lengths=anchor_lengths,
+        anchor_finished=jnp.array([True] * 7 + [False]),
+        references=references,
+        reference_lengths=reference_lengths,
+    )
+
+
+def state_of(params, optimizer):
+    params = jax.tree.map(jnp.array, params)
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    return TrainState(step, params, optimizer.init(params), skipped)
+
+
+def step_on(sizes, model, params, batch, loss, **choices):
+    """One training step on a mesh over 8 devices: the new state, the group and the metrics."""
+    mesh = make_mesh(*sizes)
+    optimizer = optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    step = make_train_step(model, recipe(**choices), loss, optimizer, shardings)
+    reference = jax.device_put(params, tree_shardings(mesh, params))
+    state, group, metrics = step(
+        jax.device_put(state, shardings),
+        reference,
+        None,
+        put_batch(mesh, batch, 8),
+        jax.random.key(5),
+    )
+    return jax.device_get((state, group, metrics))
+
+
+@pytest.fixture(scope="module")
+def on_one(model, params, batch):
+    optimizer = optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    shardings = jax.tree.map(lambda _: one, state)
+    step = make_train_step(
+        model, recipe(), partial(losses.ldl_grpo, kl_coef=0.1), optimizer, shardings
+    )
+    return jax.device_get(step(state, params, None, batch, jax.random.key(5)))
+
+
+@pytest.mark.parametrize("sizes", [(8, 1, 1), (1, 8, 1), (2, 2, 2)])
+def test_a_mesh_samples_the_same_tokens_and_makes_the_same_update_as_one_device(
+    sizes, model, params, batch, on_one
+):
+    loss = partial(losses.ldl_grpo, kl_coef=0.1)
+    state, group, metrics = step_on(sizes, model, params, batch, loss)
+    one_state, one_group, one_metrics = on_one
+    np.testing.assert_array_equal(group.tokens, one_group.tokens)
+    np.testing.assert_allclose(metrics["loss"], one_metrics["loss"], rtol=1e-5)
+    for ours, theirs in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(one_state.opt_state), strict=True
+    ):
+        scale = np.abs(theirs).max()
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_a_parameter_without_a_sharding_rule_is_refused():
+    with pytest.raises(ConfigError, match=r"layers/router.*RULES"):
+        sharding_of(make_mesh(), "layers/router", (3, 4))
+
+
+def test_a_mesh_must_multiply_to_the_number_of_devices():
+    with pytest.raises(ConfigError, match="not the number of devices, 8"):
+        make_mesh(data=3)
+
+
+def test_a_batch_must_divide_over_the_mesh(batch):
+    with pytest.raises(ConfigError, match="a batch of 6 prompts"):
+        put_batch(make_mesh(), batch, 6)
+
+
+@pytest.fixture(scope="module")
+def group(model, params, batch):
+    # A group to be learnt from twice: its anchors' old log-probs are known too.
+    make = jax.jit(partial(rollout, model, recipe(inner_epochs=2)))
+    return make(params, params, batch, jax.random.key(9))[0]
+
+
+def test_old_log_probs_are_the_policys_and_the_anchors_are_its_own_reading(model, params, group):
+    logps = jax.jit(partial(policy_logps, model))(params, group)
+    np.testing.assert_allclose(logps, group.old_logps, atol=1e-4)
+    np.testing.assert_allclose(logps, group.ref_logps, atol=1e-4)
+
+
+def test_index_zero_is_the_anchor_and_labels_sum_to_one(batch, group):
+    np.testing.assert_array_equal(group.tokens[:, 0], batch.anchors)
+    np.testing.assert_array_equal(group.mask[:, 0].sum(axis=-1), batch.anchor_lengths)
+    np.testing.assert_array_equal(group.finished[:, 0], batch.anchor_finished)
+    np.testing.assert_allclose(group.labels.sum(axis=-1), 1, rtol=1e-6)
+    np.testing.assert_allclose(group.labels[:, 0], 0.2, rtol=1e-6)
+
+
+def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
+    other = jax.tree.map(lambda x: x * 1.3, params)
+    choices = recipe(by_policy=True, scorer=scoring.self_likelihood, inner_epochs=2)
+    make = partial(rollout, model, choices)
+    group, _ = jax.jit(make)(params, other, batch, jax.random.key(9))
+    np.testing.assert_allclose(
+        group.scores, scoring.mean_logps(group.old_logps, group.mask), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        losses.sft,
+        losses.dpo,
+        losses.ipo,
+        losses.listwise,
+        losses.grpo,
+        losses.ldl_grpo,
+        losses.nnpu,
+    ],
+)
+def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, group, loss):
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(partial(update, model, loss, optimizer), static_argnames="microbatch")
+    state = state_of(params, optimizer)
+    whole, whole_metrics = run(state, None, group)
+    parts, parts_metrics = run(state, None, group, microbatch=1)
+    for name in whole_metrics:
+        # A maximum, which doesn't average, and a sign, which rounding decides at the reference.
+        if name not in ("sampler/logp_gap", "reward/accuracy"):
+            np.testing.assert_allclose(
+                parts_metrics[name], whole_metrics[name], rtol=2e-4, atol=1e-6
+            )
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (parts.params, whole.params, params)), strict=True
+    ):
+        scale = np.abs(theirs - start).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-4 * scale)
+
+
+def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
+    total = Room(int(batch.prompt_lengths.sum()), int(group.mask.sum()) + 3)
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    state = state_of(params, optimizer)
+    full, full_metrics = run(state, None, group)
+    packed, metrics = run(state, None, group, room=total)
+    np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=1e-5)
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (packed.params, full.params, params)), strict=True
+    ):
+        scale = np.abs(theirs - start).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-5 * scale)
+    again, _ = jax.jit(partial(rollout, model, recipe(room=total)))(
+        params, params, batch, jax.random.key(9)
+    )
+    np.testing.assert_allclose(again.scores, group.scores, atol=1e-4)
+    np.testing.assert_allclose(again.ref_logps, group.ref_logps, atol=1e-4)
+
+
+def test_a_batch_that_does_not_fit_the_room_is_computed_whole(model, params, group):
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    state = state_of(params, optimizer)
+    full, _ = run(state, None, group)
+    for small in (Room(4, 400), Room(400, 4)):
+        same, _ = run(state, None, group, room=small)
+        for ours, theirs in zip(
+            jax.tree.leaves(same.params), jax.tree.leaves(full.params), strict=True
+        ):
+            np.testing.assert_allclose(ours, theirs, atol=1e-6)
+
+
+def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group):
+    optimizer = optax.adam(1e-2)
+    run = jax.jit(partial(update, model, losses.dpo, optimizer))
+    state = state_of(params, optimizer)
+    broken = group.replace(ref_logps=group.ref_logps.at[0, 1, 0].set(jnp.nan))
+    broken = broken.replace(
+        mask=broken.mask.at[0, 1, 0].set(True), scores=group.scores.at[0, 1].set(9.0)
+    )
+    after, metrics = run(state, None, broken)
+    assert metrics["skipped"] == 1
+    for ours, theirs in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+    after, _ = run(after, None, broken)
+    assert after.skipped == 2
+    after, _ = run(after, None, group)
+    assert (after.skipped, after.step) == (0, 3)
+
+
+def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
+    """Adam's new moments overwrite the old, and the gradient's room is not filled while sampling.
+
+    Scratch is 2.0 times the parameters; without the one 3.3 times, without the other 2.4.
+    """
+    settings = dataclasses.replace(model.config, width=128, mlp_width=512, layers=8)
+    model = dataclasses.replace(model, config=settings, remat="dots")
+    state = jax.eval_shape(lambda: state_of(model.init(jax.random.key(0)), optax.adamw(1e-3)))
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step = make_train_step(
+        model, recipe(), losses.grpo, optax.adamw(1e-3), jax.tree.map(lambda _: one, state)
+    )
+    few = jax.tree.map(lambda x: x[:2], batch)
+    compiled = step.lower(state, state.params, None, few, jax.random.key(5)).compile()
+    size = sum(4 * leaf.size for leaf in jax.tree.leaves(state.params))
+    assert compiled.memory_analysis().temp_size_in_bytes < 2.2 * size
+
+
+def test_inner_epochs_learn_from_the_same_group_again(model, params, batch):
+    loss = partial(losses.grpo, kl_coef=0.0)
+    mesh = ()
+    once, group, _ = step_on(mesh, model, params, batch, loss)
+    twice, same, metrics = step_on(mesh, model, params, batch, loss, inner_epochs=2)
+    np.testing.assert_array_equal(group.tokens, same.tokens)
+    optimizer = optax.adam(1e-2)
+    again, _ = jax.jit(partial(update, model, loss, optimizer))(
+        jax.tree.map(jnp.array, once), None, jax.tree.map(jnp.array, group)
+    )
+    for ours, theirs in zip(
+        jax.tree.leaves(twice.params), jax.tree.leaves(again.params), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-4)
+    assert twice.step == 1
+    assert metrics["sampler/logp_gap"] < 1e-4
+
+
+def test_each_step_samples_anew_and_compiles_once(model, params, batch):
+    optimizer = make_optimizer(
+        1e-3,
+        4,
+        b1=0.9,
+        b2=0.99,
+        weight_decay=0.0,
+        clip_norm=1.0,
+        warmup=0.25,
+        schedule="cosine",
+    )
+    mesh = make_mesh()
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+    step = make_train_step(model, recipe(), losses.ldl_grpo, optimizer, shardings)
+    sft = make_sft_step(model, losses.sft, optimizer, shardings)
+    placed = put_batch(mesh, batch, 8)
+    reference = jax.device_put(params, tree_shardings(mesh, params))
+    tokens = []
+    for _ in range(3):
+        state, group, _ = step(state, reference, None, placed, jax.random.key(0))
+        state, _ = sft(state, None, placed)
+        tokens.append(np.asarray(group.tokens))
+    assert (tokens[0] != tokens[1]).any()
+    assert step._cache_size() == sft._cache_size() == 1
+
+
+def test_supervised_training_makes_the_anchors_the_likeliest_answers(model, params, batch):
+    optimizer = optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    run = jax.jit(partial(update, model, losses.sft, optimizer))
+    for _ in range(80):
+        state, metrics = run(state, None, anchor_group(batch))
+    assert metrics["loss"] < 0.05
+
+
+def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, params, batch):
+    lora = LoraConfig(rank=2, alpha=4.0, targets="q|down")
+    tuned = dataclasses.replace(
+        model, config=dataclasses.replace(model.config, lora_scale=lora.alpha / lora.rank)
+    )
+    adapter = init_adapter(jax.random.key(2), params, rank=lora.rank, targets=lora.targets)
+    assert set(adapter["layers"]) == {"q_lora_a", "q_lora_b", "down_lora_a", "down_lora_b"}
+    np.testing.assert_array_equal(
+        tuned.forward(assemble(params, adapter), batch.prompts),
+        tuned.forward(params, batch.prompts),
+    )
+    optimizer = optax.adam(1e-2)
+    run = jax.jit(partial(update, tuned, losses.sft, optimizer))
+    state = state_of(adapter, optimizer)
+    seen = []
+    for _ in range(40):
+        state, metrics = run(state, params, anchor_group(batch))
+        seen.append(float(metrics["loss"]))
+    assert seen[-1] < 0.7 * seen[0]
+    assert len(jax.tree.leaves(state.opt_state)) == 1 + 2 * 4
+
+
+# ---------------------------------------------------------------------- what a loss needs
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule", "anchor", "reference"),
+    [
+        (losses.sft, ALONE, True, False),
+        (losses.dpo, ALONE, False, True),
+        (partial(losses.dpo, pairs=labels.anchor_vs_all), ALONE, True, True),
+        (partial(losses.dpo, nll_weight=1.0), ALONE, False, True),
+        (losses.ipo, ALONE, False, True),
+        (losses.nnpu, ALONE, True, True),
+        (losses.listwise, ALONE, False, True),
+        (losses.listwise, SHARED, True, True),
+        (partial(losses.grpo, kl_coef=0.0), ALONE, False, False),
+        (partial(losses.grpo, kl_coef=0.1), ALONE, False, True),
+        (partial(losses.ldl_grpo, kl_coef=0.0), SHARED, True, True),
+    ],
+)
+def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
+    assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
+
+
+def test_a_loss_that_nothing_moves_is_refused():
+    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
+        needs_of(losses.dpo, ALONE, 1)
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.dpo, partial(losses.grpo, kl_coef=0.1), partial(losses.grpo, kl_coef=0.0)]
+)
+def test_leaving_out_what_a_loss_does_not_need_leaves_its_gradient(
+    model,
+    params,
+    batch,
+    loss,
+):
+    plain = recipe(labels=ALONE)
+    needs = needs_of(loss, ALONE, 3)
+    assert not needs.anchor
+    optimizer = optax.sgd(1.0)
+    moved = []
+    for wanted in (Needs(), needs):
+        choices = recipe(labels=ALONE, needs=wanted)
+        make = jax.jit(partial(rollout, model, choices))
+        group, _ = make(params, params, batch, jax.random.key(3))
+        learn = jax.jit(partial(update, model, loss, optimizer, needs=wanted, on_policy=True))
+        state, metrics = learn(state_of(params, optimizer), None, group)
+        assert ("logps/anchor" in metrics) == wanted.anchor
+        assert any(name.startswith("kl/") for name in metrics) == wanted.reference
+        moved.append(state.params)
+    assert plain.needs == Needs()
+    for lean, full, start in zip(*map(jax.tree.leaves, (moved[1], moved[0], params)), strict=True):
+        scale = np.abs(full - start).max()
+        np.testing.assert_allclose(lean, full, atol=1e-7 + 1e-5 * scale)
+
+
+def test_on_policy_the_anchors_old_log_probs_are_the_updates_own(model, params, batch):
+    """A group learnt from once skips the pass that reads the anchor; the update is the same."""
+    loss, optimizer = partial(losses.ldl_grpo, kl_coef=0.1), optax.sgd(1.0)
+    moved = []
+    for inner_epochs in (1, 2):
+        make = jax.jit(partial(rollout, model, recipe(inner_epochs=inner_epochs)))
+        group, _ = make(params, params, batch, jax.random.key(3))
+        if inner_epochs == 2:
+            own = jax.jit(partial(policy_logps, model))(params, group)[:, 0]
+            np.testing.assert_allclose(group.old_logps[:, 0], own, atol=1e-5)
+            assert jnp.abs(own).max() > 1
+        learn = jax.jit(partial(update, model, loss, optimizer, on_policy=inner_epochs == 1))
+        moved.append(learn(state_of(params, optimizer), None, group)[0].params)
+    for once, twice, start in zip(*map(jax.tree.leaves, (*moved, params)), strict=True):
+        scale = np.abs(twice - start).max()
+        np.testing.assert_allclose(once, twice, atol=1e-6 + 1e-4 * scale)

@@ -1,0 +1,118 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+
+from pujax.errors import CheckpointError
+from pujax.models.sharding import make_mesh, tree_shardings
+from pujax.run.checkpoint import Checkpoints, Place
+from pujax.types import TrainState
+
+MODEL = {"family": "llama", "width": 8}
+
+
+def make_state(value=1.0, devices=None):
+    params = {"embed": jnp.full((8, 4), value), "layers": {"q": jnp.full((2, 4, 8), value)}}
+    step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+    state = TrainState(step, params, optax.adam(1e-3).init(params), skipped)
+    if devices is not None:
+        return jax.device_put(state, tree_shardings(make_mesh(*devices), state))
+    return state
+
+
+@pytest.fixture
+def checkpoints(tmp_path):
+    opened = Checkpoints(tmp_path, keep=2, model=MODEL)
+    yield opened
+    opened.close()
+
+
+def assert_same(first, second):
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_newest_state_comes_back_bit_for_bit_with_its_place(checkpoints):
+    assert checkpoints.latest() is None
+    checkpoints.save(10, Place("sft", 10), make_state(1 / 3))
+    checkpoints.save(12, Place("align", 2), make_state(2 / 3))
+    assert checkpoints.latest() == Place("align", 2)
+    assert_same(checkpoints.restore(make_state()), make_state(2 / 3))
+
+
+def test_only_the_newest_are_kept(checkpoints, tmp_path):
+    for number in (1, 2, 3):
+        checkpoints.save(number, Place("sft", number), make_state(number))
+    names = {path.name for path in (tmp_path / "checkpoints").iterdir()}
+    assert names == {"2", "3"}
+
+
+def test_saving_the_same_step_again_is_no_error(checkpoints):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+
+
+@pytest.mark.parametrize(("saved", "restored"), [((8, 1, 1), (2, 2, 2)), ((2, 4, 1), (1, 8, 1))])
+def test_a_state_saved_on_one_mesh_is_restored_on_another(checkpoints, saved, restored):
+    checkpoints.save(1, Place("sft", 1), make_state(0.5, saved))
+    target = make_state(0.0, restored)
+    state = checkpoints.restore(target)
+    assert_same(state, make_state(0.5))
+    assert state.params["embed"].sharding == target.params["embed"].sharding
+
+
+def test_a_checkpoint_of_another_model_is_refused_by_name(checkpoints, tmp_path):
+    checkpoints.save(1, Place("sft", 1), make_state())
+    other = Checkpoints(tmp_path, keep=2, model=MODEL | {"width": 16})
+    with pytest.raises(CheckpointError, match=r"another model .width 8 there, 16 here"):
+        other.latest()
+    other.close()
+
+
+def test_a_damaged_checkpoint_is_named_with_what_to_do(checkpoints, tmp_path):
+    checkpoints.save(1, Place("sft", 1), make_state())
+    for path in (tmp_path / "checkpoints" / "1" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"checkpoints/1 can't be read.*remove that folder"):
+        checkpoints.restore(make_state())
+
+
+def test_a_full_disk_is_said_before_writing_and_the_last_good_one_survives(
+    checkpoints, monkeypatch
+):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    full = type("Usage", (), {"free": 100})
+    monkeypatch.setattr("pujax.run.checkpoint.shutil.disk_usage", lambda path: full)
+    with pytest.raises(CheckpointError, match=r"MiB are free; the last good one is 1: make room"):
+        checkpoints.save(2, Place("sft", 2), make_state(2.0))
+    assert_same(checkpoints.restore(make_state()), make_state(1.0))
+
+
+def test_a_write_that_fails_halfway_leaves_the_last_good_one(checkpoints, tmp_path, monkeypatch):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+
+    def fail(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(ocp.CheckpointManager, "save", fail)
+    with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written.*No space left"):
+        checkpoints.save(2, Place("sft", 2), make_state(2.0))
+    reopened = Checkpoints(tmp_path, keep=2, model=MODEL)
+    assert reopened.latest() == Place("sft", 1)
+    assert_same(reopened.restore(make_state()), make_state(1.0))
+    reopened.close()
+
+
+def test_the_reference_is_written_once_and_comes_back(checkpoints):
+    params = make_state(0.25).params
+    checkpoints.save_reference(params)
+    checkpoints.save_reference(make_state(9.0).params)
+    assert_same(checkpoints.restore_reference(make_state().params), params)
+
+
+def test_a_missing_reference_is_named(checkpoints):
+    with pytest.raises(CheckpointError, match=r"reference can't be read.*resume=never"):
+        checkpoints.restore_reference(make_state().params)

@@ -1,0 +1,132 @@
+from typing import Any, cast
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pujax.errors import ConfigError, DataError
+from pujax.records import Anchor, Prompt, messages_key
+from pujax.run.data import batch_at, collate, make_dataset, picks, with_system
+from pujax.run.settings import DataConfig
+
+
+class Letters:
+    """A tokenizer of one token a character, which marks turns with 1 and ends answers with 2."""
+
+    eos_ids = (2,)
+
+    def render(self, messages):
+        return [1, *(ord(c) for turn in messages for c in turn["content"]), 1]
+
+    def reference_head(self, messages):
+        return [*self.render(messages)[:-1], 3, 3]
+
+    def encode_response(self, text, finished):
+        return [*map(ord, text), *([2] if finished else [])]
+
+
+def prompt(text, **fields):
+    return Prompt(id=text, messages=({"role": "user", "content": text},), **fields)
+
+
+def dataset(texts, anchors, **settings):
+    prompts = [prompt(text) for text in texts]
+    stored = {
+        messages_key(p.messages): Anchor(text, reason, "teacher")
+        for p, (text, reason) in zip(prompts, anchors, strict=False)
+    }
+    config = DataConfig(
+        **{"anchors": "store.jsonl", "max_prompt_tokens": 8, "max_response_tokens": 5} | settings
+    )
+    return make_dataset(prompts, stored, cast(Any, Letters()), config)
+
+
+def test_batches_hold_tokens_then_zeros_and_their_lengths():
+    data = dataset(["abc", "de"], [("xy", "stop"), ("z", "stop")])
+    batch = collate(data.examples, data)
+    assert batch.prompts.tolist() == [[1, 97, 98, 99, 1, 0, 0, 0], [1, 100, 101, 1, 0, 0, 0, 0]]
+    assert batch.prompt_lengths.tolist() == [5, 4]
+    assert batch.anchors.tolist() == [[120, 121, 2, 0, 0], [122, 2, 0, 0, 0]]
+    assert batch.anchor_lengths.tolist() == [3, 2]
+    assert batch.references.shape == (2, 9)
+    assert batch.reference_lengths.tolist() == [6, 5]
+
+
+def test_an_anchor_longer_than_t_is_cut_unfinished_and_counted():
+    data = dataset(["a", "b"], [("uvwxyz", "stop"), ("uvwx", "stop")])
+    assert data.examples[0].anchor_ids == tuple(map(ord, "uvwxy"))
+    assert not data.examples[0].anchor_finished
+    assert data.examples[1].anchor_ids[-1] == 2
+    assert data.examples[1].anchor_finished
+    assert data.anchors_cut == 1
+
+
+def test_an_anchor_the_teacher_was_cut_off_in_gets_no_eos():
+    data = dataset(["a"], [("uv", "length")])
+    assert data.examples[0].anchor_ids == (117, 118)
+    assert not data.examples[0].anchor_finished
+
+
+def test_a_prompt_longer_than_p_is_an_error_that_names_it():
+    with pytest.raises(DataError, match=r"'abcdefgh' has 10 tokens, data.max_prompt_tokens is 8"):
+        dataset(["abcdefgh"], [("x", "stop")])
+
+
+def test_drop_leaves_long_prompts_out_and_counts_them():
+    data = dataset(["abcdefgh", "a"], [("x", "stop")] * 2, on_too_long="drop")
+    assert [e.prompt.id for e in data.examples] == ["a"]
+    assert data.dropped == 1
+
+
+def test_truncate_keeps_a_long_prompts_end_and_counts_it():
+    data = dataset(["abcdefgh"], [("x", "stop")], on_too_long="truncate")
+    assert data.examples[0].prompt_ids == (*map(ord, "bcdefgh"), 1)
+    assert data.truncated == 1
+
+
+def test_dropping_every_prompt_is_an_error():
+    with pytest.raises(DataError, match=r"no prompts left.*1 dropped"):
+        dataset(["abcdefgh"], [("x", "stop")], on_too_long="drop")
+
+
+def test_a_prompt_without_an_anchor_is_named():
+    with pytest.raises(DataError, match=r"'b' has no anchor in store.jsonl.*pujax.collect"):
+        dataset(["a", "b"], [("x", "stop")])
+
+
+def test_a_system_message_leads_unless_there_is_one():
+    user, system = {"role": "user", "content": "x"}, {"role": "system", "content": "old"}
+    assert with_system([user], "new") == [{"role": "system", "content": "new"}, user]
+    assert with_system([system, user], "new") == [system, user]
+    assert with_system([user], None) == [user]
+
+
+@given(st.integers(1, 40), st.integers(0, 3), st.data())
+def test_an_epoch_sees_every_example_once(count, seed, data):
+    size = data.draw(st.integers(1, count))
+    seen = [i for step in range(count) for i in picks(count, size, (seed, 0), step)]
+    for epoch in range(size):
+        assert sorted(seen[epoch * count : (epoch + 1) * count]) == list(range(count))
+
+
+def test_batches_depend_on_seed_and_step_alone():
+    first = picks(100, 8, (0, 1), 17)
+    assert first == picks(100, 8, (0, 1), 17)
+    assert first != picks(100, 8, (1, 1), 17)
+    assert first != picks(100, 8, (0, 0), 17)
+    assert first != picks(100, 8, (0, 1), 18)
+
+
+def test_a_batch_larger_than_the_data_is_refused():
+    with pytest.raises(
+        ConfigError, match="a batch of 9 prompts needs as many examples; there are 8"
+    ):
+        picks(8, 9, (0,), 0)
+
+
+def test_batch_at_collates_what_it_picked():
+    data = dataset(list("abcdef"), [("x", "stop")] * 6)
+    examples, batch = batch_at(data, 4, (0, 0), 0)
+    assert [e.prompt_ids[1] for e in examples] == batch.prompts[:, 1].tolist()
+    np.testing.assert_array_equal(batch.anchor_finished, [True] * 4)

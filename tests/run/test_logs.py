@@ -1,0 +1,291 @@
+import io
+import json
+import re
+import struct
+
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto import event_pb2
+
+from pujax.files import durable
+from pujax.files.durable import read_jsonl
+from pujax.run.logs import RunLog, SampleGroup, duration, eta, progress
+
+PROTOS = vars(event_pb2)  # made at run time: a type checker knows none of them
+GROUP = SampleGroup("p1", "Say hi.", "Hi.", ["Hello.", "Hey!"], [1.0, 0.5, 0.25], [0.5, 0.3, 0.2])
+
+
+def train(log, stage, steps):
+    for step in steps:
+        log.step(stage, step, {"loss": 1 / step}, seconds=0.5, tokens=64)
+        log.samples(stage, step, [GROUP])
+
+
+def places(path):
+    return [(line["stage"], line["step"]) for line in read_jsonl(path)]
+
+
+def events(directory):
+    """What TensorBoard reads from a directory: record by record, a protobuf between its CRCs."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            (size,) = struct.unpack_from("<Q", data, at)
+            found.append(PROTOS["Event"].FromString(data[at + 12 : at + 12 + size]))
+            at += 16 + size
+    return found
+
+
+def test_a_step_is_one_line_with_its_pace_and_six_digits(tmp_path):
+    with RunLog(tmp_path) as log:
+        metrics = {"loss": np.float32(1 / 3), "kl/ref": 1e-7}
+        line = log.step("sft", 1, metrics, seconds=0.25, tokens=100)
+    assert line == {
+        "stage": "sft",
+        "step": 1,
+        "loss": 0.333333,
+        "kl/ref": 1e-7,
+        "time/step_s": 0.25,
+        "time/tokens_per_s": 400.0,
+    }
+    assert (tmp_path / "metrics.jsonl").read_text() == json.dumps(line) + "\n"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_a_value_that_is_not_finite_is_null_and_the_line_is_json(tmp_path, value):
+    with RunLog(tmp_path) as log:
+        log.step("align", 1, {"loss": value}, seconds=1.0, tokens=1)
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] is None
+
+
+def test_a_sample_keeps_text_scores_and_labels(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.samples("align", 3, [GROUP])
+    assert read_jsonl(tmp_path / "samples.jsonl") == [
+        {
+            "stage": "align",
+            "step": 3,
+            "id": "p1",
+            "prompt": "Say hi.",
+            "anchor": "Hi.",
+            "candidates": ["Hello.", "Hey!"],
+            "scores": [1.0, 0.5, 0.25],
+            "labels": [0.5, 0.3, 0.2],
+        }
+    ]
+
+
+def test_a_score_that_is_not_finite_is_null_and_others_have_six_digits(tmp_path):
+    group = SampleGroup("p", "", "", ["a", "b"], [float("nan"), 1 / 3, 0.0], [0.0, 2 / 3, 1 / 3])
+    with RunLog(tmp_path) as log:
+        log.samples("align", 1, [group])
+    (line,) = read_jsonl(tmp_path / "samples.jsonl")
+    assert line["scores"] == [None, 0.333333, 0.0]
+    assert line["labels"] == [0.0, 0.666667, 0.333333]
+
+
+def test_text_that_is_not_unicode_proper_comes_back_as_it_was(tmp_path):
+    text = "\ud800 \u2028 é \n \x00"
+    with RunLog(tmp_path) as log:
+        log.samples("align", 1, [SampleGroup("p", text, text, [text], [0.0, 1.0], [0.0, 1.0])])
+    (line,) = read_jsonl(tmp_path / "samples.jsonl")
+    assert line["prompt"] == text
+    assert line["candidates"] == [text]
+
+
+def test_a_sample_without_a_label_for_each_response_is_refused():
+    with pytest.raises(ValueError, match="'p1': 2 responses, 2 scores and 1 labels"):
+        SampleGroup("p1", "", "", ["one"], [0.1, 0.2], [0.5])
+
+
+def test_a_resumed_run_drops_what_lies_beyond_its_checkpoint(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", range(1, 6))
+    with RunLog(tmp_path, resume=("sft", 3)) as log:
+        train(log, "sft", range(4, 6))
+    assert places(tmp_path / "metrics.jsonl") == [("sft", step) for step in range(1, 6)]
+    assert places(tmp_path / "samples.jsonl") == [("sft", step) for step in range(1, 6)]
+
+
+def test_the_second_stage_lies_beyond_every_checkpoint_of_the_first(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1, 2])
+        train(log, "align", [1])
+    with RunLog(tmp_path, resume=("sft", 2)):
+        pass
+    assert places(tmp_path / "metrics.jsonl") == [("sft", 1), ("sft", 2)]
+
+
+def test_a_checkpoint_of_the_second_stage_keeps_the_whole_first(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", range(1, 8))
+        train(log, "align", range(1, 4))
+    with RunLog(tmp_path, resume=("align", 2)):
+        pass
+    expected = [("sft", step) for step in range(1, 8)] + [("align", 1), ("align", 2)]
+    assert places(tmp_path / "metrics.jsonl") == expected
+
+
+def test_evaluations_stay_or_go_with_the_steps_around_them(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.evaluation("base", 0, {"eval/exact": 0.1})
+        train(log, "sft", [1, 2])
+        log.evaluation("sft", 2, {"eval/exact": 0.2})
+        train(log, "align", [1, 2])
+        log.evaluation("aligned", 2, {"eval/exact": 0.3})
+    with RunLog(tmp_path, resume=("align", 1)):
+        pass
+    lines = read_jsonl(tmp_path / "metrics.jsonl")
+    assert [line["model"] for line in lines if line["stage"] == "eval"] == ["base", "sft"]
+    assert lines[0] == {"stage": "eval", "model": "base", "step": 0, "eval/exact": 0.1}
+
+
+def test_an_evaluation_made_again_after_a_resume_is_not_written_twice(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.evaluation("base", 0, {"eval/exact": 0.1})
+    with RunLog(tmp_path, resume=("sft", 0)) as log:
+        log.evaluation("base", 0, {"eval/exact": 0.1})
+        log.evaluation("aligned", 0, {"eval/exact": 0.1})
+    models = [line["model"] for line in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert models == ["base", "aligned"]
+
+
+def test_a_torn_last_line_is_left_out_and_gone_after_a_resume(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1])
+    with path.open("a") as file:
+        file.write('{"stage": "sft", "step": 2, "lo')
+    assert places(path) == [("sft", 1)]
+    with RunLog(tmp_path, resume=("sft", 1)) as log:
+        train(log, "sft", [2])
+    assert places(path) == [("sft", 1), ("sft", 2)]
+
+
+@pytest.mark.parametrize(
+    ("bad", "why"),
+    [
+        ('{"stage": "sft", "st', "not JSON"),
+        ("[1, 2]", "not a JSON object"),
+        ('{"stage": "sft"}', "no `step`"),
+    ],
+)
+def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad, why):
+    path = tmp_path / "metrics.jsonl"
+    content = f'{{"stage": "sft", "step": 1}}\n{bad}\n{{"stage": "sft", "step": 3}}\n'
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{why}"):
+        RunLog(tmp_path, resume=("sft", 3))
+    assert path.read_text() == content
+
+
+def test_metrics_of_an_earlier_run_are_never_written_over(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1])
+    with pytest.raises(FileExistsError, match=r"resume=auto.*run\.dir"):
+        RunLog(tmp_path)
+
+
+def test_a_cut_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
+    def full_disk(_):
+        raise OSError(28, "No space left on device")
+
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1, 2, 3])
+    monkeypatch.setattr(durable.os, "fsync", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        RunLog(tmp_path, resume=("sft", 1))
+    assert len(places(tmp_path / "metrics.jsonl")) == 3
+
+
+def test_tensorboard_gets_a_run_a_stage_and_purges_what_a_resume_makes_again(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1, 2])
+        log.step("sft", 3, {"loss": float("nan")}, seconds=1.0, tokens=1)
+    sft = tmp_path / "tensorboard" / "sft"
+    scalars = [(v.tag, e.step, v.simple_value) for e in events(sft) for v in e.summary.value]
+    assert [entry for entry in scalars if entry[0] == "loss"] == [
+        ("loss", 1, 1.0),
+        ("loss", 2, 0.5),
+    ]
+    assert ("time/tokens_per_s", 1, 128.0) in scalars
+
+    with RunLog(tmp_path, resume=("sft", 1)) as log:
+        train(log, "sft", [2])
+        train(log, "align", [1])
+    for stage, first in (("sft", 2), ("align", 0)):
+        starts = [
+            event.step
+            for event in events(tmp_path / "tensorboard" / stage)
+            if event.session_log.status == PROTOS["SessionLog"].START
+        ]
+        assert starts == [first]
+
+
+def test_the_eta_is_the_pace_of_the_steps_after_the_first_times_what_is_left():
+    assert eta([100.0, 102.0, 106.0], left=10) == 30.0
+    assert eta([100.0], left=10) is None
+    assert eta([], left=10) is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0:00"), (59.6, "1:00"), (75.0, "1:15"), (3599.7, "1:00:00"), (7384.0, "2:03:04")],
+)
+def test_durations_read_as_clocks_do(seconds, text):
+    assert duration(seconds) == text
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    now = 1000.0
+
+    def __call__(self):
+        return self.now
+
+
+def line(step, **metrics):
+    return {"stage": "align", "step": step, "time/tokens_per_s": 250.4} | metrics
+
+
+def test_after_a_resume_the_eta_counts_this_process_for_pace_and_all_that_is_left(tmp_path):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=120)
+    with progress("align", done=90, steps=100, console=console, clock=clock) as show:
+        clock.now += 60  # compiling, with the first step
+        show(line(91, loss=0.6934, **{"score/mean": 0.5, "kl/ref": None}))
+        for step in range(92, 101):
+            clock.now += 4
+            show(line(step, loss=0.5))
+    assert out.getvalue().splitlines() == [
+        "align 91/100  loss 0.693  score 0.500  kl not finite  250 tok/s",
+        "align 94/100  loss 0.500  250 tok/s  0:24 left",
+        "align 97/100  loss 0.500  250 tok/s  0:12 left",
+        "align 100/100  loss 0.500  250 tok/s  0:00 left",
+    ]
+
+
+def test_a_terminal_gets_a_bar_that_goes_on_from_the_steps_done(tmp_path):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=100, force_terminal=True, color_system=None)
+    with progress("align", done=36, steps=100, console=console, clock=clock) as show:
+        for step in (37, 38):
+            clock.now += 2
+            show(line(step, loss=0.5))
+    assert "38/100 loss 0.500  250 tok/s  2:04 left" in out.getvalue()
+    assert "36/100 compiling" in out.getvalue()
+
+
+def test_a_bar_fits_into_eighty_columns_whole():
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=80, force_terminal=True, color_system=None)
+    metrics = {"loss": -0.0123456, "score/mean": -0.123456, "kl/ref": 0.00123456}
+    with progress("align", done=0, steps=100, console=console, clock=clock) as show:
+        for step in (1, 2):
+            clock.now += 20
+            show(line(step, **metrics))
+    assert "2/100" in out.getvalue()
+    assert "32:40 left" in out.getvalue()
