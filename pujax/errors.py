@@ -1,14 +1,14 @@
 """The errors of every room, and the checks that raise them."""
 
+from collections.abc import Iterable
 
-class ConfigError(ValueError):
+
+class PujaxError(Exception):
+    """Something from outside is wrong; the message names it, its place and the remedy."""
+
+
+class ConfigError(PujaxError, ValueError):
     """A setting is wrong; the message names its key, its value and the remedy."""
-
-
-def require(condition: bool, key: str, value: object, remedy: str) -> None:
-    """Raise `ConfigError` naming `key` and `value` unless `condition` holds."""
-    if not condition:
-        raise ConfigError(f"{key}={value!r}: {remedy}")
 
 
 class WeightsError(ConfigError):
@@ -19,29 +19,46 @@ class ChatError(ConfigError):
     """A tokenizer, a template or a conversation is wrong; the message names the remedy."""
 
 
-class PromptError(ValueError):
+class PromptError(PujaxError, ValueError):
     """A prompt can't be read; the message names where it stands and the remedy."""
 
 
-class DataError(ValueError):
+class DataError(PujaxError, ValueError):
     """Prompts or anchors can't be used; the message names which and the remedy."""
 
 
-class TeacherError(RuntimeError):
+class TeacherError(PujaxError, RuntimeError):
     """The teacher can't be used as it is set: asking again would not help."""
 
 
-class StoreError(RuntimeError):
+class StoreError(PujaxError, RuntimeError):
     """The anchor store can't be read or written; the message names the file and the remedy."""
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(PujaxError, RuntimeError):
     """A checkpoint can't be saved or used; the message names it and the remedy."""
 
 
-class NonFiniteError(RuntimeError):
+class NonFiniteError(PujaxError, RuntimeError):
     """Losses or gradients stayed non-finite; the message says where the batches were saved."""
 
 
 class StopRequested(Exception):
     """The run was asked to stop, and has saved its state; the message says where it stands."""
+
+
+def require(condition: bool, key: str, value: object, remedy: str) -> None:
+    """Raise `ConfigError` naming `key` and `value` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {remedy}")
+
+
+def one_of(key: str, value: object, choices: Iterable[object]) -> None:
+    """Raise `ConfigError` naming `key`, `value` and the choices unless `value` is one of them."""
+    choices = tuple(choices)
+    require(value in choices, key, value, f"choose {_listed(choices)}")
+
+
+def _listed(choices: tuple[object, ...]) -> str:
+    *most, last = map(str, choices)
+    return f"{', '.join(most)} or {last}" if most else last
