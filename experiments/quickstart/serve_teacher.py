@@ -24,7 +24,6 @@ def main() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, stops)  # the server's threads inherit the mask
     settings = xllamacpp.CommonParams()
     settings.model.path = str(options.gguf)
-    settings.model_alias = {options.gguf.stem}  # what answers name as their model: not the path
     settings.model_alias = {options.gguf.name}  # what answers name: not the file's whole path
     settings.port = options.port
     settings.n_parallel = options.parallel
