@@ -1,21 +1,47 @@
-"""Write the quickstart's prompts: `train.jsonl` (448) and `heldout.jsonl` (160).
+"""Write the quickstart's prompts: five files, whose sizes `SHAPES` gives.
 
-Half of each file is short writing and assistance; the other half can be checked by a program and is
-split equally between sums, needles, copying and formatting. `answer` is for evaluation alone.
-The files are a function of `SEED`: `python experiments/quickstart/make_prompts.py [folder]`.
+`train` (448) and `heldout` (160) came first and never change. `train_more` (1,184) is for training
+as well; settings are chosen on `validation` (200), and `test` (500) is for the end. Part of each is
+short writing and assistance; the rest can be checked by a program and is split equally between
+sums, needles, copying and formatting. `answer` is for evaluation alone.
+No two files fill a wording in the same way: what can fill it (`pools/`) is divided between them.
+The files are a function of the seeds: `python experiments/quickstart/make_prompts.py [folder]`.
 """
 
 import argparse
 import json
 import random
-from collections import Counter
-from collections.abc import Callable, Iterable
-from itertools import compress
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import chain, cycle, islice
 from pathlib import Path
 from typing import NamedTuple
 
-SEED = 20260120
-BLOCKS = {"train": 56, "heldout": 20}  # a block is four writing prompts and one of each other kind
+HERE = Path(__file__).parent
+SEED, SEED_MORE = 20260120, 20261128  # the longest prompt has 80 of SmolLM2's tokens
+
+
+class Shape(NamedTuple):
+    """How many blocks a file has, and of what: every block holds the kinds in proportion."""
+
+    blocks: int
+    writing: int
+    each: int  # of every other kind
+
+
+SHAPES = {
+    "train": Shape(56, writing=4, each=1),
+    "heldout": Shape(20, writing=4, each=1),
+    "train_more": Shape(148, writing=4, each=1),
+    "validation": Shape(8, writing=9, each=4),
+    "test": Shape(20, writing=9, each=4),
+}
+# Whose turn it is to get the next word of a pool, in the first half of `words.txt` and the second.
+TURNS = (
+    ("train", "train", "heldout"),
+    ("train_more", "train_more", "validation", "test", "test"),
+)
 
 
 class Task(NamedTuple):
@@ -26,258 +52,8 @@ class Task(NamedTuple):
     answer: str | None = None
 
 
-# Wordings, then the subjects that fill them.
-WRITING = """
-Explain in one sentence what {} is.
-What is {}? Answer in one short sentence.
-- a compass | a recipe | inflation | a haiku | photosynthesis | a thermometer | a password manager
-
-Explain to a six-year-old in one sentence: {}.
-Explain for a small child, in at most 25 words: {}.
-- rain | gravity | electricity | why we sleep | how magnets work | what a bank does
-- what the moon is
-
-Why {}? Answer in one sentence.
-In at most 25 words: why {}?
-- is the sky blue | do leaves fall in autumn | do cats purr | is the sea salty | does bread rise
-- do we yawn | does ice float on water
-
-Give me one tip for {}, in one sentence.
-What is your best tip for {}? Keep it under 25 words.
-- falling asleep faster | saving money on groceries | learning new words | a first job interview
-- packing a suitcase | growing tomatoes | remembering names
-
-{} What should I do? Answer in one sentence.
-{} Give me short advice in at most 25 words.
-- My neighbour plays loud music at night. | I forgot my friend's birthday.
-- My phone battery dies too quickly. | I spilled coffee on my white shirt.
-- I feel nervous before giving a talk. | My houseplant has yellow leaves. | I keep losing my keys.
-
-Rewrite politely in one sentence: "{}"
-Make this sound friendlier, in one sentence: "{}"
-- Send me the report now. | You are late again. | Stop talking during the film.
-- Your music is too loud. | I don't want your help. | This soup is cold.
-- Move your car, it blocks my gate.
-
-Make this sentence more formal: "{}"
-Rewrite for a business letter, in one sentence: "{}"
-- Hey, can we meet tomorrow? | Thanks a lot for the quick fix! | Sorry, I can't make it on Friday.
-- The new plan looks great to me. | We ran out of money for this. | Let me know what you think.
-- Your order got lost somewhere.
-
-Say this in simpler words, in one sentence: "{}"
-Rewrite in plain English, in at most 15 words: "{}"
-- The venue is inaccessible to vehicles. | Please refrain from feeding the animals.
-- Payment is due upon receipt of the goods. | The train will depart with a slight delay.
-- Participation in the event is not mandatory. | We endeavour to reply within two days.
-- The device ceased to function.
-
-Shorten this to at most eight words: "{}"
-Say this in fewer words: "{}"
-- Due to the fact that it was raining, we stayed at home.
-- At this moment in time we do not have any bread left.
-- I would like to ask you whether you could call me back.
-- The reason that I am late is that the bus did not come.
-- She is a person who really likes to read a lot of books.
-- In the event that you get lost, please give us a call.
-- The cake that my aunt made was very, very good.
-
-Write a one-sentence e-mail to {}.
-Write one polite e-mail line to {}.
-- thank a colleague for her help | ask a landlord to repair the heating
-- tell my team that I am ill today | move a meeting to Thursday | ask a teacher for more time
-- confirm a hotel booking | remind a client about an unpaid bill
-
-Write a subject line of at most eight words for an e-mail about {}.
-Suggest an e-mail subject line about {}. Give only the line.
-- a summer party at the office | a broken lift | new opening hours | a lost umbrella
-- a change of password | free piano lessons | a delayed parcel
-
-Write a one-sentence product description for {}.
-Describe {} for an online shop in at most 25 words.
-- a folding bicycle | a wool scarf | a desk lamp | a bamboo toothbrush | a waterproof backpack
-- a ceramic teapot | a wooden chess set
-
-Write a slogan for {}. Use at most ten words.
-Give me one short slogan for {}.
-- a village bakery | a bike repair shop | a public library | an ice cream van | a flower shop
-- a night bus service | a dog grooming salon
-
-Write a one-sentence story about {}.
-Tell a story about {} in at most 30 words.
-- a lighthouse keeper | a lost robot | a fox in the snow | a clock that runs backwards
-- a girl who talks to birds | a tired wizard | a snail that wins a race
-
-Write the first sentence of a novel about {}.
-Write one opening sentence for a story about {}.
-- two rival bakers | a missing painting | a town without mirrors | a long train journey
-- a haunted supermarket | the last bookshop on Earth | a family of beekeepers
-
-Describe {} in one vivid sentence.
-In at most 25 words, describe {}.
-- a thunderstorm | a busy market | an old library | a frozen lake | the smell of fresh coffee
-- a beach at sunrise | a city seen from a plane
-
-How do I {}? Answer in one or two short sentences.
-Tell me how to {} in at most 30 words.
-- boil an egg | clean a window without streaks | fix a flat bicycle tyre | wrap a round gift
-- sharpen a kitchen knife | stop onions from making me cry | remove a sticker from glass
-
-What is the first step when you want to {}? Answer in one sentence.
-I want to {}. Name one good first step, in one sentence.
-- learn the guitar | start a small garden | write a book | run a marathon | paint a room
-- adopt a dog | plan a birthday party
-
-Summarise in at most ten words: "{}"
-Sum up in one short sentence: "{}"
-- The shop closes early on Sunday because most staff visit their families.
-- Heavy snow blocked the road, so the school stayed shut all week.
-- Bees visit many flowers a day and carry pollen from one to another.
-- The museum opened a new wing for young artists from the region.
-- After years of practice, Lena finally won the town chess cup.
-- The old bridge was closed after engineers found cracks in it.
-- Ticket prices rose again, and many fans now watch at home.
-
-Give one good reason to {}, in one sentence.
-Why should someone {}? Name one reason in at most 20 words.
-- walk to work | keep a diary | learn to cook | drink more water | visit a museum
-- turn off the phone at dinner | grow herbs at home
-
-Name one advantage and one drawback of {}, in one sentence.
-In one sentence, give one good and one bad side of {}.
-- working from home | living in a big city | owning a car | buying second-hand clothes
-- having a large dog | online shopping | night shifts
-
-Suggest a name for {} and say why in one short sentence.
-Invent a name for {}. Give the name and a reason in at most 15 words.
-- a grey kitten | a seaside cafe | a school newspaper | a red sailing boat
-- a robot vacuum cleaner | a jazz band | a board game about trains
-
-In one sentence, politely decline {}.
-Write one friendly sentence to turn down {}.
-- an invitation to a wedding | a second slice of cake | a phone sales offer
-- a request to work on Saturday | a free trial of a gym | a dinner with the neighbours
-- a job offer
-
-Compare {} in one sentence.
-What is the main difference between {}? Answer in at most 25 words.
-- tea and coffee | a bus and a tram | a novel and a poem | butter and oil | a lake and a river
-- a violin and a guitar | paper books and e-books
-
-Which is better for {}? Choose one and give a reason in one sentence.
-What would you pick for {}? Answer in one short sentence.
-- a picnic, sandwiches or salad | a long trip, a train or a car | a small flat, a cat or a dog
-- a rainy day, a film or a book | a beginner, piano or drums | breakfast, porridge or toast
-- a weekend away, hills or the coast
-
-Write a one-sentence birthday wish for {}.
-In at most 20 words, write a birthday message for {}.
-- my grandmother | a colleague who loves cycling | my best friend | a boy who turns seven
-- our French teacher | my twin sister | a neighbour who bakes
-
-Write a one-sentence thank-you note for {}.
-Thank someone for {} in one warm sentence.
-- a lovely dinner | a hand-knitted hat | watering the plants | a lift to the airport | good advice
-- repairing the fence | a box of pears
-
-Apologise in one sentence for {}.
-Write a sincere one-sentence apology for {}.
-- breaking a vase | missing a call | arriving late at a dinner | sending the wrong file
-- forgetting a promise | a noisy party | stepping on someone's foot
-
-In one sentence, encourage {}.
-Write one kind sentence to cheer up {}.
-- a friend before an exam | a runner who came last | a child learning to swim
-- a baker whose cake burned | someone who lost a job | a shy new pupil | a writer with no ideas
-
-In one sentence, congratulate {}.
-In at most 20 words, congratulate {}.
-- a friend on a new house | a couple on their wedding | a student who passed an exam
-- a team that won the cup | a colleague on a promotion | my aunt on her first painting
-- a cousin on a new baby
-
-Use the word "{}" in one sentence.
-Write a short sentence with the word "{}".
-- although | umbrella | borrow | curious | whisper | meanwhile | generous
-
-What does "{}" mean? Answer in one sentence.
-Explain the saying "{}" in at most 20 words.
-- break the ice | a piece of cake | under the weather | better late than never
-- to let the cat out of the bag | once in a blue moon | to hit the sack
-
-Complete the sentence in at most 12 more words: {}
-Finish this sentence in a natural way, in at most 12 words: {}
-- When the lights went out, | The best part of summer is | If I had a boat,
-- On the way to the station, | Nobody believed Ida until | The letter was addressed to
-- Every morning the baker
-
-Suggest {}. Answer in one sentence.
-Suggest {}, in at most 20 words.
-- a quick lunch with eggs | a small gift for a host | a game for a long car ride
-- a healthy snack for work | a hobby for rainy days | a simple dinner for two
-- a weekend activity with children
-
-Ask one good question about {}.
-Write one question you could ask an expert about {}.
-- volcanoes | old maps | wild mushrooms | the history of bread | deep-sea fish | solar panels
-- sleepwalking
-
-Tell me one fact about {} in one sentence.
-What is interesting about {}? Answer in at most 20 words.
-- penguins | the planet Mars | honey | octopuses | bamboo | the Eiffel Tower | camels
-
-What is {} used for? Answer in one sentence.
-In at most 20 words, say what {} is for.
-- a whisk | a stapler | a tripod | baking soda | a life jacket | a magnifying glass
-- a spirit level
-
-What does {} do at work? Answer in one sentence.
-Describe the job of {} in at most 20 words.
-- a plumber | a librarian | a judge | a vet | an architect | a beekeeper | a tour guide
-
-Write a short sign that says {}. At most 12 words.
-Write the text of a polite sign: {}. One short sentence.
-- dogs must stay outside | the floor is wet | visitors should ring the bell
-- the lift is out of order | bikes may not be parked here | the pool closes at eight
-- the paint is still wet
-
-Write a one-sentence reply to this message: {}
-Reply kindly in at most 20 words: {}
-- Are you free for lunch on Friday? | I just moved to your street!
-- Sorry, I will be ten minutes late. | Did you like the book I lent you?
-- Can you feed my cat this weekend? | I got the job! | Your parcel is at my place.
-
-Write a one-sentence review of {}.
-Review {} in at most 20 words.
-- a cosy noodle bar | a hotel with thin walls | a funny school play | a slow ferry trip
-- a very comfortable chair | a boring science film | a tiny jazz club
-
-Answer as a shop assistant, in one sentence: {}
-You work at a help desk. Reply in at most 25 words: {}
-- Where can I find the batteries? | Can I return these shoes? | My order has not arrived.
-- Do you have this coat in blue? | I was charged twice. | The kettle I bought leaks.
-- Is there a discount for students?
-
-Compare {} to something surprising, in one sentence.
-Write one short simile about {}.
-- silence | a busy kitchen | the morning sun | waiting for news | an old friendship | fresh snow
-- a sleeping cat
-
-Write a two-line rhyme about {}.
-Write a tiny poem of two short lines about {}.
-- a rainy Monday | a hungry mouse | the winter moon | a lost sock | warm bread | a paper boat
-- a spider in the bath
-
-How can I be safe when {}? Answer in one sentence.
-Give one safety rule for {}, in at most 20 words.
-- cycling at night | using a ladder | swimming in the sea | frying with hot oil | hiking alone
-- driving in fog | lighting candles
-
-In one short line, name three {}.
-List three {}, separated by commas, and nothing else.
-- things to take to the beach | vegetables that grow underground | animals that live in a forest
-- things in a toolbox | musical instruments | warm drinks | games you can play with cards
-"""
+Pools = dict[str, list[str]]
+Pair = tuple[int, int]
 
 SUMS_PLAIN = (
     "What is {a} + {b}?",
@@ -300,6 +76,23 @@ SUMS_STORY = (  # plural nouns: both numbers are at least two
     "Give only the number.",
     "{who} found {a} {things} and {other} found {b}. How many {things} did they find together?",
 )
+SUMS_PLAIN_MORE = (
+    *SUMS_PLAIN,
+    "Work out {a} + {b} and give only the number.",
+    "What is the total of {a} and {b}? Answer with only the number.",
+    "{a} plus {b} equals what? Give only the number.",
+)
+SUMS_STORY_MORE = (
+    *SUMS_STORY,
+    "A shop sold {a} {things} before lunch and {b} after lunch. How many {things} did it sell? "
+    "Answer with only the number.",
+    "{who} has {a} {things} and {other} has {b}. How many {things} do they have together?",
+    "{who} saved {a} dollars last week and {b} this week. How many dollars is that in total?",
+    "{a} birds sit in a tree and {b} more arrive. How many birds are in the tree now? "
+    "Give only the number.",
+    "{who} scored {a} points in the first game and {b} in the second. How many points is that in "
+    "total? Give only the number.",
+)
 
 
 class Relation(NamedTuple):
@@ -313,95 +106,23 @@ class Relation(NamedTuple):
     ask_subject: str
 
 
-RELATIONS = (
-    Relation(
-        "names",
-        "cities",
-        "{s} lives in {v}.",
-        "Where does {s} live?",
-        "Answer with only the city.",
-        "Who lives in {v}?",
-    ),
-    Relation(
-        "names",
-        "jobs",
-        "{s} is a {v}.",
-        "What is {s}'s job?",
-        "Answer with only the job.",
-        "Who is the {v}?",
-    ),
-    Relation(
-        "names",
-        "things",
-        "{s} has a {v}.",
-        "What does {s} have?",
-        "Name only the object.",
-        "Who has the {v}?",
-    ),
-    Relation(
-        "things",
-        "colours",
-        "The {s} is {v}.",
-        "What colour is the {s}?",
-        "Answer with only the colour.",
-        "Which object is {v}?",
-    ),
-    Relation(
-        "things",
-        "places",
-        "The {s} is in the {v}.",
-        "Where is the {s}?",
-        "Answer with only the place.",
-        "What is in the {v}?",
-    ),
-    Relation(
-        "names",
-        "foods",
-        "{s} ordered {v}.",
-        "What did {s} order?",
-        "Answer with only the dish.",
-        "Who ordered {v}?",
-    ),
-    Relation(
-        "events",
-        "days",
-        "The {s} is on {v}.",
-        "On which day is the {s}?",
-        "Answer with only the day.",
-        "What happens on {v}?",
-    ),
-    Relation(
-        "names",
-        "pets",
-        "{s}'s dog is called {v}.",
-        "What is {s}'s dog called?",
-        "Answer with only the dog's name.",
-        "Whose dog is called {v}?",
-    ),
-    Relation(
-        "names",
-        "seats",
-        "{s} sits in seat {v}.",
-        "Which seat does {s} have?",
-        "Answer with only the number.",
-        "Who sits in seat {v}?",
-    ),
-    Relation(
-        "names",
-        "hobbies",
-        "{s} likes {v}.",
-        "What does {s} like?",
-        "Answer with only the hobby.",
-        "Who likes {v}?",
-    ),
-)
+class Wordings(NamedTuple):
+    """What the prompts of a file may look like, other than the writing."""
+
+    sums_plain: tuple[str, ...]
+    sums_story: tuple[str, ...]
+    relations: list[Relation]
+    copy: Callable[[Pools, random.Random], list[Task]]
+    format: Callable[[Pools, random.Random], list[Task]]
+
+
 ONLY_SUBJECT = {
     "names": "Answer with only the name.",
     "things": "Name only the object.",
     "events": "Name only the event.",
 }
 
-# Days, colours, months and plain adjectives are few: both files use them. The rest is split.
+# Days, colours, months and plain adjectives are few: every file uses them. The rest is split.
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 COLOURS = ("red", "blue", "green", "yellow", "black", "white", "brown", "purple", "grey", "pink")
 MONTHS = (
@@ -421,92 +142,98 @@ MONTHS = (
 ADJECTIVES = ("small", "new", "red", "broken", "silver", "lost", "heavy", "plain", "huge", "clean")
 UNITS = ("one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 TENS = ("twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety")
-SPLIT_POOLS = """
-names: Anna Ben Clara David Elif Felix Greta Hugo Irene Jonas Karin Liam Mara Nils Olga Pablo Rosa
- Sami Tessa Viktor Wanda Yusuf Zoe Arlo Bianca Carlos Dana Emil Farah Gavin Hana Ivan
-cities: Lisbon Oslo Quito Dublin Nairobi Prague Hanoi Lima Vienna Cairo Denver Kyoto Madrid Toronto
- Athens Warsaw Bogota Zurich Mumbai Boston Geneva
-jobs: baker pilot nurse teacher plumber lawyer farmer painter dentist barber singer sailor tailor
- carpenter gardener chef judge waiter
-things: lantern kite violin ladder basket teapot camera blanket mirror hammer suitcase pillow bucket
- candle helmet whistle notebook drum tent vase flute rope puzzle telescope jacket bottle lamp
-places: attic kitchen garage cellar garden drawer hallway bathroom cupboard office shed library
- bedroom barn closet
-foods: soup pasta pizza salad rice pancakes curry lasagne tacos noodles fish dumplings risotto
- sausages beans
-events: concert picnic meeting lecture wedding market exam parade party film race dinner
-pets: Rex Bella Pepper Biscuit Luna Rocky Daisy Milo Coco Bruno Shadow Ginger Bailey Oscar Ruby
-seats: 12 14 15 17 18 19 21 23 24 26 27 28 31 32 34 35 36 38 41 42 43 45 47 48
-hobbies: chess hiking sailing knitting painting tennis fishing dancing cycling skiing juggling
- climbing baking rowing golf
-plurals: apples marbles shells stamps pencils buttons cookies stickers coins acorns lemons balloons
-words: river window orange castle pepper thunder marble button velvet copper meadow puddle falcon
- cactus ribbon walnut saddle glacier compass feather anchor tunnel biscuit planet turtle garlic
- pebble magnet island cotton parrot rocket saffron badger canyon dolphin engine forest ginger hazel
- insect jungle kettle lemon mango napkin onion panther quartz raven salmon timber umbrella violet
- whale yogurt zebra barley spoon
-"""
 
 
-def pools_of(split: str) -> dict[str, list[str]]:
-    """Every pool a file draws from, by name; `heldout` keeps a third of each split pool."""
-    pools = {}
-    for line in SPLIT_POOLS.replace("\n ", " ").strip().splitlines():
-        name, words = line.split(": ")
-        keep = [(i % 3 == 2) == (split == "heldout") for i in range(len(words.split()))]
-        pools[name] = list(compress(words.split(), keep))
-    return pools | {"days": list(DAYS), "colours": list(COLOURS)}
+def paragraphs(name: str) -> list[list[str]]:
+    """The lines of each paragraph of a file of `pools`; a line that starts with a space goes on."""
+    text = (HERE / "pools" / name).read_text(encoding="utf-8").replace("\n ", " ")
+    return [paragraph.splitlines() for paragraph in text.split("\n\n")]
 
 
-def writing_tasks(rng: random.Random) -> dict[str, list[Task]]:
-    """All writing prompts by file; two subjects of each family are kept for `heldout`."""
-    tasks: dict[str, list[Task]] = {"train": [], "heldout": []}
-    for family in WRITING.strip().split("\n\n"):
-        wordings = [line for line in family.splitlines() if not line.startswith("- ")]
-        rows = [line for line in family.splitlines() if line.startswith("- ")]
-        subjects = " | ".join(row.removeprefix("- ") for row in rows).split(" | ")
-        for i, subject in enumerate(rng.sample(subjects, len(subjects))):
+def pools_of(split: str) -> Pools:
+    """Every pool a file draws from, by name; `train_more` has what `train` has and more."""
+    takers = {"train", "train_more"} if split == "train_more" else {split}
+    pools: Pools = defaultdict(list)
+    for rows, turns in zip(paragraphs("words.txt"), TURNS, strict=True):
+        for row in rows:
+            name, words = row.split(": ")
+            turn = zip(words.split(), cycle(turns), strict=False)
+            pools[name] += [word for word, taker in turn if taker in takers]
+    return pools | {"days": list(DAYS), "colours": list(COLOURS), "months": list(MONTHS)}
+
+
+def families(name: str) -> Iterator[tuple[list[str], list[str]]]:
+    """Wordings and the subjects that fill them, family by family."""
+    for rows in paragraphs(name):
+        wordings = [row for row in rows if not row.startswith("- ")]
+        subjects = " | ".join(row.removeprefix("- ") for row in rows if row.startswith("- "))
+        yield wordings, subjects.split(" | ")
+
+
+def writing_tasks(name: str, turns: list[str], rng: random.Random) -> dict[str, list[Task]]:
+    """Writing prompts by split; `turns` says whose each subject is, family after family."""
+    tasks: dict[str, list[Task]] = {split: [] for split in SHAPES if split in turns}
+    turn = iter(turns)
+    for wordings, subjects in families(name):
+        shuffled = rng.sample(subjects, len(subjects))
+        for i, (subject, split) in enumerate(zip(shuffled, turn, strict=False)):
             wording = wordings[i % len(wordings)]
-            tasks["heldout" if i < 2 else "train"].append(Task("writing", wording.format(subject)))
+            tasks[split].append(Task("writing", wording.format(subject)))
     for some in tasks.values():
         rng.shuffle(some)
     return tasks
 
 
-def sum_tasks(rng: random.Random) -> dict[str, list[Task]]:
-    """Sums by file; half of the held-out ones use pairs that `train` lacks, in either order."""
-    pairs = [(low, high) for low in range(1, 10) for high in range(low, 10)]
-    rng.shuffle(pairs)
-    new, seen = pairs[:10], pairs[10:]
-    order = {"train": seen + rng.sample(seen, len(seen)), "heldout": new + rng.sample(seen, 10)}
-    tasks: dict[str, list[Task]] = {"train": [], "heldout": []}
-    used: set[tuple[int, int, str]] = set()
-    for split, some in order.items():
-        pools = pools_of(split)
-        uses: Counter[str] = Counter()
-        for low, high in some[: BLOCKS[split]]:
-            wordings = [
-                wording
-                for wording in (SUMS_PLAIN if low == 1 else SUMS_PLAIN + SUMS_STORY)
-                if (low, high, wording) not in used
-            ]
-            rng.shuffle(wordings)
-            wording = min(wordings, key=uses.__getitem__)
-            uses[wording] += 1
-            used.add((low, high, wording))
-            a, b = rng.sample((low, high), 2)
-            who, other = rng.sample(pools["names"], 2)
-            things = rng.choice(pools["plurals"])
-            prompt = wording.format(a=a, b=b, who=who, other=other, things=things)
-            tasks[split].append(Task("sum", prompt, str(a + b)))
-        rng.shuffle(tasks[split])
+def spread(counts: dict[str, int]) -> list[str]:
+    """Every name as often as its count says, the names evenly mixed."""
+    places = [((i + 0.5) / count, name) for name, count in counts.items() for i in range(count)]
+    return [name for _, name in sorted(places)]
+
+
+def of_each(split: str) -> int:
+    """How many tasks of every kind but writing a file has."""
+    return SHAPES[split].blocks * SHAPES[split].each
+
+
+def in_rounds(pairs: list[Pair], count: int, rng: random.Random) -> list[Pair]:
+    """`count` pairs: all of them in some order, again and again."""
+    rounds = (rng.sample(pairs, len(pairs)) for _ in range(count))
+    return list(islice(chain.from_iterable(rounds), count))
+
+
+def sum_tasks(
+    pairs: list[Pair],
+    wordings: Wordings,
+    pools: Pools,
+    rng: random.Random,
+    used: set[tuple[int, int, str]],
+) -> list[Task]:
+    """A sum of each pair, in a wording that `used` does not have for it yet."""
+    tasks = []
+    uses: Counter[str] = Counter()
+    for low, high in pairs:
+        free = [
+            wording
+            for wording in wordings.sums_plain + (() if low == 1 else wordings.sums_story)
+            if (low, high, wording) not in used
+        ]
+        rng.shuffle(free)
+        wording = min(free, key=uses.__getitem__)
+        uses[wording] += 1
+        used.add((low, high, wording))
+        a, b = rng.sample((low, high), 2)
+        who, other = rng.sample(pools["names"], 2)
+        things = rng.choice(pools["plurals"])
+        prompt = wording.format(a=a, b=b, who=who, other=other, things=things)
+        tasks.append(Task("sum", prompt, str(a + b)))
+    rng.shuffle(tasks)
     return tasks
 
 
-def needle_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
+def needle_tasks(relations: list[Relation], pools: Pools, rng: random.Random) -> list[Task]:
     """One prompt for each relation and direction of the question."""
     tasks = []
-    for relation in RELATIONS:
+    for relation in relations:
         for about_subject in (False, True):
             count = rng.choice((3, 3, 4))
             count = min(count, len(pools[relation.subjects]), len(pools[relation.values]))
@@ -529,7 +256,7 @@ def needle_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
     return tasks
 
 
-def copy_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
+def copy_tasks(pools: Pools, rng: random.Random) -> list[Task]:
     """One prompt for each wording."""
     w = rng.sample(pools["words"], 11)
     things, adjectives = rng.sample(pools["things"], 6), rng.sample(ADJECTIVES, 5)
@@ -571,7 +298,42 @@ def copy_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
     return [Task("copy", prompt, answer) for prompt, answer in pairs]
 
 
-def format_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
+def copy_tasks_more(pools: Pools, rng: random.Random) -> list[Task]:
+    """One prompt for each wording, old and new."""
+    w = rng.sample(pools["words"], 13)
+    capital = rng.choice(w[10:13])
+    some = " ".join(word.upper() if word == capital else word for word in w[10:13])
+    name, other, third = rng.sample(pools["names"], 3)
+    number = rng.choice(pools["numbers"])
+    date = f"{rng.randint(1, 28)} {rng.choice(MONTHS)} {rng.randint(1990, 2030)}"
+    mail = f"{third.lower()}@example.com"
+    pairs = (
+        (f"Repeat only the first word: {w[0]} {w[1]} {w[2]}", w[0]),
+        (f"Repeat only the last word: {w[3]} {w[4]} {w[5]}", w[5]),
+        (f"Say the word {w[6]} and nothing else.", w[6]),
+        (
+            f"Which word comes after {w[8]} in this list: {w[7]}, {w[8]}, {w[9]}? "
+            "Answer with only the word.",
+            w[9],
+        ),
+        (
+            f"Copy only the number from this sentence: {name} has {number} "
+            f"{rng.choice(pools['plurals'])}.",
+            number,
+        ),
+        (
+            f"Copy only the name from this sentence: The {rng.choice(pools['things'])} belongs to "
+            f"{other}.",
+            other,
+        ),
+        (f"Copy this date exactly: {date}", date),
+        (f"Which word is in capital letters: {some}? Answer with only that word.", capital.upper()),
+        (f"Copy this e-mail address exactly: {mail}", mail),
+    )
+    return copy_tasks(pools, rng) + [Task("copy", prompt, answer) for prompt, answer in pairs]
+
+
+def format_tasks(pools: Pools, rng: random.Random) -> list[Task]:
     """One prompt for each wording; no answer is part of its prompt as it stands."""
     w = rng.sample(pools["words"], 15)
     day, month, year = rng.randint(1, 28), rng.randint(1, 12), rng.randint(1990, 2030)
@@ -629,35 +391,134 @@ def format_tasks(pools: dict[str, list[str]], rng: random.Random) -> list[Task]:
     return [Task("format", prompt, answer) for prompt, answer in pairs]
 
 
-def rounds(make: Callable[[], list[Task]], rng: random.Random, *, count: int) -> list[Task]:
-    """`count` tasks with different prompts: whole rounds of all wordings, each round shuffled."""
-    tasks: dict[str, Task] = {}
+def format_tasks_more(pools: Pools, rng: random.Random) -> list[Task]:
+    """One prompt for each wording, old and new; no answer is part of its prompt as it stands."""
+    w = rng.sample(pools["words"], 9)
+    hours, minutes, percent = rng.randint(1, 12), rng.randint(11, 59), rng.randint(11, 99)
+    key, pool = rng.choice(
+        (("city", "cities"), ("job", "jobs"), ("food", "foods"), ("pet", "pets"))
+    )
+    value = rng.choice(pools[pool])
+    first, last = rng.sample(pools["names"], 2)
+    pairs = (
+        (f"Put the word {w[0]} in round brackets. Give only the result.", f"({w[0]})"),
+        (
+            f"Write the word {w[1]} with an exclamation mark at the end. Give only the result.",
+            f"{w[1]}!",
+        ),
+        (
+            f"Join the words {w[2]} and {w[3]} with a plus sign. Give only the result.",
+            f"{w[2]}+{w[3]}",
+        ),
+        (
+            f"Write {w[4].upper()} {w[5].upper()} in lower case. Give only the result.",
+            f"{w[4]} {w[5]}",
+        ),
+        (f"Write {percent} percent with a percent sign. Give only the result.", f"{percent}%"),
+        (
+            f"Write {hours} hours and {minutes} minutes as H:MM. Answer with only the time.",
+            f"{hours}:{minutes}",
+        ),
+        (
+            f"Put a colon between these words, without spaces: {w[6]} {w[7]}",
+            f"{w[6]}:{w[7]}",
+        ),
+        (
+            f"Write the key {key} and the value {value} as key=value. Give only the result.",
+            f"{key}={value}",
+        ),
+        (
+            f"Write the name {first} {last} with the last name first, then a comma and a space.",
+            f"{last}, {first}",
+        ),
+        (f"Put the word {w[8]} in quotation marks. Give only the result.", f'"{w[8]}"'),
+    )
+    return format_tasks(pools, rng) + [Task("format", prompt, answer) for prompt, answer in pairs]
+
+
+def rounds(
+    make: Callable[[], list[Task]], rng: random.Random, used: set[str], *, count: int
+) -> list[Task]:
+    """`count` tasks that no file has: whole rounds of all wordings, each round shuffled."""
+    tasks: list[Task] = []
     while len(tasks) < count:
         some = make()
         rng.shuffle(some)
         for task in some:
-            tasks.setdefault(task.prompt, task)
-    return list(tasks.values())[:count]
+            if task.prompt.casefold() not in used:
+                used.add(task.prompt.casefold())
+                tasks.append(task)
+    return tasks[:count]
+
+
+class Used(NamedTuple):
+    """What the files hold already: sums as pair and wording, and prompts whatever their case."""
+
+    sums: set[tuple[int, int, str]]
+    prompts: set[str]
+
+
+def fill(
+    writing: dict[str, list[Task]],
+    pairs: dict[str, list[Pair]],
+    wordings: Wordings,
+    rng: random.Random,
+    used: Used,
+) -> dict[str, list[Task]]:
+    """The files of `writing` with all kinds in them, block after block."""
+    sums = {
+        split: sum_tasks(some, wordings, pools_of(split), rng, used.sums)
+        for split, some in pairs.items()
+    }
+    files = {}
+    for split in writing:
+        pools, shape = pools_of(split), SHAPES[split]
+        makers = (
+            partial(needle_tasks, wordings.relations, pools, rng),
+            partial(wordings.copy, pools, rng),
+            partial(wordings.format, pools, rng),
+        )
+        checked = [sums[split]]
+        checked += [rounds(make, rng, used.prompts, count=of_each(split)) for make in makers]
+        files[split] = []
+        for i in range(shape.blocks):
+            block = writing[split][shape.writing * i : shape.writing * (i + 1)]
+            for tasks in checked:
+                block += tasks[shape.each * i : shape.each * (i + 1)]
+            files[split] += rng.sample(block, len(block))
+    return files
 
 
 def make_prompts() -> dict[str, list[Task]]:
-    """The tasks of both files, in order: every block of eight holds each kind in proportion."""
+    """The tasks of all files, in order."""
+    first, more = (
+        [Relation(*row.split(" | ")) for row in rows] for rows in paragraphs("relations.txt")
+    )
+    used = Used(set(), set())
+
     rng = random.Random(SEED)
-    writing, sums = writing_tasks(rng), sum_tasks(rng)
-    files = {}
-    for split, blocks in BLOCKS.items():
-        pools = pools_of(split)
-        kinds = [
-            sums[split],
-            rounds(lambda pools=pools: needle_tasks(pools, rng), rng, count=blocks),
-            rounds(lambda pools=pools: copy_tasks(pools, rng), rng, count=blocks),
-            rounds(lambda pools=pools: format_tasks(pools, rng), rng, count=blocks),
-        ]
-        files[split] = []
-        for i in range(blocks):
-            block = writing[split][4 * i : 4 * i + 4] + [tasks[i] for tasks in kinds]
-            files[split] += rng.sample(block, len(block))
-    return files
+    turns = (["heldout"] * 2 + ["train"] * 5) * len(paragraphs("writing.txt"))
+    writing = writing_tasks("writing.txt", turns, rng)
+    pairs = [(low, high) for low in range(1, 10) for high in range(low, 10)]
+    rng.shuffle(pairs)
+    unseen, seen = pairs[:10], pairs[10:]  # training sums are of seen pairs, half of the others not
+    twice = seen + rng.sample(seen, len(seen))
+    sums = {"train": twice[: of_each("train")], "heldout": unseen + rng.sample(seen, 10)}
+    wordings = Wordings(SUMS_PLAIN, SUMS_STORY, first, copy_tasks, format_tasks)
+    files = fill(writing, sums, wordings, rng, used)
+
+    rng = random.Random(SEED_MORE)
+    splits = ("train_more", "validation", "test")
+    turns = spread({split: SHAPES[split].blocks * SHAPES[split].writing for split in splits})
+    writing = writing_tasks("writing_more.txt", turns, rng)
+    sums = {"train_more": in_rounds(seen, of_each("train_more"), rng)}
+    for split in ("validation", "test"):
+        half = of_each(split) // 2
+        sums[split] = in_rounds(unseen, half, rng) + in_rounds(seen, half, rng)
+    wordings = Wordings(
+        SUMS_PLAIN_MORE, SUMS_STORY_MORE, first + more, copy_tasks_more, format_tasks_more
+    )
+    return files | fill(writing, sums, wordings, rng, used)
 
 
 def lines(split: str, tasks: Iterable[Task]) -> str:
