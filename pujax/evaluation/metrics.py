@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from rich.progress import track
@@ -16,7 +15,7 @@ from rich.progress import track
 from pujax.files.durable import read_jsonl, write_whole
 from pujax.method.sampling import greedy
 from pujax.method.scoring import mean_logps, packed, response_logps
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
+from pujax.models.decoder import LanguageModel, Prefix
 from pujax.records import Example, Prompt
 from pujax.types import Batch, Params, Room
 
@@ -145,17 +144,14 @@ def _read(
 
     Jitted here, once: the parameters of base, sft and aligned are arguments of one program.
     """
-    size = batch.anchors.shape[1]
-    tokens = batch.anchors[:, None]
-    mask = (jnp.arange(size)[None, :] < batch.anchor_lengths[:, None])[:, None]
+    tokens, mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
 
     def read(room: Room | None) -> tuple[Prefix, Float[Array, "B 1 T"]]:
-        prompts = Prompts(batch.prompts, batch.prompt_lengths)
-        prefix = model.prefill(params, prompts, room=room)
+        prefix = model.prefill(params, batch.prompts, room=room)
         return prefix, response_logps(model, params, prefix, tokens, mask, room=room)
 
-    prefix, logps = packed(room, batch.prompt_lengths, mask, read)
-    made = greedy(model, params, prefix, size=size)
+    prefix, logps = packed(room, batch.prompts.lengths, mask, read)
+    made = greedy(model, params, prefix, size=tokens.shape[-1])
     lengths = made.mask.sum(axis=-1)
     return mean_logps(logps, mask)[:, 0], made.tokens[:, 0], lengths[:, 0], made.finished[:, 0]
 

@@ -15,9 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.method.labels import standardize
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
+from pujax.models.decoder import LanguageModel, Prefix
 from pujax.models.unembed import chosen_logps
-from pujax.types import Batch, Frames, Metrics, Params, Room
+from pujax.types import Batch, Frames, Metrics, Params, Room, Tokens
 
 CHUNK = 512  # tokens that are unembedded at once
 
@@ -57,7 +57,7 @@ def token_logps(
 def response_logps(
     model: LanguageModel,
     params: Params,
-    after: Prompts | Prefix,
+    after: Tokens | Prefix,
     tokens: Int[Array, "B G T"],
     mask: Bool[Array, "B G T"],
     *,
@@ -106,7 +106,7 @@ class Scene:
     params: Params
     frames: Frames
     batch: Batch
-    after: Prompts | Prefix
+    after: Tokens | Prefix
     tokens: Int[Array, "B G T"]
     mask: Bool[Array, "B G T"]
     key: Array
@@ -240,11 +240,11 @@ def self_likelihood(scene: Scene) -> Float[Array, "B G"]:
 def likelihood(scene: Scene) -> Float[Array, "B G"]:
     """mean-lp(y | C(x, a)): C is a chat prompt that shows the anchor as the reference answer."""
     prompt = _join(
-        (scene.batch.references, scene.batch.reference_lengths),
+        scene.batch.references,
         _anchor_text(scene),
         _constant(scene.frames.reference_tail, scene.mask.shape[:1]),
     )
-    logps = response_logps(scene.model, scene.params, Prompts(*prompt), scene.tokens, scene.mask)
+    logps = response_logps(scene.model, scene.params, prompt, scene.tokens, scene.mask)
     return mean_logps(logps, scene.mask)
 
 
@@ -259,33 +259,33 @@ def reconstruction(scene: Scene) -> Float[Array, "B G"]:
     Every C(x, y) of a prompt starts alike, so that start is the shared prompt, and
     y + the rest of C + a is run as its response.
     """
-    head = Prompts(scene.batch.references, scene.batch.reference_lengths)
-    shown, shown_length = _join(
-        (scene.tokens, scene.text_mask().sum(axis=-1)),
+    shown = _join(
+        Tokens(scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.reference_tail, scene.mask.shape[:2]),
     )
-    anchors = jnp.broadcast_to(scene.tokens[:, :1], scene.tokens.shape)
-    anchor_length = jnp.broadcast_to(scene.mask[:, :1].sum(axis=-1), shown_length.shape)
-    tokens, total = _join((shown, shown_length), (anchors, anchor_length))
-    at = jnp.arange(tokens.shape[-1])[None, None]
-    mask = (at >= shown_length[..., None]) & (at < total[..., None])
-    logps = response_logps(scene.model, scene.params, head, tokens, mask)
+    anchors = Tokens(
+        jnp.broadcast_to(scene.tokens[:, :1], scene.tokens.shape),
+        jnp.broadcast_to(scene.mask[:, :1].sum(axis=-1), shown.lengths.shape),
+    )
+    whole = _join(shown, anchors)
+    mask = whole.mask & ~Tokens(whole.ids, shown.lengths).mask
+    logps = response_logps(scene.model, scene.params, scene.batch.references, whole.ids, mask)
     return mean_logps(logps, mask)
 
 
 def judge(scene: Scene) -> Float[Array, "B G"]:
     """Σ_r r·p(r), r = 1..5, from the next-token logits of a prompt that asks for a rating."""
     prompt = _join(
-        (scene.batch.references, scene.batch.reference_lengths),
+        scene.batch.references,
         _anchor_text(scene),
         _constant(scene.frames.judge_middle, scene.mask.shape[:1]),
     )
-    tokens, total = _join(
-        (scene.tokens, scene.text_mask().sum(axis=-1)),
+    shown = _join(
+        Tokens(scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.judge_tail, scene.mask.shape[:2]),
     )
-    hidden = scene.model.extend(scene.params, Prompts(*prompt), tokens).hidden
-    last = jnp.take_along_axis(hidden, (total - 1)[..., None, None], axis=2)[:, :, 0]
+    hidden = scene.model.extend(scene.params, prompt, shown.ids).hidden
+    last = jnp.take_along_axis(hidden, (shown.lengths - 1)[..., None, None], axis=2)[:, :, 0]
     logits = scene.model.unembed(scene.params, last)[..., jnp.asarray(scene.frames.rating_ids)]
     ratings = jnp.arange(1, 1 + logits.shape[-1], dtype=jnp.float32)[None, None]
     return jnp.sum(jax.nn.softmax(logits, axis=-1) * ratings, axis=-1)
@@ -331,32 +331,31 @@ def length(scene: Scene) -> Float[Array, "B G"]:
     return scene.mask.sum(axis=-1).astype(jnp.float32)
 
 
-# ---------------------------------------------------------------------- putting token runs together
-
-Run = tuple[Int[Array, "*N S"], Int[Array, "*N"]]  # right-padded tokens and their lengths
+# ---------------------------------------------------------------------- putting tokens together
 
 
-def _join(*runs: Run) -> Run:
-    """Right-padded runs as one, each starting where the last one's real tokens end."""
-    tokens, length = runs[0]
-    for more, more_length in runs[1:]:
-        size = tokens.shape[-1] + more.shape[-1]
-        at = jnp.arange(size).reshape((1,) * (tokens.ndim - 1) + (size,))
-        at = jnp.broadcast_to(at, (*tokens.shape[:-1], size))
-        first = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1), axis=-1)
-        offset = jnp.clip(at - length[..., None], 0, more.shape[-1] - 1)
-        second = jnp.take_along_axis(more, offset, axis=-1)
-        tokens = jnp.where(at < length[..., None], first, second)
-        length = length + more_length
-    return tokens, length
+def _join(*parts: Tokens) -> Tokens:
+    """Parts as one, each starting where the last one's real tokens end."""
+    whole = parts[0]
+    for more in parts[1:]:
+        ids, length = whole.ids, whole.lengths
+        size = ids.shape[-1] + more.ids.shape[-1]
+        at = jnp.arange(size).reshape((1,) * (ids.ndim - 1) + (size,))
+        at = jnp.broadcast_to(at, (*ids.shape[:-1], size))
+        first = jnp.take_along_axis(ids, jnp.minimum(at, ids.shape[-1] - 1), axis=-1)
+        offset = jnp.clip(at - length[..., None], 0, more.ids.shape[-1] - 1)
+        second = jnp.take_along_axis(more.ids, offset, axis=-1)
+        ids = jnp.where(at < length[..., None], first, second)
+        whole = Tokens(ids, length + more.lengths)
+    return whole
 
 
-def _anchor_text(scene: Scene) -> Run:
+def _anchor_text(scene: Scene) -> Tokens:
     """The anchors without the EOS that ends them."""
-    return scene.tokens[:, 0], scene.text_mask()[:, 0].sum(axis=-1)
+    return Tokens(scene.tokens[:, 0], scene.text_mask()[:, 0].sum(axis=-1))
 
 
-def _constant(ids: Int[np.ndarray, " N"], shape: tuple[int, ...]) -> Run:
-    """The same run for each of `shape` prompts or responses."""
-    tokens = jnp.asarray(ids, jnp.int32).reshape((1,) * len(shape) + (len(ids),))
-    return jnp.broadcast_to(tokens, (*shape, len(ids))), jnp.full(shape, len(ids), jnp.int32)
+def _constant(ids: Int[np.ndarray, " N"], shape: tuple[int, ...]) -> Tokens:
+    """The same tokens for each of `shape` prompts or responses."""
+    row = jnp.asarray(ids, jnp.int32).reshape((1,) * len(shape) + (len(ids),))
+    return Tokens(jnp.broadcast_to(row, (*shape, len(ids))), jnp.full(shape, len(ids), jnp.int32))

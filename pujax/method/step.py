@@ -13,7 +13,7 @@ from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.sampling import sample
 from pujax.method.scoring import Scene, Scorer, packed, response_logps
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
+from pujax.models.decoder import LanguageModel, Prefix
 from pujax.models.lora import with_adapter
 from pujax.records import Sampling
 from pujax.types import (
@@ -93,7 +93,7 @@ def explore(
 ) -> tuple[Prefix, Completions]:
     """The policy's encoding of the prompts, and the candidates it samples after them."""
     choices = recipe.sampling
-    prefix = model.prefill(params, Prompts(batch.prompts, batch.prompt_lengths))
+    prefix = model.prefill(params, batch.prompts)
     made = sample(
         model,
         params,
@@ -122,7 +122,7 @@ def judge(
 
     `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes.
     """
-    anchor_tokens, anchor_mask = batch.anchors[:, None], _anchor_mask(batch)
+    anchor_tokens, anchor_mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
     anchor_logps = jnp.zeros(anchor_mask.shape)
     if recipe.needs.anchor and recipe.inner_epochs > 1:
         # The anchor was never sampled, so its old log-probs are the policy's own reading of it. A
@@ -136,7 +136,7 @@ def judge(
         seen = (model, ref_params, recipe.frames, batch)
         reference = Scene(
             *seen,
-            after=Prompts(batch.prompts, batch.prompt_lengths),
+            after=batch.prompts,
             tokens=tokens,
             mask=mask,
             key=key,
@@ -151,11 +151,10 @@ def judge(
             return scores, jnp.zeros(mask.shape), scene.notes
         return scores, reference.logps(anchor=recipe.needs.anchor), scene.notes
 
-    scores, ref_logps, notes = packed(recipe.room, batch.prompt_lengths, mask, judged)
+    scores, ref_logps, notes = packed(recipe.room, batch.prompts.lengths, mask, judged)
     labels, valid = recipe.labels(scores)
     group = Group(
         prompts=batch.prompts,
-        prompt_lengths=batch.prompt_lengths,
         tokens=tokens,
         mask=mask,
         finished=jnp.concatenate([batch.anchor_finished[:, None], made.finished], axis=1),
@@ -170,12 +169,11 @@ def judge(
 
 def anchor_group(batch: Batch) -> Group:
     """The anchors alone as a Group (G = 1), so that supervised training is an `update` too."""
-    mask = _anchor_mask(batch)
+    mask = batch.anchors.mask[:, None]
     zeros, ones = jnp.zeros(mask.shape), jnp.ones(mask.shape[:2])
     return Group(
         prompts=batch.prompts,
-        prompt_lengths=batch.prompt_lengths,
-        tokens=batch.anchors[:, None],
+        tokens=batch.anchors.ids[:, None],
         mask=mask,
         finished=batch.anchor_finished[:, None],
         old_logps=zeros,
@@ -184,12 +182,6 @@ def anchor_group(batch: Batch) -> Group:
         labels=ones,
         valid=ones > 0,
     )
-
-
-def _anchor_mask(batch: Batch) -> Array:
-    """[B, 1, T]: True over the anchor's tokens, EOS included."""
-    at = jnp.arange(batch.anchors.shape[1])[None, None]
-    return at < batch.anchor_lengths[:, None, None]
 
 
 def policy_logps(
@@ -204,9 +196,8 @@ def policy_logps(
 
     Without `anchor` those of the anchors are not computed, and 0.
     """
-    prompts = Prompts(group.prompts, group.prompt_lengths)
     return response_logps(
-        model, params, prompts, group.tokens, group.mask, room=room, anchor=anchor
+        model, params, group.prompts, group.tokens, group.mask, room=room, anchor=anchor
     )
 
 
@@ -250,7 +241,7 @@ def update(
         # intermediate values too.
         return packed(
             room,
-            part.prompt_lengths,
+            part.prompts.lengths,
             part.mask,
             lambda room: jax.grad(mean_loss, has_aux=True)(state.params, part, room),
         )
@@ -259,7 +250,7 @@ def update(
         shapes = jax.eval_shape(gradients, part)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    prompts = group.prompts.shape[0]
+    prompts = group.mask.shape[0]
     if microbatch is None or microbatch == prompts:
         # Nothing is learnt from a group without a token. Asking that first keeps XLA from filling
         # the gradient's buffers with zeros while the sampler still needs its own.

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
-from pujax.types import Params, Room
+from pujax.types import Params, Room, Tokens
 
 KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
 
@@ -77,14 +77,6 @@ class DecoderConfig:
             self.window > 0 and (i + 1) % self.pattern != 0 if self.pattern else self.window > 0
             for i in range(self.layers)
         )
-
-
-@flax.struct.dataclass
-class Prompts:
-    """Right-padded prompts; a prompt's length must be at least 1."""
-
-    tokens: Int[Array, "B P"]
-    lengths: Int[Array, " B"]
 
 
 @flax.struct.dataclass
@@ -166,11 +158,11 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
         """Logits of whole sequences; used to initialise, and by tests as the plain forward."""
-        prompts = Prompts(tokens, jnp.full(tokens.shape[:1], tokens.shape[1]))
+        prompts = Tokens(tokens, jnp.full(tokens.shape[:1], tokens.shape[1]))
         stream, _, _ = self._run(prompts, _no_responses(prompts))
         return self.unembed(self._norm(stream, self.final_norm))
 
-    def prefill(self, prompts: Prompts, *, room: Room | None = None) -> Prefix:
+    def prefill(self, prompts: Tokens, *, room: Room | None = None) -> Prefix:
         """Encode prompts once.
 
         With `room`, into which the prompts' real tokens must fit, padding is not computed.
@@ -183,7 +175,7 @@ class Decoder(nn.Module):
 
     def extend(
         self,
-        after: Prompts | Prefix,
+        after: Tokens | Prefix,
         tokens: Int[Array, "B G T"],
         *,
         tap: int | None = None,
@@ -197,7 +189,7 @@ class Decoder(nn.Module):
         tokens that `mask` marks and the prompts' must fit, padding is not computed, and its states
         are 0.
         """
-        fresh = isinstance(after, Prompts)
+        fresh = isinstance(after, Tokens)
         size = None if room is None else room.responses + (room.prompts if fresh else 0)
         stream, tapped, _ = self._run(after, tokens, mask=mask, room=size, tap=tap)
         return States(
@@ -207,7 +199,7 @@ class Decoder(nn.Module):
         )
 
     def read(
-        self, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
+        self, after: Tokens | Prefix, tokens: Int[Array, "B G T"], *, layers: int
     ) -> Float[Array, "B G T D"]:
         """The residual stream of responses after `layers` layers; the later layers never run."""
         return _responses(self._run(after, tokens, layers=layers)[0], tokens)
@@ -361,7 +353,7 @@ class Decoder(nn.Module):
 
     def _run(
         self,
-        after: Prompts | Prefix,
+        after: Tokens | Prefix,
         responses: Int[Array, "B G T"],
         *,
         mask: Bool[Array, "B G T"] | None = None,
@@ -379,7 +371,7 @@ class Decoder(nn.Module):
         config = self.config
         (B, G, T), lengths = responses.shape, after.lengths
         encoded = (after.k, after.v) if isinstance(after, Prefix) else None
-        prompts = after.tokens if isinstance(after, Prompts) else jnp.zeros((B, 0), jnp.int32)
+        prompts = after.ids if isinstance(after, Tokens) else jnp.zeros((B, 0), jnp.int32)
         P = prompts.shape[1]
         at_prompt = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         at = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
@@ -521,14 +513,14 @@ class LanguageModel:
         """See `Decoder.__call__`."""
         return self._apply(params, "__call__", tokens)
 
-    def prefill(self, params: Params, prompts: Prompts, *, room: Room | None = None) -> Prefix:
+    def prefill(self, params: Params, prompts: Tokens, *, room: Room | None = None) -> Prefix:
         """See `Decoder.prefill`."""
         return self._apply(params, "prefill", prompts, room=room)
 
     def extend(
         self,
         params: Params,
-        after: Prompts | Prefix,
+        after: Tokens | Prefix,
         tokens: Int[Array, "B G T"],
         *,
         tap: int | None = None,
@@ -539,7 +531,7 @@ class LanguageModel:
         return self._apply(params, "extend", after, tokens, tap=tap, mask=mask, room=room)
 
     def read(
-        self, params: Params, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
+        self, params: Params, after: Tokens | Prefix, tokens: Int[Array, "B G T"], *, layers: int
     ) -> Float[Array, "B G T D"]:
         """See `Decoder.read`."""
         return self._apply(params, "read", after, tokens, layers=layers)
@@ -572,8 +564,8 @@ class LanguageModel:
         return empty_cache(self.config, prompts, candidates, size, self.dtype)
 
 
-def _no_responses(prompts: Prompts) -> Int[Array, "B 0 0"]:
-    return jnp.zeros((prompts.tokens.shape[0], 0, 0), jnp.int32)
+def _no_responses(prompts: Tokens) -> Int[Array, "B 0 0"]:
+    return jnp.zeros((prompts.ids.shape[0], 0, 0), jnp.int32)
 
 
 def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float[Array, "B G T D"]:

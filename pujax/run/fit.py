@@ -200,9 +200,9 @@ class Loop:
                 placed = put_batch(self.mesh, batch, stage.prompts)
                 state, metrics, group = stage.advance(state, placed)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                tokens = int(batch.prompt_lengths.sum())
+                tokens = int(batch.prompts.lengths.sum())
                 if group is None:
-                    tokens += int(batch.anchor_lengths.sum())
+                    tokens += int(batch.anchors.lengths.sum())
                 else:
                     group = jax.device_get(group)
                     tokens += int(group.mask.sum())
@@ -227,7 +227,10 @@ class Loop:
     def _not_finite(self, stage: Stage, step: int, batch: Batch, count: int) -> None:
         """Save the batch of a skipped update; give up after too many in a row."""
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
-        np.savez(path, **dataclasses.asdict(batch))
+        named = jax.tree_util.tree_leaves_with_path(batch)
+        np.savez(
+            path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
+        )
         self.console.print(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
         if count >= self.config.optim.max_skipped:
             raise NonFiniteError(

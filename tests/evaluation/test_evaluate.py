@@ -21,7 +21,7 @@ from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
-from pujax.types import Batch
+from pujax.types import Batch, Tokens
 
 T = 6
 
@@ -281,18 +281,14 @@ def collate(examples):
         array = np.zeros((len(rows), size), np.int32)
         for i, ids in enumerate(rows):
             array[i, : len(ids)] = ids
-        return jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32)
+        return Tokens(jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32))
 
-    prompts, prompt_lengths = padded([e.prompt_ids for e in examples], 7)
-    anchors, anchor_lengths = padded([e.anchor_ids for e in examples], T)
+    prompts = padded([e.prompt_ids for e in examples], 7)
     return Batch(
         prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        anchors=anchors,
-        anchor_lengths=anchor_lengths,
+        anchors=padded([e.anchor_ids for e in examples], T),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
         references=prompts,
-        reference_lengths=prompt_lengths,
     )
 
 

@@ -24,7 +24,7 @@ from pujax.method.step import (
 from pujax.models.lora import init_adapter
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.run.settings import LoraConfig
-from pujax.types import Batch, Room, TrainState
+from pujax.types import Batch, Room, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -37,19 +37,13 @@ def batch():
     def rows(size, lengths):
         tokens = jnp.array(rng.integers(6, 96, (8, size)), jnp.int32)
         lengths = jnp.array(lengths, jnp.int32)
-        return jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths
+        return Tokens(jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths)
 
-    prompts, prompt_lengths = rows(6, [3, 6, 1, 5, 2, 4, 6, 3])
-    anchors, anchor_lengths = rows(5, [4, 5, 2, 3, 5, 1, 4, 4])
-    references, reference_lengths = rows(7, [4, 7, 2, 6, 3, 5, 7, 4])
     return Batch(
-        prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        anchors=anchors,
-        anchor_lengths=anchor_lengths,
+        prompts=rows(6, [3, 6, 1, 5, 2, 4, 6, 3]),
+        anchors=rows(5, [4, 5, 2, 3, 5, 1, 4, 4]),
         anchor_finished=jnp.array([True] * 7 + [False]),
-        references=references,
-        reference_lengths=reference_lengths,
+        references=rows(7, [4, 7, 2, 6, 3, 5, 7, 4]),
     )
 
 
@@ -134,8 +128,8 @@ def test_old_log_probs_are_the_policys_and_the_anchors_are_its_own_reading(model
 
 
 def test_index_zero_is_the_anchor_and_labels_sum_to_one(batch, group):
-    np.testing.assert_array_equal(group.tokens[:, 0], batch.anchors)
-    np.testing.assert_array_equal(group.mask[:, 0].sum(axis=-1), batch.anchor_lengths)
+    np.testing.assert_array_equal(group.tokens[:, 0], batch.anchors.ids)
+    np.testing.assert_array_equal(group.mask[:, 0].sum(axis=-1), batch.anchors.lengths)
     np.testing.assert_array_equal(group.finished[:, 0], batch.anchor_finished)
     np.testing.assert_allclose(group.labels.sum(axis=-1), 1, rtol=1e-6)
     np.testing.assert_allclose(group.labels[:, 0], 0.2, rtol=1e-6)
@@ -183,7 +177,7 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
 
 
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
-    total = Room(int(batch.prompt_lengths.sum()), int(group.mask.sum()) + 3)
+    total = Room(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
     optimizer = optax.sgd(1.0)
     run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
     state = state_of(params, optimizer)
@@ -318,8 +312,8 @@ def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, 
     adapter = init_adapter(jax.random.key(2), params, rank=lora.rank, targets=lora.targets)
     assert set(adapter["layers"]) == {"q_lora_a", "q_lora_b", "down_lora_a", "down_lora_b"}
     np.testing.assert_array_equal(
-        tuned.forward(assemble(params, adapter), batch.prompts),
-        tuned.forward(params, batch.prompts),
+        tuned.forward(assemble(params, adapter), batch.prompts.ids),
+        tuned.forward(params, batch.prompts.ids),
     )
     optimizer = optax.adam(1e-2)
     run = jax.jit(partial(update, tuned, losses.sft, optimizer))
