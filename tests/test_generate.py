@@ -40,7 +40,7 @@ def tiny(chat, tmp_path_factory):
         eos_ids=chat.eos_ids,
     )
     directory = tmp_path_factory.mktemp("tiny")
-    params = LanguageModel(config).init(jax.random.key(0))
+    params = LanguageModel(config).init_params(jax.random.key(0))
     export_hf(config, params, chat, directory, {"student": "tiny"})
     return directory
 

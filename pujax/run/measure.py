@@ -23,7 +23,7 @@ from jaxtyping import Array
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
 from pujax.method.step import Recipe, assemble, explore, judge, make_train_step, update
-from pujax.models.decoder import DecoderConfig, layer_shapes
+from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
@@ -243,7 +243,9 @@ def flops(config: DecoderConfig, shape: ShapesConfig, recipe: Recipe) -> tuple[f
     recomputation, keys counted up to the query's own position. A backward pass is two forward.
     """
     B, K, P, T = shape.prompts, shape.candidates, shape.prompt_tokens, shape.response_tokens
-    kernels = sum(size[1] * size[2] for size in layer_shapes(config).values() if len(size) == 3)
+    kernels = sum(
+        size[1] * size[2] for size in param_shapes(config)["layers"].values() if len(size) == 3
+    )
     key = 4 * config.heads * config.head_width  # a query's work on one key, in one layer
 
     def prompts() -> float:

