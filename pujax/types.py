@@ -86,18 +86,6 @@ class Group:
     valid: Bool[Array, "B G"]
 
 
-@dataclass(frozen=True)
-class Room:
-    """How many real tokens a packed pass has room for; static, so chosen before compiling."""
-
-    prompts: int
-    responses: int
-
-    def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
-        """Whether a batch's real tokens are no more than that."""
-        return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
-
-
 @flax.struct.dataclass
 class TrainState:
     """What changes from step to step. `skipped` counts non-finite updates in a row."""

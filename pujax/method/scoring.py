@@ -1,4 +1,4 @@
-"""Log-probs of responses, and the student's own scores of them with the anchor in view.
+"""The student's own scores of responses, with the anchor in view.
 
 A scorer takes a `Scene`, what the student sees of one batch, and returns a score for each of the
 G responses; higher is better. The abstract of arXiv 2601.20687 fixes *that* the student ranks its
@@ -16,82 +16,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from pujax.method.labels import standardize
 from pujax.models.decoder import LanguageModel, Prefix
-from pujax.models.unembed import chosen_logps
-from pujax.types import Batch, Frames, Metrics, Params, Room, Tokens
-
-CHUNK = 512  # tokens that are unembedded at once
-
-
-def token_logps(
-    model: LanguageModel,
-    params: Params,
-    hidden: Float[Array, "B G T D"],
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-) -> Float[Array, "B G T"]:
-    """Log-prob of each token given the hidden state that predicts it; 0 where `mask` is False.
-
-    Each prompt's real tokens are packed to the front and unembedded chunk by chunk, as many
-    chunks as hold one; neither pass ever holds more than a block of the vocabulary's logits. So
-    [B, G, T, V] is never in memory and padding costs next to nothing.
-    """
-    B, G, T, _ = hidden.shape
-    size = min(G * T, max(1, CHUNK // B))
-    order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
-
-    def packed(values: Array) -> Array:
-        """[B, G, T, ...] to [chunks, B, size, ...], real tokens first."""
-        flat = values.reshape(B, G * T, *values.shape[3:])
-        index = order.reshape(B, G * T, *[1] * (flat.ndim - 2))
-        flat = jnp.take_along_axis(flat, index, axis=1)
-        flat = jnp.pad(flat, [(0, 0), (0, -G * T % size)] + [(0, 0)] * (flat.ndim - 2))
-        return flat.reshape(B, -1, size, *flat.shape[2:]).swapaxes(0, 1)
-
-    used = -(-mask.sum(axis=(1, 2)).max() // size)
-    logps = chosen_logps(packed(hidden), model.unembedding(params), packed(tokens), used)
-    logps = logps.swapaxes(0, 1).reshape(B, -1)[:, : G * T]
-    logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(B, G, T)
-    return jnp.where(mask, logps, 0.0)
-
-
-def response_logps(
-    model: LanguageModel,
-    params: Params,
-    after: Tokens | Prefix,
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-    *,
-    room: Room | None = None,
-    anchor: bool = True,
-) -> Float[Array, "B G T"]:
-    """log π(y_t | x, y_<t) of every response token, the prompt encoded once; 0 where masked.
-
-    With `room`, into which the tokens that `mask` marks and the prompts' must fit, padding is not
-    computed.
-    Without `anchor` those of response 0 are not computed, and 0.
-    """
-    first = 0 if anchor else 1
-    tokens, mask = tokens[:, first:], mask[:, first:]
-    states = model.extend(params, after, tokens[:, :, :-1], mask=mask[:, :, :-1], room=room)
-    logps = token_logps(model, params, states.predicting, tokens, mask)
-    return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
-
-
-def packed(
-    room: Room | None,
-    prompt_lengths: Int[Array, " B"],
-    mask: Bool[Array, "B G T"],
-    work: Callable[[Room | None], Any],
-) -> Any:
-    """`work(room)` where the batch fits into it; `work(None)`, the same at more cost, elsewhere."""
-    if room is None:
-        return work(None)
-    return jax.lax.cond(room.fits(prompt_lengths, mask), lambda: work(room), lambda: work(None))
-
-
-def mean_logps(logps: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G"]:
-    """lp(y) / |y|, EOS included; 0 for an empty response."""
-    return jnp.sum(logps, axis=-1, where=mask) / jnp.maximum(mask.sum(axis=-1), 1)
+from pujax.models.logps import mean_logps, response_logps, token_logps
+from pujax.types import Batch, Frames, Metrics, Params, Tokens
 
 
 @dataclass
@@ -100,9 +26,10 @@ class Scene:
 
     `logps` and `hidden` remember what they computed, so that scorers and reference log-probs
     share one pass over the responses. `notes` holds what a scorer adds to the step's metrics.
+    `reader` may hold a budget, which these responses and their prompts fit.
     """
 
-    model: LanguageModel
+    reader: LanguageModel
     params: Params
     frames: Frames
     batch: Batch
@@ -111,22 +38,20 @@ class Scene:
     mask: Bool[Array, "B G T"]
     key: Array
     wants_logps: bool = True
-    room: Room | None = None
     notes: Metrics = field(default_factory=dict)
     _memory: dict[Any, Array] = field(default_factory=dict)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model for prompts of a scorer's own making: no budget was made for those."""
+        return self.reader.unpacked
 
     def logps(self, *, anchor: bool = True) -> Float[Array, "B G T"]:
         """Log-probs of the responses after their prompts; the anchors' may be left out, and 0."""
         if "logps" in self._memory:
             return self._memory["logps"]
         logps = response_logps(
-            self.model,
-            self.params,
-            self.after,
-            self.tokens,
-            self.mask,
-            room=self.room,
-            anchor=anchor,
+            self.reader, self.params, self.after, self.tokens, self.mask, anchor=anchor
         )
         if anchor:
             self._memory["logps"] = logps
@@ -139,13 +64,8 @@ class Scene:
         """
         if layers not in self._memory:
             if self.wants_logps and "logps" not in self._memory:
-                states = self.model.extend(
-                    self.params,
-                    self.after,
-                    self.tokens,
-                    tap=layers,
-                    mask=self.mask,
-                    room=self.room,
+                states = self.reader.extend(
+                    self.params, self.after, self.tokens, tap=layers, mask=self.mask
                 )
                 assert states.tapped is not None
                 self._memory[layers] = states.tapped

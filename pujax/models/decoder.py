@@ -10,7 +10,7 @@ Layers are stacked on a leading axis L and scanned.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
+from pujax.models.packing import Grid, TokenBudget, places
 from pujax.models.parameters import (
     KERNELS,
     DecoderConfig,
@@ -28,7 +29,7 @@ from pujax.models.parameters import (
     first_value,
     param_shapes,
 )
-from pujax.types import Params, Room, Tokens
+from pujax.types import Params, Tokens
 
 
 @flax.struct.dataclass
@@ -91,12 +92,14 @@ class LanguageModel(nn.Module):
 
     As of any Flax module, `init` makes parameters and `apply` runs the plain forward. All else
     takes a tree of them, which may hold an adapter's entries beside the kernels (see `lora`).
+    With a `budget` it leaves padding out, and must be given batches that fit: see `packed`.
     Hashable, so a jitted function may close over it or take it as a static argument.
     """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    budget: TokenBudget | None = None
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
@@ -116,14 +119,15 @@ class LanguageModel(nn.Module):
         stream, _, _ = self._run(params, prompts, _no_responses(prompts))
         return self.unembed(params, self._norm(stream, params["final_norm"]))
 
-    def prefill(self, params: Params, prompts: Tokens, *, room: Room | None = None) -> Prefix:
-        """Encode prompts once.
+    @property
+    def unpacked(self) -> "LanguageModel":
+        """The same model without a budget: it computes padding too, so it takes any batch."""
+        return self if self.budget is None else self.clone(budget=None)
 
-        With `room`, into which the prompts' real tokens must fit, padding is not computed.
-        """
-        stream, _, seen = self._run(
-            params, prompts, _no_responses(prompts), room=None if room is None else room.prompts
-        )
+    def prefill(self, params: Params, prompts: Tokens) -> Prefix:
+        """Encode prompts once. With a budget, into which they must fit, padding is not computed."""
+        budget = None if self.budget is None else self.budget.prompts
+        stream, _, seen = self._run(params, prompts, _no_responses(prompts), budget=budget)
         assert seen is not None
         return Prefix(
             *seen, lengths=prompts.lengths, last=self._last(params, stream, prompts.lengths)
@@ -137,18 +141,18 @@ class LanguageModel(nn.Module):
         *,
         tap: int | None = None,
         mask: Bool[Array, "B G T"] | None = None,
-        room: Room | None = None,
     ) -> States:
         """Final hidden states of responses, and the residual stream after `tap` layers.
 
         Position t sees the whole prompt and its own response's tokens up to t. Padding sits to
-        the right of a response, so it changes nothing before it. With `room`, into which the
-        tokens that `mask` marks and the prompts' must fit, padding is not computed, and its states
-        are 0.
+        the right of a response, so it changes nothing before it. With `mask` and a budget, into
+        which the tokens that it marks and the prompts' must fit, padding is not computed, and its
+        states are 0.
         """
-        fresh = isinstance(after, Tokens)
-        size = None if room is None else room.responses + (room.prompts if fresh else 0)
-        stream, tapped, _ = self._run(params, after, tokens, mask=mask, room=size, tap=tap)
+        fresh, budget = isinstance(after, Tokens), None
+        if self.budget is not None and mask is not None:
+            budget = self.budget.responses + (self.budget.prompts if fresh else 0)
+        stream, tapped, _ = self._run(params, after, tokens, mask=mask, budget=budget, tap=tap)
         return States(
             last=self._last(params, stream, after.lengths) if fresh else after.last,
             hidden=self._norm(_responses(stream, tokens), params["final_norm"]),
@@ -326,7 +330,7 @@ class LanguageModel(nn.Module):
         responses: Int[Array, "B G T"],
         *,
         mask: Bool[Array, "B G T"] | None = None,
-        room: int | None = None,
+        budget: int | None = None,
         layers: int | None = None,
         tap: int | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
@@ -349,10 +353,10 @@ class LanguageModel(nn.Module):
             return jnp.concatenate([of_prompt, of_responses.reshape(B, G * T)], axis=1)
 
         pack = None
-        if room is not None:
+        if budget is not None:
             marked = jnp.ones((B, G, T), bool) if mask is None else mask
-            pack = _pack(row(at_prompt < lengths[:, None], marked), room)
-        grid = _Grid((B, P + G * T), pack)
+            pack = places(row(at_prompt < lengths[:, None], marked), budget)
+        grid = Grid((B, P + G * T), pack)
         x = grid.taken(self._embedded(params, row(prompts, responses)))
         rope = grid.taken_angles(_rotations(config, row(at_prompt, at)))
 
@@ -418,46 +422,6 @@ def _streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], dtype: Any) ->
     return y.T.reshape(*x.shape[:-1], rows.shape[0])
 
 
-def _pack(mask: Bool[Array, "..."], room: int) -> Int[Array, " C"]:
-    """Where the marked tokens stand in the flattened grid; unused room points beyond its end."""
-    return jnp.nonzero(mask.ravel(), size=room, fill_value=mask.size)[0]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Tokens as the grid [B, S] that attention needs, or packed [C] as all else may be.
-
-    Norms, projections and the MLP treat each token alone, so where padding is much of the grid
-    they run on the real tokens only. Without `pack` the two forms are one.
-    """
-
-    shape: tuple[int, int]
-    pack: Int[Array, " C"] | None
-
-    def taken(self, x: Float[Array, "B S *F"]) -> Array:
-        """[B, S, ...] to [C, ...]; unused room is 0."""
-        if self.pack is None:
-            return x
-        flat = x.reshape(math.prod(self.shape), *x.shape[2:])
-        return flat.at[self.pack].get(mode="fill", fill_value=0)
-
-    def spread(self, x: Array) -> Float[Array, "B S *F"]:
-        """[C, ...] to [B, S, ...]; tokens that were not taken are 0."""
-        if self.pack is None:
-            return x
-        flat = jnp.zeros((math.prod(self.shape), *x.shape[1:]), x.dtype)
-        return flat.at[self.pack].set(x, mode="drop").reshape(*self.shape, *x.shape[1:])
-
-    def taken_angles(self, rotations: dict[bool, Array]) -> dict[bool, Array]:
-        """Cosines and sines [2, B, S, 1, F] to [2, C, 1, F]."""
-        if self.pack is None:
-            return rotations
-        return {
-            local: jnp.stack([self.taken(angles[0]), self.taken(angles[1])])
-            for local, angles in rotations.items()
-        }
-
-
 def _no_responses(prompts: Tokens) -> Int[Array, "B 0 0"]:
     return jnp.zeros((prompts.ids.shape[0], 0, 0), jnp.int32)
 
@@ -513,3 +477,20 @@ def _rotate(x: Float[Array, "*N X H"], angles: Float[Array, "2 *N 1 F"]) -> Arra
 
 def _heads_first(x: Float[Array, "B N T KV H"]) -> Float[Array, "B KV N T H"]:
     return x.transpose(0, 3, 1, 2, 4)
+
+
+def packed(
+    model: LanguageModel,
+    prompt_lengths: Int[Array, " B"],
+    mask: Bool[Array, "B G T"],
+    work: Callable[[LanguageModel], Any],
+) -> Any:
+    """`work(model)` where the batch fits the model's budget, else `work(model.unpacked)`.
+
+    Both give the same, the second at more cost. Call it outside of a gradient: inside, each way
+    would store the other's intermediate values too.
+    """
+    if model.budget is None:
+        return work(model)
+    fits = model.budget.fits(prompt_lengths, mask)
+    return jax.lax.cond(fits, lambda: work(model), lambda: work(model.unpacked))

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pujax.method.sampling import greedy, sample, sample_token
-from pujax.method.scoring import response_logps
 from pujax.models.decoder import LanguageModel
+from pujax.models.logps import response_logps
 from pujax.types import Tokens
 
 

@@ -8,7 +8,9 @@ import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
 from pujax.method import scoring
-from pujax.method.scoring import Scene, response_logps, token_logps
+from pujax.method.scoring import Scene
+from pujax.models import logps
+from pujax.models.logps import response_logps, token_logps
 from pujax.types import Batch, Frames, Tokens
 
 FRAMES = Frames(
@@ -40,7 +42,7 @@ def scene(model, params):
         references=Tokens(*map(jnp.array, pad([[70, 71, 72, 80], [73, 80]], 5))),
     )
     return Scene(
-        model=model,
+        reader=model,
         params=params,
         frames=FRAMES,
         batch=batch,
@@ -85,7 +87,7 @@ def read(model, params):
 
 
 def test_chunked_log_probs_equal_the_log_softmax_of_all_logits(model, params, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK", 6)
+    monkeypatch.setattr(logps, "CHUNK", 6)
     rng = np.random.default_rng(0)
     hidden = jnp.array(rng.normal(size=(2, 3, 5, 32)), jnp.float32)
     tokens = jnp.array(rng.integers(0, 96, (2, 3, 5)))

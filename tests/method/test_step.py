@@ -21,10 +21,12 @@ from pujax.method.step import (
     rollout,
     update,
 )
+from pujax.models.logps import mean_logps
 from pujax.models.lora import init_adapter
+from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.run.settings import LoraConfig
-from pujax.types import Batch, Room, Tokens, TrainState
+from pujax.types import Batch, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -140,9 +142,7 @@ def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     choices = recipe(by_policy=True, scorer=scoring.self_likelihood, inner_epochs=2)
     make = partial(rollout, model, choices)
     group, _ = jax.jit(make)(params, other, batch, jax.random.key(9))
-    np.testing.assert_allclose(
-        group.scores, scoring.mean_logps(group.old_logps, group.mask), atol=1e-4
-    )
+    np.testing.assert_allclose(group.scores, mean_logps(group.old_logps, group.mask), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -177,32 +177,38 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
 
 
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
-    total = Room(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
+    budget = TokenBudget(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
+    lean = model.clone(budget=budget)
     optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    run = jax.jit(
+        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
+    )
     state = state_of(params, optimizer)
-    full, full_metrics = run(state, None, group)
-    packed, metrics = run(state, None, group, room=total)
+    full, full_metrics = run(model, state, None, group)
+    packed, metrics = run(lean, state, None, group)
+    assert metrics["samples/packed"] == 1
+    assert "samples/packed" not in full_metrics
     np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=1e-5)
     for ours, theirs, start in zip(
         *map(jax.tree.leaves, (packed.params, full.params, params)), strict=True
     ):
         scale = np.abs(theirs - start).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-5 * scale)
-    again, _ = jax.jit(partial(rollout, model, recipe(room=total)))(
-        params, params, batch, jax.random.key(9)
-    )
+    again, _ = jax.jit(partial(rollout, lean, recipe()))(params, params, batch, jax.random.key(9))
     np.testing.assert_allclose(again.scores, group.scores, atol=1e-4)
     np.testing.assert_allclose(again.ref_logps, group.ref_logps, atol=1e-4)
 
 
-def test_a_batch_that_does_not_fit_the_room_is_computed_whole(model, params, group):
+def test_a_batch_that_does_not_fit_the_budget_is_computed_whole(model, params, group):
     optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    run = jax.jit(
+        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
+    )
     state = state_of(params, optimizer)
-    full, _ = run(state, None, group)
-    for small in (Room(4, 400), Room(400, 4)):
-        same, _ = run(state, None, group, room=small)
+    full, _ = run(model, state, None, group)
+    for small in (TokenBudget(4, 400), TokenBudget(400, 4)):
+        same, metrics = run(model.clone(budget=small), state, None, group)
+        assert metrics["samples/packed"] == 0
         for ours, theirs in zip(
             jax.tree.leaves(same.params), jax.tree.leaves(full.params), strict=True
         ):
