@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -27,6 +28,20 @@ Metrics = dict[str, Array]
 
 
 @flax.struct.dataclass
+class Tokens:
+    """Right-padded sequences; of each the first `lengths` tokens are real, and the rest unread."""
+
+    ids: Int[Array, "*N S"]
+    lengths: Int[Array, "*N"]
+
+    @property
+    def mask(self) -> Bool[Array, "*N S"]:
+        """True over the real tokens."""
+        at = jnp.arange(self.ids.shape[-1]).reshape((1,) * self.lengths.ndim + (-1,))
+        return at < self.lengths[..., None]
+
+
+@flax.struct.dataclass
 class Batch:
     """B prompts with their anchors.
 
@@ -34,13 +49,10 @@ class Batch:
     the tokens up to where that answer's text begins (see `Frames`).
     """
 
-    prompts: Int[Array, "B P"]
-    prompt_lengths: Int[Array, " B"]
-    anchors: Int[Array, "B T"]
-    anchor_lengths: Int[Array, " B"]  # EOS included
+    prompts: Tokens  # [B P], each of at least one token
+    anchors: Tokens  # [B T], EOS included
     anchor_finished: Bool[Array, " B"]
-    references: Int[Array, "B R"]
-    reference_lengths: Int[Array, " B"]
+    references: Tokens  # [B R]
 
 
 @flax.struct.dataclass
@@ -59,10 +71,11 @@ class Group:
 
     Rows of `labels` sum to one over the responses that `valid` marks and are zero elsewhere.
     The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it.
+    Responses carry a mask and not lengths: a loss reduces with `where=mask`, and may be given one
+    with holes.
     """
 
-    prompts: Int[Array, "B P"]
-    prompt_lengths: Int[Array, " B"]
+    prompts: Tokens  # [B P]
     tokens: Int[Array, "B G T"]
     mask: Bool[Array, "B G T"]
     finished: Bool[Array, "B G"]
@@ -71,18 +84,6 @@ class Group:
     scores: Float[Array, "B G"]
     labels: Float[Array, "B G"]
     valid: Bool[Array, "B G"]
-
-
-@dataclass(frozen=True)
-class Room:
-    """How many real tokens a packed pass has room for; static, so chosen before compiling."""
-
-    prompts: int
-    responses: int
-
-    def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
-        """Whether a batch's real tokens are no more than that."""
-        return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
 
 
 @flax.struct.dataclass

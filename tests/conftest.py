@@ -49,7 +49,7 @@ def model() -> LanguageModel:
 @pytest.fixture(scope="session")
 def params(model):
     """Random parameters, large enough that the next-token distributions are far from flat."""
-    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model.init(jax.random.key(0)))
+    return jax.tree.map(lambda x: x * 4 if x.ndim > 1 else x, model.init_params(jax.random.key(0)))
 
 
 @pytest.fixture(scope="session")

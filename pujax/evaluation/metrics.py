@@ -8,17 +8,16 @@ from functools import partial
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 from rich.progress import track
 
 from pujax.files.durable import read_jsonl, write_whole
 from pujax.method.sampling import greedy
-from pujax.method.scoring import mean_logps, packed, response_logps
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
+from pujax.models.decoder import LanguageModel, Prefix, packed
+from pujax.models.logps import mean_logps, response_logps
 from pujax.records import Example, Prompt
-from pujax.types import Batch, Params, Room
+from pujax.types import Batch, Params
 
 METRICS = {
     "anchor_logp": "anchor log-prob",
@@ -97,13 +96,12 @@ def evaluate(
     batch: int,
     collate: Callable[[Sequence[Example]], Batch],
     decode: Callable[[Sequence[int]], str],
-    room: Room | None = None,
 ) -> Evaluation:
     """The anchors' mean log-probs under `params`, and greedy answers against them and the truth.
 
     The last batch is filled up with copies of its last row, which aren't counted: one compilation
-    serves every batch and every set of parameters. Where a batch's real tokens fit into `room`, its
-    padding is not computed.
+    serves every batch and every set of parameters. Where a batch's real tokens fit the model's
+    budget, its padding is not computed.
     """
     from rouge_score.rouge_scorer import RougeScorer  # takes a second: only who evaluates pays
 
@@ -113,9 +111,7 @@ def evaluate(
     for start in track(starts, description=f"evaluating {name}", transient=True):
         some = list(examples[start : start + batch])
         padded = collate(some + some[-1:] * (batch - len(some)))
-        logp_B, tokens_BT, length_B, finished_B = map(
-            np.asarray, _read(model, room, params, padded)
-        )
+        logp_B, tokens_BT, length_B, finished_B = map(np.asarray, _read(model, params, padded))
         for b, example in enumerate(some):
             response = decode(tokens_BT[b, : length_B[b]].tolist())
             prompt = example.prompt
@@ -137,25 +133,22 @@ def evaluate(
     return Evaluation(name, tuple(rows))
 
 
-@partial(jax.jit, static_argnums=(0, 1))
+@partial(jax.jit, static_argnums=0)
 def _read(
-    model: LanguageModel, room: Room | None, params: Params, batch: Batch
+    model: LanguageModel, params: Params, batch: Batch
 ) -> tuple[Float[Array, " B"], Int[Array, "B T"], Int[Array, " B"], Bool[Array, " B"]]:
     """The anchors' mean log-probs, and greedy responses with their lengths and whether they ended.
 
     Jitted here, once: the parameters of base, sft and aligned are arguments of one program.
     """
-    size = batch.anchors.shape[1]
-    tokens = batch.anchors[:, None]
-    mask = (jnp.arange(size)[None, :] < batch.anchor_lengths[:, None])[:, None]
+    tokens, mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
 
-    def read(room: Room | None) -> tuple[Prefix, Float[Array, "B 1 T"]]:
-        prompts = Prompts(batch.prompts, batch.prompt_lengths)
-        prefix = model.prefill(params, prompts, room=room)
-        return prefix, response_logps(model, params, prefix, tokens, mask, room=room)
+    def read(model: LanguageModel) -> tuple[Prefix, Float[Array, "B 1 T"]]:
+        prefix = model.prefill(params, batch.prompts)
+        return prefix, response_logps(model, params, prefix, tokens, mask)
 
-    prefix, logps = packed(room, batch.prompt_lengths, mask, read)
-    made = greedy(model, params, prefix, size=size)
+    prefix, logps = packed(model, batch.prompts.lengths, mask, read)
+    made = greedy(model, params, prefix, size=tokens.shape[-1])
     lengths = made.mask.sum(axis=-1)
     return mean_logps(logps, mask)[:, 0], made.tokens[:, 0], lengths[:, 0], made.finished[:, 0]
 

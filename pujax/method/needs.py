@@ -7,11 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pujax.errors import ConfigError
-from pujax.types import (
-    Group,
-    LabelRule,
-    LossFn,
-)
+from pujax.types import Group, LabelRule, LossFn, Tokens
 
 
 @dataclass(frozen=True)
@@ -42,8 +38,7 @@ def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
     def gradients(logps: Array, old: Array, scores: Array, *references: Array) -> list[Array]:
         row, valid = labels(scores)
         group = Group(
-            prompts=jnp.zeros((B, 1), jnp.int32),
-            prompt_lengths=jnp.ones((B,), jnp.int32),
+            prompts=Tokens(jnp.zeros((B, 1), jnp.int32), jnp.ones((B,), jnp.int32)),
             tokens=jnp.zeros((B, G, T), jnp.int32),
             mask=jnp.ones((B, G, T), bool),
             finished=jnp.ones((B, G), bool),

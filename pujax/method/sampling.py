@@ -29,7 +29,7 @@ def sample(
     """`candidates` sampled responses a prompt, of at most `size` tokens, EOS included.
 
     The recorded log-probs are those of the untempered, unfiltered policy: the quantity that
-    `scoring.response_logps` computes and the losses train, whatever `temperature` explored with.
+    `logps.response_logps` computes and the losses train, whatever `temperature` explored with.
     """
 
     def choose(key: Array, logits: Float[Array, "B K V"]) -> Int[Array, "B K"]:

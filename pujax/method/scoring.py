@@ -1,4 +1,4 @@
-"""Log-probs of responses, and the student's own scores of them with the anchor in view.
+"""The student's own scores of responses, with the anchor in view.
 
 A scorer takes a `Scene`, what the student sees of one batch, and returns a score for each of the
 G responses; higher is better. The abstract of arXiv 2601.20687 fixes *that* the student ranks its
@@ -15,83 +15,9 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.method.labels import standardize
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
-from pujax.models.unembed import chosen_logps
-from pujax.types import Batch, Frames, Metrics, Params, Room
-
-CHUNK = 512  # tokens that are unembedded at once
-
-
-def token_logps(
-    model: LanguageModel,
-    params: Params,
-    hidden: Float[Array, "B G T D"],
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-) -> Float[Array, "B G T"]:
-    """Log-prob of each token given the hidden state that predicts it; 0 where `mask` is False.
-
-    Each prompt's real tokens are packed to the front and unembedded chunk by chunk, as many
-    chunks as hold one; neither pass ever holds more than a block of the vocabulary's logits. So
-    [B, G, T, V] is never in memory and padding costs next to nothing.
-    """
-    B, G, T, _ = hidden.shape
-    size = min(G * T, max(1, CHUNK // B))
-    order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
-
-    def packed(values: Array) -> Array:
-        """[B, G, T, ...] to [chunks, B, size, ...], real tokens first."""
-        flat = values.reshape(B, G * T, *values.shape[3:])
-        index = order.reshape(B, G * T, *[1] * (flat.ndim - 2))
-        flat = jnp.take_along_axis(flat, index, axis=1)
-        flat = jnp.pad(flat, [(0, 0), (0, -G * T % size)] + [(0, 0)] * (flat.ndim - 2))
-        return flat.reshape(B, -1, size, *flat.shape[2:]).swapaxes(0, 1)
-
-    used = -(-mask.sum(axis=(1, 2)).max() // size)
-    logps = chosen_logps(packed(hidden), model.unembedding(params), packed(tokens), used)
-    logps = logps.swapaxes(0, 1).reshape(B, -1)[:, : G * T]
-    logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(B, G, T)
-    return jnp.where(mask, logps, 0.0)
-
-
-def response_logps(
-    model: LanguageModel,
-    params: Params,
-    after: Prompts | Prefix,
-    tokens: Int[Array, "B G T"],
-    mask: Bool[Array, "B G T"],
-    *,
-    room: Room | None = None,
-    anchor: bool = True,
-) -> Float[Array, "B G T"]:
-    """log π(y_t | x, y_<t) of every response token, the prompt encoded once; 0 where masked.
-
-    With `room`, into which the tokens that `mask` marks and the prompts' must fit, padding is not
-    computed.
-    Without `anchor` those of response 0 are not computed, and 0.
-    """
-    first = 0 if anchor else 1
-    tokens, mask = tokens[:, first:], mask[:, first:]
-    states = model.extend(params, after, tokens[:, :, :-1], mask=mask[:, :, :-1], room=room)
-    logps = token_logps(model, params, states.predicting, tokens, mask)
-    return jnp.pad(logps, [(0, 0), (first, 0), (0, 0)])
-
-
-def packed(
-    room: Room | None,
-    prompt_lengths: Int[Array, " B"],
-    mask: Bool[Array, "B G T"],
-    work: Callable[[Room | None], Any],
-) -> Any:
-    """`work(room)` where the batch fits into it; `work(None)`, the same at more cost, elsewhere."""
-    if room is None:
-        return work(None)
-    return jax.lax.cond(room.fits(prompt_lengths, mask), lambda: work(room), lambda: work(None))
-
-
-def mean_logps(logps: Float[Array, "B G T"], mask: Bool[Array, "B G T"]) -> Float[Array, "B G"]:
-    """lp(y) / |y|, EOS included; 0 for an empty response."""
-    return jnp.sum(logps, axis=-1, where=mask) / jnp.maximum(mask.sum(axis=-1), 1)
+from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.logps import mean_logps, response_logps, token_logps
+from pujax.types import Batch, Frames, Metrics, Params, Tokens
 
 
 @dataclass
@@ -100,33 +26,32 @@ class Scene:
 
     `logps` and `hidden` remember what they computed, so that scorers and reference log-probs
     share one pass over the responses. `notes` holds what a scorer adds to the step's metrics.
+    `reader` may hold a budget, which these responses and their prompts fit.
     """
 
-    model: LanguageModel
+    reader: LanguageModel
     params: Params
     frames: Frames
     batch: Batch
-    after: Prompts | Prefix
+    after: Tokens | Prefix
     tokens: Int[Array, "B G T"]
     mask: Bool[Array, "B G T"]
     key: Array
     wants_logps: bool = True
-    room: Room | None = None
     notes: Metrics = field(default_factory=dict)
     _memory: dict[Any, Array] = field(default_factory=dict)
+
+    @property
+    def model(self) -> LanguageModel:
+        """The model for prompts of a scorer's own making: no budget was made for those."""
+        return self.reader.unpacked
 
     def logps(self, *, anchor: bool = True) -> Float[Array, "B G T"]:
         """Log-probs of the responses after their prompts; the anchors' may be left out, and 0."""
         if "logps" in self._memory:
             return self._memory["logps"]
         logps = response_logps(
-            self.model,
-            self.params,
-            self.after,
-            self.tokens,
-            self.mask,
-            room=self.room,
-            anchor=anchor,
+            self.reader, self.params, self.after, self.tokens, self.mask, anchor=anchor
         )
         if anchor:
             self._memory["logps"] = logps
@@ -139,13 +64,8 @@ class Scene:
         """
         if layers not in self._memory:
             if self.wants_logps and "logps" not in self._memory:
-                states = self.model.extend(
-                    self.params,
-                    self.after,
-                    self.tokens,
-                    tap=layers,
-                    mask=self.mask,
-                    room=self.room,
+                states = self.reader.extend(
+                    self.params, self.after, self.tokens, tap=layers, mask=self.mask
                 )
                 assert states.tapped is not None
                 self._memory[layers] = states.tapped
@@ -240,11 +160,11 @@ def self_likelihood(scene: Scene) -> Float[Array, "B G"]:
 def likelihood(scene: Scene) -> Float[Array, "B G"]:
     """mean-lp(y | C(x, a)): C is a chat prompt that shows the anchor as the reference answer."""
     prompt = _join(
-        (scene.batch.references, scene.batch.reference_lengths),
+        scene.batch.references,
         _anchor_text(scene),
         _constant(scene.frames.reference_tail, scene.mask.shape[:1]),
     )
-    logps = response_logps(scene.model, scene.params, Prompts(*prompt), scene.tokens, scene.mask)
+    logps = response_logps(scene.model, scene.params, prompt, scene.tokens, scene.mask)
     return mean_logps(logps, scene.mask)
 
 
@@ -259,33 +179,33 @@ def reconstruction(scene: Scene) -> Float[Array, "B G"]:
     Every C(x, y) of a prompt starts alike, so that start is the shared prompt, and
     y + the rest of C + a is run as its response.
     """
-    head = Prompts(scene.batch.references, scene.batch.reference_lengths)
-    shown, shown_length = _join(
-        (scene.tokens, scene.text_mask().sum(axis=-1)),
+    shown = _join(
+        Tokens(scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.reference_tail, scene.mask.shape[:2]),
     )
-    anchors = jnp.broadcast_to(scene.tokens[:, :1], scene.tokens.shape)
-    anchor_length = jnp.broadcast_to(scene.mask[:, :1].sum(axis=-1), shown_length.shape)
-    tokens, total = _join((shown, shown_length), (anchors, anchor_length))
-    at = jnp.arange(tokens.shape[-1])[None, None]
-    mask = (at >= shown_length[..., None]) & (at < total[..., None])
-    logps = response_logps(scene.model, scene.params, head, tokens, mask)
+    anchors = Tokens(
+        jnp.broadcast_to(scene.tokens[:, :1], scene.tokens.shape),
+        jnp.broadcast_to(scene.mask[:, :1].sum(axis=-1), shown.lengths.shape),
+    )
+    whole = _join(shown, anchors)
+    mask = whole.mask & ~Tokens(whole.ids, shown.lengths).mask
+    logps = response_logps(scene.model, scene.params, scene.batch.references, whole.ids, mask)
     return mean_logps(logps, mask)
 
 
 def judge(scene: Scene) -> Float[Array, "B G"]:
     """Σ_r r·p(r), r = 1..5, from the next-token logits of a prompt that asks for a rating."""
     prompt = _join(
-        (scene.batch.references, scene.batch.reference_lengths),
+        scene.batch.references,
         _anchor_text(scene),
         _constant(scene.frames.judge_middle, scene.mask.shape[:1]),
     )
-    tokens, total = _join(
-        (scene.tokens, scene.text_mask().sum(axis=-1)),
+    shown = _join(
+        Tokens(scene.tokens, scene.text_mask().sum(axis=-1)),
         _constant(scene.frames.judge_tail, scene.mask.shape[:2]),
     )
-    hidden = scene.model.extend(scene.params, Prompts(*prompt), tokens).hidden
-    last = jnp.take_along_axis(hidden, (total - 1)[..., None, None], axis=2)[:, :, 0]
+    hidden = scene.model.extend(scene.params, prompt, shown.ids).hidden
+    last = jnp.take_along_axis(hidden, (shown.lengths - 1)[..., None, None], axis=2)[:, :, 0]
     logits = scene.model.unembed(scene.params, last)[..., jnp.asarray(scene.frames.rating_ids)]
     ratings = jnp.arange(1, 1 + logits.shape[-1], dtype=jnp.float32)[None, None]
     return jnp.sum(jax.nn.softmax(logits, axis=-1) * ratings, axis=-1)
@@ -331,32 +251,31 @@ def length(scene: Scene) -> Float[Array, "B G"]:
     return scene.mask.sum(axis=-1).astype(jnp.float32)
 
 
-# ---------------------------------------------------------------------- putting token runs together
-
-Run = tuple[Int[Array, "*N S"], Int[Array, "*N"]]  # right-padded tokens and their lengths
+# ---------------------------------------------------------------------- putting tokens together
 
 
-def _join(*runs: Run) -> Run:
-    """Right-padded runs as one, each starting where the last one's real tokens end."""
-    tokens, length = runs[0]
-    for more, more_length in runs[1:]:
-        size = tokens.shape[-1] + more.shape[-1]
-        at = jnp.arange(size).reshape((1,) * (tokens.ndim - 1) + (size,))
-        at = jnp.broadcast_to(at, (*tokens.shape[:-1], size))
-        first = jnp.take_along_axis(tokens, jnp.minimum(at, tokens.shape[-1] - 1), axis=-1)
-        offset = jnp.clip(at - length[..., None], 0, more.shape[-1] - 1)
-        second = jnp.take_along_axis(more, offset, axis=-1)
-        tokens = jnp.where(at < length[..., None], first, second)
-        length = length + more_length
-    return tokens, length
+def _join(*parts: Tokens) -> Tokens:
+    """Parts as one, each starting where the last one's real tokens end."""
+    whole = parts[0]
+    for more in parts[1:]:
+        ids, length = whole.ids, whole.lengths
+        size = ids.shape[-1] + more.ids.shape[-1]
+        at = jnp.arange(size).reshape((1,) * (ids.ndim - 1) + (size,))
+        at = jnp.broadcast_to(at, (*ids.shape[:-1], size))
+        first = jnp.take_along_axis(ids, jnp.minimum(at, ids.shape[-1] - 1), axis=-1)
+        offset = jnp.clip(at - length[..., None], 0, more.ids.shape[-1] - 1)
+        second = jnp.take_along_axis(more.ids, offset, axis=-1)
+        ids = jnp.where(at < length[..., None], first, second)
+        whole = Tokens(ids, length + more.lengths)
+    return whole
 
 
-def _anchor_text(scene: Scene) -> Run:
+def _anchor_text(scene: Scene) -> Tokens:
     """The anchors without the EOS that ends them."""
-    return scene.tokens[:, 0], scene.text_mask()[:, 0].sum(axis=-1)
+    return Tokens(scene.tokens[:, 0], scene.text_mask()[:, 0].sum(axis=-1))
 
 
-def _constant(ids: Int[np.ndarray, " N"], shape: tuple[int, ...]) -> Run:
-    """The same run for each of `shape` prompts or responses."""
-    tokens = jnp.asarray(ids, jnp.int32).reshape((1,) * len(shape) + (len(ids),))
-    return jnp.broadcast_to(tokens, (*shape, len(ids))), jnp.full(shape, len(ids), jnp.int32)
+def _constant(ids: Int[np.ndarray, " N"], shape: tuple[int, ...]) -> Tokens:
+    """The same tokens for each of `shape` prompts or responses."""
+    row = jnp.asarray(ids, jnp.int32).reshape((1,) * len(shape) + (len(ids),))
+    return Tokens(jnp.broadcast_to(row, (*shape, len(ids))), jnp.full(shape, len(ids), jnp.int32))

@@ -12,8 +12,9 @@ from jaxtyping import Array
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.sampling import sample
-from pujax.method.scoring import Scene, Scorer, packed, response_logps
-from pujax.models.decoder import LanguageModel, Prefix, Prompts
+from pujax.method.scoring import Scene, Scorer
+from pujax.models.decoder import LanguageModel, Prefix, packed
+from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
 from pujax.records import Sampling
 from pujax.types import (
@@ -25,7 +26,6 @@ from pujax.types import (
     LossFn,
     Metrics,
     Params,
-    Room,
     TrainState,
 )
 
@@ -41,8 +41,7 @@ ALL = Needs()
 class Recipe:
     """What is chosen once: how candidates are sampled, scored and labelled.
 
-    Where a batch's real tokens fit into `room`, its padding is not computed. `inner_epochs` is how
-    often a group is learnt from.
+    `inner_epochs` is how often a group is learnt from.
     """
 
     sampling: Sampling
@@ -51,7 +50,6 @@ class Recipe:
     by_policy: bool
     labels: LabelRule
     frames: Frames
-    room: Room | None = None
     needs: Needs = ALL
     inner_epochs: int = 1
 
@@ -72,7 +70,7 @@ def rollout(
     """Sample candidates, join them with the anchors, and have the student score and label them.
 
     Both `params` and `ref_params` are whole models (see `assemble`). The prompts are encoded once
-    by each.
+    by each. Where the batch's real tokens fit the model's budget, padding is not scored.
     """
     sample_key, score_key = jax.random.split(key)
     prefix, made = explore(model, recipe, params, batch, sample_key)
@@ -93,7 +91,8 @@ def explore(
 ) -> tuple[Prefix, Completions]:
     """The policy's encoding of the prompts, and the candidates it samples after them."""
     choices = recipe.sampling
-    prefix = model.prefill(params, Prompts(batch.prompts, batch.prompt_lengths))
+    model = model.unpacked
+    prefix = model.prefill(params, batch.prompts)
     made = sample(
         model,
         params,
@@ -122,26 +121,25 @@ def judge(
 
     `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes.
     """
-    anchor_tokens, anchor_mask = batch.anchors[:, None], _anchor_mask(batch)
+    anchor_tokens, anchor_mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
     anchor_logps = jnp.zeros(anchor_mask.shape)
     if recipe.needs.anchor and recipe.inner_epochs > 1:
         # The anchor was never sampled, so its old log-probs are the policy's own reading of it. A
         # group that is learnt from once needs no pass for that: see `update`.
-        anchor_logps = response_logps(model, params, prefix, anchor_tokens, anchor_mask)
+        anchor_logps = response_logps(model.unpacked, params, prefix, anchor_tokens, anchor_mask)
     tokens = jnp.concatenate([anchor_tokens, made.tokens], axis=1)
     mask = jnp.concatenate([anchor_mask, made.mask], axis=1)
 
-    def judged(room: Room | None) -> tuple[Array, Array, Metrics]:
+    def judged(model: LanguageModel) -> tuple[Array, Array, Metrics]:
         """Scores and reference log-probs, which share a pass over the responses, and notes."""
         seen = (model, ref_params, recipe.frames, batch)
         reference = Scene(
             *seen,
-            after=Prompts(batch.prompts, batch.prompt_lengths),
+            after=batch.prompts,
             tokens=tokens,
             mask=mask,
             key=key,
             wants_logps=recipe.needs.reference,
-            room=room,
         )
         scene = reference
         if recipe.by_policy:
@@ -151,11 +149,10 @@ def judge(
             return scores, jnp.zeros(mask.shape), scene.notes
         return scores, reference.logps(anchor=recipe.needs.anchor), scene.notes
 
-    scores, ref_logps, notes = packed(recipe.room, batch.prompt_lengths, mask, judged)
+    scores, ref_logps, notes = packed(model, batch.prompts.lengths, mask, judged)
     labels, valid = recipe.labels(scores)
     group = Group(
         prompts=batch.prompts,
-        prompt_lengths=batch.prompt_lengths,
         tokens=tokens,
         mask=mask,
         finished=jnp.concatenate([batch.anchor_finished[:, None], made.finished], axis=1),
@@ -170,12 +167,11 @@ def judge(
 
 def anchor_group(batch: Batch) -> Group:
     """The anchors alone as a Group (G = 1), so that supervised training is an `update` too."""
-    mask = _anchor_mask(batch)
+    mask = batch.anchors.mask[:, None]
     zeros, ones = jnp.zeros(mask.shape), jnp.ones(mask.shape[:2])
     return Group(
         prompts=batch.prompts,
-        prompt_lengths=batch.prompt_lengths,
-        tokens=batch.anchors[:, None],
+        tokens=batch.anchors.ids[:, None],
         mask=mask,
         finished=batch.anchor_finished[:, None],
         old_logps=zeros,
@@ -186,28 +182,14 @@ def anchor_group(batch: Batch) -> Group:
     )
 
 
-def _anchor_mask(batch: Batch) -> Array:
-    """[B, 1, T]: True over the anchor's tokens, EOS included."""
-    at = jnp.arange(batch.anchors.shape[1])[None, None]
-    return at < batch.anchor_lengths[:, None, None]
-
-
 def policy_logps(
-    model: LanguageModel,
-    params: Params,
-    group: Group,
-    room: Room | None = None,
-    *,
-    anchor: bool = True,
+    model: LanguageModel, params: Params, group: Group, *, anchor: bool = True
 ) -> Array:
     """The policy's log-probs [B, G, T] of a group's responses, prompts encoded once.
 
     Without `anchor` those of the anchors are not computed, and 0.
     """
-    prompts = Prompts(group.prompts, group.prompt_lengths)
-    return response_logps(
-        model, params, prompts, group.tokens, group.mask, room=room, anchor=anchor
-    )
+    return response_logps(model, params, group.prompts, group.tokens, group.mask, anchor=anchor)
 
 
 def update(
@@ -221,20 +203,19 @@ def update(
     needs: Needs = ALL,
     on_policy: bool = False,
     microbatch: int | None = None,
-    room: Room | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
 
-    Where a (micro)batch's real tokens fit into `room`, its padding is not computed. `on_policy`
-    says that the policy is still the one that sampled: the anchors' old log-probs, which no
-    sampling made, are then this pass's own.
+    Where a batch's real tokens fit the model's budget, or a microbatch's its share of it, padding
+    is not computed; `samples/packed` is how often. `on_policy` says that the policy is still the
+    one that sampled: the anchors' old log-probs, which no sampling made, are then this pass's own.
 
     A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
     `skipped`; a finite one sets that count to 0.
     """
 
-    def mean_loss(trainable: Params, part: Group, room: Room | None) -> tuple[Array, Metrics]:
-        logps = policy_logps(model, assemble(base, trainable), part, room, anchor=needs.anchor)
+    def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
+        logps = policy_logps(model, assemble(base, trainable), part, anchor=needs.anchor)
         fixed = jax.lax.stop_gradient(logps)
         # The sampler and this pass must agree while the policy is the one that sampled.
         gap = jnp.max(jnp.abs(fixed - part.old_logps)[:, 1:], where=part.mask[:, 1:], initial=0.0)
@@ -246,25 +227,29 @@ def update(
         return loss.mean(), {name: metrics[name] for name in metrics if _is_known(name, needs)}
 
     def gradients(part: Group) -> tuple[Params, Metrics]:
-        # The choice is made outside of the gradient: inside, each way would store the other's
-        # intermediate values too.
-        return packed(
-            room,
-            part.prompt_lengths,
+        lengths, budget = part.prompts.lengths, model.budget
+        grads, metrics = packed(
+            model,
+            lengths,
             part.mask,
-            lambda room: jax.grad(mean_loss, has_aux=True)(state.params, part, room),
+            lambda model: jax.grad(mean_loss, has_aux=True)(state.params, part, model),
         )
+        if budget is not None:
+            metrics["samples/packed"] = budget.fits(lengths, part.mask).astype(jnp.float32)
+        return grads, metrics
 
     def nothing(part: Group) -> tuple[Params, Metrics]:
         shapes = jax.eval_shape(gradients, part)
         return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
-    prompts = group.prompts.shape[0]
+    prompts = group.mask.shape[0]
     if microbatch is None or microbatch == prompts:
         # Nothing is learnt from a group without a token. Asking that first keeps XLA from filling
         # the gradient's buffers with zeros while the sampler still needs its own.
         grads, metrics = jax.lax.cond(group.mask.any(), gradients, nothing, group)
     else:
+        if model.budget is not None:
+            model = model.clone(budget=model.budget.share(microbatch, prompts))
         parts = jax.tree.map(
             lambda x: x.reshape(prompts // microbatch, microbatch, *x.shape[1:]), group
         )
@@ -344,7 +329,6 @@ def make_train_step(
                 needs=recipe.needs,
                 on_policy=recipe.inner_epochs == 1,
                 microbatch=microbatch,
-                room=recipe.room if microbatch is None else None,
             )
 
         state, metrics = once(state)
@@ -364,16 +348,12 @@ def make_sft_step(
     loss_fn: LossFn,
     optimizer: optax.GradientTransformation,
     shardings: Params,
-    *,
-    room: Room | None = None,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
 
     def sft_step(state, base, batch):
-        state, metrics = update(
-            model, loss_fn, optimizer, state, base, anchor_group(batch), room=room
-        )
-        kept = ("loss", "grad_norm", "skipped", "logps/anchor")
-        return state, {name: metrics[name] for name in kept}
+        state, metrics = update(model, loss_fn, optimizer, state, base, anchor_group(batch))
+        kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
+        return state, {name: metrics[name] for name in kept if name in metrics}
 
     return jax.jit(sft_step, donate_argnums=0, out_shardings=(shardings, None))

@@ -1,4 +1,4 @@
-"""One Flax decoder that works on groups: prompts once, their responses side by side.
+"""One Flax module that works on groups: prompts once, their responses side by side.
 
 `extend` runs prompts, each once, and the G responses of each through the layers together.
 `prefill` encodes prompts alone into a `Prefix`, after which `extend` runs responses alone and
@@ -10,7 +10,8 @@ Layers are stacked on a leading axis L and scanned.
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import flax.linen as nn
@@ -20,71 +21,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
-from pujax.types import Params, Room
-
-KERNELS = ("q", "k", "v", "o", "gate", "up", "down")
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """Llama 3's frequency scaling (its "llama3" rope type): slow rotations are slowed further."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_positions: int
-
-
-@dataclass(frozen=True)
-class DecoderConfig:
-    """A family's traits as settings; widths and counts in numbers of units.
-
-    `window` and `pattern` describe Gemma 3's local attention: every `pattern`-th layer is global,
-    the others see `window` positions back and rotate with `rope_local_base`. `window=0`: all
-    layers are global.
-    """
-
-    family: str
-    vocab: int
-    width: int
-    layers: int
-    heads: int
-    kv_heads: int
-    head_width: int
-    mlp_width: int
-    norm_eps: float
-    rope_base: float
-    tied: bool
-    eos_ids: tuple[int, ...]
-    bos_id: int | None = None
-    max_positions: int = 8192
-    rope_scaling: RopeScaling | None = None
-    qkv_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False
-    gelu: bool = False
-    embed_scale: float = 1.0
-    query_scale: float | None = None
-    window: int = 0
-    pattern: int = 0
-    rope_local_base: float = 10_000.0
-    lora_scale: float = 1.0
-
-    @property
-    def local_layers(self) -> tuple[bool, ...]:
-        """Which layers attend to the last `window` positions alone."""
-        return tuple(
-            self.window > 0 and (i + 1) % self.pattern != 0 if self.pattern else self.window > 0
-            for i in range(self.layers)
-        )
-
-
-@flax.struct.dataclass
-class Prompts:
-    """Right-padded prompts; a prompt's length must be at least 1."""
-
-    tokens: Int[Array, "B P"]
-    lengths: Int[Array, " B"]
+from pujax.models.packing import Grid, TokenBudget, places
+from pujax.models.parameters import (
+    KERNELS,
+    DecoderConfig,
+    RopeScaling,
+    first_value,
+    param_shapes,
+)
+from pujax.types import Params, Tokens
 
 
 @flax.struct.dataclass
@@ -142,89 +87,96 @@ class Cache:
     v: tuple[Float[Array, "B KV K T H"], ...]
 
 
-class Decoder(nn.Module):
-    """A decoder-only transformer; the methods below are its whole interface."""
+class LanguageModel(nn.Module):
+    """A decoder-only transformer; its methods are pure functions of the parameters.
+
+    As of any Flax module, `init` makes parameters and `apply` runs the plain forward. All else
+    takes a tree of them, which may hold an adapter's entries beside the kernels (see `lora`).
+    With a `budget` it leaves padding out, and must be given batches that fit: see `packed`.
+    Hashable, so a jitted function may close over it or take it as a static argument.
+    """
 
     config: DecoderConfig
     dtype: Any = jnp.float32
     remat: str = "none"
+    budget: TokenBudget | None = None
 
-    def setup(self) -> None:
-        """Declare the parameters; `param_shapes` tells their tree."""
-        self.embed = self.param("embed", _normal, (self.config.vocab, self.config.width))
-        # Flax would refuse an adapter's entries beside the kernels, so given ones are just taken.
-        self.layers = (
-            self.get_variable("params", "layers")
-            if self.has_variable("params", "layers")
-            else self.param("layers", lambda key: _init_layers(key, self.config))
-        )
-        self.final_norm = self.param("final_norm", nn.initializers.ones, (self.config.width,))
-        if not self.config.tied:
-            self.unembedding = self.param(
-                "unembed", _normal, (self.config.vocab, self.config.width)
-            )
-
+    @nn.compact
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
-        """Logits of whole sequences; used to initialise, and by tests as the plain forward."""
-        prompts = Prompts(tokens, jnp.full(tokens.shape[:1], tokens.shape[1]))
-        stream, _, _ = self._run(prompts, _no_responses(prompts))
-        return self.unembed(self._norm(stream, self.final_norm))
+        """Logits of whole sequences."""
+        if self.is_initializing():
+            for name in param_shapes(self.config):
+                self.param(name, partial(first_value, self.config, name))
+        return self.forward(self.variables["params"], tokens)
 
-    def prefill(self, prompts: Prompts, *, room: Room | None = None) -> Prefix:
-        """Encode prompts once.
+    def init_params(self, key: Array) -> Params:
+        """Random float32 parameters."""
+        return self.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
 
-        With `room`, into which the prompts' real tokens must fit, padding is not computed.
-        """
-        stream, _, seen = self._run(
-            prompts, _no_responses(prompts), room=None if room is None else room.prompts
-        )
+    def forward(self, params: Params, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
+        """Logits of whole sequences: the plain forward, which tests hold the others against."""
+        prompts = Tokens(tokens, jnp.full(tokens.shape[:1], tokens.shape[1]))
+        stream, _, _ = self._run(params, prompts, _no_responses(prompts))
+        return self.unembed(params, self._norm(stream, params["final_norm"]))
+
+    @property
+    def unpacked(self) -> "LanguageModel":
+        """The same model without a budget: it computes padding too, so it takes any batch."""
+        return self if self.budget is None else self.clone(budget=None)
+
+    def prefill(self, params: Params, prompts: Tokens) -> Prefix:
+        """Encode prompts once. With a budget, into which they must fit, padding is not computed."""
+        budget = None if self.budget is None else self.budget.prompts
+        stream, _, seen = self._run(params, prompts, _no_responses(prompts), budget=budget)
         assert seen is not None
-        return Prefix(*seen, lengths=prompts.lengths, last=self._last(stream, prompts.lengths))
+        return Prefix(
+            *seen, lengths=prompts.lengths, last=self._last(params, stream, prompts.lengths)
+        )
 
     def extend(
         self,
-        after: Prompts | Prefix,
+        params: Params,
+        after: Tokens | Prefix,
         tokens: Int[Array, "B G T"],
         *,
         tap: int | None = None,
         mask: Bool[Array, "B G T"] | None = None,
-        room: Room | None = None,
     ) -> States:
         """Final hidden states of responses, and the residual stream after `tap` layers.
 
         Position t sees the whole prompt and its own response's tokens up to t. Padding sits to
-        the right of a response, so it changes nothing before it. With `room`, into which the
-        tokens that `mask` marks and the prompts' must fit, padding is not computed, and its states
-        are 0.
+        the right of a response, so it changes nothing before it. With `mask` and a budget, into
+        which the tokens that it marks and the prompts' must fit, padding is not computed, and its
+        states are 0.
         """
-        fresh = isinstance(after, Prompts)
-        size = None if room is None else room.responses + (room.prompts if fresh else 0)
-        stream, tapped, _ = self._run(after, tokens, mask=mask, room=size, tap=tap)
+        fresh, budget = isinstance(after, Tokens), None
+        if self.budget is not None and mask is not None:
+            budget = self.budget.responses + (self.budget.prompts if fresh else 0)
+        stream, tapped, _ = self._run(params, after, tokens, mask=mask, budget=budget, tap=tap)
         return States(
-            last=self._last(stream, after.lengths) if fresh else after.last,
-            hidden=self._norm(_responses(stream, tokens), self.final_norm),
+            last=self._last(params, stream, after.lengths) if fresh else after.last,
+            hidden=self._norm(_responses(stream, tokens), params["final_norm"]),
             tapped=None if tapped is None else _responses(tapped, tokens),
         )
 
     def read(
-        self, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
+        self, params: Params, after: Tokens | Prefix, tokens: Int[Array, "B G T"], *, layers: int
     ) -> Float[Array, "B G T D"]:
         """The residual stream of responses after `layers` layers; the later layers never run."""
-        return _responses(self._run(after, tokens, layers=layers)[0], tokens)
+        return _responses(self._run(params, after, tokens, layers=layers)[0], tokens)
 
-    def decoding(self, prefix: Prefix) -> Decoding:
+    def decoding(self, params: Params, prefix: Prefix) -> Decoding:
         """What `decode` needs of the layers and of the prompts.
 
         A token's few rows leave a kernel no time to be sliced from its stack or packed into tiles:
         on a CPU each costs as much as the product. So they are laid out here, once a loop.
         """
+        layers = params["layers"]
 
         def layer(i: int) -> Params:
-            kernels = [name for name in self.layers if name in KERNELS]
-            rest = {name: stack[i] for name, stack in self.layers.items() if name not in kernels}
-            return rest | {
-                f"{name}_rows": self.layers[name][i].astype(self.dtype).T for name in kernels
-            }
+            kernels = [name for name in layers if name in KERNELS]
+            rest = {name: stack[i] for name, stack in layers.items() if name not in kernels}
+            return rest | {f"{name}_rows": layers[name][i].astype(self.dtype).T for name in kernels}
 
         count = range(self.config.layers)
         return Decoding(
@@ -236,6 +188,7 @@ class Decoder(nn.Module):
 
     def decode(
         self,
+        params: Params,
         decoding: Decoding,
         cache: Cache,
         tokens: Int[Array, "B K"],
@@ -243,7 +196,7 @@ class Decoder(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Normed hidden state of every response's token `t`, and the cache with it added."""
         config = self.config
-        x = self._embedded(tokens)[:, :, None]
+        x = self._embedded(params, tokens)[:, :, None]
         positions = (decoding.lengths + t)[:, None, None]
         # Without the barrier every layer works the cosines and sines out anew.
         rope = jax.lax.optimization_barrier(_rotations(config, positions))
@@ -266,13 +219,24 @@ class Decoder(nn.Module):
                 reach=config.window if local else None,
             )
             x = self._finish(weights, x, mixed[:, :, None])
-        hidden = self._norm(x[:, :, 0], self.final_norm)
+        hidden = self._norm(x[:, :, 0], params["final_norm"])
         return hidden, Cache(k=tuple(keys), v=tuple(values))
 
-    def unembed(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+    def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Float32 logits of a few normed hidden states; `unembed.chosen_logps` is for many."""
-        table = self.embed if self.config.tied else self.unembedding
-        return _streamed(hidden.astype(self.dtype), table.astype(self.dtype), jnp.float32)
+        table = self.unembedding(params).astype(self.dtype)
+        return _streamed(hidden.astype(self.dtype), table, jnp.float32)
+
+    def unembedding(self, params: Params) -> Float[Array, "V D"]:
+        """The table whose rows `unembed` multiplies hidden states with."""
+        return params["embed" if self.config.tied else "unembed"]
+
+    def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
+        """Room for `size` tokens of each of `candidates` responses to each prompt."""
+        config, lead = self.config, (prompts, self.config.kv_heads, candidates)
+        k = jnp.zeros((*lead, config.head_width, size), self.dtype)
+        v = jnp.zeros((*lead, size, config.head_width), self.dtype)
+        return Cache(k=(k,) * config.layers, v=(v,) * config.layers)
 
     # ------------------------------------------------------------------ the layers
 
@@ -293,17 +257,17 @@ class Decoder(nn.Module):
             return None
         return jnp.where(local, self.config.window, jnp.iinfo(jnp.int32).max)
 
-    def _embedded(self, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-        x = self.embed.at[tokens].get(mode="clip").astype(self.dtype)
+    def _embedded(self, params: Params, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
+        x = params["embed"].at[tokens].get(mode="clip").astype(self.dtype)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
     def _last(
-        self, stream: Float[Array, "B S D"], lengths: Int[Array, " B"]
+        self, params: Params, stream: Float[Array, "B S D"], lengths: Int[Array, " B"]
     ) -> Float[Array, "B D"]:
         """The normed state at each prompt's last token, of rows that start with the prompts."""
         last = jnp.take_along_axis(stream, (lengths - 1)[:, None, None], axis=1)[:, 0]
-        return self._norm(last, self.final_norm)
+        return self._norm(last, params["final_norm"])
 
     def _norm(self, x: Array, scale: Array) -> Array:
         x32 = x.astype(jnp.float32)
@@ -361,11 +325,12 @@ class Decoder(nn.Module):
 
     def _run(
         self,
-        after: Prompts | Prefix,
+        params: Params,
+        after: Tokens | Prefix,
         responses: Int[Array, "B G T"],
         *,
         mask: Bool[Array, "B G T"] | None = None,
-        room: int | None = None,
+        budget: int | None = None,
         layers: int | None = None,
         tap: int | None = None,
     ) -> tuple[Array, Array | None, tuple[Array, Array] | None]:
@@ -379,7 +344,7 @@ class Decoder(nn.Module):
         config = self.config
         (B, G, T), lengths = responses.shape, after.lengths
         encoded = (after.k, after.v) if isinstance(after, Prefix) else None
-        prompts = after.tokens if isinstance(after, Prompts) else jnp.zeros((B, 0), jnp.int32)
+        prompts = after.ids if isinstance(after, Tokens) else jnp.zeros((B, 0), jnp.int32)
         P = prompts.shape[1]
         at_prompt = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
         at = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
@@ -388,11 +353,11 @@ class Decoder(nn.Module):
             return jnp.concatenate([of_prompt, of_responses.reshape(B, G * T)], axis=1)
 
         pack = None
-        if room is not None:
+        if budget is not None:
             marked = jnp.ones((B, G, T), bool) if mask is None else mask
-            pack = _pack(row(at_prompt < lengths[:, None], marked), room)
-        grid = _Grid((B, P + G * T), pack)
-        x = grid.taken(self._embedded(row(prompts, responses)))
+            pack = places(row(at_prompt < lengths[:, None], marked), budget)
+        grid = Grid((B, P + G * T), pack)
+        x = grid.taken(self._embedded(params, row(prompts, responses)))
         rope = grid.taken_angles(_rotations(config, row(at_prompt, at)))
 
         def layer(carry, inputs):
@@ -413,7 +378,7 @@ class Decoder(nn.Module):
                 tapped = jnp.where(i + 1 == tap, x, tapped)
             return (x, tapped, i + 1), None if G else seen
 
-        stacks = (self.layers, self._local, encoded)
+        stacks = (params["layers"], self._local, encoded)
         if layers is not None:
             stacks = jax.tree.map(lambda stack: stack[:layers], stacks)
         start = (x, None if tap is None else jnp.zeros_like(x), jnp.int32(0))
@@ -457,137 +422,14 @@ def _streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], dtype: Any) ->
     return y.T.reshape(*x.shape[:-1], rows.shape[0])
 
 
-def _pack(mask: Bool[Array, "..."], room: int) -> Int[Array, " C"]:
-    """Where the marked tokens stand in the flattened grid; unused room points beyond its end."""
-    return jnp.nonzero(mask.ravel(), size=room, fill_value=mask.size)[0]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Tokens as the grid [B, S] that attention needs, or packed [C] as all else may be.
-
-    Norms, projections and the MLP treat each token alone, so where padding is much of the grid
-    they run on the real tokens only. Without `pack` the two forms are one.
-    """
-
-    shape: tuple[int, int]
-    pack: Int[Array, " C"] | None
-
-    def taken(self, x: Float[Array, "B S *F"]) -> Array:
-        """[B, S, ...] to [C, ...]; unused room is 0."""
-        if self.pack is None:
-            return x
-        flat = x.reshape(math.prod(self.shape), *x.shape[2:])
-        return flat.at[self.pack].get(mode="fill", fill_value=0)
-
-    def spread(self, x: Array) -> Float[Array, "B S *F"]:
-        """[C, ...] to [B, S, ...]; tokens that were not taken are 0."""
-        if self.pack is None:
-            return x
-        flat = jnp.zeros((math.prod(self.shape), *x.shape[1:]), x.dtype)
-        return flat.at[self.pack].set(x, mode="drop").reshape(*self.shape, *x.shape[1:])
-
-    def taken_angles(self, rotations: dict[bool, Array]) -> dict[bool, Array]:
-        """Cosines and sines [2, B, S, 1, F] to [2, C, 1, F]."""
-        if self.pack is None:
-            return rotations
-        return {
-            local: jnp.stack([self.taken(angles[0]), self.taken(angles[1])])
-            for local, angles in rotations.items()
-        }
-
-
-@dataclass(frozen=True)
-class LanguageModel:
-    """The decoder as pure functions of its parameters: what the rest of the package uses.
-
-    Hashable, so a jitted function may close over it or take it as a static argument.
-    """
-
-    config: DecoderConfig
-    dtype: Any = jnp.float32
-    remat: str = "none"
-
-    def _apply(self, params: Params, method: str, *args: Any, **choices: Any) -> Any:
-        module = Decoder(self.config, self.dtype, self.remat)
-        return module.apply({"params": params}, *args, method=method, **choices)
-
-    def init(self, key: Array) -> Params:
-        """Random float32 parameters."""
-        module = Decoder(self.config, self.dtype, self.remat)
-        return module.init(key, jnp.zeros((1, 2), jnp.int32))["params"]
-
-    def forward(self, params: Params, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
-        """See `Decoder.__call__`."""
-        return self._apply(params, "__call__", tokens)
-
-    def prefill(self, params: Params, prompts: Prompts, *, room: Room | None = None) -> Prefix:
-        """See `Decoder.prefill`."""
-        return self._apply(params, "prefill", prompts, room=room)
-
-    def extend(
-        self,
-        params: Params,
-        after: Prompts | Prefix,
-        tokens: Int[Array, "B G T"],
-        *,
-        tap: int | None = None,
-        mask: Bool[Array, "B G T"] | None = None,
-        room: Room | None = None,
-    ) -> States:
-        """See `Decoder.extend`."""
-        return self._apply(params, "extend", after, tokens, tap=tap, mask=mask, room=room)
-
-    def read(
-        self, params: Params, after: Prompts | Prefix, tokens: Int[Array, "B G T"], *, layers: int
-    ) -> Float[Array, "B G T D"]:
-        """See `Decoder.read`."""
-        return self._apply(params, "read", after, tokens, layers=layers)
-
-    def decoding(self, params: Params, prefix: Prefix) -> Decoding:
-        """See `Decoder.decoding`."""
-        return self._apply(params, "decoding", prefix)
-
-    def decode(
-        self,
-        params: Params,
-        decoding: Decoding,
-        cache: Cache,
-        tokens: Int[Array, "B K"],
-        t: Int[Array, ""],
-    ) -> tuple[Float[Array, "B K D"], Cache]:
-        """See `Decoder.decode`."""
-        return self._apply(params, "decode", decoding, cache, tokens, t)
-
-    def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """See `Decoder.unembed`."""
-        return self._apply(params, "unembed", hidden)
-
-    def unembedding(self, params: Params) -> Float[Array, "V D"]:
-        """The table whose rows `unembed` multiplies hidden states with."""
-        return params["embed" if self.config.tied else "unembed"]
-
-    def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
-        """Room for `size` tokens of each of `candidates` responses to each prompt."""
-        return empty_cache(self.config, prompts, candidates, size, self.dtype)
-
-
-def _no_responses(prompts: Prompts) -> Int[Array, "B 0 0"]:
-    return jnp.zeros((prompts.tokens.shape[0], 0, 0), jnp.int32)
+def _no_responses(prompts: Tokens) -> Int[Array, "B 0 0"]:
+    return jnp.zeros((prompts.ids.shape[0], 0, 0), jnp.int32)
 
 
 def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float[Array, "B G T D"]:
     """The part of each row that belongs to its responses, which end it."""
     B, G, T = tokens.shape
     return row[:, row.shape[1] - G * T :].reshape(B, G, T, row.shape[-1])
-
-
-def empty_cache(config: DecoderConfig, prompts: int, candidates: int, size: int, dtype) -> Cache:
-    """Room for `size` tokens of each of `candidates` responses to each prompt."""
-    lead = (prompts, config.kv_heads, candidates)
-    k = jnp.zeros((*lead, config.head_width, size), dtype)
-    v = jnp.zeros((*lead, size, config.head_width), dtype)
-    return Cache(k=(k,) * config.layers, v=(v,) * config.layers)
 
 
 def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
@@ -637,54 +479,18 @@ def _heads_first(x: Float[Array, "B N T KV H"]) -> Float[Array, "B KV N T H"]:
     return x.transpose(0, 3, 1, 2, 4)
 
 
-def _normal(key: Array, shape: tuple[int, ...]) -> Array:
-    return 0.02 * jax.random.normal(key, shape, jnp.float32)
+def packed(
+    model: LanguageModel,
+    prompt_lengths: Int[Array, " B"],
+    mask: Bool[Array, "B G T"],
+    work: Callable[[LanguageModel], Any],
+) -> Any:
+    """`work(model)` where the batch fits the model's budget, else `work(model.unpacked)`.
 
-
-def layer_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-    """The stacked parameters of the layers by name; kernels are [L, in, out]."""
-    L, D, F = config.layers, config.width, config.mlp_width
-    q_width, kv_width = config.heads * config.head_width, config.kv_heads * config.head_width
-    shapes = {
-        "attn_norm": (L, D),
-        "q": (L, D, q_width),
-        "k": (L, D, kv_width),
-        "v": (L, D, kv_width),
-        "o": (L, q_width, D),
-        "mlp_norm": (L, D),
-        "gate": (L, D, F),
-        "up": (L, D, F),
-        "down": (L, F, D),
-    }
-    if config.qkv_bias:
-        shapes |= {"q_bias": (L, q_width), "k_bias": (L, kv_width), "v_bias": (L, kv_width)}
-    if config.qk_norm:
-        shapes |= {"q_norm": (L, config.head_width), "k_norm": (L, config.head_width)}
-    if config.post_norms:
-        shapes |= {"post_attn_norm": (L, D), "post_mlp_norm": (L, D)}
-    return shapes
-
-
-def param_shapes(config: DecoderConfig) -> Params:
-    """The shape of every parameter, as the tree that `Decoder` takes."""
-    shapes: Params = {
-        "embed": (config.vocab, config.width),
-        "layers": layer_shapes(config),
-        "final_norm": (config.width,),
-    }
-    if not config.tied:
-        shapes["unembed"] = (config.vocab, config.width)
-    return shapes
-
-
-def _init_layers(key: Array, config: DecoderConfig) -> Params:
-    shapes = layer_shapes(config)
-    keys = jax.random.split(key, len(shapes))
-    return {
-        name: jnp.ones(shape)
-        if name.endswith("norm")
-        else jnp.zeros(shape)
-        if name.endswith("bias")
-        else _normal(key, shape)
-        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
-    }
+    Both give the same, the second at more cost. Call it outside of a gradient: inside, each way
+    would store the other's intermediate values too.
+    """
+    if model.budget is None:
+        return work(model)
+    fits = model.budget.fits(prompt_lengths, mask)
+    return jax.lax.cond(fits, lambda: work(model), lambda: work(model.unpacked))

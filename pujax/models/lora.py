@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pujax.errors import ConfigError
-from pujax.models.decoder import KERNELS
+from pujax.models.parameters import KERNELS
 from pujax.types import Params
 
 _A, _B = "_lora_a", "_lora_b"

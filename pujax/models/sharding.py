@@ -1,6 +1,5 @@
-"""Devices as a mesh of (data, fsdp, tensor), and the one table of how arrays lie on it."""
+"""Devices as a mesh of (data, fsdp, tensor), and how arrays lie on it."""
 
-import re
 from collections.abc import Callable
 
 import jax
@@ -10,21 +9,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from pujax.errors import ConfigError
+from pujax.models.parameters import mesh_axes
 from pujax.types import Params
-
-# A parameter's path, matched from its end, to the mesh axis of each of its dimensions. Kernels are
-# [L, in, out]. `tensor` splits heads and MLP units; `fsdp` splits what is left of a matrix.
-RULES: tuple[tuple[str, P], ...] = (
-    (r"(embed|unembed)", P("tensor", "fsdp")),
-    (r"(q|k|v|gate|up)", P(None, "fsdp", "tensor")),
-    (r"(o|down)", P(None, "tensor", "fsdp")),
-    (r"(q|k|v)_bias", P(None, "tensor")),
-    (r"(q|k|v|gate|up)_lora_a", P(None, "fsdp", None)),
-    (r"(q|k|v|gate|up)_lora_b", P(None, None, "tensor")),
-    (r"(o|down)_lora_a", P(None, "tensor", None)),
-    (r"(o|down)_lora_b", P(None, None, "fsdp")),
-    (r".*norm|count|step|skipped", P()),
-)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
@@ -50,21 +36,22 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
     """Where the parameter at `path` ("layers/q") lies.
 
-    A dimension that its axis does not divide stays whole. Raises `ConfigError` for a path that no
-    rule names.
+    A dimension that its axis does not divide stays whole, and so does a scalar. Raises
+    `ConfigError` for a name that the table of parameters lacks.
     """
-    name = path.rsplit("/", 1)[-1]
-    for pattern, spec in RULES:
-        if re.fullmatch(pattern, name):
-            axes = [*spec, *[None] * (len(shape) - len(spec))][: len(shape)]
-            kept = [
-                axis if axis is not None and size % mesh.shape[axis] == 0 else None
-                for axis, size in zip(axes, shape, strict=True)
-            ]
-            return NamedSharding(mesh, P(*kept))
-    raise ConfigError(
-        f"parameter {path!r} has no sharding rule: add one to pujax.models.sharding.RULES"
-    )
+    if not shape:
+        return NamedSharding(mesh, P())
+    axes = mesh_axes(path.rsplit("/", 1)[-1])
+    if axes is None:
+        raise ConfigError(
+            f"parameter {path!r} has no mesh axes: give it a row in "
+            "pujax.models.parameters.PARAMETERS"
+        )
+    kept = [
+        axis if axis is not None and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes or (None,) * len(shape), shape, strict=True)
+    ]
+    return NamedSharding(mesh, P(*kept))
 
 
 def tree_shardings(mesh: Mesh, tree: Params) -> Params:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from pujax.errors import ConfigError, DataError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Prompt, messages_key
 from pujax.run.settings import DataConfig
-from pujax.types import Batch
+from pujax.types import Batch, Tokens
 
 
 @dataclass(frozen=True)
@@ -94,26 +93,18 @@ def with_system(messages: Sequence[dict[str, str]], system: str | None) -> list[
 def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
     """Right-pad examples to the dataset's shapes. Padding is 0; lengths tell what is real."""
 
-    def padded(rows: Iterable[Sequence[int]], size: int) -> tuple[Array, Array]:
+    def padded(rows: Iterable[Sequence[int]], size: int) -> Tokens:
         rows = list(rows)
         tokens = np.zeros((len(rows), size), np.int32)
         for i, row in enumerate(rows):
             tokens[i, : len(row)] = row
-        return jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32)
+        return Tokens(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
 
-    prompts, prompt_lengths = padded((e.prompt_ids for e in examples), dataset.prompt_size)
-    anchors, anchor_lengths = padded((e.anchor_ids for e in examples), dataset.response_size)
-    references, reference_lengths = padded(
-        (e.reference_ids for e in examples), dataset.reference_size
-    )
     return Batch(
-        prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        anchors=anchors,
-        anchor_lengths=anchor_lengths,
+        prompts=padded((e.prompt_ids for e in examples), dataset.prompt_size),
+        anchors=padded((e.anchor_ids for e in examples), dataset.response_size),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
-        references=references,
-        reference_lengths=reference_lengths,
+        references=padded((e.reference_ids for e in examples), dataset.reference_size),
     )
 
 

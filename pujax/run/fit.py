@@ -26,7 +26,8 @@ from pujax.method import losses
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
 from pujax.method.step import Recipe, assemble, make_sft_step, make_train_step
-from pujax.models.decoder import DecoderConfig
+from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Example, messages_key
 from pujax.run.checkpoint import Checkpoints, Place
@@ -38,7 +39,7 @@ from pujax.run.settings import TrainConfig
 from pujax.run.student import load_student, new_state
 from pujax.teacher.asking import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.types import Batch, Group, LossFn, Params, Room, TrainState
+from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -72,13 +73,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     recipe, loss_fn = build_recipe(config, chat, train_data)
     # Packing mixes prompts, which a mesh keeps on devices of their own.
     alone = mesh.size == 1
-    recipe = dataclasses.replace(
-        recipe,
-        room=room_for(train_data, config.align.prompts, config.sampling.candidates + 1)
-        if alone
-        else None,
-    )
-    sft_room = room_for(train_data, config.sft.batch, 1) if alone else None
+
+    def budgeted(data: Dataset, prompts: int, responses: int) -> LanguageModel:
+        return model.clone(budget=budget_for(data, prompts, responses) if alone else None)
 
     checkpoints = Checkpoints(
         directory, keep=config.checkpoint.keep, model=dataclasses.asdict(model.config)
@@ -97,7 +94,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             result = held_out.load(path)
         else:
             result = held_out.evaluate(
-                model,
+                budgeted(heldout, config.eval.batch, 1),
                 assemble(base, trainable),
                 heldout.examples[: config.eval.prompts],
                 name=name,
@@ -106,7 +103,6 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                     mesh, collate(examples, heldout), config.eval.batch
                 ),
                 decode=chat.decode,
-                room=room_for(heldout, config.eval.batch, 1) if alone else None,
             )
             if keep:
                 held_out.save(result, directory)
@@ -120,7 +116,10 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
         state = new_state(student.trainable, optimizer, mesh)
         sft_step = make_sft_step(
-            model, losses.sft, optimizer, tree_shardings(mesh, state), room=sft_room
+            budgeted(train_data, config.sft.batch, 1),
+            losses.sft,
+            optimizer,
+            tree_shardings(mesh, state),
         )
 
         def sft(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], None]:
@@ -141,7 +140,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         optimizer = optimizer_for(config, config.align.lr, updates)
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, mesh)
         train_step = make_train_step(
-            model,
+            budgeted(train_data, config.align.prompts, config.sampling.candidates + 1),
             recipe,
             loss_fn,
             optimizer,
@@ -200,9 +199,9 @@ class Loop:
                 placed = put_batch(self.mesh, batch, stage.prompts)
                 state, metrics, group = stage.advance(state, placed)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                tokens = int(batch.prompt_lengths.sum())
+                tokens = int(batch.prompts.lengths.sum())
                 if group is None:
-                    tokens += int(batch.anchor_lengths.sum())
+                    tokens += int(batch.anchors.lengths.sum())
                 else:
                     group = jax.device_get(group)
                     tokens += int(group.mask.sum())
@@ -227,7 +226,10 @@ class Loop:
     def _not_finite(self, stage: Stage, step: int, batch: Batch, count: int) -> None:
         """Save the batch of a skipped update; give up after too many in a row."""
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
-        np.savez(path, **dataclasses.asdict(batch))
+        named = jax.tree_util.tree_leaves_with_path(batch)
+        np.savez(
+            path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
+        )
         self.console.print(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
         if count >= self.config.optim.max_skipped:
             raise NonFiniteError(
@@ -300,8 +302,8 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
     return recipe, loss_fn
 
 
-def room_for(data: Dataset, prompts: int, responses: int) -> Room | None:
-    """Room for the real tokens of most batches, a third above the mean.
+def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
+    """A budget for the real tokens of most batches, a third above the mean.
 
     Candidates are taken to be as long as their anchors. None where padding is too little to matter.
     """
@@ -311,12 +313,12 @@ def room_for(data: Dataset, prompts: int, responses: int) -> Room | None:
         return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
 
     P, T = data.prompt_size, data.response_size
-    room = Room(
+    budget = TokenBudget(
         prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
         responses=most([len(e.anchor_ids) for e in data.examples], responses, T),
     )
     whole = prompts * P + prompts * responses * T
-    return room if room.prompts + room.responses < 0.8 * whole else None
+    return budget if budget.prompts + budget.responses < 0.8 * whole else None
 
 
 def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.GradientTransformation:

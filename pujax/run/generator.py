@@ -11,7 +11,7 @@ from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
-from pujax.types import Completions, Params
+from pujax.types import Completions, Params, Tokens
 
 
 @dataclass(frozen=True)
@@ -92,10 +92,9 @@ def _compiled(
     import jax
 
     from pujax.method.sampling import greedy, sample
-    from pujax.models.decoder import Prompts
 
     def run(params: Params, tokens: Array, lengths: Array, key: Array) -> Completions:
-        prefix = model.prefill(params, Prompts(tokens, lengths))
+        prefix = model.prefill(params, Tokens(tokens, lengths))
         if temperature == 0:
             return greedy(model, params, prefix, size=size)
         return sample(

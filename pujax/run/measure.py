@@ -23,14 +23,14 @@ from jaxtyping import Array
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
 from pujax.method.step import Recipe, assemble, explore, judge, make_train_step, update
-from pujax.models.decoder import DecoderConfig, Prompts, layer_shapes
+from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
 from pujax.run.compose import build
 from pujax.run.settings import BenchmarkRun, ShapesConfig
 from pujax.run.student import Student, load_student, new_state
-from pujax.types import Batch, Completions, LossFn, Params, TrainState
+from pujax.types import Batch, Completions, LossFn, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak
 
@@ -113,7 +113,7 @@ class Subject:
 
         def grouped(params: Params, reference: Params, base: Params, batch: Batch, made, key):
             whole = assemble(base, params), assemble(base, reference)
-            prefix = model.prefill(whole[0], Prompts(batch.prompts, batch.prompt_lengths))
+            prefix = model.prefill(whole[0], batch.prompts)
             return judge(model, recipe, *whole, batch, prefix, made, key)[0]
 
         def updated(state: TrainState, base: Params, group):
@@ -207,20 +207,20 @@ class Subject:
         shown = len(self.chat.reference_head(question)) - len(self.chat.render(question))
         R = P + max(0, shown)
 
-        def tokens(*size: int) -> Array:
+        def ids(*size: int) -> Array:
             return jnp.asarray(rng.integers(0, vocab, size), jnp.int32)
 
+        def full(size: int) -> Tokens:
+            return Tokens(ids(B, size), jnp.full(B, size, jnp.int32))
+
         batch = Batch(
-            prompts=tokens(B, P),
-            prompt_lengths=jnp.full(B, P, jnp.int32),
-            anchors=tokens(B, T),
-            anchor_lengths=jnp.full(B, T, jnp.int32),
+            prompts=full(P),
+            anchors=full(T),
             anchor_finished=jnp.ones(B, bool),
-            references=tokens(B, R),
-            reference_lengths=jnp.full(B, R, jnp.int32),
+            references=full(R),
         )
         made = Completions(
-            tokens=tokens(B, K, T),
+            tokens=ids(B, K, T),
             mask=jnp.ones((B, K, T), bool),
             finished=jnp.ones((B, K), bool),
             logps=jnp.zeros((B, K, T)),
@@ -243,7 +243,9 @@ def flops(config: DecoderConfig, shape: ShapesConfig, recipe: Recipe) -> tuple[f
     recomputation, keys counted up to the query's own position. A backward pass is two forward.
     """
     B, K, P, T = shape.prompts, shape.candidates, shape.prompt_tokens, shape.response_tokens
-    kernels = sum(size[1] * size[2] for size in layer_shapes(config).values() if len(size) == 3)
+    kernels = sum(
+        size[1] * size[2] for size in param_shapes(config)["layers"].values() if len(size) == 3
+    )
     key = 4 * config.heads * config.head_width  # a query's work on one key, in one layer
 
     def prompts() -> float:

@@ -53,7 +53,7 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
             tied=True,
             eos_ids=chat.eos_ids,
         )
-        params = LanguageModel(settings).init(jax.random.key(seed))
+        params = LanguageModel(settings).init_params(jax.random.key(seed))
         params = jax.device_put(params, tree_shardings(mesh, params))
     else:
         # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.

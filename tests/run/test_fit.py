@@ -12,7 +12,7 @@ from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.data import make_dataset
-from pujax.run.fit import build_recipe, fit, load_data, room_for, stop_signals
+from pujax.run.fit import budget_for, build_recipe, fit, load_data, stop_signals
 from pujax.run.settings import DataConfig, TrainConfig
 
 register("train_schema", TrainConfig)
@@ -48,15 +48,15 @@ def dataset(chat, answers, T):
     return make_dataset(prompts, anchors, chat, config)
 
 
-def test_room_is_a_third_above_the_mean_and_none_where_little_is_padding(chat):
+def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(chat):
     data = dataset(chat, ["Yes", "No", "No", "Yes"], 40)
-    room = room_for(data, prompts=4, responses=5)
-    assert room is not None
+    budget = budget_for(data, prompts=4, responses=5)
+    assert budget is not None
     lengths = [len(example.prompt_ids) for example in data.examples]
-    assert sum(lengths) <= room.prompts < 4 * 64
-    assert 4 * 5 * 2 <= room.responses < 4 * 5 * 40  # a word and EOS each
-    assert room.prompts % 32 == room.responses % 32 == 0
-    assert room_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
+    assert sum(lengths) <= budget.prompts < 4 * 64
+    assert 4 * 5 * 2 <= budget.responses < 4 * 5 * 40  # a word and EOS each
+    assert budget.prompts % 32 == budget.responses % 32 == 0
+    assert budget_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
 
 
 def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
