@@ -1,26 +1,20 @@
-"""`python -m pujax.benchmark`: what a training step costs here, as a table and a line of JSON."""
+"""`pujax benchmark`: what a training step costs here, as a table and a line of JSON."""
 
 import json
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.table import Table
 
-from pujax.errors import ConfigError
-from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.commands import command
 from pujax.run.settings import BenchmarkRun, ShapesConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
-
-register("benchmark_schema", BenchmarkRun)
 
 # What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
 SWEPT: Mapping[str, Sequence[int]] = {
@@ -46,33 +40,28 @@ ROWS = {
 }
 
 
-@hydra.main(config_path=conf_dir(), config_name="benchmark", version_base="1.3")
-def main(composed: DictConfig) -> None:
+def run(settings: BenchmarkRun) -> None:
     """Measure, show a table, and print one JSON object as the last line."""
-    try:
-        run = from_hydra(BenchmarkRun, composed)
-        from pujax.run.measure import Subject
+    from pujax.run.measure import Subject
 
-        subject = Subject(run)
-        console = Console(stderr=False)
-        cost = subject.measure(run.benchmark)
-        console.print(table(cost))
-        line: dict[str, Any] = described(run, composed) | asdict(cost)
-        if run.benchmark.sweep:
-            line["sweep"], written = [asdict(cost)], list[Path]()
-            for key, value, cost in sweep(subject.measure, run.benchmark):
-                console.print(f"{key}={value}: step {cost.step_s:.2f} s")
-                line["sweep"].append(asdict(cost))
-                # After each, so that a sweep that is cut off leaves what it measured.
-                written = write_sweep(line["sweep"], Path(run.benchmark.out))
-            for path in written:
-                console.print(path)
-    except ConfigError as error:
-        sys.exit(f"pujax.benchmark: {error}")
+    subject = Subject(settings)
+    console = Console(stderr=False)
+    cost = subject.measure(settings.benchmark)
+    console.print(table(cost))
+    line: dict[str, Any] = described(settings) | asdict(cost)
+    if settings.benchmark.sweep:
+        line["sweep"], written = [asdict(cost)], list[Path]()
+        for key, value, cost in sweep(subject.measure, settings.benchmark):
+            console.print(f"{key}={value}: step {cost.step_s:.2f} s")
+            line["sweep"].append(asdict(cost))
+            # After each, so that a sweep that is cut off leaves what it measured.
+            written = write_sweep(line["sweep"], Path(settings.benchmark.out))
+        for path in written:
+            console.print(path, markup=False)
     print(json.dumps(line))
 
 
-def described(run: BenchmarkRun, composed: DictConfig) -> dict[str, Any]:
+def described(run: BenchmarkRun) -> dict[str, Any]:
     """What was measured and with what: the settings' names, versions and the device."""
     import jax
 
@@ -81,8 +70,8 @@ def described(run: BenchmarkRun, composed: DictConfig) -> dict[str, Any]:
         "dtype": run.model.dtype,
         "remat": run.model.remat,
         "lora_rank": run.model.lora.rank,
-        "loss": composed.loss["_target_"].rpartition(".")[2],
-        "scorer": composed.scorer.score["_target_"].rpartition(".")[2],
+        "loss": run.loss["_target_"].rpartition(".")[2],
+        "scorer": run.scorer.score["_target_"].rpartition(".")[2],
         "offline": run.benchmark.offline,
         "mesh": [run.mesh.data, run.mesh.fsdp, run.mesh.tensor],
         "device": jax.devices()[0].device_kind,
@@ -168,6 +157,8 @@ def _short(value: float | int | None) -> str:
         return "–"
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
+
+main = command("benchmark", BenchmarkRun, run)
 
 if __name__ == "__main__":
     main()

@@ -1,4 +1,4 @@
-"""`python -m pujax.collect`: ask a teacher each prompt once and keep every answer.
+"""`pujax collect`: ask a teacher each prompt once and keep every answer.
 
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
 `stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
@@ -16,13 +16,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pujax.errors import ConfigError, PromptError, StoreError, TeacherError
-from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.errors import ConfigError, StoreError
+from pujax.run.commands import command
 from pujax.run.local_teacher import open_teacher
 from pujax.teacher.asking import Plan, Tally, anchors_for, collect, make_plan
 from pujax.teacher.prompts import load_prompts
@@ -30,17 +28,6 @@ from pujax.teacher.settings import CollectRun, TeacherConfig
 from pujax.teacher.store import read_failures, read_records
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
-
-register("collect_schema", CollectRun)
-
-
-@hydra.main(config_path=conf_dir(), config_name="collect", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Run the command that the settings describe and exit with its status."""
-    try:
-        sys.exit(run(from_hydra(CollectRun, composed)))
-    except (ConfigError, PromptError, StoreError, TeacherError) as error:
-        sys.exit(f"pujax.collect: {error}")
 
 
 def run(settings: CollectRun) -> int:
@@ -181,6 +168,8 @@ def _twice(count: int) -> str:
 def _unpriced(count: int) -> str:
     return f" (the price of {count:,} was unknown)" if count else ""
 
+
+main = command("collect", CollectRun, run)
 
 if __name__ == "__main__":
     main()

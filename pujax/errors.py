@@ -44,7 +44,11 @@ class NonFiniteError(PujaxError, RuntimeError):
 
 
 class StopRequested(Exception):
-    """The run was asked to stop, and has saved its state; the message says where it stands."""
+    """Signal `number` asked to stop, and the state is saved; the message says where it stands."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:

@@ -1,64 +1,29 @@
-"""`python -m pujax.train`: the command that composes the settings and does the run."""
+"""`pujax train`: SFT on the anchors, then alignment, resumable; see conf/train.yaml."""
 
-import sys
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import hydra
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from pujax.errors import ConfigError
+from pujax.run.commands import command
 from pujax.run.compilation import keep_compiled, release_compiler_memory
-from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.settings import TrainConfig
-
-register("train_schema", TrainConfig)
 
 # Settings that may differ when a run goes on: they don't touch its numbers.
 UNTOUCHED = ("run", "resume", "checkpoint", "eval", "mesh", "teacher", "collect")
 
 
-@hydra.main(config_path=conf_dir(), config_name="train", version_base="1.3")
-def main(composed: DictConfig) -> None:
-    """Train as told; exit status 0 when the run is done, or was asked to stop and saved itself."""
-    try:
-        config = from_hydra(TrainConfig, composed)
-        directory = run_directory(config, _plain(composed))
-    except ConfigError as error:
-        sys.exit(f"pujax.train: {error}")
+def run(config: TrainConfig) -> None:
+    """Train as told, in a directory of the run's own or in the one to go on with."""
+    directory = run_directory(config, asdict(config))
     keep_compiled()
     release_compiler_memory()
-    from pujax.errors import (
-        ChatError,
-        CheckpointError,
-        DataError,
-        NonFiniteError,
-        PromptError,
-        StopRequested,
-        StoreError,
-        TeacherError,
-        WeightsError,
-    )
     from pujax.run.fit import fit
 
-    try:
-        fit(config, directory)
-    except StopRequested as stop:
-        print(f"pujax.train: {stop}", file=sys.stderr)
-    except (
-        ChatError,
-        CheckpointError,
-        ConfigError,
-        DataError,
-        FileExistsError,
-        NonFiniteError,
-        PromptError,
-        StoreError,
-        TeacherError,
-        WeightsError,
-    ) as error:
-        sys.exit(f"pujax.train: {error}")
+    fit(config, directory)
 
 
 def run_directory(config: TrainConfig, settings: dict[str, Any]) -> Path:
@@ -96,12 +61,6 @@ def run_directory(config: TrainConfig, settings: dict[str, Any]) -> Path:
     return directory
 
 
-def _plain(composed: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(composed, resolve=True)
-    assert isinstance(plain, dict)
-    return {str(key): value for key, value in plain.items()}
-
-
 def _unfinished(parent: Path, settings: dict[str, Any]) -> Path | None:
     """The newest run under `parent` with these settings that has begun and isn't done."""
     for stored in sorted(parent.glob("*/config.yaml"), reverse=True):
@@ -136,6 +95,8 @@ def _differing(stored: Any, given: dict[str, Any]) -> list[str]:
         if before.get(key) != now.get(key) and key.split(".")[0] not in UNTOUCHED
     ]
 
+
+main = command("train", TrainConfig, run)
 
 if __name__ == "__main__":
     main()

@@ -125,6 +125,8 @@ def test_the_command_ends_in_one_json_object(tmp_path):
 
 
 def test_a_measured_process_holds_neither_plots_nor_checkpoints():
-    code = "import sys, pujax.measure; print({'matplotlib', 'orbax', 'httpx'} & set(sys.modules))"
+    code = (
+        "import sys, pujax.run.measure; print({'matplotlib', 'orbax', 'httpx'} & set(sys.modules))"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"

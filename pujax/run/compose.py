@@ -1,7 +1,8 @@
 """The bridge from Hydra: schemas in, checked settings and bound functions out."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -45,10 +46,26 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
+    for key in _foreign(composed):
+        raise ConfigError(f"{key}: no such setting: take it out")
     settings = OmegaConf.to_object(composed)
     if not isinstance(settings, schema):
         raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
     return settings
+
+
+def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that were added (`+key=value`) to a record that has no such field."""
+    schema = OmegaConf.get_type(node)
+    if schema is None or not is_dataclass(schema):
+        return
+    known = {field.name for field in fields(schema)}
+    for key in node:
+        if key not in known:
+            yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _foreign(child, f"{prefix}{key}.")
 
 
 def build(node: Any, key: str) -> Callable[..., Any]:

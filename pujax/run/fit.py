@@ -176,7 +176,7 @@ class Loop:
     checkpoints: Checkpoints
     log: RunLog
     console: Console
-    stopping: Callable[[], bool]
+    stopping: Callable[[], int]
 
     def run(
         self,
@@ -218,7 +218,8 @@ class Loop:
                 if stopping:
                     raise StopRequested(
                         f"stopped after {stage.name} step {step}; the state is in "
-                        f"{self.directory}: the same command goes on from there"
+                        f"{self.directory}: the same command goes on from there",
+                        stopping,
                     )
                 after(state, step)
         return state
@@ -375,15 +376,15 @@ def finish(
 
 
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
+def stop_signals() -> Iterator[Callable[[], int]]:
     """SIGTERM and Ctrl-C become a wish that the step loop grants; a second Ctrl-C is at once."""
-    wished = False
+    wished = 0
 
     def wish(number: int, frame: object) -> None:
         nonlocal wished
         if wished and number == signal.SIGINT:
             raise KeyboardInterrupt
-        wished = True
+        wished = number
 
     before = {number: signal.signal(number, wish) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -86,7 +86,7 @@ def test_a_setting_out_of_range_names_itself_and_the_remedy(record, values, mess
 
 
 def node(target, **values):
-    return {"_target_": f"pujax.{target}", "_partial_": True, **values}
+    return {"_target_": f"pujax.method.{target}", "_partial_": True, **values}
 
 
 def test_build_binds_the_keywords_and_builds_what_is_inside():

@@ -1,0 +1,36 @@
+"""`pujax COMMAND`, or `python -m pujax COMMAND`: any of the commands beside this file."""
+
+import ast
+import importlib
+import sys
+from pathlib import Path
+
+from pujax import __version__
+
+COMMANDS = ("train", "collect", "generate", "export", "evaluate", "report", "benchmark")
+
+
+def main() -> None:
+    """Run the command that the first argument names, or list them all."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        sys.argv = [f"pujax {name}", *sys.argv[2:]]
+        sys.exit(importlib.import_module(f"pujax.{name}").main())
+    if name == "--version":
+        print(f"pujax {__version__}")
+        return
+    listed = "\n".join(f"  {command:<10} {_purpose(command)}" for command in COMMANDS)
+    if name not in ("--help", "-h"):
+        sys.exit(f"pujax: no command {name!r}; there are\n{listed}")
+    print(f"pujax COMMAND KEY=VALUE ...   (pujax COMMAND --help shows its settings)\n\n{listed}")
+
+
+def _purpose(command: str) -> str:
+    """What a command's docstring says of it, read without importing it."""
+    text = Path(__file__).with_name(f"{command}.py").read_text(encoding="utf-8")
+    first = (ast.get_docstring(ast.parse(text)) or "").splitlines()[0]
+    return first.partition("`: ")[2] or first
+
+
+if __name__ == "__main__":
+    main()

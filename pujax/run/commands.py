@@ -1,0 +1,172 @@
+"""What every command is: settings composed and checked, one function called, errors in one line."""
+
+import difflib
+import errno
+import os
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import hydra
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from pujax import __version__
+from pujax.errors import PujaxError, StopRequested
+from pujax.run.compose import conf_dir, from_hydra, register
+
+T = TypeVar("T")
+
+SECRET = re.compile(r"(^|[._-])(key|secret|password|passwd|authorization|auth|token|bearer)$", re.I)
+
+REMEDIES = {
+    errno.ENOSPC: "make room and start the same command again",
+    errno.EDQUOT: "make room and start the same command again",
+    errno.EROFS: "choose a place that can be written",
+    errno.EACCES: "mend its permissions, or choose another place",
+}
+
+
+class _Ended(BaseException):
+    """What a command raised, carried past Hydra, which would print all that it was given."""
+
+
+def command(
+    name: str, schema: type[T], act: Callable[[T], int | None], *, folder: str = ""
+) -> Callable[[], None]:
+    """The `main` of `pujax NAME`: compose conf/[FOLDER/]NAME.yaml, check it, and `act` on it.
+
+    The exit status is what `act` returns (0 for None), 2 for an unknown option, 128 + the signal's
+    number after `StopRequested`, and 1 with one line on standard error for a `PujaxError`, an
+    OSError, and settings that don't compose. A sweep (`-m`) ends with its first job that fails.
+    Anything else is a fault of ours and keeps its traceback; so does all under HYDRA_FULL_ERROR=1.
+    """
+    register(f"{name}_schema", schema)
+
+    def job(composed: DictConfig) -> None:
+        try:
+            status = act(from_hydra(schema, composed))
+        except Exception as error:
+            raise _Ended from error
+        if status:
+            raise SystemExit(status)
+
+    job.__module__ = f"pujax.{name}"  # Hydra names the application after it
+
+    def main() -> None:
+        if "--version" in sys.argv[1:]:
+            print(f"pujax {__version__}")
+            return
+        # An experiment is no group of the defaults list, so Hydra wants a plus before it.
+        overrides = [re.sub(r"^(?=experiment=)", "+", given) for given in sys.argv[1:]]
+        sys.argv = [sys.argv[0], *overrides]
+        whole = os.environ.get("HYDRA_FULL_ERROR") == "1"
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what is said is said here
+        try:
+            where = f"{conf_dir()}/{folder}".rstrip("/")
+            hydra.main(config_path=where, config_name=name, version_base="1.3")(job)()
+        except (KeyboardInterrupt, Exception, _Ended) as error:
+            cause = error.__cause__ if isinstance(error, _Ended) else error
+            assert cause is not None
+            status, line = _ending(cause, overrides, schema, Path(where))
+            if whole or line is None:
+                raise cause from cause.__cause__
+            print(f"pujax.{name}: {masked(line, overrides)}", file=sys.stderr)
+            sys.exit(status)
+        finally:
+            if not whole:
+                del os.environ["HYDRA_FULL_ERROR"]
+
+    return main
+
+
+def _ending(
+    error: BaseException, overrides: Sequence[str], schema: type, conf: Path
+) -> tuple[int, str | None]:
+    """The exit status and the one line for what ended a command; no line for a fault of ours."""
+    if isinstance(error, StopRequested):
+        return 128 + error.number, str(error)
+    if isinstance(error, KeyboardInterrupt):
+        return 130, "interrupted"
+    if isinstance(error, HydraException | OmegaConfBaseException):
+        return 1, _composition(error, overrides, schema, conf)
+    if isinstance(error, PujaxError):
+        return 1, str(error)
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
+        return 1, "the reader of the output went away"
+    if isinstance(error, OSError) and error.strerror:
+        remedy = REMEDIES.get(error.errno or 0)
+        place = f"{error.filename}: " if error.filename else ""
+        return 1, f"{place}{error.strerror}" + (f": {remedy}" if remedy else "")
+    return 1, None
+
+
+def _composition(error: Exception, overrides: Sequence[str], schema: type, conf: Path) -> str:
+    """What Hydra or OmegaConf could not take, as one line without their internals."""
+    text, cause = str(error), str(error.__cause__ or "")
+    if isinstance(error, OverrideParseException):
+        key, _, value = error.override.partition("=")
+        if not value:
+            return f"{error.override!r}: write it as KEY=VALUE"
+        quoted = value.replace('"', '\\"')
+        return f"{key}: can't read its value: quote it twice, as in '{key}=\"{quoted}\"'"
+    if found := re.search(r"Could not override '([^']*)'|could not delete.*'([^']*)'", text, re.I):
+        return _unknown_key(found[1] or found[2], error, schema, conf)
+    if isinstance(error, MissingConfigException):
+        group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        choices = list(error.options or ())
+        listed = f" ({group} has {', '.join(choices)})" if choices else ""
+        return f"{group}={choice}: no such choice{_nearest(choice, choices)}{listed}"
+    if found := re.search(r"full_key: (\S+)", cause or text):
+        why = (cause or text).splitlines()[0]
+        if "Environment variable" in why:
+            why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
+        given = [o for o in overrides if o.lstrip("+~").split("=")[0] == found[1]]
+        return f"{given[0] if given else found[1]}: {_plain(why)}"
+    if "Ambiguous value" in text:
+        key, _, value = text.split("'")[1].partition("=")
+        return (
+            f"{key}: a value with a comma: write '{key}=\"{value}\"' for a text, "
+            f"'{key}=[{value}]' for a list, or add -m to run one after the other"
+        )
+    return _plain(" ".join(text.split("\nSee https")[0].split()))
+
+
+def _unknown_key(key: str, error: Exception, schema: type, conf: Path) -> str:
+    """A key that the settings don't have, with the nearest that they have."""
+    known = [*_keys(schema), *(path.name for path in conf.iterdir() if path.is_dir())]
+    node = getattr(error.__cause__, "parent_node", None)
+    if isinstance(node, DictConfig):  # inside of a function's node, which no schema describes
+        known += [f"{key.rpartition('.')[0]}.{name}" for name in node if "_target_" in node]
+    return f"{key}: no such setting{_nearest(key, known)}"
+
+
+def _keys(schema: type, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a settings record."""
+    for name, field in getattr(schema, "__dataclass_fields__", {}).items():
+        yield prefix + name
+        yield from _keys(field.type, f"{prefix}{name}.")
+
+
+def _nearest(word: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(word, known, n=1)
+    return f", did you mean {near[0]}?" if near else ""
+
+
+def _plain(text: str) -> str:
+    return text.replace(" of type 'str'", "").strip()
+
+
+def masked(text: str, overrides: Iterable[str]) -> str:
+    """`text` with three stars for each value of `overrides` that looks like a secret."""
+    for given in overrides:
+        key, _, value = given.partition("=")
+        if value and (SECRET.search(key) or re.match(r"(sk|hf|gh[a-z])[-_]|Bearer ", value)):
+            text = text.replace(value, "***").replace(value.strip("'\""), "***")
+        for secret in re.findall(r"[?&][\w-]*(?:key|token|secret)=([^&\s]+)", value, re.I):
+            text = text.replace(secret, "***")
+    return text

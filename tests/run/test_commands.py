@@ -1,0 +1,157 @@
+"""The wrapper of every command: what it says, and with which exit status."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pujax import __version__
+from pujax.__main__ import COMMANDS
+from pujax.errors import DataError, StopRequested
+from pujax.run import commands
+from pujax.run.commands import command, masked
+from pujax.run.settings import TrainConfig
+
+
+def called(monkeypatch, act, *arguments, name="train"):
+    """The exit status of a command that does `act` on train's settings."""
+    monkeypatch.setattr(sys, "argv", [f"pujax {name}", *arguments])
+    main = command(name, TrainConfig, act)
+    try:
+        main()
+    except SystemExit as ended:
+        return ended.code
+    return 0
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("align.stepz=3", "align.stepz: no such setting, did you mean align.steps?"),
+        ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
+        ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
+        ("+align.speed=1", "align.speed: no such setting: take it out"),
+        ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has dpo, "),
+        ("experiment=quikstart", "experiment=quikstart: no such choice, did you mean quickstart?"),
+        ("align.steps=many", "align.steps=many: Value 'many' could not be converted to Integer"),
+        ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
+        ("align", "'align': write it as KEY=VALUE"),
+        ("run.name=étude", "run.name: can't read its value: quote it twice, as in 'run.name=\"ét"),
+        ("data.system=Hi, you", "data.system: a value with a comma: write 'data.system=\"Hi, you"),
+        ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
+        ("align.steps=-1", "align.steps=-1: must not be negative"),
+    ],
+)
+def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
+    monkeypatch, capsys, override, said
+):
+    status = called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", override)
+    assert status == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("pujax.train: ")
+    assert said in line
+    assert "ydra" not in line
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (DataError("p.jsonl:3: no"), 1, "p.jsonl:3: no"),
+        (StopRequested("stopped at 3", signal.SIGTERM), 143, "stopped at 3"),
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (
+            OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "runs/x"),
+            1,
+            "runs/x: No space left on device: make room and start the same command again",
+        ),
+    ],
+)
+def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, error, status, said):
+    def act(_):
+        raise error
+
+    assert called(monkeypatch, act, "experiment=smoke") == status
+    assert capsys.readouterr().err == f"pujax.train: {said}\n"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
+    def act(_):
+        return [][1]
+
+    with pytest.raises(IndexError):
+        called(monkeypatch, act, "experiment=smoke")
+
+
+def test_an_experiment_needs_no_plus_and_its_settings_arrive(monkeypatch):
+    seen = []
+    for spelling in ("experiment=smoke", "+experiment=smoke"):
+        assert called(monkeypatch, seen.append, spelling, "align.steps=7") == 0
+    assert seen[0] == seen[1]
+    assert (seen[0].run.name, seen[0].align.steps) == ("smoke", 7)
+
+
+def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
+    seen = []
+
+    def act(config):
+        seen.append(config.seed)
+        raise StopRequested("stopped", signal.SIGTERM)
+
+    given = ("-m", "+experiment=smoke", f"run.root={tmp_path}", "seed=0,1")
+    assert called(monkeypatch, act, *given) == 143
+    assert seen == [0]
+
+
+def test_the_version_is_ours(monkeypatch, capsys):
+    assert called(monkeypatch, lambda _: None, "--version") == 0
+    assert capsys.readouterr().out == f"pujax {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "teacher.api_key=sk-1234",
+        "+x.authorization=sk-1234",
+        "a.b=sk-1234",
+        "u=http://h/?key=sk-1234",
+    ],
+)
+def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
+    assert "sk-1234" not in masked(f"can't take {given}", [given])
+    assert called(monkeypatch, lambda _: None, "+experiment=smoke", given) == 1
+    shown = capsys.readouterr()
+    assert "sk-1234" not in shown.out + shown.err
+
+
+def test_a_value_that_is_none_is_said():
+    given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
+    assert masked(" ".join(given), given) == " ".join(given)
+
+
+def test_every_command_is_listed_with_what_it_is_for():
+    done = subprocess.run([sys.executable, "-m", "pujax"], capture_output=True, text=True)
+    assert done.returncode == 0
+    for name in COMMANDS:
+        assert f"\n  {name} " in done.stdout
+    assert set(COMMANDS) == {
+        path.stem
+        for path in Path(commands.__file__).parents[1].glob("*.py")
+        if path.stem not in ("__init__", "__main__", "errors", "records", "types")
+    }
+    unknown = subprocess.run(
+        [sys.executable, "-m", "pujax", "trian"], capture_output=True, text=True
+    )
+    assert (unknown.returncode, "no command 'trian'" in unknown.stderr) == (1, True)
+
+
+def test_a_command_reads_alike_behind_the_one_entry_point():
+    shown = [
+        subprocess.run([sys.executable, "-m", *start, "--help"], capture_output=True, text=True)
+        for start in (["pujax", "export"], ["pujax.export"])
+    ]
+    assert shown[0].stdout == shown[1].stdout
+    assert "format: hf" in shown[0].stdout
