@@ -2,7 +2,8 @@
 
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
 `stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
-reached, 1 after an error, and 128 + the signal's number after SIGINT or SIGTERM.
+reached, 1 after an error or when nothing that was asked got a usable answer, and 128 + the signal's
+number after SIGINT or SIGTERM.
 """
 
 import heapq
@@ -12,38 +13,52 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from pujax.errors import ConfigError, StoreError
+from pujax.errors import ConfigError, StoreError, TeacherError
+from pujax.records import Prompt
 from pujax.run.commands import command
-from pujax.run.local_teacher import open_teacher
-from pujax.teacher.asking import Plan, Tally, anchors_for, collect, make_plan
-from pujax.teacher.prompts import load_prompts
+from pujax.run.compose import with_protocol
+from pujax.teacher.anchors import anchors_for, collect
+from pujax.teacher.asking import Tally
+from pujax.teacher.plan import Plan, make_plan
+from pujax.teacher.prompts import load_prompts, warn
 from pujax.teacher.settings import CollectRun, TeacherConfig
-from pujax.teacher.store import read_failures, read_records
+from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
+from pujax.text import printable
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 def run(settings: CollectRun) -> int:
     """The exit status of collecting, planning or describing, as the settings ask."""
-    store, teacher = Path(settings.store), settings.teacher
+    store, teacher = Path(settings.store), with_protocol(settings.teacher)
     if settings.stats:
         print(describe(store))
         return 0
     if settings.data.prompts is None:
         raise ConfigError("data.prompts is not set: name a file, a list of files or a dataset")
-    prompts = partial(load_prompts, settings.data.prompts)
-    if teacher.base_url is None and teacher.path is None:
-        anchors_for(list(prompts()), teacher, store, settings.collect)
+    told: set[str] = set()
+
+    def say_once(text: str) -> None:
+        if text not in told:
+            told.add(text)
+            warn(text)
+
+    def prompts() -> Iterable[Prompt]:
+        return load_prompts(settings.data.prompts, say_once)
+
+    if not teacher.asks:
+        no_teacher = "no teacher given to ask for them: add teacher=... and teacher.model=..."
+        anchors_for(list(prompts()), teacher, store, settings.collect, remedy=no_teacher)
         return 0
     if settings.collect.dry_run:
-        plan = make_plan(prompts(), teacher, store, retry_failed=settings.collect.retry_failed)
+        retry_failed = settings.collect.retry_failed
+        plan = make_plan(prompts(), teacher, Contents(store), retry_failed=retry_failed)
         print(describe_plan(plan, teacher))
         return 0
     console = Console(stderr=True)
@@ -56,10 +71,13 @@ def run(settings: CollectRun) -> int:
         disable=not console.is_terminal,
     ) as progress:
         show = _reporter(progress)
-        tally = collect(
-            prompts, teacher, store, settings.collect, tick=show, open_teacher=open_teacher
-        )
-    return 128 + signal.Signals[tally.stopped] if tally.stopped in ("SIGINT", "SIGTERM") else 0
+        tally = collect(prompts, teacher, store, settings.collect, tick=show)
+    if tally.stopped in ("SIGINT", "SIGTERM"):
+        return 128 + signal.Signals[tally.stopped]
+    if tally.asked and not tally.answered and not tally.stopped:
+        last = f" (the last: {tally.trouble})" if tally.trouble else ""
+        raise TeacherError(f"nothing that was asked got a usable answer: {tally.failed}{last}")
+    return 0
 
 
 def _reporter(progress: Progress):
@@ -108,20 +126,25 @@ def describe_plan(plan: Plan, teacher: TeacherConfig) -> str:
 def describe(store: Path) -> str:
     """Counts, lengths, finish reasons, cost and the extremes of a store, for `stats`."""
     if not store.is_file():
-        raise StoreError(f"{store}: no such store: collect it with `python -m pujax.collect`")
+        raise StoreError(f"{store}: no such store, so nothing to describe: check `store`")
     lengths: list[int] = []
+    unfinished = thoughts = 0
     counts: dict[str, Counter[str]] = {"model": Counter(), "finish_reason": Counter()}
     bill: Counter[str] = Counter()
     keys: set[str] = set()
 
     def answers() -> Iterable[tuple[int, str, str]]:
+        nonlocal unfinished, thoughts
         for _, record in read_records(store):
+            anchor = anchor_of(record)
+            unfinished += anchor is not None and not anchor.finished
+            thoughts += anchor is None or len(anchor.response) < len(record["response"])
             keys.add(record["key"])
             lengths.append(len(record["response"]))
             for name, counter in counts.items():
                 counter[str(record[name])] += 1
             _charge(bill, record)
-            yield lengths[-1], record["id"], record["response"]
+            yield lengths[-1], printable(record["id"], 80), record["response"]
 
     short: list[tuple[int, str, str]] = []
     long: list[tuple[int, str, str]] = []
@@ -134,6 +157,7 @@ def describe(store: Path) -> str:
         _charge(bill, record)
     lines = [f"answers        {len(lengths):,}" + _twice(len(lengths) - len(keys))]
     lines += [f"{name:<14} {_table(counter)}" for name, counter in counts.items()]
+    lines += [f"unfinished     {unfinished:,}", f"with thoughts  {thoughts:,}"]
     lines += [f"failures       {_table(reasons) if reasons else 0}"]
     lines += [
         f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
@@ -158,7 +182,7 @@ def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
 
 
 def _table(counter: Counter[str]) -> str:
-    return ", ".join(f"{name} {count:,}" for name, count in counter.most_common())
+    return ", ".join(f"{printable(name, 80)} {count:,}" for name, count in counter.most_common())
 
 
 def _twice(count: int) -> str:

@@ -25,13 +25,49 @@ class Prompt:
 Messages = Sequence[Mapping[str, str]]
 
 
+ENDED = frozenset(
+    {
+        "stop",
+        "eos",
+        "eos_token",
+        "end",
+        "end_turn",
+        "stop_sequence",
+        "complete",
+        "completed",
+        "finish",
+        "finished",
+    }
+)
+"""The words, in any case, with which servers say that an answer ended by itself."""
+
+CUT = frozenset({"length", "max_tokens", "max_length", "model_length", "max_output_tokens"})
+"""The words with which they say that it was cut off."""
+
+
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A teacher's answer as training uses it."""
+    """A teacher's answer as training uses it.
+
+    `within_limit` is for a `finish_reason` that says neither: whether the answer is known to have
+    fewer tokens than it was allowed.
+    """
 
     response: str
     finish_reason: str | None
     model: str | None
+    within_limit: bool = False
+
+    @property
+    def told(self) -> bool:
+        """Whether `finish_reason` says how the answer ended."""
+        return (self.finish_reason or "").casefold() in ENDED | CUT
+
+    @property
+    def finished(self) -> bool:
+        """Whether the answer ended by itself, and so is followed by an EOS."""
+        word = (self.finish_reason or "").casefold()
+        return word in ENDED or (word not in CUT and self.within_limit)
 
 
 @dataclass(frozen=True)
@@ -46,10 +82,17 @@ class Example:
     anchor_finished: bool
 
 
-def messages_key(messages: Iterable[Mapping[str, str]]) -> str:
-    """The sha256 of the messages alone: what they are looked up by when no teacher is named."""
+def messages_key(
+    messages: Iterable[Mapping[str, str]], asked: Mapping[str, Any] | None = None
+) -> str:
+    """The sha256 of a question: the messages, and how they were asked where that is given.
+
+    `asked` has the teacher's model and sampling parameters: with it the key names one answer in a
+    store. Without it the key names the prompt, whoever answers: a run and a replay look up by it.
+    """
     plain = [{"role": turn["role"], "content": turn["content"]} for turn in messages]
-    return hashlib.sha256(canonical(plain)).hexdigest()
+    question = plain if asked is None else {**asked, "messages": plain}
+    return hashlib.sha256(canonical(question)).hexdigest()
 
 
 def canonical(value: Any) -> bytes:

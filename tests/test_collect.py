@@ -16,11 +16,11 @@ import pytest
 from pujax.errors import ConfigError, TeacherError
 from pujax.records import Anchor, messages_key
 from pujax.run.generator import Generator, Reply
-from pujax.run.local_teacher import open_teacher
-from pujax.teacher.asking import anchors_for
+from pujax.run.local_teacher import LocalTeacher
+from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import CollectConfig, TeacherConfig
-from pujax.teacher.store import anchor_key, read_records
+from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
 KEY = "sk-very-secret"
@@ -330,7 +330,7 @@ def survive_kills(server_url, delivered, tmp_path, *, prompts, kills, concurrenc
     assert done.returncode == 0
     assert f"had {len(kept)}, asked {prompts - len(kept)}: " in done.stdout
     teacher = TeacherConfig(model="m", temperature=0.0, max_tokens=8)
-    keys = {anchor_key(teacher, prompt.messages) for prompt in load_prompts(str(file))}
+    keys = {messages_key(prompt.messages, teacher.asked) for prompt in load_prompts(str(file))}
     assert sorted(record["key"] for _, record in read_records(store)) == sorted(keys)
     assert prompts <= delivered() <= prompts + kills * concurrency
     return delivered() - prompts
@@ -442,7 +442,12 @@ class Shouter:
 def test_a_local_model_teaches_in_batches_of_one_size(tmp_path, monkeypatch):
     monkeypatch.setattr(Generator, "load", lambda path: Shouter())
     settings = TeacherConfig(
-        path="some/model", model="m", max_tokens=8, system="be brief", extra_body={"top_k": 3}
+        protocol=LocalTeacher,
+        path="some/model",
+        model="m",
+        max_tokens=8,
+        system="be brief",
+        extra_body={"top_k": 3},
     )
     store = tmp_path / "anchors.jsonl"
     prompts = list(load_prompts(str(write(tmp_path / "prompts.jsonl", 10))))
@@ -452,7 +457,6 @@ def test_a_local_model_teaches_in_batches_of_one_size(tmp_path, monkeypatch):
         store,
         CollectConfig(concurrency=4),
         say=lambda text: None,
-        open_teacher=open_teacher,
     )
     assert anchors[messages_key(prompts[7].messages)] == Anchor("BE BRIEF / PROMPT 7", "stop", "m")
     assert set(Shouter.sizes) == {4}
@@ -466,7 +470,7 @@ def test_a_local_model_that_can_not_answer_is_an_error(tmp_path, monkeypatch):
             raise ValueError("no chat template")
 
     monkeypatch.setattr(Generator, "load", lambda path: Broken())
-    settings = TeacherConfig(path="some/model", model="m", max_tokens=8)
+    settings = TeacherConfig(protocol=LocalTeacher, path="some/model", model="m", max_tokens=8)
     prompts = list(load_prompts(str(write(tmp_path / "prompts.jsonl", 10))))
     with pytest.raises(TeacherError, match="some/model: no chat template"):
         anchors_for(
@@ -475,7 +479,6 @@ def test_a_local_model_that_can_not_answer_is_an_error(tmp_path, monkeypatch):
             tmp_path / "anchors.jsonl",
             CollectConfig(),
             say=lambda text: None,
-            open_teacher=open_teacher,
         )
 
 
@@ -484,7 +487,10 @@ def test_a_local_model_that_can_not_answer_is_an_error(tmp_path, monkeypatch):
 )
 def test_a_local_teacher_says_what_it_does_not_take(settings):
     with pytest.raises(ConfigError, match=r"teacher\.path: a local teacher needs"):
-        open_teacher(TeacherConfig(path="some/model", model="m", **settings), CollectConfig())
+        LocalTeacher(
+            TeacherConfig(protocol=LocalTeacher, path="some/model", model="m", **settings),
+            CollectConfig(),
+        )
 
 
 @pytest.mark.slow

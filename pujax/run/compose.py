@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import fields, is_dataclass
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -10,6 +10,7 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from pujax.errors import ConfigError
+from pujax.teacher.settings import TeacherConfig
 
 T = TypeVar("T")
 
@@ -83,6 +84,13 @@ def build(node: Any, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}: cannot build {node.get('_target_')!r}: {cause}") from error
     _check_bound(function, key)
     return function
+
+
+def with_protocol(teacher: TeacherConfig) -> TeacherConfig:
+    """`teacher` with the function that its `protocol` names. Raises `ConfigError`."""
+    if teacher.protocol is None:
+        return teacher
+    return replace(teacher, protocol=build(teacher.protocol, "teacher.protocol"))
 
 
 def _check_bound(function: Any, key: str) -> None:

@@ -62,7 +62,7 @@ def make_dataset(
             truncated += 1
             cut = len(prompt_ids) - P
             prompt_ids, reference_ids = prompt_ids[cut:], reference_ids[cut:]
-        finished = anchor.finish_reason == "stop"
+        finished = anchor.finished
         anchor_ids = chat.encode_response(anchor.response, finished)
         if len(anchor_ids) > T:
             anchor_ids, finished = anchor_ids[:T], False

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,13 +32,12 @@ from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Example, messages_key
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.compose import build
+from pujax.run.compose import build, with_protocol
 from pujax.run.data import Dataset, batch_at, collate, make_dataset
-from pujax.run.local_teacher import open_teacher
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.settings import TrainConfig
 from pujax.run.student import load_student, new_state
-from pujax.teacher.asking import anchors_for
+from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
@@ -248,11 +248,10 @@ def load_data(config: TrainConfig, chat: Chat, console: Console) -> tuple[Datase
     parts = [list(load_prompts(source)) for source in (config.data.prompts, config.data.heldout)]
     anchors = anchors_for(
         [*parts[0], *parts[1]],
-        config.teacher,
+        with_protocol(config.teacher),
         Path(config.data.anchors),
         config.collect,
-        say=console.print,
-        open_teacher=open_teacher,
+        say=partial(console.print, markup=False, highlight=False),
     )
     # The teacher refused the others, and that has been said.
     train_data, heldout = (

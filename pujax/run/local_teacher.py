@@ -3,32 +3,23 @@
 import asyncio
 import contextlib
 from collections.abc import Sequence
-from contextlib import AbstractAsyncContextManager
 
 from pujax.errors import ConfigError, TeacherError
 from pujax.records import Messages
-from pujax.teacher.endpoint import Answer, Teacher, open_endpoint, with_system
+from pujax.teacher.protocols import Answer, asked_turns
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 GATHER = 0.05  # seconds that a local model waits for more prompts before it answers a batch
 
 
-def open_teacher(
-    teacher: TeacherConfig, settings: CollectConfig
-) -> AbstractAsyncContextManager[Teacher]:
-    """The server at `teacher.base_url`, or the model at `teacher.path`."""
-    if teacher.path is None:
-        return open_endpoint(teacher, settings)
-    return LocalTeacher(teacher, batch=settings.concurrency)
-
-
 class LocalTeacher:
-    """A model on this disk, through pujax's own decoder, `batch` prompts at a time.
+    """A model on this disk, through pujax's own decoder: as many prompts at a time as are asked.
 
-    Of `teacher.extra_body` it takes top_k, top_p and seed; a temperature of null is 0 here.
+    It is what `teacher.protocol` names in place of a server. Of `teacher.extra_body` it takes
+    top_k, top_p and seed; a temperature of null is 0 here.
     """
 
-    def __init__(self, settings: TeacherConfig, *, batch: int) -> None:
+    def __init__(self, settings: TeacherConfig, collect: CollectConfig) -> None:
         unknown = sorted(set(settings.extra_body) - {"top_k", "top_p", "seed"})
         if unknown or settings.max_tokens is None:
             raise ConfigError(
@@ -38,7 +29,7 @@ class LocalTeacher:
         from pujax.run.generator import Generator
 
         self._settings = settings
-        self._batch = batch
+        self._batch = collect.concurrency
         self._generator = Generator.load(str(settings.path))
         self._waiting: asyncio.Queue[tuple[Messages, asyncio.Future[Answer]]] = asyncio.Queue()
 
@@ -74,7 +65,7 @@ class LocalTeacher:
 
     def _answer(self, conversations: Sequence[Messages]) -> list[Answer]:
         settings = self._settings
-        turns = [with_system(settings.system, messages) for messages in conversations]
+        turns = [asked_turns(settings.system, messages) for messages in conversations]
         # Batches of one size compile once.
         full = turns + turns[:1] * (self._batch - len(turns))
         replies = self._generator.answer(

@@ -2,81 +2,33 @@
 
 import asyncio
 import contextlib
+import math
 import random
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
-from pathlib import Path
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import tenacity
 from aiolimiter import AsyncLimiter
 
-from pujax.errors import ConfigError, StoreError, TeacherError
-from pujax.records import Anchor, Messages, Prompt, messages_key
-from pujax.teacher.endpoint import (
-    Answer,
-    OpenTeacher,
-    Retryable,
-    Teacher,
-    Unreachable,
-    open_endpoint,
-    with_system,
-)
-from pujax.teacher.prompts import Digests
-from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
-from pujax.teacher.store import (
-    FORMAT,
-    AnchorStore,
-    anchor_key,
-    anchor_of,
-    digest,
-    read_anchors,
-    read_failures,
-    read_records,
-    sampling_of,
-)
+from pujax.errors import StoreError, TeacherError
+from pujax.records import Prompt, messages_key
+from pujax.teacher.endpoint import OpenTeacher, open_endpoint
+from pujax.teacher.plan import CHARS_PER_TOKEN, Spend, cost, estimate_tokens
+from pujax.teacher.protocols import Answer, Rejected, Retryable, Teacher, Unreachable
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import FORMAT, digest, said
+from pujax.teacher.writer import AnchorStore
+from pujax.text import printable
 
-CHARS_PER_TOKEN = 4  # to estimate what a black box's tokenizer will count
+SEVERAL = 8  # prompts that are all refused before any is answered: the settings are at fault
 
-UNKNOWN_LENGTH = 1024  # tokens to expect of an answer that max_tokens doesn't bound
-
-# --- teachers -------------------------------------------------------------------------------------
-
-
-class ReplayTeacher:
-    """Answers from a store alone: it never opens a socket."""
-
-    def __init__(self, store: Path, model: str | None = None) -> None:
-        self._store = store
-        self._anchors = read_anchors(store, model)
-
-    async def ask(self, messages: Messages) -> Answer:
-        """The stored answer. Raises `TeacherError` when there is none."""
-        anchor = self._anchors.get(messages_key(messages))
-        if anchor is None:
-            raise TeacherError(f"{self._store} has no answer to {messages[-1]['content']!r:.80}")
-        return Answer(anchor.response, anchor.finish_reason, anchor.model)
-
-
-# --- asking ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a collection has to do. Tokens are estimates; completion tokens and cost a maximum."""
-
-    prompts: int = 0
-    cached: int = 0
-    failed: int = 0
-    duplicates: int = 0
-    to_ask: int = 0
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    cost: float | None = None
+LONGEST_WAIT = 600.0  # seconds that a server may ask to wait for; for more, the run ends
+TOLD_WAIT = 10.0  # seconds of a wait that are worth a line
 
 
 @dataclass(slots=True)
@@ -98,52 +50,6 @@ class Tally:
     error: Exception | None = None
 
 
-def make_plan(
-    prompts: Iterable[Prompt], teacher: TeacherConfig, store: Path, *, retry_failed: bool
-) -> Plan:
-    """What asking `teacher` for the anchors that `store` lacks takes; reads every prompt once."""
-    names = ("prompts", "cached", "failed", "duplicates", "to_ask")
-    count: dict[str, int] = dict.fromkeys(names, 0)
-    prompt_tokens = completion_tokens = 0
-    with contextlib.closing(Digests()) as known:
-        if store.exists():
-            for _, record in read_records(store):
-                known.put(digest(record["key"]), b"cached")
-        for _, record in read_failures(store):
-            if not retry_failed:
-                known.put(digest(record["key"]), b"failed")
-        for prompt in prompts:
-            count["prompts"] += 1
-            key = anchor_key(teacher, prompt.messages)
-            found = known.put(digest(key), b"duplicates")
-            count["to_ask" if found is None else found.decode()] += 1
-            if found is None:
-                asked, longest = estimate_tokens(teacher, prompt.messages)
-                prompt_tokens += asked
-                completion_tokens += longest
-    return Plan(
-        **count,
-        prompt_tokens=prompt_tokens,
-        completion_tokens=completion_tokens,
-        cost=cost(teacher.price, prompt_tokens, completion_tokens),
-    )
-
-
-def estimate_tokens(teacher: TeacherConfig, messages: Messages) -> tuple[int, int]:
-    """About how many tokens a request has, and how many its answer has at most."""
-    turns = with_system(teacher.system, messages)
-    prompt = sum(len(turn["content"]) // CHARS_PER_TOKEN + 5 for turn in turns)
-    longest = teacher.max_tokens or teacher.extra_body.get("max_completion_tokens")
-    return prompt, int(longest or UNKNOWN_LENGTH)
-
-
-def cost(price: PriceConfig, prompt_tokens: float, completion_tokens: float) -> float | None:
-    """What these tokens cost; None when a price is unknown."""
-    if price.input is None or price.output is None:
-        return None
-    return (prompt_tokens * price.input + completion_tokens * price.output) / 1e6
-
-
 class Collection:
     """One run of asking: workers that share the prompts, the pace, the budget and the store."""
 
@@ -154,24 +60,28 @@ class Collection:
         store: AnchorStore,
         settings: CollectConfig,
         tick: Callable[[Tally], None],
+        say: Callable[[str], None],
     ) -> None:
         self._teacher = teacher
         self._identity = identity
         self._store = store
         self._settings = settings
         self._tick = tick
+        self._say = say
+        self._asked = identity.asked
         self._tally = Tally()
         self._stop = asyncio.Event()
         self._asking: set[str] = set()
         self._failed_now: set[bytes] = set()
+        self._rejected: list[tuple[Prompt, str, str]] = []
         self._elsewhere: list[Prompt] = []
         self._queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[None]]] = asyncio.Queue()
         self._resume_at = 0.0
         self._failing = 0
         self._heard = False
         self._in_flight = 0
-        self._reserved = [0.0, 0.0, 0.0]  # requests, tokens, money
-        self._spent = [0.0, 0.0, 0.0]
+        self._reserved = Spend()
+        self._spent = Spend()
         self._freed = asyncio.Condition()
         rate = settings.requests_per_minute
         # Bursts of a second's worth: a limiter of a whole minute lets two minutes' worth through.
@@ -191,6 +101,8 @@ class Collection:
                 await self._sleep(0.2)
                 again, self._elsewhere = self._elsewhere, []
                 await self._work_on(again)
+            if self._tally.error is None:
+                await self._keep_rejected()
         finally:
             writer.cancel()
         return self._tally
@@ -222,7 +134,7 @@ class Collection:
 
     async def _take(self, prompt: Prompt) -> None:
         store = self._store
-        key = anchor_key(self._identity, prompt.messages)
+        key = messages_key(prompt.messages, self._asked)
         if key in self._asking or not self._missing(key):
             self._tally.passed += 1
         elif not store.claim(key):
@@ -241,10 +153,10 @@ class Collection:
                 self._tick(self._tally)
 
     def _missing(self, key: str) -> bool:
-        name = digest(key)
-        if name in self._store.answered or name in self._failed_now:
+        name, store = digest(key), self._store.contents
+        if name in store.answered or name in self._failed_now:
             return False
-        return self._settings.retry_failed or name not in self._store.failed
+        return self._settings.retry_failed or name not in store.failed
 
     async def _ask(self, prompt: Prompt, key: str) -> None:
         """Ask until an answer is on the disk, the patience ends, or the run stops."""
@@ -268,19 +180,47 @@ class Collection:
             elif self._failing >= self._settings.concurrency:
                 self._fail(TeacherError(f"{self._failing} prompts in a row failed: {error}"))
             return
+        except Rejected as error:
+            await self._reject(prompt, key, error)
+            return
         except TeacherError as error:
-            raise TeacherError(f"{error} (asked for {prompt.id})") from error
+            raise TeacherError(f"{error} (asked for {printable(prompt.id)})") from error
         if answer is None:
             return
         self._failing = 0
+        failure = answer.failure
+        if failure is None and said(answer.text, self._identity.thoughts) is None:
+            failure = "thought"
+        await self._keep(prompt, key, answer, failure)
+        await self._keep_rejected()
+
+    async def _reject(self, prompt: Prompt, key: str, error: Rejected) -> None:
+        """A prompt that the server refused fails alone; several before any answer stop the run."""
+        self._tally.trouble = str(error)
+        self._rejected.append((prompt, key, str(error)))
+        if error.certain or self._tally.answered:
+            await self._keep_rejected()
+        elif len(self._rejected) >= SEVERAL:
+            count = len(self._rejected)
+            self._fail(TeacherError(f"{error} (as the first {count} prompts were all refused)"))
+
+    async def _keep_rejected(self) -> None:
+        while self._rejected:
+            prompt, key, why = self._rejected.pop()
+            nothing = {"prompt_tokens": 0, "completion_tokens": 0}
+            await self._keep(prompt, key, Answer("", usage=nothing, refusal=why), "rejected")
+
+    async def _keep(self, prompt: Prompt, key: str, answer: Answer, failure: str | None) -> None:
+        """Wait until the answer is on the disk, and count it."""
         on_disk = asyncio.get_running_loop().create_future()
-        self._queue.put_nowait((self._record(prompt, key, answer), on_disk))
+        self._queue.put_nowait((self._record(prompt, key, answer, failure), on_disk))
         await on_disk
         self._store.refresh()
-        if answer.failure is None:
+        tally = self._tally
+        if failure is None:
             tally.answered += 1
         else:
-            tally.failed[answer.failure] = tally.failed.get(answer.failure, 0) + 1
+            tally.failed[failure] = tally.failed.get(failure, 0) + 1
             self._failed_now.add(digest(key))
         if self._store.full:
             self._fail(
@@ -295,12 +235,12 @@ class Collection:
         pause = self._resume_at - time.monotonic()
         if pause > 0:
             await self._sleep(pause * random.uniform(1.0, 1.1))  # not all at the same moment
-        await self._pace(need[1])
+        await self._pace(need.tokens)
         if self._stop.is_set() or not await self._reserve(need):
             return None
         tally = self._tally
         tally.requests += 1
-        spent = [1.0, 0.0, 0.0]
+        spent = Spend(requests=1.0)
         try:
             answer = await self._teacher.ask(prompt.messages)
             self._heard = True
@@ -309,17 +249,34 @@ class Collection:
             tally.completion_tokens += completion_tokens
             paid = self._paid(answer, prompt_tokens, completion_tokens)
             tally.cost = None if paid is None or tally.cost is None else tally.cost + paid
-            spent = [1.0, prompt_tokens + completion_tokens, paid or 0.0]
+            spent = Spend(1.0, prompt_tokens + completion_tokens, paid or 0.0)
             return answer
         except Retryable as error:
             tally.retried += 1
             if error.after:
-                self._resume_at = max(self._resume_at, time.monotonic() + error.after)
+                self._hold(error.after)
             if error.billed:  # the budget takes the worst for granted
                 spent = need
             raise
         finally:
             await self._settle(need, spent)
+
+    def _hold(self, seconds: float) -> None:
+        """Ask nothing for as long as the server wishes, and say so; end the run when it is long."""
+        if seconds > LONGEST_WAIT:
+            when = "some year"
+            with contextlib.suppress(OverflowError):
+                when = f"{datetime.now(UTC) + timedelta(seconds=seconds):%Y-%m-%d %H:%M} UTC"
+            self._fail(
+                TeacherError(
+                    f"the server asks to wait until {when}: run the same command again then"
+                )
+            )
+            return
+        until = time.monotonic() + seconds
+        if seconds >= TOLD_WAIT and until > self._resume_at + 1:
+            self._say(f"the server asks to wait {math.ceil(seconds)} s")
+        self._resume_at = max(self._resume_at, until)
 
     def _enough(self, state: tenacity.RetryCallState) -> bool:
         retries = self._settings.retries
@@ -346,15 +303,17 @@ class Collection:
                 left -= self._tokens.max_rate
 
         waits = {asyncio.create_task(turn()), asyncio.create_task(self._stop.wait())}
-        _, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+        done, rest = await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         for task in rest:
             task.cancel()
+        for task in done:
+            task.result()  # raises what went wrong in it
 
-    def _most(self, prompt: Prompt) -> list[float]:
+    def _most(self, prompt: Prompt) -> Spend:
         """The most requests, tokens and money that one attempt at `prompt` may take."""
         prompt_tokens, longest = estimate_tokens(self._identity, prompt.messages)
         money = cost(self._identity.price, prompt_tokens, longest)
-        return [1.0, float(prompt_tokens + longest), money or 0.0]
+        return Spend(1.0, prompt_tokens + longest, money or 0.0)
 
     def _used(self, prompt: Prompt, answer: Answer) -> tuple[float, float]:
         usage = answer.usage or {}
@@ -370,34 +329,28 @@ class Collection:
             cost(self._identity.price, prompt_tokens, completion_tokens) if told is None else told
         )
 
-    async def _reserve(self, need: list[float]) -> bool:
+    async def _reserve(self, need: Spend) -> bool:
         """Whether the budget covers `need`; first waits for what is in flight to cost less."""
-        budget = self._settings.budget
-        limits = (budget.requests, budget.tokens, budget.money)
         async with self._freed:
-            while any(
-                limit is not None and spent + reserved + more > limit * (1 + 1e-9)
-                for limit, spent, reserved, more in zip(
-                    limits, self._spent, self._reserved, need, strict=True
-                )
-            ):
+            while not self._spent.plus(self._reserved).plus(need).within(self._settings.budget):
                 if self._in_flight == 0 or self._stop.is_set():
                     self.stop("the budget is reached")
                     return False
                 await self._freed.wait()
-            self._reserved = [a + b for a, b in zip(self._reserved, need, strict=True)]
+            self._reserved = self._reserved.plus(need)
             self._in_flight += 1
         return True
 
-    async def _settle(self, need: list[float], spent: list[float]) -> None:
+    async def _settle(self, need: Spend, spent: Spend) -> None:
         async with self._freed:
             self._in_flight -= 1
-            self._reserved = [a - b for a, b in zip(self._reserved, need, strict=True)]
-            self._spent = [a + b for a, b in zip(self._spent, spent, strict=True)]
+            self._reserved = self._reserved.plus(need, -1)
+            self._spent = self._spent.plus(spent)
             self._freed.notify_all()
 
-    def _record(self, prompt: Prompt, key: str, answer: Answer) -> dict[str, Any]:
-        failure = answer.failure
+    def _record(
+        self, prompt: Prompt, key: str, answer: Answer, failure: str | None
+    ) -> dict[str, Any]:
         prompt_tokens, completion_tokens = self._used(prompt, answer)
         return {
             "format": FORMAT,
@@ -408,7 +361,7 @@ class Collection:
             "finish_reason": answer.finish_reason,
             "model": self._identity.model,
             "served_model": answer.model,
-            "sampling": sampling_of(self._identity),
+            "sampling": self._identity.sampling,
             "usage": answer.usage,
             "cost": self._paid(answer, prompt_tokens, completion_tokens),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -443,16 +396,17 @@ def ask_all(
     store: AnchorStore,
     settings: CollectConfig,
     tick: Callable[[Tally], None],
-    open_teacher: OpenTeacher,
+    say: Callable[[str], None],
 ) -> Tally:
     """Ask `teacher` for every anchor that `store` lacks and keep each; how it went.
 
     SIGINT or SIGTERM stops: no more is asked, what is in flight is waited for and kept.
     """
+    open_teacher: OpenTeacher = teacher.protocol or open_endpoint
 
     async def run() -> Tally:
         async with open_teacher(teacher, settings) as black_box:
-            collection = Collection(black_box, teacher, store, settings, tick)
+            collection = Collection(black_box, teacher, store, settings, tick, say)
             loop, caught = asyncio.get_running_loop(), []
             if threading.current_thread() is threading.main_thread():
                 caught = [signal.SIGINT, signal.SIGTERM]
@@ -470,111 +424,3 @@ def ask_all(
                     loop.remove_signal_handler(number)
 
     return asyncio.run(run())
-
-
-def collect(
-    prompts: Callable[[], Iterable[Prompt]],
-    teacher: TeacherConfig,
-    store: Path,
-    settings: CollectConfig,
-    *,
-    say: Callable[[str], None] = print,
-    tick: Callable[[Plan, Tally], None] = lambda plan, tally: None,
-    open_teacher: OpenTeacher = open_endpoint,
-) -> Tally:
-    """Ask `teacher` for each anchor that `store` lacks and say how many it had and asked.
-
-    `prompts` is called twice: once to check them all and to count, before anything is spent.
-    Raises what stopped the run early; everything that was answered by then is in the store.
-    """
-    plan = make_plan(prompts(), teacher, store, retry_failed=settings.retry_failed)
-    if not plan.to_ask:
-        say(f"{plan.prompts} prompts: had {plan.cached}, asked 0{_left_out(plan.failed)}")
-        return Tally(passed=plan.prompts)
-    if settings.budget.money is not None and plan.cost is None:
-        raise ConfigError(
-            "collect.budget.money needs teacher.price.input and teacher.price.output (a million "
-            "tokens)"
-        )
-    book = AnchorStore(store)
-    try:
-        for repair in book.repairs:
-            say(repair)
-        tally = ask_all(
-            prompts(), teacher, book, settings, lambda tally: tick(plan, tally), open_teacher
-        )
-    finally:
-        book.close()
-    failed = sum(tally.failed.values())
-    money = "unknown" if tally.cost is None else f"{tally.cost:.4f}"
-    say(
-        f"{plan.prompts} prompts: had {plan.cached}, asked {tally.asked}: {tally.answered} answered"
-        f", {failed} failed {tally.failed or ''}".rstrip()
-        + f", {tally.unanswered} without an answer; {tally.requests} requests ({tally.retried} "
-        f"failed); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} tokens; cost {money}"
-        + _left_out(plan.failed)
-    )
-    if tally.stopped:
-        left = plan.to_ask - tally.answered - failed
-        say(f"stopped: {tally.stopped}; at most {left} are left: run the same command to go on")
-    if tally.error:
-        raise tally.error
-    if tally.unanswered and not tally.stopped:
-        raise TeacherError(
-            f"{tally.unanswered} prompts have no answer after {settings.retries} retries each (the "
-            f"last: {tally.trouble}): run the same command again"
-        )
-    return tally
-
-
-def _left_out(failed: int) -> str:
-    again = "collect.retry_failed=true asks again"
-    return f"; {failed} failed before ({again})" if failed else ""
-
-
-def anchors_for(
-    prompts: Sequence[Prompt],
-    teacher: TeacherConfig,
-    store: Path,
-    settings: CollectConfig,
-    *,
-    say: Callable[[str], None] = print,
-    open_teacher: OpenTeacher = open_endpoint,
-) -> dict[str, Anchor]:
-    """The prompts' anchors by `messages_key`, asking `teacher` for those that `store` lacks.
-
-    Without an endpoint or a local model (replay) the store alone answers, whatever settings it was
-    collected under. Prompts that the teacher refused, filtered or answered with nothing are left
-    out, and counted aloud.
-
-    Raises `StoreError` naming the prompts that have no anchor, and what `collect` raises.
-    """
-    if teacher.base_url is None and teacher.path is None:
-        anchors = read_anchors(store, teacher.model)
-        failed = {messages_key(record["messages"]) for _, record in read_failures(store)}
-        had = sum(messages_key(prompt.messages) in anchors for prompt in prompts)
-        say(f"{len(prompts)} prompts: had {had}, asked 0")
-    else:
-        collect(lambda: prompts, teacher, store, settings, say=say, open_teacher=open_teacher)
-        wanted = {anchor_key(teacher, prompt.messages) for prompt in prompts}
-        anchors = {
-            messages_key(record["messages"]): anchor_of(record)
-            for _, record in read_records(store)
-            if record["key"] in wanted
-        }
-        failed = {
-            messages_key(record["messages"])
-            for _, record in read_failures(store)
-            if record["key"] in wanted
-        }
-    lacking = [prompt for prompt in prompts if messages_key(prompt.messages) not in anchors]
-    missing = [prompt.id for prompt in lacking if messages_key(prompt.messages) not in failed]
-    if missing:
-        some = ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else "")
-        raise StoreError(
-            f"{store}: {len(missing)} of {len(prompts)} prompts have no anchor ({some}): collect "
-            "them with `python -m pujax.collect`"
-        )
-    if lacking:
-        say(f"{len(lacking)} prompts are left out: the teacher gave no usable answer")
-    return anchors

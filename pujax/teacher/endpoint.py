@@ -2,89 +2,116 @@
 
 import asyncio
 import email.utils
+import ipaddress
+import json
 import os
 import time
-from collections.abc import Callable, Mapping
+import urllib.request
+import zlib
+from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
+from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import httpx
 
-from pujax.errors import ConfigError, TeacherError
+from pujax.errors import TeacherError
 from pujax.records import Messages
+from pujax.teacher.protocols import (
+    Answer,
+    AnswerFn,
+    Rejected,
+    RequestFn,
+    Retryable,
+    Teacher,
+    Unreachable,
+    openai_answer,
+    openai_request,
+)
+from pujax.teacher.secrets import Secrets
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
+LONGEST = 1 << 24  # bytes that an answer may have, unpacked; the longest real ones have 1 % of it
 
-class Retryable(RuntimeError):
-    """This attempt failed, another may not. `billed`: the teacher may have answered and charged."""
+ABOUT_ALL = {
+    "account_deactivated": 401,
+    "authentication_error": 401,
+    "billing_error": 402,
+    "billing_hard_limit_reached": 402,
+    "billing_not_active": 402,
+    "insufficient_quota": 402,
+    "invalid_api_key": 401,
+    "invalid_authentication": 401,
+    "model_not_found": 404,
+    "not_found_error": 404,
+    "unauthenticated": 401,
+}
+"""Errors that every prompt would meet, with the status that goes with them."""
 
-    def __init__(self, reason: str, *, after: float = 0.0, billed: bool = False) -> None:
-        super().__init__(reason)
-        self.after = after
-        self.billed = billed
-
-
-class Unreachable(Retryable):
-    """No connection came about."""
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What the teacher said. `usage` has prompt_tokens and completion_tokens, when it told them."""
-
-    text: str
-    finish_reason: str | None = None
-    model: str | None = None
-    usage: Mapping[str, float] | None = None
-    refusal: str | None = None
-
-    @property
-    def failure(self) -> str | None:
-        """Why this can't be an anchor: refusal, content_filter or empty; None when it can."""
-        if self.refusal:
-            return "refusal"
-        if self.finish_reason == "content_filter":
-            return "content_filter"
-        return None if self.text.strip() else "empty"
-
-
-class Teacher(Protocol):
-    """Anything that answers a chat."""
-
-    async def ask(self, messages: Messages) -> Answer:
-        """The answer to `messages`. Raises `Retryable` or `TeacherError`."""
-        ...
+ABOUT_PROMPT = frozenset(
+    {
+        "content_policy_violation",
+        "context_length_exceeded",
+        "data_inspection_failed",
+        "invalid_prompt",
+        "request_too_large",
+        "string_above_max_length",
+    }
+)
+"""Errors that say that one prompt is why."""
 
 
 class HttpTeacher:
-    """A server that speaks the OpenAI chat-completions protocol, over connections kept alive.
+    """A server that is asked with `request` and whose replies `answer` reads.
 
-    Proxies and certificates come from the environment (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE). Use
-    it as an async context manager.
+    Connections are kept alive. Proxies and certificates come from the environment (HTTPS_PROXY,
+    NO_PROXY, SSL_CERT_FILE) where the address needs them. Use it as an async context manager.
+    Raises `ConfigError` and `TeacherError` for what is wrong in the environment.
     """
 
-    def __init__(self, settings: TeacherConfig, *, timeout: float, connections: int) -> None:
+    def __init__(
+        self,
+        settings: TeacherConfig,
+        *,
+        timeout: float,
+        connections: int,
+        request: RequestFn = openai_request,
+        answer: AnswerFn = openai_answer,
+    ) -> None:
         self._settings = settings
         self._timeout = timeout
-        self._secrets: list[str] = []
-        headers = {name: self._header(name, value) for name, value in settings.headers.items()}
+        self._request, self._answer = request, answer
+        self._secrets = Secrets()
+        headers = {"Accept-Encoding": "gzip"} | self._secrets.headers(settings.headers)
         if settings.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {self._secret(settings.api_key_env)}"
-        self._url = str(settings.base_url).rstrip("/") + "/chat/completions"
+            headers["Authorization"] = f"Bearer {self._secrets.read(settings.api_key_env)}"
+        address = urlsplit(str(settings.base_url))
+        self._url = urlunsplit(address)
+        variable, proxy = _proxy(address)
         # A pool does work quadratic in its connections for each request (httpcore 1.0): 64 requests
         # in flight cost 5 ms each in one pool of 64 connections, and 0.8 ms in 64 pools of one.
-        certificates = httpx.create_ssl_context()
         self._idle: asyncio.LifoQueue[httpx.AsyncClient] = asyncio.LifoQueue()
-        for _ in range(connections):
-            client = httpx.AsyncClient(
-                headers=headers,
-                http2=True,
-                verify=certificates,
-                timeout=httpx.Timeout(timeout, pool=None),
-                limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
-            )
-            self._idle.put_nowait(client)
+        certificates = _certificates(address, proxy)
+        try:
+            for _ in range(connections):
+                client = httpx.AsyncClient(
+                    headers=headers,
+                    http2=True,
+                    verify=certificates,
+                    proxy=proxy,
+                    trust_env=False,
+                    timeout=httpx.Timeout(timeout, pool=None),
+                    limits=httpx.Limits(max_connections=1, max_keepalive_connections=1),
+                )
+                self._idle.put_nowait(client)
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            if variable is None:
+                raise TeacherError(self._secrets.clean(f"{self._url}: {error}")) from error
+            scheme = str(proxy).partition("://")[0]
+            raise TeacherError(  # its value may hold a password
+                f"environment variable {variable}: can't use this {scheme} proxy: unset it, set an "
+                f"http:// one, or add {address.hostname} to NO_PROXY"
+            ) from error
 
     async def __aenter__(self) -> "HttpTeacher":
         return self
@@ -93,127 +120,159 @@ class HttpTeacher:
         while not self._idle.empty():
             await self._idle.get_nowait().aclose()
 
-    def _header(self, name: str, value: str) -> str:
-        return self._secret(value[4:]) if value.startswith("env:") else value
-
-    def _secret(self, variable: str) -> str:
-        value = os.environ.get(variable, "").strip()
-        if not value:
-            raise ConfigError(f"environment variable {variable} is not set: put the key there")
-        self._secrets.append(value)
-        return value
-
-    def _clean(self, text: str) -> str:
-        """One short line of `text`, without the keys: servers quote them back."""
-        for secret in self._secrets:
-            text = text.replace(secret, "***")
-        return " ".join(text.split())[:300]
-
     async def ask(self, messages: Messages) -> Answer:
-        """The first choice of one request. Raises `Retryable` or `TeacherError`."""
-        settings = self._settings
-        body: dict[str, Any] = {
-            "model": settings.model,
-            "messages": with_system(settings.system, messages),
-            **settings.extra_body,
-        }
-        for name in ("temperature", "max_tokens"):
-            if getattr(settings, name) is not None:
-                body[name] = getattr(settings, name)
+        """The answer to one request. Raises `Retryable` or `TeacherError`."""
+        path, body = self._request(self._settings, messages)
+        self._url = url = _joined(str(self._settings.base_url), path)
+        clean = self._secrets.clean
         client = await self._idle.get()
         try:
-            async with asyncio.timeout(self._timeout):  # the client's own starts anew a chunk
-                response = await client.post(self._url, json=body)
+            async with (
+                asyncio.timeout(self._timeout),  # the client's own starts anew a chunk
+                client.stream("POST", url, json=body) as response,
+            ):
+                data = await _whole(response)
         except (TimeoutError, httpx.TimeoutException) as error:
             if isinstance(error, httpx.ConnectTimeout):
-                raise Unreachable(f"{self._url}: no connection in {self._timeout:g} s") from error
+                raise Unreachable(f"{url}: no connection in {self._timeout:g} s") from error
             raise Retryable(f"no answer in {self._timeout:g} s", billed=True) from error
         except (httpx.ConnectError, httpx.ProxyError) as error:
-            raise Unreachable(self._clean(f"{self._url}: can't connect: {error}")) from error
-        except (httpx.UnsupportedProtocol, httpx.InvalidURL) as error:
-            raise TeacherError(self._clean(f"{self._url}: {error}")) from error
+            raise Unreachable(clean(f"{url}: can't connect: {error}")) from error
+        except (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError) as error:
+            raise TeacherError(clean(f"{url}: {error}")) from error
         except httpx.HTTPError as error:
-            reason = self._clean(f"connection broke: {error or type(error).__name__}")
+            reason = clean(f"connection broke: {error or type(error).__name__}")
             raise Retryable(reason, billed=True) from error
         finally:
             self._idle.put_nowait(client)
-        return self._read(response)
+        return self._read(response, data)
 
-    def _read(self, response: httpx.Response) -> Answer:
+    def _read(self, response: httpx.Response, data: bytes) -> Answer:
         try:
-            body = response.json()
-        except ValueError as error:
+            body = json.loads(data)
+        except (ValueError, RecursionError) as error:
             if response.is_success:
                 raise Retryable("the answer is not JSON", billed=True) from error
             body = None
         fault = body.get("error") if isinstance(body, dict) else None
         if fault or not response.is_success:
-            return self._fault(response, fault)
+            return self._fault(response, fault, data)
         try:
-            return _answer(body)
+            return self._answer(body)
         except (KeyError, IndexError, TypeError, AttributeError) as error:
-            raise Retryable("the answer is not a chat completion", billed=True) from error
+            raise Retryable("the answer is not one of this protocol", billed=True) from error
 
-    def _fault(self, response: httpx.Response, fault: Any) -> Answer:
+    def _fault(self, response: httpx.Response, fault: Any, data: bytes) -> Answer:
         """What an error means: a failed answer, another try, or the end."""
         status = response.status_code
-        code = fault.get("code") if isinstance(fault, dict) else None
-        if response.is_success and isinstance(code, int):  # an error in the body alone (OpenRouter)
-            status = code
-        said = fault.get("message") if isinstance(fault, dict) else fault
-        said = self._clean(str(said or response.text or response.reason_phrase))
-        if code == "content_filter":  # Azure answers so when it filters the prompt
+        told = fault if isinstance(fault, dict) else {"message": fault}
+        codes = [str(told[key]).lower() for key in ("code", "type", "status") if told.get(key)]
+        if "content_filter" in codes:  # Azure answers so when it filters the prompt
             return Answer("", finish_reason="content_filter")
-        wait = status in (408, 409, 429) or status >= 500
-        if (wait and code != "insufficient_quota") or status == 200:
+        if response.is_success:  # an error in the body alone (OpenRouter)
+            numbers = [int(code) for code in codes if code.isdecimal() and len(code) == 3]
+            status = numbers[0] if numbers else status
+        status = next((ABOUT_ALL[code] for code in codes if code in ABOUT_ALL), status)
+        said = told.get("message")
+        if not isinstance(said, str) or not said:
+            said = data[:4000].decode(errors="replace") or response.reason_phrase
+        said = self._secrets.clean(said)
+        if status in (200, 408, 409, 425, 429) or status >= 500:
             raise Retryable(f"{status}: {said}", after=_retry_after(response))
+        key = self._settings.api_key_env or "teacher.api_key_env"
         remedies = {
-            401: f"check the key in {self._settings.api_key_env or 'teacher.api_key_env'}",
-            403: f"may the key in {self._settings.api_key_env or 'teacher.api_key_env'} do this?",
+            401: f"check the key in {key}",
+            402: f"check the account of the key in {key}",
+            403: f"may the key in {key} do this?",
             404: f"check teacher.base_url and teacher.model={self._settings.model}",
         }
         other = "teacher.base_url" if status < 400 else "teacher.model and its parameters"
         remedy = remedies.get(status, f"check {other}")
-        raise TeacherError(f"{self._url} answered {status}: {said}: {remedy}")
+        shown = status if response.is_success else response.status_code
+        line = f"{self._url} answered {shown}: {said}: {remedy}"
+        if status < 400 or status in (401, 402, 404, 405, 407, 410):
+            raise TeacherError(line)
+        raise Rejected(line, certain=status == 413 or not ABOUT_PROMPT.isdisjoint(codes))
 
 
-def _answer(body: Any) -> Answer:
-    """The first choice of a chat completion. Raises what indexing raises when it isn't one."""
-    choice = body["choices"][0]
-    message, usage = choice["message"], body.get("usage")
-    counts = ("prompt_tokens", "completion_tokens", "cost")
-    if isinstance(usage, dict):
-        usage = {name: usage[name] for name in counts if isinstance(usage.get(name), int | float)}
-    return Answer(
-        text=_plain(message.get("content")),
-        finish_reason=choice.get("finish_reason"),
-        model=body.get("model"),
-        usage=usage or None,
-        refusal=message.get("refusal"),
-    )
+async def _whole(response: httpx.Response) -> bytes:
+    """The body, unpacked, of at most `LONGEST` bytes at each moment. Raises `Retryable`."""
+    parts, size = [], 0
+    async for part in response.aiter_raw():
+        size += len(part)
+        if size > LONGEST:
+            raise Retryable(f"the answer has more than {LONGEST >> 20} MiB", billed=True)
+        parts.append(part)
+    data = b"".join(parts)
+    packed = response.headers.get("content-encoding", "").strip().lower()
+    if packed in ("", "identity"):
+        return data
+    if packed not in ("gzip", "x-gzip", "deflate"):
+        raise Retryable("the answer is packed in a way that was not asked for", billed=True)
+    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip's header or zlib's
+    try:
+        data = unpacking.decompress(data, LONGEST)
+    except zlib.error as error:
+        raise Retryable("the answer can't be unpacked", billed=True) from error
+    if not unpacking.eof:
+        raise Retryable(f"the answer is torn, or has more than {LONGEST >> 20} MiB", billed=True)
+    return data
 
 
-def with_system(system: str | None, messages: Messages) -> list[dict[str, str]]:
-    """The turns as sent: many servers allow one system message alone, and only at the start."""
-    turns = [dict(turn) for turn in messages]
-    if system is None:
-        return turns
-    if turns[0]["role"] == "system":
-        return [{"role": "system", "content": f"{system}\n\n{turns[0]['content']}"}, *turns[1:]]
-    return [{"role": "system", "content": system}, *turns]
+def _joined(base_url: str, path: str) -> str:
+    """The address of `path`: the query of `base_url` stays at the end, a path isn't doubled."""
+    base = urlsplit(base_url)
+    before = base.path.rstrip("/").removesuffix(path)
+    return urlunsplit(base._replace(path=before + path, fragment=""))
 
 
-def _plain(content: Any) -> str:
-    """The text of a message's content, which some servers send in parts."""
-    if isinstance(content, list):
-        return "".join(part["text"] for part in content if part.get("type") == "text")
-    if content is not None and not isinstance(content, str):
-        raise TypeError(type(content).__name__)
-    return content or ""
+def _proxy(address: SplitResult) -> tuple[str | None, str | None]:
+    """The environment variable whose proxy this address needs, and the proxy."""
+    host = address.hostname or ""
+    if _is_loopback(host) or urllib.request.proxy_bypass(host) or _in_no_proxy(host):
+        return None, None
+    proxies = urllib.request.getproxies()
+    for scheme in (address.scheme, "all"):
+        proxy = proxies.get(scheme)
+        if proxy:
+            names = (f"{scheme}_proxy", f"{scheme}_PROXY".upper())
+            variable = next((name for name in names if os.environ.get(name)), names[1])
+            return variable, proxy if "://" in proxy else f"http://{proxy}"
+    return None, None
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or host.endswith(".localhost")
+
+
+def _in_no_proxy(host: str) -> bool:
+    """Whether NO_PROXY has a network (10.0.0.0/8) that holds the host, which urllib can't tell."""
+    for entry in urllib.request.getproxies().get("no", "").split(","):
+        try:
+            if ipaddress.ip_address(host) in ipaddress.ip_network(entry.strip(), strict=False):
+                return True
+        except ValueError:
+            continue
+    return False
+
+
+def _certificates(address: SplitResult, proxy: str | None) -> Any:
+    """What checks the server's certificate, where there is one. Raises `TeacherError`."""
+    if "https" not in (address.scheme, str(proxy).partition("://")[0]):
+        return False
+    try:
+        return httpx.create_ssl_context()
+    except (OSError, ValueError) as error:  # ssl.SSLError is an OSError
+        set_here = [name for name in ("SSL_CERT_FILE", "SSL_CERT_DIR") if os.environ.get(name)]
+        named = ", ".join(f"{name}={os.environ[name]}" for name in set_here) or "certificates"
+        raise TeacherError(f"{named}: {error}: name a file of certificates, or unset it") from error
 
 
 def _retry_after(response: httpx.Response) -> float:
-    """The seconds that the server asks to wait: it may give them, or a date."""
+    """The seconds that the server asks to wait, perhaps inf: it may give them, or a date."""
     value = response.headers.get("retry-after", "")
     try:
         return max(0.0, float(value))
@@ -221,13 +280,25 @@ def _retry_after(response: httpx.Response) -> float:
         pass
     try:
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
-    except ValueError:
+    except (ValueError, TypeError, OverflowError):
         return 0.0
 
 
 OpenTeacher = Callable[[TeacherConfig, CollectConfig], AbstractAsyncContextManager[Teacher]]
 
 
-def open_endpoint(teacher: TeacherConfig, settings: CollectConfig) -> HttpTeacher:
+def open_endpoint(
+    teacher: TeacherConfig,
+    settings: CollectConfig,
+    *,
+    request: RequestFn = openai_request,
+    answer: AnswerFn = openai_answer,
+) -> HttpTeacher:
     """The server at `teacher.base_url`, with as many connections as may be in flight."""
-    return HttpTeacher(teacher, timeout=settings.timeout, connections=settings.concurrency)
+    return HttpTeacher(
+        teacher,
+        timeout=settings.timeout,
+        connections=settings.concurrency,
+        request=request,
+        answer=answer,
+    )

@@ -1,76 +1,73 @@
-"""Prompts from JSONL, text files and Hugging Face datasets, one at a time."""
+"""Prompts from JSONL, text files, tables and Hugging Face datasets, one at a time."""
 
-import contextlib
+import difflib
 import hashlib
 import json
-import sqlite3
-from collections.abc import Iterator, Mapping, Sequence
+import math
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pujax.errors import ConfigError, PromptError
+from pujax.errors import PromptError
 from pujax.records import Prompt, canonical, messages_key
-from pujax.teacher.settings import DatasetConfig
+from pujax.teacher import tables
+from pujax.text import printable, surrogate_at
 
 ROLES = ("system", "user", "assistant")
 
+KEYS = ("prompt", "messages", "answer", "kind", "id")
 
-class Digests:
-    """Digests with what is known of each: beyond two megabytes they are on the disk.
+SHAREGPT = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+"""Who speaks in a row of `conversations`; system is system."""
 
-    So memory does not grow with the number of prompts.
-    """
-
-    def __init__(self) -> None:
-        self._table = sqlite3.connect("", isolation_level=None)  # a file that goes when closed
-        for pragma in ("journal_mode=OFF", "synchronous=OFF", "cache_size=-2048"):
-            self._table.execute(f"PRAGMA {pragma}").close()
-        self._table.execute("CREATE TABLE known (key BLOB PRIMARY KEY, value BLOB) WITHOUT ROWID")
-
-    def put(self, key: bytes, value: bytes = b"") -> bytes | None:
-        """The value that `key` has already; when it has none it gets `value`, and None returns."""
-        new = self._table.execute("INSERT OR IGNORE INTO known VALUES (?, ?)", (key, value))
-        return None if new.rowcount else self._get(key)
-
-    def __contains__(self, key: bytes) -> bool:
-        return self._get(key) is not None
-
-    def _get(self, key: bytes) -> bytes | None:
-        row = self._table.execute("SELECT value FROM known WHERE key = ?", (key,)).fetchone()
-        return None if row is None else row[0]
-
-    def close(self) -> None:
-        """Let go of the file."""
-        self._table.close()
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
-def load_prompts(source: str | Sequence[str] | Mapping[str, Any]) -> Iterator[Prompt]:
+def warn(text: str) -> None:
+    """Print to standard error."""
+    print(text, file=sys.stderr)
+
+
+def load_prompts(
+    source: str | Sequence[str] | Mapping[str, Any], say: Callable[[str], None] = warn
+) -> Iterator[Prompt]:
     """The prompts of a file, of several files, or of a dataset (a mapping: `DatasetConfig`).
 
-    A `.jsonl` file has `prompt` or `messages` a line, and maybe `id`, `answer` and `kind`; any
-    other file is text, one prompt a line. Without an id a prompt gets one made from its content. A
-    prompt that comes again under the same id is dropped.
+    A `.jsonl` file has `prompt` or `messages` a line, and maybe `id`, `answer` and `kind`; a table
+    (`.csv`, `.tsv`, `.parquet`) has columns of these names. Rows of `instruction`, `input` and
+    `output` (Alpaca) or `conversations` (ShareGPT) are read as well. A `.txt` file has one prompt a
+    line. Without an id a prompt gets one made from its content. A prompt that comes again under the
+    same id is dropped. `say` is told of a key that looks like a misspelt one.
 
     Raises `PromptError` naming the place for an unreadable, empty or torn file, a field that is
     missing or of the wrong type, and an id that comes again with other content.
     """
-    with contextlib.closing(Digests()) as seen:
-        for place, prompt in _rows(source):
-            name = hashlib.sha256(prompt.id.encode(errors="surrogatepass")).digest()[:16]
-            content = [prompt.messages, prompt.answer, prompt.kind]
-            digest = hashlib.sha256(canonical(content)).digest()[:16]
-            before = seen.put(name, digest)
-            if before is None:
-                yield prompt
-            elif before != digest:
-                raise PromptError(
-                    f"{place}: id {prompt.id!r} came before with other content: give each its own"
-                )
+    seen: dict[bytes, bytes] = {}
+    doubtful: set[str] = set()
+    for place, row in _rows(source):
+        for key in row.keys() - doubtful:
+            doubtful.add(key)
+            near = difflib.get_close_matches(str(key).lower(), KEYS, 1, 0.75)
+            if key not in KEYS and near and near[0] not in row:
+                say(f"{place}: {printable(str(key))!r} is not read: did you mean {near[0]!r}?")
+        prompt = _prompt(row, place)
+        name = hashlib.sha256(prompt.id.encode()).digest()[:16]
+        content = [prompt.messages, prompt.answer, prompt.kind]
+        digest = hashlib.sha256(canonical(content)).digest()[:16]
+        before = seen.get(name)
+        if before is None:
+            seen[name] = digest
+            yield prompt
+        elif before != digest:
+            raise PromptError(
+                f"{place}: id {prompt.id!r} came before with other content: give each its own"
+            )
 
 
-def _rows(source: str | Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str, Prompt]]:
+def _rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
     if isinstance(source, Mapping):
-        yield from _dataset(source)
+        yield from tables.dataset_rows(source)
         return
     paths = [source] if isinstance(source, str | Path) else list(source)
     if not paths:
@@ -79,25 +76,51 @@ def _rows(source: str | Sequence[str] | Mapping[str, Any]) -> Iterator[tuple[str
         yield from _file(Path(path))
 
 
-def _file(path: Path) -> Iterator[tuple[str, Prompt]]:
-    jsonl = path.suffix == ".jsonl"
-    if path.suffix == ".json":
+def _file(path: Path) -> Rows:
+    kind = path.suffix.lower()
+    readers: dict[str, Callable[[Path], Rows]] = {
+        **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), _jsonl),
+        **dict.fromkeys((".txt", ""), _text_lines),
+        **dict.fromkeys((".csv", ".tsv"), tables.csv_rows),
+        ".parquet": tables.parquet_rows,
+    }
+    if kind == ".json":
         raise PromptError(f"{path}: write one JSON object a line and name the file .jsonl")
+    if kind not in readers:
+        raise PromptError(
+            f"{path}: can't tell how to read {kind}: name the file .txt for one prompt a line, or "
+            ".jsonl, .csv, .tsv or .parquet"
+        )
     empty = True
     try:
-        with path.open("rb") as lines:
-            for number, raw in enumerate(lines, 1):
-                place = f"{path}:{number}"
-                line = _decode(raw, place, first=number == 1)
-                if not line.strip():
-                    continue
-                empty = False
-                row = _object(line, place, raw) if jsonl else {"prompt": line.strip()}
-                yield place, _prompt(row, place)
+        for place, row in readers[kind](path):
+            empty = False
+            yield place, row
     except OSError as error:
-        raise PromptError(f"{path}: {error.strerror}: check data.prompts") from error
+        raise PromptError(f"{path}: {error.strerror or error}: check data.prompts") from error
     if empty:
         raise PromptError(f"{path}: no prompts in it: write one a line")
+
+
+def _text_lines(path: Path) -> Rows:
+    for place, line, _ in _lines(path):
+        for part in line.split("\r"):  # an old Mac's ends of lines too
+            if part.strip():
+                yield place, {"prompt": part.strip()}
+
+
+def _jsonl(path: Path) -> Rows:
+    for place, line, raw in _lines(path):
+        yield place, _object(line, place, raw)
+
+
+def _lines(path: Path) -> Iterator[tuple[str, str, bytes]]:
+    with path.open("rb") as lines:
+        for number, raw in enumerate(lines, 1):
+            place = f"{path}:{number}"
+            line = _decode(raw, place, first=number == 1)
+            if line.strip():
+                yield place, line, raw
 
 
 def _decode(raw: bytes, place: str, *, first: bool) -> str:
@@ -110,7 +133,7 @@ def _decode(raw: bytes, place: str, *, first: bool) -> str:
 def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
         torn = not raw.endswith(b"\n")
         why = "the file is cut off here: write it again" if torn else "mend this line"
         raise PromptError(f"{place}: not JSON ({error}): {why}") from error
@@ -119,55 +142,15 @@ def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
     return row
 
 
-def _dataset(mapping: Mapping[str, Any]) -> Iterator[tuple[str, Prompt]]:
-    try:
-        settings = DatasetConfig(**mapping)
-    except TypeError as error:
-        known = list(DatasetConfig.__dataclass_fields__)
-        raise ConfigError(f"data.prompts: {error}: its keys are {known}") from error
-    import datasets  # takes a second and 100 MB: only who reads a dataset pays
-
-    try:
-        rows: Any = datasets.load_dataset(
-            settings.dataset,
-            settings.name,
-            split=settings.split,
-            data_files=settings.data_files,
-        )
-    except Exception as error:  # the library raises a dozen types, those of its readers among them
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PromptError(f"dataset {settings.dataset!r}: {first}") from error
-    start, _, stop = (settings.slice or ":").partition(":")
-    picked = range(len(rows))[int(start) if start else None : int(stop) if stop else None]
-    if not picked:
-        raise PromptError(
-            f"dataset {settings.dataset!r}: no rows in {settings.split}[{settings.slice or ':'}]"
-        )
-    for name in settings.columns.values():
-        if name not in rows.column_names:
-            raise PromptError(
-                f"dataset {settings.dataset!r}: no column {name!r}: it has {rows.column_names}"
-            )
-    for index in picked:
-        row, place = rows[index], f"{settings.dataset}[{index}]"
-        fields = ("id", "prompt", "messages", "answer", "kind")
-        ours = {name: row.get(settings.columns.get(name, name)) for name in fields}
-        if settings.template is not None:
-            try:
-                ours["prompt"], ours["messages"] = settings.template.format(**row), None
-            except (KeyError, IndexError) as error:
-                raise PromptError(
-                    f"{place}: template names {error}: the columns are {rows.column_names}"
-                ) from error
-        if isinstance(ours["id"], int):
-            ours["id"] = str(ours["id"])
-        yield place, _prompt(ours, place)
+# --- a row to a prompt ----------------------------------------------------------------------------
 
 
 def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
+    if row.get("prompt") is None and row.get("messages") is None:
+        row = _alpaca(_sharegpt(row, place), place)
     prompt, messages = row.get("prompt"), row.get("messages")
     if (prompt is None) == (messages is None):
-        found = "both" if prompt is not None else f"neither (it has {sorted(row)})"
+        found = "both" if prompt is not None else f"neither (it has {sorted(map(str, row))})"
         raise PromptError(f"{place}: needs `prompt` or `messages`, found {found}")
     if messages is None:
         messages = [{"role": "user", "content": _text(prompt, "prompt", place)}]
@@ -179,6 +162,35 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
         answer=texts["answer"],
         kind=texts["kind"],
     )
+
+
+def _alpaca(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """A row of Alpaca's as one of ours; any other as it is."""
+    if row.get("instruction") is None:
+        return row
+    prompt = _text(row["instruction"], "instruction", place)
+    more = _optional(row.get("input"), "input", place)
+    answer = row.get("answer") if row.get("output") is None else row["output"]
+    return {**row, "prompt": f"{prompt}\n\n{more}" if more else prompt, "answer": answer}
+
+
+def _sharegpt(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """A row of ShareGPT's as one of ours, an assistant's last turn as the answer; others as is."""
+    conversations = row.get("conversations")
+    if conversations is None:
+        return row
+    if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
+        raise PromptError(f"{place}: `conversations` must be a list of turns")
+    turns = []
+    for turn in conversations:
+        who = turn.get("from", turn.get("role"))
+        role = SHAREGPT.get(who, who) if isinstance(who, str) else who
+        turns.append({"role": role, "content": turn.get("value", turn.get("content"))})
+    answer = row.get("answer")
+    if turns and turns[-1]["role"] == "assistant":
+        last = turns.pop()["content"]
+        answer = last if answer is None else answer
+    return {**row, "messages": turns, "answer": answer}
 
 
 def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
@@ -199,8 +211,20 @@ def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
 def _text(value: Any, name: str, place: str) -> str:
     if not isinstance(value, str) or not value.strip():
         raise PromptError(f"{place}: `{name}` must be a text that isn't empty, found {value!r:.60}")
+    at = surrogate_at(value)
+    if at is not None:
+        raise PromptError(
+            f"{place}: `{name}` has half a character, {value[at]!r}, at position {at}: UTF-8 can't "
+            "hold it; write the whole one or take it out"
+        )
     return value
 
 
 def _optional(value: Any, name: str, place: str) -> str | None:
-    return None if value is None else _text(value, name, place)
+    """A text, or a number as one; None when there is nothing."""
+    if value is None or (isinstance(value, str) and not value.strip()):
+        return None
+    if isinstance(value, float) and math.isfinite(value):
+        return str(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    return str(value) if whole else _text(value, name, place)

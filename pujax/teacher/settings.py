@@ -1,17 +1,25 @@
 """What the teacher is, how it is asked and where prompts are: settings that check themselves."""
 
+import math
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.errors import ConfigError, require
+from pujax.errors import ConfigError, one_of, require
+from pujax.text import HARMLESS_HEADERS, secret_name, secret_query, secret_value
 
 
 @dataclass(frozen=True)
 class PriceConfig:
-    """What a million tokens cost, in any one currency; null when unknown."""
+    """What a million tokens cost, in any one currency; null when unknown.
+
+    Attributes:
+        input: a million tokens of prompts.
+        output: a million tokens of answers.
+    """
 
     input: float | None = None
     output: float | None = None
@@ -19,35 +27,60 @@ class PriceConfig:
     def __post_init__(self) -> None:
         for key in ("input", "output"):
             value = getattr(self, key)
-            require(value is None or value >= 0, f"teacher.price.{key}", value, "must be >= 0")
+            known = value is not None
+            require(not known or 0 <= value < math.inf, f"teacher.price.{key}", value, ">= 0")
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box: an endpoint at `base_url`, a local model at `path`, or neither (replay).
+    """The black box: a server at `base_url`, a model on this disk at `path`, or neither (replay).
 
-    `model` and the sampling parameters (`system`, `temperature`, `max_tokens`, `extra_body`) decide
-    an anchor's key. `api_key_env` names the environment variable that holds the key; a header's
-    value `env:NAME` is read from the environment as well.
+    `model` and the sampling parameters (`system`, `temperature`, `max_tokens`, `extra_body`) are
+    part of an anchor's key, so an answer is asked for again when one of them changes.
+
+    Attributes:
+        protocol: the function, by `_target_`, that opens the teacher; null is OpenAI's over HTTP.
+        base_url: a server's address, up to the protocol's own path (such as /chat/completions).
+        path: a model on this disk, with teacher=local.
+        model: the teacher's name there; in a replay, whose answers to take.
+        api_key_env: the NAME of the environment variable that holds the key.
+        api_key: never set; it is here to be refused without being shown.
+        system: a system message before each prompt's own.
+        temperature: sampling temperature; null leaves it to the server.
+        max_tokens: the longest answer; null leaves it to the server.
+        extra_body: more of the request's body, such as {top_p: 0.9}.
+        headers: more headers; a value `env:NAME` is read from the environment.
+        thoughts: what becomes of a leading <think> block: strip, keep, or fail the answer.
+        price: what tokens cost.
     """
 
+    protocol: Any = None
     base_url: str | None = None
     path: str | None = None
     model: str | None = None
     api_key_env: str | None = None
+    api_key: str | None = None
     system: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
     extra_body: dict[str, Any] = field(default_factory=dict)
     headers: dict[str, str] = field(default_factory=dict)
+    thoughts: str = "strip"
     price: PriceConfig = field(default_factory=PriceConfig)
 
     def __post_init__(self) -> None:
+        self._refuse_secrets()
         require(
             self.base_url is None or self.path is None,
             "teacher.path",
             self.path,
             "set teacher.base_url or teacher.path, not both",
+        )
+        require(
+            self.path is None or self.protocol is not None,
+            "teacher.path",
+            self.path,
+            "a model on this disk needs teacher=local",
         )
         if self.base_url is not None:
             require(
@@ -56,18 +89,10 @@ class TeacherConfig:
                 self.base_url,
                 "must start with http:// or https://",
             )
-            if "@" in self.base_url.split("/")[2]:  # the value holds a secret: do not show it
-                raise ConfigError("teacher.base_url holds a password: use teacher.api_key_env")
-        if self.base_url is not None or self.path is not None:
+        if self.asks:
             require(bool(self.model), "teacher.model", self.model, "name the teacher's model")
-        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
-            # Someone may have put the key itself here: do not show the value.
-            raise ConfigError(
-                "teacher.api_key_env must be an environment variable's name (capitals, digits, "
-                "underscores), such as OPENAI_API_KEY, never the key itself"
-            )
         require(
-            self.temperature is None or self.temperature >= 0,
+            self.temperature is None or 0 <= self.temperature < math.inf,
             "teacher.temperature",
             self.temperature,
             "must be >= 0",
@@ -77,6 +102,14 @@ class TeacherConfig:
             "teacher.max_tokens",
             self.max_tokens,
             "must be positive",
+        )
+        one_of("teacher.thoughts", self.thoughts, ("strip", "keep", "fail"))
+        longest = self.extra_body.get("max_completion_tokens")
+        require(
+            longest is None or (isinstance(longest, int) and longest > 0),
+            "teacher.extra_body.max_completion_tokens",
+            longest,
+            "must be a positive number",
         )
         named = {"model", "messages", "system", "temperature", "max_tokens"}
         ours = sorted(named & set(self.extra_body))
@@ -94,10 +127,94 @@ class TeacherConfig:
                 remedy,
             )
 
+    def _refuse_secrets(self) -> None:
+        """Raise `ConfigError`, which shows no value, for a secret: settings are kept in files."""
+        if self.api_key is not None:
+            raise ConfigError(
+                "teacher.api_key: a key is never a setting: put it into an environment variable "
+                "and that one's name into teacher.api_key_env"
+            )
+        if self.api_key_env is not None and not re.fullmatch("[A-Z_][A-Z0-9_]*", self.api_key_env):
+            # Someone may have put the key itself here.
+            raise ConfigError(
+                "teacher.api_key_env must be an environment variable's name (capitals, digits, "
+                "underscores), such as OPENAI_API_KEY, never the key itself"
+            )
+        if self.base_url is not None:
+            try:
+                name = secret_query(self.base_url)
+            except ValueError as error:
+                raise ConfigError(f"teacher.base_url is not an address: {error}") from error
+            if "@" in self.base_url:
+                raise ConfigError("teacher.base_url holds a password: use teacher.api_key_env")
+            if name is not None or secret_value(self.base_url):
+                raise ConfigError(
+                    f"teacher.base_url holds a secret ({name or 'from the environment'}): use "
+                    "teacher.api_key_env, or a header as in +teacher.headers.NAME=env:VARIABLE"
+                )
+        for name, value in self.headers.items():
+            harmless = name.casefold() in HARMLESS_HEADERS and not secret_value(value)
+            if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
+                raise ConfigError("teacher.headers: a header's name has letters, digits and -")
+            if not value.startswith("env:") and not harmless:
+                raise ConfigError(
+                    f"teacher.headers.{name}: put the value into an environment variable and write "
+                    f"env:VARIABLE here ({', '.join(sorted(HARMLESS_HEADERS))} may be plain)"
+                )
+            if not value.isascii() or not value.isprintable():
+                raise ConfigError(f"teacher.headers.{name}: must be printable ASCII")
+        for place, value in _leaves(self.extra_body, "teacher.extra_body"):
+            why = secret_value(value) or secret_name(place.rsplit(".")[-1])
+            if why:
+                raise ConfigError(
+                    f"{place} looks secret: settings are written to files; send a secret as a "
+                    "header, +teacher.headers.NAME=env:VARIABLE"
+                )
+        if self.system is not None and "environment" in (secret_value(self.system) or ""):
+            raise ConfigError("teacher.system holds an environment's secret: take it out")
+
+    @property
+    def asks(self) -> bool:
+        """Whether there is a teacher to ask; a replay has the store alone."""
+        return self.base_url is not None or self.path is not None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """The settings that change what the teacher says."""
+        return {
+            "system": self.system,
+            "temperature": None if self.temperature is None else float(self.temperature),
+            "max_tokens": self.max_tokens,
+            **dict(self.extra_body),
+        }
+
+    @property
+    def asked(self) -> dict[str, Any]:
+        """What names an answer beside its messages: see `messages_key`."""
+        return {"model": self.model, "sampling": self.sampling}
+
+
+def _leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
+    """Every text in nested settings, with its dotted key."""
+    if isinstance(value, Mapping):
+        for key, part in value.items():
+            yield from _leaves(part, f"{place}.{key}")
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _leaves(part, place)
+    elif isinstance(value, str):
+        yield place, value
+
 
 @dataclass(frozen=True)
 class BudgetConfig:
-    """What one collection may spend at most; null is no limit. Retries are requests too."""
+    """What one collection may spend at most; null is no limit.
+
+    Attributes:
+        requests: requests, retries among them.
+        tokens: tokens of prompts and answers together.
+        money: in the currency of `teacher.price`.
+    """
 
     requests: int | None = None
     tokens: int | None = None
@@ -106,12 +223,24 @@ class BudgetConfig:
     def __post_init__(self) -> None:
         for key in ("requests", "tokens", "money"):
             value = getattr(self, key)
-            require(value is None or value > 0, f"collect.budget.{key}", value, "must be positive")
+            known = value is not None
+            require(not known or value > 0, f"collect.budget.{key}", value, "must be positive")
 
 
 @dataclass(frozen=True)
 class CollectConfig:
-    """How the teacher is asked: pace, patience and budget. `timeout` is in seconds a request."""
+    """How the teacher is asked: pace, patience and budget.
+
+    Attributes:
+        concurrency: requests in flight at most.
+        requests_per_minute: requests begun at most; null is no limit.
+        tokens_per_minute: tokens of prompts and answers, as estimated; null is no limit.
+        retries: how often a request that failed is tried again.
+        timeout: seconds that one request may take.
+        budget: what may be spent.
+        dry_run: tell what it would take, and ask nothing.
+        retry_failed: ask again for what was refused, filtered or empty.
+    """
 
     concurrency: int = 8
     requests_per_minute: float | None = None
@@ -133,8 +262,14 @@ class CollectConfig:
 class DatasetConfig:
     """Prompts from `datasets.load_dataset(dataset, name, split=split, data_files=data_files)`.
 
-    `slice` ("100:200") picks rows. `columns` maps ours (id, prompt, messages, answer, kind) to the
-    dataset's; `template` makes the prompt from a row's columns, as in "{question} Be brief."
+    Attributes:
+        dataset: a name on the hub, a folder, or a kind of file such as json.
+        name: which of its configurations.
+        split: which of its splits.
+        data_files: the files, for a kind of file.
+        slice: which rows, as in "100:200".
+        columns: from ours (id, prompt, messages, answer, kind) to the dataset's names.
+        template: the prompt, made from a row's columns as in "{question} Be brief."
     """
 
     dataset: str = MISSING
@@ -159,14 +294,26 @@ class DatasetConfig:
 
 @dataclass(frozen=True)
 class PromptsConfig:
-    """Where prompts are: a file, a list of files, or a mapping with the keys of `DatasetConfig`."""
+    """Where prompts are.
+
+    Attributes:
+        prompts: a file, a list of files, or a mapping with the keys of `DatasetConfig`.
+    """
 
     prompts: Any = None
 
 
 @dataclass(frozen=True)
 class CollectRun:
-    """Everything `python -m pujax.collect` is told. `stats` describes the store and asks nobody."""
+    """Everything `python -m pujax.collect` is told.
+
+    Attributes:
+        store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
+        stats: describe the store and ask nobody.
+        data: the prompts.
+        teacher: whom to ask.
+        collect: how to ask.
+    """
 
     store: str = MISSING
     stats: bool = False

@@ -1,57 +1,31 @@
-"""The store of anchors: each answer once, and kept.
+"""The store of anchors, as it is read: each answer once, and kept.
 
 The anchor store is a JSONL file that only grows, one answer a line. Beside `anchors.jsonl` stand
 `anchors.failed.jsonl` (answers that were refused, filtered or empty: kept for the record, never
-used as anchors) and `anchors.jsonl.lock`. The lock file's bytes are what processes lock (POSIX
-record locks, which the kernel drops when a process dies): byte 0 to append, and byte 1 + a number
-from the key while that key is being asked, so two processes never ask for the same answer.
+used as anchors) and `anchors.jsonl.lock`, which `pujax.teacher.writer` needs.
 """
 
-import contextlib
-import errno
-import fcntl
-import hashlib
 import json
+import math
 import os
 import re
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pujax.errors import StoreError
-from pujax.records import Anchor, Messages, canonical, messages_key
-from pujax.teacher.prompts import Digests
+from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.settings import TeacherConfig
+from pujax.text import well_formed
 
 FORMAT = 1
 
-FIELDS = {"key", "id", "messages", "response", "finish_reason", "model", "usage", "cost", "created"}
+TAIL = 256  # bytes at the end of what is known of a file, to see whether they are still there
 
-BALLAST = 1 << 20  # bytes set aside on the disk for the answers in flight when it is full
+THOUGHT = re.compile(r"\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL)
 
-
-def anchor_key(teacher: TeacherConfig, messages: Messages) -> str:
-    """The sha256 of the teacher's model, its sampling parameters and the messages."""
-    asked = {
-        "model": teacher.model,
-        "sampling": sampling_of(teacher),
-        "messages": [{"role": turn["role"], "content": turn["content"]} for turn in messages],
-    }
-    return hashlib.sha256(canonical(asked)).hexdigest()
-
-
-def sampling_of(teacher: TeacherConfig) -> dict[str, Any]:
-    """The settings that change what the teacher says."""
-    return {
-        "system": teacher.system,
-        "temperature": None if teacher.temperature is None else float(teacher.temperature),
-        "max_tokens": teacher.max_tokens,
-        **dict(teacher.extra_body),
-    }
-
-
-# --- the store ------------------------------------------------------------------------------------
+# --- records --------------------------------------------------------------------------------------
 
 
 def failures_path(store: Path) -> Path:
@@ -65,202 +39,170 @@ def read_failures(store: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     return read_records(file) if file.exists() else iter(())
 
 
-def read_records(path: Path, start: int = 0, line: int = 1) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each whole record from byte `start` on, with the byte after it; a torn tail is left out.
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole record, with the byte after it; a torn tail is left out.
 
     Raises `StoreError` for a record of another format or a line that isn't one.
     """
+    end = 0
     try:
         with path.open("rb") as lines:
-            lines.seek(start)
-            for number, raw in enumerate(lines, line):
+            for number, raw in enumerate(lines, 1):
                 if not raw.endswith(b"\n"):
                     return
-                start += len(raw)
-                yield start, _record(raw, path, number if line else None)
+                end += len(raw)
+                yield end, parse(raw, f"{path}:{number}")
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
 
 
-def _record(raw: bytes, path: Path, number: int | None) -> dict[str, Any]:
-    place = f"{path}:{number}" if number else str(path)
+def parse(raw: bytes, place: str) -> dict[str, Any]:
+    """The record of a line that stands at `place`. Raises `StoreError`."""
     try:
         record = json.loads(raw)
-        found = record["format"] if isinstance(record, dict) else None
-    except KeyError:
-        found = None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{place}: not a record ({error}): take this line out") from error
+    found = record.get("format") if isinstance(record, dict) else None
     if found != FORMAT:
         raise StoreError(
-            f"{place}: store format {found}, this pujax has format {FORMAT}: "
+            f"{place}: store format {found!r:.40}, this pujax has format {FORMAT}: "
             "collect into another file, or use the pujax that wrote it"
         )
-    lacking = FIELDS - record.keys()
-    if lacking or not re.fullmatch("[0-9a-f]{64}", record["key"]):
-        what = f"without {sorted(lacking)}" if lacking else f"with key {record['key']!r}"
-        raise StoreError(f"{place}: a record {what}: take this line out")
+    lacking = FIELDS.keys() - record.keys()
+    if lacking:
+        raise StoreError(f"{place}: a record without {sorted(lacking)}: take this line out")
+    for name, holds in FIELDS.items():
+        if not holds(record[name]):
+            raise StoreError(
+                f"{place}: a record with {name} {record[name]!r:.80}: mend or take out this line"
+            )
     return record
 
 
-class AnchorStore:
-    """The anchors in `path`, open for collecting by this process and others at the same time.
+def _text(value: Any) -> bool:
+    return isinstance(value, str)
 
-    `answered` and `failed` hold the first half of each key. Opening mends a torn tail and tells of
-    it in `repairs`. One process opens a store once: its record locks are the process's own.
+
+def _text_or_null(value: Any) -> bool:
+    return value is None or isinstance(value, str)
+
+
+def _number(value: Any) -> bool:
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and -1e300 < value < 1e300
+        and math.isfinite(value)
+    )
+
+
+def _counts(value: Any) -> bool:
+    return value is None or (isinstance(value, dict) and all(map(_number, value.values())))
+
+
+def _turns(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and bool(value)
+        and all(
+            isinstance(turn, dict) and _text(turn.get("role")) and _text(turn.get("content"))
+            for turn in value
+        )
+    )
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "key": lambda value: _text(value) and re.fullmatch("[0-9a-f]{64}", value) is not None,
+    "id": _text,
+    "messages": _turns,
+    "response": _text,
+    "finish_reason": _text_or_null,
+    "model": _text_or_null,
+    "usage": _counts,
+    "cost": lambda value: value is None or _number(value),
+    "created": _text,
+}
+"""What every record has, and what each field may hold."""
+
+
+# --- what a store holds ---------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Mark:
+    """How far a file has been read or written: the bytes before `end` are `tail`."""
+
+    end: int = 0
+    line: int = 0
+    inode: tuple[int, int] | None = None
+    tail: bytes = b""
+
+    def passed(self, raw: bytes) -> None:
+        """Move on beyond `raw`."""
+        self.end += len(raw)
+        self.line += 1
+        self.tail = raw[-TAIL:]
+
+    def stands(self, descriptor: int) -> bool:
+        """Whether what was passed is still there."""
+        start = self.end - len(self.tail)
+        return os.pread(descriptor, len(self.tail), start) == self.tail
+
+
+class Contents:
+    """What a store and its failures hold, read once and then from where the reading ended.
+
+    `answered` and `failed` have the first half of each key; `take` is called with each record and
+    whether it is a failure. Reading makes no file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(
+        self, path: Path, take: Callable[[dict[str, Any], bool], None] = lambda record, failed: None
+    ) -> None:
         self.path = path
-        self.repairs: list[str] = []
-        self.full = False
-        self._read = dict.fromkeys((path, failures_path(path)), 0)
-        self._files: dict[Path, int] = {}
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._lock = _open(path.with_name(path.name + ".lock"))
-            self._ballast, name = tempfile.mkstemp(dir=path.parent)
-            os.unlink(name)  # so the space comes back when the process ends, however it ends
-            with contextlib.suppress(OSError):  # a disk that is full already
-                os.write(self._ballast, bytes(BALLAST))
-            with self._locked():
-                self._files[path] = _open(path)
-                for file in self._read:
-                    if file.exists():
-                        self._mend(file)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise StoreError(
-                f"{path}: can't open the store for writing: {error.strerror}: choose another "
-                "`store`, or mend the permissions"
-            ) from error
-        self.answered = Digests()
-        self.failed = Digests()
-        self._known = {path: self.answered, failures_path(path): self.failed}
-        try:
-            self.refresh()
-        except StoreError:
-            self.close()
-            raise
+        self.answered: set[bytes] = set()
+        self.failed: set[bytes] = set()
+        self.take = take
+        self._marks = {path: Mark(), failures_path(path): Mark()}
+        self.refresh()
 
-    def close(self) -> None:
-        """Let go of the files and of every claim."""
-        for known in self._known.values():
-            known.close()
-        for descriptor in (*self._files.values(), self._lock, self._ballast):
-            os.close(descriptor)
+    def refresh(self) -> bool:
+        """Take in what was written since the last time; False when a file is not the same any more.
 
-    @contextlib.contextmanager
-    def _locked(self) -> Iterator[None]:
-        fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, 0)
-        try:
-            yield
-        finally:
-            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, 0)
-
-    def _mend(self, file: Path) -> None:
-        """End the file with a whole line: under the lock nobody is in the middle of writing one."""
-        descriptor = self._descriptor(file)
-        size = os.fstat(descriptor).st_size
-        tail, start = b"", size
-        while start and b"\n" not in tail:
-            start = max(0, start - 65536)
-            tail = os.pread(descriptor, size - start, start)
-        torn = tail[tail.rfind(b"\n") + 1 :]
-        if not torn:
-            return
-        with contextlib.suppress(StoreError):
-            _record(torn, file, None)
-            os.write(descriptor, b"\n")
-            os.fsync(descriptor)
-            self.repairs.append(f"{file}: ended the last record, which lacked its newline")
-            return
-        os.ftruncate(descriptor, size - len(torn))
-        os.fsync(descriptor)
-        self.repairs.append(f"{file}: cut off a torn last line of {len(torn)} bytes, to ask again")
-
-    def _descriptor(self, file: Path) -> int:
-        """The open file; most stores never have failures, so theirs is made when one comes."""
-        if file not in self._files:
-            self._files[file] = _open(file)
-            _sync_folder(file.parent)
-        return self._files[file]
-
-    def refresh(self) -> None:
-        """Take in what this process and others have written since the last time."""
-        for file, known in self._known.items():
-            start = self._read[file]
-            if file.exists() and file.stat().st_size > start:
-                for end, record in read_records(file, start, 1 if start == 0 else 0):
-                    known.put(digest(record["key"]))
-                    self._read[file] = end
-
-    def claim(self, key: str) -> bool:
-        """Whether this process may ask for `key`: False while another one is asking."""
-        try:
-            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _claim_byte(key))
-        except (BlockingIOError, PermissionError):
-            return False
-        except OSError as error:
-            raise StoreError(f"{self.path}: no file locks here: {error.strerror}") from error
-        return True
-
-    def release(self, key: str) -> None:
-        """Give up the claim on `key`."""
-        fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _claim_byte(key))
-
-    def append(self, records: Sequence[dict[str, Any]]) -> None:
-        """Put the records on the disk: a `reason` sends one to the failures. Returns after fsync.
-
-        When the disk is full the space set aside for this moment is used, and `full` becomes true.
-        Raises `StoreError` when even that does not help; whole lines stay, nothing torn does.
+        Raises `StoreError`.
         """
-        file = self.path
+        same = True
         try:
-            with self._locked():
-                for file in self._known:
-                    failures = file != self.path
-                    lines = [
-                        _line(record) for record in records if ("reason" in record) == failures
-                    ]
-                    if lines:
-                        descriptor = self._descriptor(file)
-                        self._write(descriptor, b"".join(lines))
-                        os.fsync(descriptor)
+            for file, mark in self._marks.items():
+                same = self._read(file, mark) and same
+            return same
         except OSError as error:
-            raise StoreError(
-                f"{file}: can't write: {error.strerror}: make room, run the same command again"
-            ) from error
+            raise StoreError(f"{self.path}: {error.strerror}: check `store`") from error
 
-    def _write(self, descriptor: int, data: bytes) -> None:
-        start = os.fstat(descriptor).st_size
-        written, freed = 0, False
+    def _read(self, file: Path, mark: Mark) -> bool:
         try:
-            while written < len(data):
-                try:
-                    written += os.write(descriptor, data[written:])
-                except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or freed:
-                        raise
-                    freed = True
-                    os.ftruncate(self._ballast, 0)
-            self.full = self.full or freed
-        finally:
-            if written < len(data):
-                os.ftruncate(descriptor, start + data[:written].rfind(b"\n") + 1)
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
-
-
-def _sync_folder(path: Path) -> None:
-    """Make the names of new files durable too."""
-    folder = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+            found = os.stat(file)
+        except (FileNotFoundError, NotADirectoryError):
+            return mark.inode is None
+        inode = (found.st_dev, found.st_ino)
+        if inode == mark.inode and found.st_size == mark.end:
+            return True
+        if mark.inode not in (None, inode) or found.st_size < mark.end:
+            return False
+        known = self.answered if file == self.path else self.failed
+        with file.open("rb") as lines:
+            if not mark.stands(lines.fileno()):
+                return False
+            mark.inode = inode
+            lines.seek(mark.end)
+            for raw in lines:
+                if not raw.endswith(b"\n"):
+                    break
+                record = parse(raw, f"{file}:{mark.line + 1}")
+                mark.passed(raw)
+                known.add(digest(record["key"]))
+                self.take(record, file != self.path)
+        return True
 
 
 def digest(key: str) -> bytes:
@@ -268,15 +210,53 @@ def digest(key: str) -> bytes:
     return bytes.fromhex(key[:32])
 
 
-def _claim_byte(key: str) -> int:
-    return 1 + int(key[:15], 16)
+# --- anchors --------------------------------------------------------------------------------------
 
 
-def _line(record: dict[str, Any]) -> bytes:
-    try:
-        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
-    except UnicodeEncodeError:  # a lone surrogate: legal in JSON, not in UTF-8
-        return json.dumps(record).encode() + b"\n"
+class Anchors:
+    """The anchors of `prompts` (None: of every prompt) by `messages_key`, as records are taken.
+
+    A teacher that is asked has the answers under its own settings. A replay has those to the same
+    messages, of `teacher.model` alone where that is given; of several the newest counts, and two
+    models' are an error. `failed` has the prompts that got no usable answer.
+    """
+
+    def __init__(
+        self, store: Path, teacher: TeacherConfig, prompts: Iterable[Prompt] | None = None
+    ) -> None:
+        self.found: dict[str, Anchor] = {}
+        self.failed: set[str] = set()
+        self._store = store
+        self._teacher = teacher
+        asked = teacher.asked if teacher.asks else None
+        self._wanted: set[str] | None = None
+        if prompts is not None:
+            self._wanted = {messages_key(prompt.messages, asked) for prompt in prompts}
+
+    def take(self, record: dict[str, Any], failed: bool) -> None:
+        """Keep `record` if it is one of them. Raises `StoreError` for a second model's answer."""
+        teacher, wanted = self._teacher, self._wanted
+        if teacher.asks and wanted is not None and record["key"] not in wanted:
+            return
+        name = messages_key(record["messages"])
+        if not teacher.asks and wanted is not None and name not in wanted:
+            return
+        if failed:
+            self.failed.add(name)
+            return
+        if teacher.model is not None and record["model"] != teacher.model:
+            return
+        before = self.found.get(name)
+        if before is not None and before.model != record["model"]:
+            raise StoreError(
+                f"{self._store}: {before.model!r} and {record['model']!r} both answered the same "
+                "prompt: choose one with teacher.model"
+            )
+        anchor = anchor_of(record, teacher.thoughts)
+        if anchor is None:
+            self.failed.add(name)
+        else:
+            self.found[name] = anchor
 
 
 def read_anchors(path: Path, model: str | None = None) -> dict[str, Anchor]:
@@ -287,20 +267,37 @@ def read_anchors(path: Path, model: str | None = None) -> dict[str, Anchor]:
     """
     if not path.is_file():
         raise StoreError(f"{path}: no such store: collect it with `python -m pujax.collect`")
-    anchors: dict[str, Anchor] = {}
+    anchors = Anchors(path, TeacherConfig(model=model))
     for _, record in read_records(path):
-        if model is not None and record["model"] != model:
-            continue
-        key = messages_key(record["messages"])
-        if key in anchors and anchors[key].model != record["model"]:
-            raise StoreError(
-                f"{path}: {anchors[key].model!r} and {record['model']!r} both answered the same "
-                "prompt: choose one with teacher.model"
-            )
-        anchors[key] = anchor_of(record)
-    return anchors
+        anchors.take(record, False)
+    return anchors.found
 
 
-def anchor_of(record: dict[str, Any]) -> Anchor:
-    """A store's record as training uses it."""
-    return Anchor(record["response"], record["finish_reason"], record["model"])
+def anchor_of(record: dict[str, Any], thoughts: str = "strip") -> Anchor | None:
+    """A store's record as training uses it; None when nothing is left beside a thought."""
+    text = said(record["response"], thoughts)
+    if text is None:
+        return None
+    anchor = Anchor(well_formed(text), record["finish_reason"], record["model"])
+    if anchor.told:
+        return anchor
+    sampling = record.get("sampling")
+    limits = sampling if isinstance(sampling, dict) else {}
+    limit = limits.get("max_tokens") or limits.get("max_completion_tokens")
+    tokens = (record["usage"] or {}).get("completion_tokens")
+    within = limit is None or (tokens is not None and _number(limit) and tokens < limit)
+    return Anchor(anchor.response, anchor.finish_reason, anchor.model, within)
+
+
+def said(response: str, thoughts: str) -> str | None:
+    """The answer without the thought that leads it; None when it is all thought.
+
+    `thoughts` is strip, keep (it is part of the answer) or fail (an answer with one is none). A
+    thought may lack its opening tag, where the template has written that.
+    """
+    if thoughts == "keep" or "think" not in response:
+        return response
+    thought = THOUGHT.fullmatch(response)
+    if thought is None or "<think" in thought[1]:
+        return None if re.match(r"\s*<think(ing)?>", response) else response
+    return (thought[2] or None) if thoughts == "strip" else None

@@ -1,0 +1,129 @@
+"""The anchors of prompts: from the store, and from the teacher where the store lacks them."""
+
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+
+from pujax.errors import ConfigError, StoreError, TeacherError
+from pujax.records import Anchor, Prompt, messages_key
+from pujax.teacher.asking import Tally, ask_all
+from pujax.teacher.plan import Plan, make_plan
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import Anchors, Contents
+from pujax.teacher.writer import AnchorStore
+from pujax.text import printable
+
+
+def collect(
+    prompts: Callable[[], Iterable[Prompt]],
+    teacher: TeacherConfig,
+    store: Path,
+    settings: CollectConfig,
+    *,
+    say: Callable[[str], None] = print,
+    tick: Callable[[Plan, Tally], None] = lambda plan, tally: None,
+    contents: Contents | None = None,
+) -> Tally:
+    """Ask `teacher` for each anchor that `store` lacks and say how many it had and asked.
+
+    `prompts` is called twice: once to check them all and to count, before anything is spent.
+    `contents` is what has been read of the store already. Raises what stopped the run early;
+    everything that was answered by then is in the store.
+    """
+    contents = contents or Contents(store)
+    plan = make_plan(prompts(), teacher, contents, retry_failed=settings.retry_failed)
+    if not plan.to_ask:
+        say(f"{plan.prompts} prompts: had {plan.cached}, asked 0{_left_out(plan.failed)}")
+        return Tally(passed=plan.prompts)
+    if settings.budget.money is not None and plan.cost is None:
+        raise ConfigError(
+            "collect.budget.money needs teacher.price.input and teacher.price.output (a million "
+            "tokens)"
+        )
+    book = AnchorStore(store, contents)
+    for repair in book.repairs:
+        say(repair)
+    book.repairs.clear()
+    try:
+        tally = ask_all(prompts(), teacher, book, settings, lambda tally: tick(plan, tally), say)
+    finally:
+        book.close()
+        for repair in book.repairs:
+            say(repair)
+    failed = sum(tally.failed.values())
+    money = "unknown" if tally.cost is None else f"{tally.cost:.4f}"
+    say(
+        f"{plan.prompts} prompts: had {plan.cached}, asked {tally.asked}: {tally.answered} answered"
+        f", {failed} failed {tally.failed or ''}".rstrip()
+        + f", {tally.unanswered} without an answer; {tally.requests} requests ({tally.retried} "
+        f"failed); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} tokens; cost {money}"
+        + _left_out(plan.failed)
+    )
+    if tally.stopped:
+        left = plan.to_ask - tally.answered - failed
+        why = "an error" if tally.error else tally.stopped  # which is raised, and so said once
+        say(f"stopped: {why}; at most {left} are left: run the same command to go on")
+    if tally.error:
+        raise tally.error
+    if tally.unanswered and not tally.stopped:
+        raise TeacherError(
+            f"{tally.unanswered} prompts have no answer after {settings.retries} retries each (the "
+            f"last: {tally.trouble}): run the same command again"
+        )
+    return tally
+
+
+def _left_out(failed: int) -> str:
+    again = "collect.retry_failed=true asks again"
+    return f"; {failed} failed before ({again})" if failed else ""
+
+
+def anchors_for(
+    prompts: Sequence[Prompt],
+    teacher: TeacherConfig,
+    store: Path,
+    settings: CollectConfig,
+    *,
+    say: Callable[[str], None] = print,
+    remedy: str = "collect them with `python -m pujax.collect`",
+) -> dict[str, Anchor]:
+    """The prompts' anchors by `messages_key`, asking `teacher` for those that `store` lacks.
+
+    Without a teacher to ask (replay) the store alone answers, whatever settings it was collected
+    under. Prompts that the teacher refused, filtered or answered with nothing are left out, and
+    counted aloud. The store is read once.
+
+    Raises `StoreError` naming the prompts that have no anchor, and what `collect` raises.
+    """
+    anchors = Anchors(store, teacher, prompts)
+    if not teacher.asks and not store.is_file():
+        raise StoreError(f"{store}: no such store: {remedy}")
+    contents = Contents(store, anchors.take)
+    found = anchors.found
+    if teacher.asks:
+        collect(lambda: prompts, teacher, store, settings, say=say, contents=contents)
+    else:
+        had = sum(messages_key(prompt.messages) in found for prompt in prompts)
+        say(f"{len(prompts)} prompts: had {had}, asked 0")
+    lacking = [prompt for prompt in prompts if messages_key(prompt.messages) not in found]
+    missing = [p.id for p in lacking if messages_key(p.messages) not in anchors.failed]
+    if missing:
+        some = printable(", ".join(missing[:5])) + (", ..." if len(missing) > 5 else "")
+        raise StoreError(
+            f"{store}: {len(missing)} of {len(prompts)} prompts have no anchor ({some}): {remedy}"
+        )
+    if lacking:
+        say(f"{len(lacking)} prompts are left out: the teacher gave no usable answer")
+    _tell_endings(found.values(), say)
+    return found
+
+
+def _tell_endings(anchors: Iterable[Anchor], say: Callable[[str], None]) -> None:
+    """Say how many anchors don't tell whether they were cut off: it decides over their EOS."""
+    untold = [anchor for anchor in anchors if not anchor.told]
+    if untold:
+        words = sorted({printable(str(anchor.finish_reason), 40) for anchor in untold})
+        ended = sum(anchor.finished for anchor in untold)
+        say(
+            f"{len(untold)} anchors end with the reason {', '.join(words[:5])}, which is unknown: "
+            f"{ended} count as finished, by their number of tokens, the others as cut off"
+        )

@@ -1,0 +1,65 @@
+"""The keys that a teacher's headers need: read from the environment, and kept out of all text."""
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote, quote_plus
+
+from pujax.errors import ConfigError
+from pujax.text import MASKED, printable
+
+LEAST_PART = 8  # characters of a secret that are enough to be kept out of a message
+
+
+class Secrets:
+    """Secrets from the environment, and `clean`, which takes them out of what a server says."""
+
+    def __init__(self) -> None:
+        self._forms: set[str] = set()
+
+    def read(self, variable: str) -> str:
+        """The value of an environment variable, stripped. Raises `ConfigError`, not showing it."""
+        value = os.environ.get(variable, "").strip()
+        if not value:
+            raise ConfigError(f"environment variable {variable} is not set: put the key there")
+        odd = re.search(r"[^\x21-\x7e]", value)
+        if odd and not re.fullmatch("(Bearer|Basic) [\x21-\x7e]+", value):
+            what = "a line break" if odd[0] in "\r\n" else f"the character U+{ord(odd[0]):04X}"
+            raise ConfigError(
+                f"environment variable {variable} holds {what} at position {odd.start()}: put the "
+                "key there alone, in plain ASCII"
+            )
+        for secret in {value, value.split(" ")[-1]}:
+            escaped = (
+                json.dumps(secret)[1:-1],
+                repr(secret)[1:-1],
+                quote(secret),
+                quote(secret, ""),
+            )
+            coded = base64.b64encode(secret.encode()).decode()
+            self._forms |= {secret, *escaped, quote_plus(secret), coded}
+        return value
+
+    def headers(self, settings: Mapping[str, str]) -> dict[str, str]:
+        """The headers as sent: `env:NAME` is the variable's value."""
+        return {
+            name: self.read(value[4:]) if value.startswith("env:") else value
+            for name, value in settings.items()
+        }
+
+    def clean(self, text: str) -> str:
+        """One short printable line of `text`, without secrets, whole, escaped or in parts."""
+        text = text[:4000]
+        hidden = [False] * len(text)
+        for form in self._forms:
+            size = min(LEAST_PART, len(form))
+            for start in range(len(form) - size + 1):
+                part = form[start : start + size]
+                at = text.find(part)
+                while at >= 0:
+                    hidden[at : at + size] = [True] * size
+                    at = text.find(part, at + 1)
+        shown = "".join("\0" if hide else c for c, hide in zip(text, hidden, strict=True))
+        return printable(re.sub("\0+", MASKED, shown))

@@ -1,0 +1,148 @@
+"""Rows of prompts from tables: CSV, Parquet, Hugging Face datasets."""
+
+import csv
+import json
+import string
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import ConfigError, PromptError
+from pujax.teacher.settings import DatasetConfig
+
+COLUMNS = ("prompt", "messages", "instruction", "conversations")
+"""A table has one of them, or what is asked would be its header."""
+
+Rows = Iterator[tuple[str, Mapping[str, Any]]]
+
+
+def csv_rows(path: Path) -> Rows:
+    """The rows of a .csv or .tsv file with their places; empty cells are left out.
+
+    Raises `PromptError`.
+    """
+    tabs = path.suffix.lower() == ".tsv"
+    line = 0
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            rows = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=not tabs)
+            _check_columns(list(rows.fieldnames or ()), f"{path}:1")
+            for row in rows:
+                line = rows.line_num
+                place = f"{path}:{line}"
+                if None in row or None in row.values():
+                    raise PromptError(
+                        f"{place}: not as many cells as the header has: quote cells with separators"
+                    )
+                filled = {name: cell for name, cell in row.items() if cell}
+                for name in ("messages", "conversations"):
+                    if name in filled:
+                        filled[name] = _json(filled[name], name, place)
+                yield place, filled
+    except UnicodeDecodeError as error:
+        raise PromptError(f"{path}: not UTF-8 after line {line}: save it as UTF-8") from error
+    except csv.Error as error:
+        raise PromptError(f"{path}:{line + 1}: not a table ({error}): mend it") from error
+
+
+def parquet_rows(path: Path) -> Rows:
+    """The rows of a .parquet file with their places. Raises `PromptError`."""
+    try:
+        import pyarrow
+        from pyarrow import parquet  # comes with `datasets`
+    except ImportError as error:
+        raise PromptError(f"{path}: reading Parquet needs pyarrow ({error}): install it") from error
+    number = 0
+    try:
+        with parquet.ParquetFile(path) as file:
+            _check_columns(file.schema_arrow.names, str(path))
+            for batch in file.iter_batches():
+                for row in batch.to_pylist():
+                    yield f"{path}[{number}]", row
+                    number += 1
+    except PromptError:
+        raise
+    except (pyarrow.ArrowException, ValueError) as error:
+        raise PromptError(f"{path}: not Parquet ({error}): write it again") from error
+
+
+def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
+    """The rows of a dataset, `columns` and `template` applied, with their places.
+
+    Raises `ConfigError` for a wrong key and `PromptError` for what can't be loaded.
+    """
+    try:
+        settings = DatasetConfig(**mapping)
+    except TypeError as error:
+        known = list(DatasetConfig.__dataclass_fields__)
+        raise ConfigError(f"data.prompts: {error}: its keys are {known}") from error
+    import datasets  # takes a second and 100 MB: only who reads a dataset pays
+
+    try:
+        rows: Any = datasets.load_dataset(
+            settings.dataset,
+            settings.name,
+            split=settings.split,
+            data_files=settings.data_files,
+        )
+    except Exception as error:  # the library raises a dozen types, those of its readers among them
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise PromptError(f"dataset {settings.dataset!r}: {first}") from error
+    start, _, stop = (settings.slice or ":").partition(":")
+    picked = range(len(rows))[int(start) if start else None : int(stop) if stop else None]
+    if not picked:
+        raise PromptError(
+            f"dataset {settings.dataset!r}: no rows in {settings.split}[{settings.slice or ':'}]"
+        )
+    for name in settings.columns.values():
+        if name not in rows.column_names:
+            raise PromptError(
+                f"dataset {settings.dataset!r}: no column {name!r}: it has {rows.column_names}"
+            )
+    ours = ("id", "prompt", "messages", "answer", "kind")
+    for index in picked:
+        row, place = rows[index], f"{settings.dataset}[{index}]"
+        mapped = {name: row.get(settings.columns.get(name, name)) for name in ours}
+        if settings.template is not None:
+            mapped["prompt"], mapped["messages"] = _fill(settings.template, row, place), None
+        yield place, {**row, **mapped}
+
+
+def _fill(template: str, row: Mapping[str, Any], place: str) -> str:
+    """`template` with each {column} as it stands in `row`: nothing else is allowed in braces."""
+    filled = []
+    try:
+        for text, column, form, conversion in string.Formatter().parse(template):
+            filled.append(text)
+            if column is None:
+                continue
+            if column not in row or form or conversion:
+                raise PromptError(
+                    f"{place}: template names {column!r}: the columns are {list(row)}, each as "
+                    "{column} alone"
+                )
+            if row[column] is None:
+                raise PromptError(f"{place}: template names {column!r}, which is null here")
+            filled.append(str(row[column]))
+    except ValueError as error:
+        if isinstance(error, PromptError):
+            raise
+        raise PromptError(
+            f"data.prompts.template={template!r}: {error}: write {{{{ and }}}} for braces"
+        ) from error
+    return "".join(filled)
+
+
+def _check_columns(names: list[str], place: str) -> None:
+    if not set(COLUMNS) & set(names):
+        raise PromptError(
+            f"{place}: the columns are {names}: name one `prompt` (and others `answer`, `kind`, "
+            "`id`)"
+        )
+
+
+def _json(cell: str, name: str, place: str) -> Any:
+    try:
+        return json.loads(cell)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(f"{place}: `{name}` is not JSON ({error}): mend it") from error

@@ -1,0 +1,317 @@
+"""The store of anchors, as it is written: by several processes at once, and losing nothing.
+
+The lock file's bytes are what processes lock (POSIX record locks, which the kernel drops when a
+process dies): byte 0 to append, and byte 1 + a number from the key while that key is being asked,
+so two processes never ask for the same answer.
+"""
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import StoreError
+from pujax.teacher.store import TAIL, Contents, Mark, digest, failures_path, parse
+
+BALLAST = 1 << 20  # bytes set aside on the disk for the answers in flight when it is full
+
+
+class AnchorStore:
+    """The anchors in `path`, open for collecting by this process and others at the same time.
+
+    Opening mends a torn tail; `repairs` tells of it, and of what was put back after another program
+    had replaced the file, as an editor's save does. One process opens a store once: its record
+    locks are the process's own.
+    """
+
+    def __init__(self, path: Path, contents: Contents | None = None) -> None:
+        self.path = path
+        self.contents = contents or Contents(path)
+        self.repairs: list[str] = []
+        self.full = False
+        self._lock_path = path.with_name(path.name + ".lock")
+        self._files: dict[Path, int] = {}
+        self._marks: dict[Path, Mark] = {}
+        self._claims: set[str] = set()
+        self._threads = threading.Lock()  # answers are written by a thread of their own
+        self._replaced = False
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._lock = _open(self._lock_path)
+            self._ballast = _unnamed(path.parent)
+            self._journal = _unnamed(path.parent)  # this process's lines, should the file lose them
+            with contextlib.suppress(OSError):  # a disk that is full already
+                os.write(self._ballast, bytes(BALLAST))
+            with self._locked():
+                self._files[path] = _open(path)
+                for file in (path, failures_path(path)):
+                    if file.exists():
+                        self._mend(file)
+            _sync_folder(path.parent)
+        except OSError as error:
+            raise StoreError(
+                f"{path}: can't open the store for writing: {error.strerror}: choose another "
+                "`store`, or mend the permissions"
+            ) from error
+        try:
+            self.refresh()
+        except StoreError:
+            self._let_go()
+            raise
+
+    def close(self) -> None:
+        """Let go of the files and of every claim, once this process's answers are all in place."""
+        try:
+            with self._locked():
+                if self._is_replaced():
+                    self._put_back()
+        except OSError as error:
+            raise StoreError(f"{self.path}: can't write: {error.strerror}") from error
+        finally:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        for descriptor in (*self._files.values(), self._lock, self._ballast, self._journal):
+            os.close(descriptor)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        while True:
+            self._keep_lock()
+            fcntl.lockf(self._lock, fcntl.LOCK_EX, 1, 0)
+            if _is_at(self._lock, self._lock_path):
+                break
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, 0)
+
+    def _keep_lock(self) -> None:
+        """Where the lock file was deleted or replaced, claim in the new one what is claimed."""
+        with self._threads:
+            if _is_at(self._lock, self._lock_path):
+                return
+            old, self._lock = self._lock, _open(self._lock_path)
+            os.close(old)
+            for key in self._claims:
+                with contextlib.suppress(OSError):
+                    _claim(self._lock, key)
+
+    def _mend(self, file: Path) -> None:
+        """End the file with a whole line: under the lock nobody is in the middle of writing one."""
+        descriptor = self._descriptor(file)
+        size = os.fstat(descriptor).st_size
+        tail, start = b"", size
+        while start and b"\n" not in tail:
+            start = max(0, start - 65536)
+            tail = os.pread(descriptor, size - start, start)
+        torn = tail[tail.rfind(b"\n") + 1 :]
+        if not torn:
+            return
+        with contextlib.suppress(StoreError):
+            parse(torn, str(file))
+            os.write(descriptor, b"\n")
+            os.fsync(descriptor)
+            self.repairs.append(f"{file}: ended the last record, which lacked its newline")
+            return
+        os.ftruncate(descriptor, size - len(torn))
+        os.fsync(descriptor)
+        self.repairs.append(f"{file}: cut off a torn last line of {len(torn)} bytes, to ask again")
+
+    def _descriptor(self, file: Path) -> int:
+        """The open file; most stores never have failures, so theirs is made when one comes."""
+        if file not in self._files:
+            self._files[file] = _open(file)
+            _sync_folder(file.parent)
+        return self._files[file]
+
+    def refresh(self) -> None:
+        """Take in what this process and others have written since the last time."""
+        with self._threads:
+            self._replaced = not self.contents.refresh() or self._replaced
+
+    def claim(self, key: str) -> bool:
+        """Whether this process may ask for `key`: False while another one is asking."""
+        self._keep_lock()
+        try:
+            _claim(self._lock, key)
+        except (BlockingIOError, PermissionError):
+            return False
+        except OSError as error:
+            raise StoreError(f"{self.path}: no file locks here: {error.strerror}") from error
+        self._claims.add(key)
+        return True
+
+    def release(self, key: str) -> None:
+        """Give up the claim on `key`."""
+        self._claims.discard(key)
+        fcntl.lockf(self._lock, fcntl.LOCK_UN, 1, _claim_byte(key))
+
+    def append(self, records: Sequence[dict[str, Any]]) -> None:
+        """Put the records on the disk: a `reason` sends one to the failures. Returns after fsync.
+
+        When the disk is full the space set aside for this moment is used, and `full` becomes true.
+        Raises `StoreError` when even that does not help; whole lines stay, nothing torn does.
+        """
+        file = self.path
+        try:
+            with self._locked():
+                if self._is_replaced():
+                    self._put_back()
+                for file in (self.path, failures_path(self.path)):
+                    failures = file != self.path
+                    lines = [
+                        _line(record) for record in records if ("reason" in record) == failures
+                    ]
+                    if lines:
+                        self._add(file, b"".join(lines))
+                if self._is_replaced():
+                    self._put_back()
+        except OSError as error:
+            raise StoreError(
+                f"{file}: can't write: {error.strerror}: make room, run the same command again"
+            ) from error
+
+    def _add(self, file: Path, data: bytes) -> None:
+        descriptor = self._descriptor(file)
+        self._write(descriptor, data)
+        os.fsync(descriptor)
+        with contextlib.suppress(OSError):  # a full disk has had what matters more
+            os.write(self._journal, b"\n" + data)
+        found = os.fstat(descriptor)
+        inode = (found.st_dev, found.st_ino)
+        self._marks[file] = Mark(found.st_size, inode=inode, tail=data[-TAIL:])
+
+    def _write(self, descriptor: int, data: bytes) -> None:
+        start = os.fstat(descriptor).st_size
+        written, freed = 0, False
+        try:
+            while written < len(data):
+                try:
+                    written += os.write(descriptor, data[written:])
+                except OSError as error:
+                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or freed:
+                        raise
+                    freed = True
+                    os.ftruncate(self._ballast, 0)
+            self.full = self.full or freed
+        finally:
+            if written < len(data):
+                os.ftruncate(descriptor, start + data[:written].rfind(b"\n") + 1)
+
+    def _is_replaced(self) -> bool:
+        """Whether another program has put something else in place of a file or into it."""
+        return self._replaced or not all(
+            _is_at(descriptor, file) and self._marks.get(file, Mark()).stands(descriptor)
+            for file, descriptor in self._files.items()
+        )
+
+    def _put_back(self) -> None:
+        """Take up the files that are there now and add what they lack of this process's answers."""
+        _wait_until_still(self.path)
+        for descriptor in self._files.values():
+            os.close(descriptor)
+        self._files.clear()
+        self._marks.clear()
+        self._descriptor(self.path)
+        for file in (self.path, failures_path(self.path)):
+            if file.exists():
+                self._mend(file)
+        ours = self._written()
+        try:
+            contents = Contents(self.path, self.contents.take)
+        except StoreError as error:
+            kept = self.path.with_name(f"{self.path.stem}.kept{self.path.suffix}")
+            kept.write_bytes(b"".join(raw for raw, _, _ in ours))
+            raise StoreError(
+                f"{error}; another program wrote this while collecting: the {len(ours)} answers of "
+                f"this run are in {kept}"
+            ) from error
+        lost = 0
+        for raw, key, failed in ours:
+            if key not in (contents.failed if failed else contents.answered):
+                file = failures_path(self.path) if failed else self.path
+                self._write(self._descriptor(file), raw)
+                lost += 1
+        for descriptor in self._files.values():
+            os.fsync(descriptor)
+        contents.refresh()
+        with self._threads:
+            self.contents, self._replaced = contents, False
+        self.repairs.append(
+            f"{self.path}: another program replaced it while collecting; {lost} answers of this "
+            "run were lost with that and have been put back"
+        )
+
+    def _written(self) -> list[tuple[bytes, bytes, bool]]:
+        """Each line that this process wrote, with its digest and whether it is a failure."""
+        with open(os.dup(self._journal), "rb") as lines:
+            lines.seek(0)
+            found = []
+            for raw in lines:
+                with contextlib.suppress(StoreError):  # a line that found no room in the journal
+                    record = parse(raw, "")
+                    found.append((raw, digest(record["key"]), "reason" in record))
+        os.lseek(self._journal, 0, os.SEEK_END)
+        return found
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def _unnamed(folder: Path) -> int:
+    """A file without a name: its space comes back when the process ends, however it ends."""
+    descriptor, name = tempfile.mkstemp(dir=folder)
+    os.unlink(name)
+    return descriptor
+
+
+def _is_at(descriptor: int, path: Path) -> bool:
+    """Whether the open file is the one that has this name."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
+def _wait_until_still(path: Path) -> None:
+    """Wait, a few seconds at most, until nobody writes the file: not every save is at once."""
+    before = -1
+    for _ in range(20):
+        size = path.stat().st_size if path.exists() else 0
+        if size == before:
+            return
+        before = size
+        time.sleep(0.2)
+
+
+def _sync_folder(path: Path) -> None:
+    """Make the names of new files durable too."""
+    folder = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _claim(lock: int, key: str) -> None:
+    fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, _claim_byte(key))
+
+
+def _claim_byte(key: str) -> int:
+    return 1 + int(key[:15], 16)
+
+
+def _line(record: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(record, ensure_ascii=False).encode() + b"\n"
+    except UnicodeEncodeError:  # a lone surrogate: legal in JSON, not in UTF-8
+        return json.dumps(record).encode() + b"\n"

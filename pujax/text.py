@@ -1,0 +1,117 @@
+"""Text from outside: what UTF-8 holds, what a terminal may get, and what must not be shown."""
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import parse_qsl, urlsplit
+
+MASKED = "***"
+
+HARMLESS_HEADERS = frozenset(
+    {
+        "accept",
+        "accept-language",
+        "anthropic-beta",
+        "anthropic-version",
+        "content-type",
+        "http-referer",
+        "openai-organization",
+        "openai-project",
+        "referer",
+        "user-agent",
+        "x-title",
+    }
+)
+"""Headers whose values may stand in a file; every other header's comes from the environment."""
+
+_SECRET_NAME = re.compile(
+    r"api[-_]?key|secret|passw|credential|authorization|cookie|signature|private[-_]?key"
+    r"|(^|[-_])(access|token|key|sig|auth|bearer|pat)$",
+    re.IGNORECASE,
+)
+_SECRET_VALUE = re.compile(
+    r"(?i:bearer|basic) \S{8,}|(sk-|ghp_|gho_|github_pat_|hf_|xox[abp]-|AIza|eyJ)[\w.-]{16,}"
+)
+_USER = re.compile(r"(?<=://)[^/@\s]+@")
+_SURROGATES = re.compile("[\ud800-\udfff]")
+LEAST_SECRET = 8
+"""Characters: an environment variable shorter than this would be found in any text."""
+
+
+def surrogate_at(text: str) -> int | None:
+    """Where `text` has half of a surrogate pair, which UTF-8 can't hold; None when it has none."""
+    found = _SURROGATES.search(text)
+    return found.start() if found else None
+
+
+def well_formed(text: str) -> str:
+    """`text` with U+FFFD for each half of a surrogate pair."""
+    return _SURROGATES.sub("\ufffd", text)
+
+
+def printable(text: str, limit: int = 300) -> str:
+    r"""One line of `text`, at most `limit` characters: no control character reaches a terminal.
+
+    >>> printable("red \x1b[31m\nalert")
+    'red \\x1b[31m alert'
+    """
+    line = " ".join(text[: 4 * limit].split())
+    shown = (c if c.isprintable() else c.encode("unicode_escape").decode() for c in line)
+    return "".join(shown)[:limit]
+
+
+def secret_name(name: str) -> bool:
+    """Whether what has this name is secret: OPENAI_API_KEY is, max_tokens and key_env are not."""
+    return bool(_SECRET_NAME.search(name)) and not name.lower().endswith("_env")
+
+
+def secret_value(text: str) -> str | None:
+    """Why `text` looks secret: it has the form of a key, or holds an environment's secret."""
+    for name, value in os.environ.items():
+        value = value.strip()
+        if secret_name(name) and len(value) >= LEAST_SECRET and value in text:
+            return f"the value of the environment variable {name}"
+    return "what looks like a key" if _SECRET_VALUE.fullmatch(text) else None
+
+
+def secret_query(url: str) -> str | None:
+    """The name of the first part of a URL's query that looks secret."""
+    query = parse_qsl(urlsplit(url).query, keep_blank_values=True)
+    return next((name for name, _ in query if secret_name(name) or name == "code"), None)
+
+
+def mask(value: Any, name: str = "") -> Any:
+    """`value`, settings or text, as it may be written or printed: what is secret becomes ***.
+
+    Secret is what stands under a secret's name, headers that are neither harmless nor `env:NAME`,
+    passwords and keys in a URL, and the value of each secret of the environment.
+    """
+    if isinstance(value, Mapping):
+        if name == "headers":
+            return {key: _header(str(key), part) for key, part in value.items()}
+        return {key: mask(part, str(key)) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [mask(part, name) for part in value]
+    if not isinstance(value, str):
+        return value
+    if secret_name(name) or _SECRET_VALUE.fullmatch(value):
+        return MASKED
+    for variable, secret in os.environ.items():
+        secret = secret.strip()
+        if secret_name(variable) and len(secret) >= LEAST_SECRET:
+            value = value.replace(secret, MASKED)
+    if "://" in value:
+        value = _USER.sub(f"{MASKED}@", value)
+        value = re.sub(
+            r"([?&])([^=&#\s]+)=([^&#\s]+)",
+            lambda found: f"{found[1]}{found[2]}={MASKED if secret_name(found[2]) else found[3]}",
+            value,
+        )
+    return value
+
+
+def _header(name: str, value: Any) -> Any:
+    if isinstance(value, str) and value.startswith("env:"):
+        return value
+    return mask(value) if name.casefold() in HARMLESS_HEADERS else MASKED
