@@ -19,6 +19,14 @@ class ChatError(ConfigError):
     """A tokenizer, a template or a conversation is wrong; the message names the remedy."""
 
 
+class DiskError(PujaxError, OSError):
+    """A file or folder can't be written; the message names it, the reason and the remedy."""
+
+
+class RecordError(PujaxError, ValueError):
+    """A line of a run's own records can't be read; the message names file, line and remedy."""
+
+
 class PromptError(PujaxError, ValueError):
     """A prompt can't be read; the message names where it stands and the remedy."""
 

@@ -1,31 +1,106 @@
 """`pujax generate`: answers from a run, a Hugging Face directory or a GGUF file."""
 
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from io import TextIOWrapper
+from itertools import chain, islice
+from pathlib import Path
 
+from pujax.errors import ConfigError, require
 from pujax.run.commands import command
-from pujax.run.settings import GenerateConfig
+
+BATCH = 8  # prompts of standard input that are answered at once
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Everything `python -m pujax.generate` is told; prompts come from stdin without `prompt`.
+
+    Without `system` a run's model gets the system message that it was trained with.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    prompt: str | None = None
+    system: str | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        require(
+            (self.run is None) != (self.model is None),
+            "run",
+            self.run,
+            "set either run=DIRECTORY or model=PATH",
+        )
+        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
+        require(self.temperature >= 0, "temperature", self.temperature, "0 is greedy, or positive")
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
 
 
 def run(settings: GenerateConfig) -> None:
-    """Print an answer to `prompt`, or one to each line of standard input."""
+    """Print an answer to `prompt`, or one to each line of standard input, in their order."""
+    # Before the first print: what a terminal's encoding lacks is written as an escape.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    answer(settings)
+
+
+def answer(settings: GenerateConfig) -> None:
+    """Answer as `settings` say. Raises `PujaxError` for what can't be."""
+    from pujax.run.finished import finished_run
     from pujax.run.generator import Generator  # jax with it: --help does not need that
 
-    prompts = [settings.prompt] if settings.prompt is not None else list(sys.stdin)
-    conversations = []
-    for prompt in prompts:
-        system = [{"role": "system", "content": settings.system}] if settings.system else []
-        conversations.append([*system, {"role": "user", "content": prompt.rstrip("\n")}])
-    for answer in Generator.load(settings.model or settings.run or "").answer(
-        conversations,
-        max_tokens=settings.max_tokens,
-        temperature=settings.temperature,
-        top_k=settings.top_k,
-        top_p=settings.top_p,
-        seed=settings.seed,
-    ):
-        print(answer.text)
-        if not answer.finished:
-            print(f"[cut at max_tokens={settings.max_tokens}]", file=sys.stderr)
+    source, system = str(settings.model), settings.system
+    if settings.run is not None:
+        run = finished_run(Path(settings.run).expanduser())
+        source = str(run.model)
+        system = run.system if system is None else system
+    if settings.prompt is not None:
+        prompts, size = iter([settings.prompt]), 1
+    else:
+        # Who types waits for the answer; a file is answered by the batch.
+        prompts, size = lines(), 1 if sys.stdin.isatty() else BATCH
+    first = list(islice(prompts, size))
+    if not first:
+        raise ConfigError("standard input is empty: set prompt=TEXT, or give one prompt a line")
+    generator = Generator.load(source)
+    batches = chain([first], iter(lambda: list(islice(prompts, size)), []))
+    turns = [] if system is None else [{"role": "system", "content": system}]
+    for number, batch in enumerate(batches):
+        full = batch + batch[:1] * (size - len(batch))  # batches of one size compile once
+        replies = generator.answer(
+            [[*turns, {"role": "user", "content": prompt}] for prompt in full],
+            max_tokens=settings.max_tokens,
+            temperature=settings.temperature,
+            top_k=settings.top_k,
+            top_p=settings.top_p,
+            seed=settings.seed + number,
+        )
+        for reply in replies[: len(batch)]:
+            print(reply.text, flush=True)
+            if not reply.finished:
+                print(f"[cut at max_tokens={settings.max_tokens}]", file=sys.stderr)
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input. Raises `ConfigError` naming one that is not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"standard input, line {number}: not UTF-8 ({error.reason} at byte "
+                f"{error.start + 1}): convert it first, as with `iconv -f latin1 -t utf-8`"
+            ) from error
+        yield text.rstrip("\r\n")
 
 
 main = command("generate", GenerateConfig, run, folder="tools")

@@ -10,7 +10,6 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-
 from pujax.chat import Chat
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "quickstart"

@@ -1,37 +1,28 @@
 """Tokenizer and chat template: messages to token ids and text back, along one path.
 
-`Chat.load` takes the sources of `pujax.files.weights.load`. A GGUF file's tokenizer is rebuilt
-from its metadata with the `tokenizers` library; torch is never needed.
+`Chat.load` takes the sources of `pujax.files.weights.load`; torch is never needed, and no code
+that comes with a model is run.
 """
 
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from datetime import datetime
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pujax.errors import ChatError
-from pujax.files import gguf
+from pujax.files import gguf, tokenizers
+from pujax.files.durable import on_disk, write_whole
 from pujax.files.locate import locate
-from pujax.files.tokenizers import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    PRE_TOKENIZERS,
-    PROBE,
-    UNUSED,
-    USER_DEFINED,
-    scores_of,
-    tokenizer_of,
-)
-from pujax.files.weights import gguf_eos_ids, hf_settings
+from pujax.files.safetensors import read_settings
 from pujax.types import Frames
 
 Message = dict[str, str]
@@ -71,19 +62,19 @@ class Chat:
         if local.is_file():
             return cls.from_gguf(gguf.read(local))
         tokenizer = _from_directory(local)
-        settings = hf_settings(local)
+        settings = read_settings(local)
         eos = settings.get("eos_token_id")
         eos = [] if eos is None else eos if isinstance(eos, list) else [eos]
         vocab = settings.get("vocab_size", len(tokenizer))
         _check_vocab(local, tokenizer, vocab)
-        return cls(tokenizer, os.fspath(path), _endings(local, tokenizer, eos), vocab)
+        return _checked(cls(tokenizer, os.fspath(path), _endings(local, tokenizer, eos), vocab))
 
     @classmethod
     def from_gguf(cls, file: gguf.GgufFile) -> "Chat":
         """The chat in a GGUF file's metadata. Raises `ChatError` for an unknown tokenizer."""
-        tokenizer = tokenizer_of(file)
-        endings = _endings(file.path, tokenizer, list(gguf_eos_ids(file)))
-        return cls(tokenizer, str(file.path), endings, len(file.metadata["tokenizer.ggml.tokens"]))
+        tokenizer = tokenizers.from_gguf(file)
+        endings = _endings(file.path, tokenizer, list(file.eos_ids()))
+        return _checked(cls(tokenizer, str(file.path), endings, len(file.vocabulary()[0])))
 
     def render(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation, as `apply_chat_template` makes them.
@@ -97,19 +88,7 @@ class Chat:
 
     def render_text(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """The text whose tokens `render` returns."""
-        if not self.tokenizer.chat_template:
-            raise ChatError(
-                f"{self.source}: the tokenizer has no chat template: use the model's instruct "
-                "version, or put a chat_template.jinja beside its tokenizer.json"
-            )
-        try:
-            text = self.tokenizer.apply_chat_template(
-                list(messages), tokenize=False, add_generation_prompt=add_generation_prompt
-            )
-        except jinja2.TemplateError as error:
-            raise ChatError(f"{self.source}: the chat template refuses this: {error}") from error
-        assert isinstance(text, str)
-        return text
+        return _rendered(self.tokenizer, self.source, messages, add_generation_prompt)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text as it stands; names of special tokens in it become those tokens."""
@@ -140,7 +119,9 @@ class Chat:
         """The constant pieces of reference and rating prompts."""
         _, reference_tail = self._split([], REFERENCE)
         _, rest = self._split([], JUDGE)
-        middle, _, judge_tail = rest.partition("{y}")
+        middle, found, judge_tail = rest.partition("{y}")
+        if not found:
+            raise self._changed()
         return Frames(
             reference_tail=np.array(self.encode(reference_tail), np.int32),
             judge_middle=np.array(self.encode(middle), np.int32),
@@ -150,8 +131,12 @@ class Chat:
         )
 
     def save(self, directory: str | os.PathLike[str]) -> None:
-        """Write the tokenizer and its chat template so that `AutoTokenizer` loads them."""
-        self.tokenizer.save_pretrained(os.fspath(directory))
+        """Write the tokenizer and its chat template so that `AutoTokenizer` loads them.
+
+        Raises `DiskError`.
+        """
+        with on_disk(Path(directory)):
+            self.tokenizer.save_pretrained(os.fspath(directory))
         # In words that transformers 4, and so vLLM, reads too; 5 reads both.
         path = Path(directory) / "tokenizer_config.json"
         settings = json.loads(path.read_text(encoding="utf-8"))
@@ -161,80 +146,37 @@ class Chat:
             settings["tokenizer_class"] = "PreTrainedTokenizerFast"
         if isinstance(settings.get("extra_special_tokens"), list):
             settings["additional_special_tokens"] = settings.pop("extra_special_tokens")
-        path.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+        text = json.dumps(settings, indent=2, ensure_ascii=False) + "\n"
+        write_whole(path, text.encode("utf-8", "surrogatepass"))
 
-    def gguf_metadata(self) -> dict[str, Any]:
-        """The tokenizer in GGUF's words, keys without their "tokenizer.ggml." or "tokenizer.".
-
-        Raises `ChatError` for a tokenizer whose way to cut text into words llama.cpp has no name
-        for.
-        """
-        backend = self.tokenizer.backend_tokenizer
-        bpe = json.loads(backend.to_str())["model"]
-        if bpe["type"] != "BPE":
-            raise ChatError(f"{self.source}: GGUF export of a {bpe['type']} tokenizer is not known")
-        merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in bpe["merges"]]
-        kind = "llama" if bpe["byte_fallback"] else "gpt2"
-
-        tokens = [f"[PAD{i}]" for i in range(self.vocab)]
-        kinds = [UNUSED] * self.vocab
-        for token, i in bpe["vocab"].items():
-            byte = kind == "llama" and re.fullmatch("<0x[0-9A-F]{2}>", token)
-            tokens[i], kinds[i] = token, BYTE if byte else NORMAL
-        for i, added in self.tokenizer.added_tokens_decoder.items():
-            if i < self.vocab:
-                tokens[i], kinds[i] = added.content, CONTROL if added.special else USER_DEFINED
-                if kind == "llama" and not added.special:
-                    tokens[i] = added.content.replace("▁", " ")
-        metadata = {"model": kind, "tokens": tokens, "token_type": kinds}
-        if kind == "llama":
-            first = backend.normalizer.normalize_str("a") if backend.normalizer else "a"
-            metadata |= {
-                "pre": "default",
-                "scores": scores_of(tokens, merges),
-                "add_space_prefix": first != "a",
-            }
-        else:
-            metadata |= {
-                "pre": self._pre_tokenizer(),
-                "merges": [" ".join(pair) for pair in merges],
-                "add_space_prefix": False,
-            }
-        begun = backend.encode("a").ids[0] == self.tokenizer.bos_token_id
-        metadata |= {"add_bos_token": begun, "eos_token_id": self.eos_ids[0]}
-        for key, i in (
-            ("bos", self.tokenizer.bos_token_id),
-            ("padding", self.tokenizer.pad_token_id),
-            ("unknown", self.tokenizer.unk_token_id),
-        ):
-            if i is not None:
-                metadata[f"{key}_token_id"] = i
-        if self.tokenizer.chat_template:
-            metadata["chat_template"] = self.tokenizer.chat_template
-        return metadata
-
-    def _pre_tokenizer(self) -> str:
-        """llama.cpp's name for how this tokenizer cuts text: the one that cuts a probe alike."""
-        own = self.tokenizer.backend_tokenizer.pre_tokenizer
-        for name, build in PRE_TOKENIZERS.items():
-            if own is not None and own.pre_tokenize_str(PROBE) == build().pre_tokenize_str(PROBE):
-                return name
-        raise ChatError(
-            f"{self.source}: llama.cpp's name for this pre-tokenizer is not known (only "
-            f"{sorted(PRE_TOKENIZERS)}): export format=hf and convert that with llama.cpp"
+    def to_gguf(self) -> dict[str, Any]:
+        """The tokenizer as GGUF metadata. Raises `ChatError` where llama.cpp has no name for it."""
+        return tokenizers.to_gguf(
+            self.tokenizer, source=self.source, vocab=self.vocab, eos_id=self.eos_ids[0]
         )
 
     def _split(self, before: Sequence[Message], content: str) -> tuple[str, str]:
         """The rendered text on both sides of the last "{a}" in the user's `content`."""
         text = self.render_text([*before, {"role": "user", "content": content}])
-        head, _, tail = text.rpartition("{a}")
+        head, found, tail = text.rpartition("{a}")
+        if not found:
+            raise self._changed()
         return head, tail
+
+    def _changed(self) -> ChatError:
+        return ChatError(
+            f"{self.source}: the chat template drops or changes what the user says, so no "
+            "reference answer can be shown: use a template for plain text"
+        )
 
     def _ids(self, text: str, *, specials_are_text: bool) -> list[int]:
         backend = self.tokenizer.backend_tokenizer
         # The backend remembers this choice from call to call, so every call makes it.
         backend.encode_special_tokens = specials_are_text
-        ids = backend.encode(text, add_special_tokens=False).ids
+        try:
+            ids = backend.encode(text, add_special_tokens=False).ids
+        except TypeError as error:  # half a pair of surrogates, which UTF-8 can't hold
+            raise ChatError(f"text that is not Unicode: {ascii(text)[:80]}: mend it") from error
         if ids and max(ids) >= self.vocab:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise ChatError(
@@ -246,11 +188,12 @@ class Chat:
 
 def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     try:
-        tokenizer = AutoTokenizer.from_pretrained(directory)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+        # Said outright: unsaid, transformers asks on standard input whether to run foreign code.
+        tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=False)
+    except Exception as error:  # what a damaged file makes the libraries raise is their own
         raise ChatError(
-            f"{directory}: no tokenizer to be had ({error}): it needs tokenizer.json and "
-            "tokenizer_config.json"
+            f"{directory}: no tokenizer to be had ({_line(error)}): it needs tokenizer.json and "
+            "tokenizer_config.json, and no code of its own"
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ChatError(f"{directory}: the tokenizer has no tokenizer.json: save it as a fast one")
@@ -278,13 +221,105 @@ def _endings(source: Path, tokenizer: PreTrainedTokenizerFast, eos: list[int]) -
     known = [*eos, *(i for i in [tokenizer.eos_token_id] if i is not None)]
     if not known:
         raise ChatError(f"{source}: no EOS id: set eos_token_id in generation_config.json")
-    if tokenizer.chat_template:
+    if _template(tokenizer, str(source)):
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         try:
-            text = str(tokenizer.apply_chat_template(turns, tokenize=False))
-        except jinja2.TemplateError:
+            text = _rendered(tokenizer, str(source), turns, False)
+        except ChatError:
             text = ""  # a template that refuses this much is refused when it is used
         after = text.rpartition("ANSWER")[2]
         ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
         known = [*(i for i in ids if i in known), *known]
     return tuple(dict.fromkeys(known))
+
+
+# ---------------------------------------------------------------------- templates
+
+
+def _template(tokenizer: PreTrainedTokenizerFast, source: str) -> str | None:
+    """The chat template, the default one where there are several."""
+    template = tokenizer.chat_template
+    if not isinstance(template, dict):
+        return template
+    if "default" not in template:
+        raise ChatError(
+            f"{source}: of its chat templates {', '.join(sorted(template))} none is called "
+            "default: name one so"
+        )
+    return template["default"]
+
+
+def _rendered(
+    tokenizer: PreTrainedTokenizerFast, source: str, messages: Sequence[Message], prompted: bool
+) -> str:
+    template = _template(tokenizer, source)
+    if not template:
+        raise ChatError(
+            f"{source}: the tokenizer has no chat template: use the model's instruct version, or "
+            "put a chat_template.jinja beside its tokenizer.json"
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            list(messages),
+            chat_template=_dated(template),
+            tokenize=False,
+            add_generation_prompt=prompted,
+        )
+    except Exception as error:  # a template is a program: it may raise anything
+        raise ChatError(f"{source}: the chat template refuses this: {_line(error)}") from error
+    assert isinstance(text, str)
+    return text
+
+
+def _checked(chat: Chat) -> Chat:
+    """`chat`, with what is odd about its template said once."""
+    template = _template(chat.tokenizer, chat.source)
+    if not template:
+        return chat
+    if _NOW in template:
+        _say(
+            f"{chat.source}: the chat template writes today's date into prompts: tokens are not "
+            "those of another day"
+        )
+    try:
+        opened = chat.render_text([{"role": "user", "content": "Q"}])
+    except ChatError:
+        return chat  # refused when it is used
+    if re.search(r"<think>\s*$", opened):
+        _say(
+            f"{chat.source}: the chat template opens <think> before the answer, so answers without "
+            "a thought are trained as thoughts: use a template that does not"
+        )
+    return chat
+
+
+_NOW = "strftime_now"
+
+_CODES = [f"%-{code}" for code in "dmHIMSjy"] + [
+    f"%{code}" for code in "aAbBcdfHIjmMpSxXyYZzFTDeu%"
+]
+
+
+@lru_cache
+def _dated(template: str) -> str:
+    """The template with one date for as long as the process lives.
+
+    A day that ends during a run would otherwise change its prompts. Templates see plain data
+    alone, so what they call is replaced by a macro that knows each code's value.
+    """
+    if _NOW not in template:
+        return template
+    values = {code: datetime.now().strftime(code) for code in _CODES}
+    filled = "".join(f"|replace({code!r}, {value!r})" for code, value in values.items())
+    # The newline is dropped with the tag, so that the template still starts a line.
+    return f"{{% macro {_NOW}(format) %}}{{{{ format{filled} }}}}{{% endmacro %}}\n{template}"
+
+
+@lru_cache
+def _say(text: str) -> None:
+    """Tell the user, once in a process."""
+    print(f"pujax: {text}", file=sys.stderr)
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,30 +1,30 @@
 """Files that a crash leaves whole: written at once, and lines whose torn tail is left out."""
 
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from pujax.errors import DiskError, RecordError
+
 Line = dict[str, Any]
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # what a file system says that can't flush a folder
 
 
 def read_jsonl(path: Path) -> list[Line]:
     """The objects of a JSONL file. A torn last line, one without its newline, is left out.
 
-    Raises ValueError naming file and line for any other line that isn't a JSON object.
+    Raises `RecordError` naming file and line for any other line that isn't a JSON object.
     """
     return [line for line, _ in whole_lines(path)]
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write `content` to `path` at once: after a crash it holds the old bytes or the new."""
-    beside = path.with_name(f".{path.name}.new")
-    with beside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    beside.replace(path)
 
 
 def whole_lines(path: Path) -> Iterator[tuple[Line, bytes]]:
@@ -33,8 +33,85 @@ def whole_lines(path: Path) -> Iterator[tuple[Line, bytes]]:
     for number, raw in enumerate(lines, 1):
         try:
             line = json.loads(raw)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: not JSON ({error}): remove this line") from error
+        except (ValueError, RecursionError) as error:
+            raise RecordError(f"{path}:{number}: not JSON ({error}): remove this line") from error
         if not isinstance(line, dict):
-            raise ValueError(f"{path}:{number}: not a JSON object: remove this line")
+            raise RecordError(f"{path}:{number}: not a JSON object: remove this line")
         yield line, raw
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """Write `content` to `path` at once: after a crash it holds the old bytes or the new.
+
+    Raises `DiskError` when it can't be written; what was at `path` is still there then.
+    """
+    with written_whole(path) as beside:
+        beside.write_bytes(content)
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """A name beside `path` to write a file to, which takes its place when the block ends.
+
+    Nothing is left at that name when the block fails. Raises `DiskError` as `write_whole` does,
+    also for an OSError in the block.
+    """
+    beside = path.with_name(f".{path.name}.new")
+    with on_disk(path):
+        if beside.is_dir():
+            raise IsADirectoryError(errno.EISDIR, f"{beside} is a folder", str(beside))
+        try:
+            yield beside
+            flush(beside)
+            beside.replace(path)
+        finally:
+            beside.unlink(missing_ok=True)
+        flush(path.parent)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if path.is_file() or error.errno not in _NO_FSYNC:
+            raise
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def on_disk(path: Path) -> Iterator[None]:
+    """Say what an OSError within the block means for `path`, in one line, as `DiskError`."""
+    try:
+        yield
+    except DiskError:
+        raise
+    except Exception as error:
+        number, reason = _errno(error), str(error)
+        if number is None and not isinstance(error, OSError):
+            raise
+        if number is not None:
+            reason = os.strerror(number)
+        raise DiskError(f"{path} can't be written ({reason}): {_remedy(number)}") from error
+
+
+def _errno(error: Exception) -> int | None:
+    """The operating system's number of an error; libraries in Rust have it in their words."""
+    if isinstance(error, OSError):
+        return error.errno
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    return int(told[1]) if told else None
+
+
+def _remedy(number: int | None) -> str:
+    if number in _FULL:
+        return "make room on its disk and start the same command again"
+    if number in _FORBIDDEN:
+        return "choose a place that you may write to"
+    if number == errno.ENOENT:
+        return "make the folder that it is to lie in"
+    if number in _IN_THE_WAY:
+        return "move away what is in its way, or choose another name"
+    return "see to its disk, or choose another place"

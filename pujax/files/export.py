@@ -1,32 +1,37 @@
-"""A run or a model in the forms that transformers, vLLM, PEFT and llama.cpp load."""
+"""A model in the forms that transformers, vLLM, PEFT and llama.cpp load.
 
-import json
+What is written goes to a folder or file of its own first and takes its place once it is whole, so
+that a full disk or a kill leaves what was there. Nothing is written over or removed but what an
+export wrote: a directory is known by its model card, a GGUF file by a key in it.
+"""
+
 import os
-import re
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
-from gguf.quants import quantize
-from safetensors.numpy import save_file
 
-from pujax.errors import WeightsError
-from pujax.files import weights
+from pujax.errors import ConfigError, WeightsError
+from pujax.files import gguf, safetensors
+from pujax.files.card import is_card, model_card, student
 from pujax.files.chat import Chat
+from pujax.files.durable import flush, on_disk, write_whole
 from pujax.models import lora
 from pujax.models.decoder import DecoderConfig
-from pujax.models.families import FAMILIES, rope_factors
+from pujax.models.families import FAMILIES
 from pujax.types import Params
 
-_FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
-
-_Q8_BLOCK = 32
-
 ADAPTER = "adapter"
+
+_STAGE = ".pujax-export"  # where an export is written before it takes its place
+
+_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+_CHAT_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
+"""What a tokenizer's files may hold or not: one that is not written again would still count."""
 
 
 def export_hf(
@@ -38,20 +43,18 @@ def export_hf(
     *,
     dtype: Any = np.float32,
 ) -> None:
-    """Write what transformers and vLLM load, with a model card that lists `card`.
+    """Write what transformers and vLLM load, with a model card made of `card` (see `model_card`).
 
     An adapter in `params` is merged, and lies by itself in adapter/ as PEFT loads it. config.json
-    comes last: without it the directory is no model.
+    comes last: without it the directory is no model. Raises `ConfigError` for a directory that
+    holds anything but an earlier export, `DiskError` where it can't be written.
     """
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    (directory / "config.json").unlink(missing_ok=True)
-    shutil.rmtree(directory / ADAPTER, ignore_errors=True)
-    if lora.split(params)[1]["layers"]:
-        export_peft(config, params, directory / ADAPTER, base=_student(card))
-    chat.save(directory)
-    (directory / "README.md").write_text(_model_card(config, card), encoding="utf-8")
-    weights.save(directory, config, _merged(config, params), dtype=dtype)
+    with _staged(Path(directory), "config.json") as fresh:
+        if lora.split(params)[1]["layers"]:
+            _write_adapter(config, params, fresh / ADAPTER, card)
+        chat.save(fresh)
+        write_whole(fresh / "README.md", model_card(config, card).encode())
+        safetensors.save(fresh, config, _merged(config, params), dtype=dtype)
 
 
 def export_gguf(
@@ -64,52 +67,50 @@ def export_gguf(
 ) -> None:
     """Write what llama.cpp loads: one file, matrices in `kind` (F16 or Q8_0), tokenizer inside.
 
-    Tensors are written one at a time, to a name of its own that becomes `path` at the end. An
-    adapter in `params` is merged. Raises `WeightsError` for traits that GGUF can't say.
+    An adapter in `params` is merged. Raises `WeightsError` for traits that GGUF can't say,
+    `ConfigError` for a file there that no export wrote, `DiskError` where it can't be written.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    params = _merged(config, params)
-    writer = GGUFWriter(partial, FAMILIES[config.family].gguf)
-    _describe(writer, config, kind)
-    for key, value in chat.gguf_metadata().items():
-        _add(writer, f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}", value)
-    for name, shape, tensor_kind in _gguf_shapes(config, kind):
-        writer.add_tensor_info(
-            name,
-            shape,
-            np.dtype(np.float16 if tensor_kind == GGMLQuantizationType.F16 else np.float32),
-            _stored_bytes(shape, tensor_kind),
-            raw_dtype=tensor_kind,
-        )
-    try:
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
-        for (_, _, tensor_kind), tensor in zip(
-            _gguf_shapes(config, kind), _gguf_tensors(config, params), strict=True
-        ):
-            writer.write_tensor_data(quantize(tensor, tensor_kind))
-        writer.close()
-        written = weights.read_config(partial)
-        # The tokenizer's own ids and a run's scale are not the architecture's.
-        own = {"eos_ids": config.eos_ids, "bos_id": config.bos_id, "lora_scale": config.lora_scale}
-        if replace(written, **own) != config:
-            raise WeightsError(f"GGUF can't say all of {config}; it would be read as {written}")
-        os.replace(partial, path)
-    finally:
-        writer.close()
-        partial.unlink(missing_ok=True)
+    _refuse_foreign_file(path)
+    keys = chat.to_gguf()
+    with on_disk(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    gguf.write(path, config, _merged(config, params), keys, kind=kind)
 
 
 def export_peft(
-    config: DecoderConfig, params: Params, directory: str | os.PathLike[str], *, base: str
+    config: DecoderConfig,
+    params: Params,
+    directory: str | os.PathLike[str],
+    card: Mapping[str, Any],
 ) -> None:
-    """Write a LoRA adapter as PEFT loads it onto the model `base`.
+    """Write a LoRA adapter as PEFT loads it onto the model that `card` names.
 
-    Raises `WeightsError` when `params` has no adapter.
+    Raises `WeightsError` when `params` has no adapter, and as `export_hf` does.
     """
+    with _staged(Path(directory), "adapter_config.json") as fresh:
+        _write_adapter(config, params, fresh, card)
+
+
+def copy_adapter(exported: Path, directory: Path) -> None:
+    """Copy the adapter of an export, with its card. Raises as `export_peft` does."""
+    source = exported / ADAPTER
+    if not (source / "adapter_config.json").is_file():
+        raise WeightsError(
+            f"{exported}: no adapter in it, the run trained the whole model (model.lora.rank=0): "
+            "choose format=hf or format=gguf"
+        )
+    with _staged(directory, "adapter_config.json") as fresh, on_disk(directory):
+        for name in _ADAPTER_FILES:
+            shutil.copy(source / name, fresh / name)
+        # An older export's adapter has no card of its own.
+        card = source if (source / "README.md").is_file() else exported
+        shutil.copy(card / "README.md", fresh / "README.md")
+
+
+def _write_adapter(
+    config: DecoderConfig, params: Params, directory: Path, card: Mapping[str, Any]
+) -> None:
     _, adapter = lora.split(params)
     stacks = {name: np.asarray(stack, np.float32) for name, stack in adapter["layers"].items()}
     if not stacks:
@@ -128,7 +129,7 @@ def export_peft(
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
+        "base_model_name_or_path": student(card),
         "r": rank,
         "lora_alpha": config.lora_scale * rank,
         "lora_dropout": 0.0,
@@ -136,12 +137,11 @@ def export_peft(
         "bias": "none",
         "inference_mode": True,
     }
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    file = directory / "adapter_model.safetensors"
-    save_file(tensors, file, metadata={"format": "pt"})
-    file.chmod(0o644)
-    (directory / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", "utf-8")
+    with on_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+    write_whole(directory / "README.md", model_card(config, card, library="peft").encode())
+    safetensors.write_tensors(directory / "adapter_model.safetensors", tensors)
+    safetensors.write_json(directory / "adapter_config.json", settings)
 
 
 def _merged(config: DecoderConfig, params: Params) -> Params:
@@ -149,107 +149,114 @@ def _merged(config: DecoderConfig, params: Params) -> Params:
     return lora.merge(base, adapter, config.lora_scale) if adapter["layers"] else base
 
 
-def _model_card(config: DecoderConfig, card: Mapping[str, Any]) -> str:
-    """A README.md with the front matter of the model hub and the run's settings as a table."""
-    student = _student(card)
-    front = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [pujax]"]
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", student) and not Path(student).exists():
-        front.append(f"base_model: {student}")
-    rows = "\n".join(f"| {key} | {value} |" for key, value in _flat(card))
-    return "\n".join(front) + (
-        "\n---\n"
-        f"A {config.family} model of {config.layers} layers, written by pujax. The licence of the "
-        "model that it was trained from applies.\n\n"
-        f"| setting | value |\n|---|---|\n{rows}\n"
-    )
+# ---------------------------------------------------------------------- taking a place
 
 
-def _student(card: Mapping[str, Any]) -> str:
-    """Where the trained model came from: a card's own word, or the run's settings'."""
-    return str(card["student"] if "student" in card else card.get("model", {}).get("path", ""))
+@contextmanager
+def _staged(directory: Path, last: str) -> Iterator[Path]:
+    """A folder inside `directory` whose files take their places there when the block ends.
+
+    `last` is the file that makes the directory whole. Where the block fails nothing has changed.
+    """
+    _refuse_foreign_directory(directory, last)
+    fresh, existed = directory / _STAGE, directory.exists()
+    with on_disk(directory):
+        try:
+            shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
+            fresh.mkdir(parents=True)
+            yield fresh
+            _place(fresh, directory, last)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+            if not existed:
+                with suppress(OSError):
+                    directory.rmdir()  # if it is empty
 
 
-def _flat(card: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """A nested card's entries under dotted keys."""
-    for key, value in card.items():
-        if isinstance(value, Mapping):
-            yield from ((f"{key}.{inner}", leaf) for inner, leaf in _flat(value))
-        else:
-            yield key, value
+def _place(fresh: Path, directory: Path, last: str) -> None:
+    """Move the files of `fresh` to where they belong, and remove what the export before left.
+
+    Where only weights change, as when a model is exported over itself, there is a model to load
+    at each moment; else the file that makes it whole goes first and comes last.
+    """
+    names = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
+    stale = [directory / name for name in _CHAT_FILES if last == "config.json"]
+    stale = [path for path in stale if path.exists() and Path(path.name) not in names]
+    for name in names:
+        flush(fresh / name)
+    if stale or not all(_alike(fresh / name, directory / name) for name in names):
+        (directory / last).unlink(missing_ok=True)
+    for path in stale:
+        path.unlink()
+    # The card first, by which the directory is known; the index after what it names.
+    ranks = {"README.md": 0, safetensors.INDEX: 3, last: 4}
+    for name in sorted(names, key=lambda name: ranks.get(str(name), 1 + _is_weights(name))):
+        if str(name) == last == "config.json":
+            safetensors.remove_stale(directory, kept={str(name) for name in names})
+            if not any(name.parts[0] == ADAPTER for name in names):
+                _remove_adapter(directory / ADAPTER)
+        (directory / name).parent.mkdir(exist_ok=True)
+        (fresh / name).replace(directory / name)
+    flush(directory)
 
 
-# ---------------------------------------------------------------------- GGUF
+def _is_weights(name: Path) -> bool:
+    return name.suffix == ".safetensors"
 
 
-def _describe(writer: GGUFWriter, config: DecoderConfig, kind: str) -> None:
-    """The architecture's settings, in the keys that llama.cpp reads."""
-    writer.add_type("model")
-    writer.add_file_type(_FILE_TYPES[kind])
-    writer.add_quantization_version(2)
-    writer.add_vocab_size(config.vocab)
-    writer.add_block_count(config.layers)
-    writer.add_context_length(config.max_positions)
-    writer.add_embedding_length(config.width)
-    writer.add_feed_forward_length(config.mlp_width)
-    writer.add_head_count(config.heads)
-    writer.add_head_count_kv(config.kv_heads)
-    writer.add_key_length(config.head_width)
-    writer.add_value_length(config.head_width)
-    writer.add_rope_dimension_count(config.head_width)
-    writer.add_rope_freq_base(config.rope_base)
-    writer.add_layer_norm_rms_eps(config.norm_eps)
-    if config.window:
-        writer.add_sliding_window(config.window)
-        writer.add_sliding_window_pattern(config.pattern)
-        writer.add_rope_freq_base_swa(config.rope_local_base)
+def _alike(fresh: Path, there: Path) -> bool:
+    """Whether a file changes nothing but weights, their index, or what is said of them."""
+    if _is_weights(fresh) or fresh.name in (safetensors.INDEX, "README.md"):
+        return True
+    if not there.is_file():
+        return False
+    if fresh.name != "config.json":
+        return fresh.read_bytes() == there.read_bytes()
+    before, now = (safetensors.read_json(path) for path in (there, fresh))
+    return {**before, "torch_dtype": ""} == {**now, "torch_dtype": ""}
 
 
-def _add(writer: GGUFWriter, key: str, value: Any) -> None:
-    if isinstance(value, bool):
-        writer.add_bool(key, value)
-    elif isinstance(value, int):
-        writer.add_uint32(key, value)
-    elif isinstance(value, str):
-        writer.add_string(key, value)
-    else:
-        writer.add_array(key, value)
+def _remove_adapter(directory: Path) -> None:
+    """Remove an export's adapter, and its folder if nothing else is in it."""
+    if not (directory / "adapter_config.json").is_file():
+        return
+    for name in _ADAPTER_FILES:
+        (directory / name).unlink(missing_ok=True)
+    if is_card(directory / "README.md"):
+        (directory / "README.md").unlink()
+    with suppress(OSError):
+        directory.rmdir()
 
 
-def _gguf_shapes(
-    config: DecoderConfig, kind: str
-) -> Iterator[tuple[str, tuple[int, ...], GGMLQuantizationType]]:
-    """Every tensor's name, shape [out, in] and type; vectors stay float32."""
-    if config.rope_scaling is not None:
-        yield "rope_freqs.weight", (config.head_width // 2,), GGMLQuantizationType.F32
-    for entry in weights.entries(config):
-        name, shape = _gguf_name(config, entry), entry.shape
-        if len(shape) == 1:
-            yield name, shape, GGMLQuantizationType.F32
-        elif kind == "Q8_0" and shape[-1] % _Q8_BLOCK == 0:
-            yield name, shape, GGMLQuantizationType.Q8_0
-        else:
-            yield name, shape, GGMLQuantizationType.F16
+def _refuse_foreign_directory(directory: Path, last: str) -> None:
+    """Raise unless `directory` is free or holds an earlier export of the same form."""
+    if directory.suffix == ".gguf":
+        raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
+    held = sorted(path.name for path in directory.iterdir() if path.name != _STAGE)
+    other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
+    if held and (other in held or not is_card(directory / "README.md")):
+        raise ConfigError(
+            f"out={directory}: holds files that no such export wrote ({held[0]} and "
+            f"{len(held) - 1} more): choose an empty or a new directory"
+        )
 
 
-def _gguf_tensors(config: DecoderConfig, params: Params) -> Iterator[np.ndarray]:
-    """The tensors of `_gguf_shapes`, one after the other, in float32."""
-    if config.rope_scaling is not None:
-        yield rope_factors(config.rope_scaling, config.rope_base, config.head_width)
-    for entry in weights.entries(config):
-        one = weights.tensor(params, entry).astype(np.float32)
-        if FAMILIES[config.family].permuted and entry.path[-1] in ("q", "k"):
-            one = weights.interleave(
-                one, config.heads if entry.path[-1] == "q" else config.kv_heads
-            )
-        yield np.ascontiguousarray(one)
-
-
-def _gguf_name(config: DecoderConfig, entry: weights.Entry) -> str:
-    return FAMILIES[config.family].names["/".join(entry.path)].gguf.format(entry.layer)
-
-
-def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    count = int(np.prod(shape))
-    if kind == GGMLQuantizationType.Q8_0:
-        return count // _Q8_BLOCK * (_Q8_BLOCK + 2)  # a half-precision scale a block
-    return count * (2 if kind == GGMLQuantizationType.F16 else 4)
+def _refuse_foreign_file(path: Path) -> None:
+    """Raise unless the name is free or a GGUF file that an export wrote has it."""
+    if path.is_dir():
+        raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
+    if not path.exists():
+        return
+    try:
+        ours = gguf.MADE_BY in gguf.read(path).metadata
+    except WeightsError:
+        ours = False
+    if not ours:
+        raise ConfigError(
+            f"out={path}: a file that this export did not write: move it away, or choose another "
+            "name"
+        )

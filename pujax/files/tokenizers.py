@@ -1,6 +1,8 @@
-"""The tokenizers of GGUF files."""
+"""Tokenizers in GGUF's words, both ways."""
 
+import json
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -17,13 +19,11 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from pujax.errors import ChatError
-from pujax.files import gguf
+from pujax.files.gguf import BYTE, CONTROL, NORMAL, UNUSED, USER_DEFINED, GgufFile
 
-NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # GGUF's kinds of tokens
+_TEMPLATE = "tokenizer.chat_template"
 
-PROBE = "I'LL've 12345 été, don't\n\n\n  x = y+1;\t\tπ≈3.14159 你好世界 😀 'tis  end \r\n"
-
-# ---------------------------------------------------------------------- GGUF tokenizers
+_PROBE = "I'LL've 12345 été, don't\n\n\n  x = y+1;\t\tπ≈3.14159 你好世界 😀 'tis  end \r\n"
 
 _QWEN2 = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}"
@@ -51,35 +51,39 @@ def _digits() -> pre_tokenizers.PreTokenizer:
     )
 
 
-PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
+_PRE_TOKENIZERS: dict[str, Callable[[], pre_tokenizers.PreTokenizer]] = {
     "smollm": _digits,
     "qwen2": lambda: _words(_QWEN2),
     "llama-bpe": lambda: _words(_LLAMA3),
 }
 
 
-def tokenizer_of(file: gguf.GgufFile) -> PreTrainedTokenizerFast:
-    """The tokenizer in a GGUF file's metadata, as its maker's tokenizer.json has it."""
-    metadata = {key.removeprefix("tokenizer.ggml."): value for key, value in file.metadata.items()}
-    kind = metadata.get("model")
+def from_gguf(file: GgufFile) -> PreTrainedTokenizerFast:
+    """The tokenizer in a GGUF file's metadata, as its maker's tokenizer.json has it.
+
+    Raises `ChatError` for a kind that isn't known or is not whole, `WeightsError` for none.
+    """
+    tokens, kinds = file.vocabulary()
+    ids = {key: file.token_id(key) for key in ("bos", "eos", "padding", "unknown")}
+    kind = file.metadata.get("tokenizer.ggml.model")
     build = {"gpt2": _byte_level, "llama": _sentence_piece}.get(str(kind))
     if build is None:
         raise ChatError(
             f"{file.path}: tokenizer.ggml.model {kind!r} is not known: put the model's "
             "tokenizer.json into a Hugging Face directory"
         )
-    backend = build(file, metadata)
-    tokens, kinds = metadata["tokens"], metadata["token_type"]
+    if kind == "llama":  # files spell runs of spaces as spaces; the tokenizer sees them normalised
+        tokens = [
+            token.replace(" ", "▁") if its_kind == USER_DEFINED else token
+            for token, its_kind in zip(tokens, kinds, strict=True)
+        ]
+    backend = build(file, tokens, kinds)
     # Together, by kind: one by one each would rebuild the whole matcher.
     backend.add_special_tokens(_added(tokens, kinds, CONTROL, special=True))
     backend.add_tokens(_added(tokens, kinds, USER_DEFINED, special=False))
-
-    def named(key: str) -> str | None:
-        index = metadata.get(f"{key}_token_id")
-        return None if index is None else tokens[index]
-
-    bos = named("bos")
-    if metadata.get("add_bos_token", kind == "llama") and bos is not None:
+    named = {key: None if i is None else tokens[i] for key, i in ids.items()}
+    bos = named["bos"]
+    if file.metadata.get("tokenizer.ggml.add_bos_token", kind == "llama") and bos is not None:
         backend.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             pair=f"{bos} $A {bos} $B",
@@ -87,12 +91,103 @@ def tokenizer_of(file: gguf.GgufFile) -> PreTrainedTokenizerFast:
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=file.metadata.get("tokenizer.chat_template"),
+        chat_template=_templates(file),
         bos_token=bos,
-        eos_token=named("eos"),
-        pad_token=named("padding"),
-        unk_token=named("unknown"),
+        eos_token=named["eos"],
+        pad_token=named["padding"],
+        unk_token=named["unknown"],
         clean_up_tokenization_spaces=False,
+    )
+
+
+def to_gguf(
+    tokenizer: PreTrainedTokenizerFast, *, source: str, vocab: int, eos_id: int
+) -> dict[str, Any]:
+    """The metadata that `from_gguf` makes the tokenizer of, padded to `vocab` tokens.
+
+    Raises `ChatError` naming `source` for a tokenizer whose way to cut text into words llama.cpp
+    has no name for.
+    """
+    backend = tokenizer.backend_tokenizer
+    bpe = json.loads(backend.to_str())["model"]
+    if bpe["type"] != "BPE":
+        raise ChatError(f"{source}: GGUF export of a {bpe['type']} tokenizer is not known")
+    merges = [pair if isinstance(pair, list) else pair.split(" ", 1) for pair in bpe["merges"]]
+    kind = "llama" if bpe["byte_fallback"] else "gpt2"
+
+    tokens = [f"[PAD{i}]" for i in range(vocab)]
+    kinds = [UNUSED] * vocab
+    for token, i in bpe["vocab"].items():
+        byte = kind == "llama" and re.fullmatch("<0x[0-9A-F]{2}>", token)
+        tokens[i], kinds[i] = token, BYTE if byte else NORMAL
+    for i, added in tokenizer.added_tokens_decoder.items():
+        if i < vocab:
+            tokens[i], kinds[i] = added.content, CONTROL if added.special else USER_DEFINED
+            if kind == "llama" and not added.special:
+                tokens[i] = added.content.replace("▁", " ")
+    metadata = {"model": kind, "tokens": tokens, "token_type": kinds}
+    if kind == "llama":
+        first = backend.normalizer.normalize_str("a") if backend.normalizer else "a"
+        metadata |= {
+            "pre": "default",
+            "scores": _scores_of(tokens, merges),
+            "add_space_prefix": first != "a",
+        }
+    else:
+        metadata |= {
+            "pre": _pre_tokenizer(tokenizer, source),
+            "merges": [" ".join(pair) for pair in merges],
+            "add_space_prefix": False,
+        }
+    begun = backend.encode("a").ids[0] == tokenizer.bos_token_id
+    metadata |= {"add_bos_token": begun, "eos_token_id": eos_id}
+    for key, i in (
+        ("bos", tokenizer.bos_token_id),
+        ("padding", tokenizer.pad_token_id),
+        ("unknown", tokenizer.unk_token_id),
+    ):
+        if i is not None:
+            metadata[f"{key}_token_id"] = i
+    named = {f"tokenizer.ggml.{key}": value for key, value in metadata.items()}
+    return named | _template_keys(tokenizer.chat_template)
+
+
+def _templates(file: GgufFile) -> str | dict[str, str] | None:
+    """The file's chat template, or all of them by name where it has several."""
+    named = {
+        key.removeprefix(f"{_TEMPLATE}."): template
+        for key, template in file.metadata.items()
+        if key.startswith(f"{_TEMPLATE}.")
+    }
+    default = file.metadata.get(_TEMPLATE)
+    if default is not None:
+        named["default"] = default
+    for name, template in named.items():
+        if not isinstance(template, str):
+            raise ChatError(f"{file.path}: the chat template {name!r} is no text: convert it again")
+    return default if set(named) <= {"default"} else named
+
+
+def _template_keys(templates: str | dict[str, str] | None) -> dict[str, Any]:
+    """The keys of one chat template or of several: llama.cpp takes the default unless told."""
+    if not isinstance(templates, dict):
+        return {_TEMPLATE: templates} if templates else {}
+    others = {name: text for name, text in templates.items() if name != "default"}
+    keys: dict[str, Any] = {f"{_TEMPLATE}.{name}": text for name, text in others.items()}
+    if others:
+        keys[f"{_TEMPLATE}s"] = sorted(others)
+    return keys | ({_TEMPLATE: templates["default"]} if "default" in templates else {})
+
+
+def _pre_tokenizer(tokenizer: PreTrainedTokenizerFast, source: str) -> str:
+    """llama.cpp's name for how this tokenizer cuts text: the one that cuts a probe alike."""
+    own = tokenizer.backend_tokenizer.pre_tokenizer
+    for name, build in _PRE_TOKENIZERS.items():
+        if own is not None and own.pre_tokenize_str(_PROBE) == build().pre_tokenize_str(_PROBE):
+            return name
+    raise ChatError(
+        f"{source}: llama.cpp's name for this pre-tokenizer is not known (only "
+        f"{sorted(_PRE_TOKENIZERS)}): export format=hf and convert that with llama.cpp"
     )
 
 
@@ -104,50 +199,45 @@ def _added(tokens: list[str], kinds: list[int], kind: int, *, special: bool) -> 
     ]
 
 
-def _byte_level(file: gguf.GgufFile, metadata: dict[str, Any]) -> Tokenizer:
+def _byte_level(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
     """GPT-2's byte-level BPE with the model's own way to cut text into words."""
-    pre = metadata.get("pre")
-    if pre not in PRE_TOKENIZERS:
+    pre = str(file.metadata.get("tokenizer.ggml.pre"))
+    if pre not in _PRE_TOKENIZERS:
         raise ChatError(
             f"{file.path}: tokenizer.ggml.pre {pre!r} is not known (only "
-            f"{sorted(PRE_TOKENIZERS)}): put the model's tokenizer.json into a directory"
+            f"{sorted(_PRE_TOKENIZERS)}): put the model's tokenizer.json into a directory"
         )
     vocab = {
         token: i
-        for i, (token, kind) in enumerate(
-            zip(metadata["tokens"], metadata["token_type"], strict=True)
-        )
+        for i, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
         # Rows that only pad the matrix to a round size are no tokens.
         if not (kind == UNUSED and token == f"[PAD{i}]")
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in metadata["merges"]]
-    backend = Tokenizer(BPE(vocab, merges, ignore_merges=pre == "llama-bpe"))
+    merges = [tuple(merge.split(" ", 1)) for merge in _listed(file, "merges", str)]
+    backend = Tokenizer(_bpe(file, vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = PRE_TOKENIZERS[pre]()
+    backend.pre_tokenizer = _PRE_TOKENIZERS[pre]()
     backend.decoder = decoders.ByteLevel()
     return backend
 
 
-def _sentence_piece(file: gguf.GgufFile, metadata: dict[str, Any]) -> Tokenizer:
+def _sentence_piece(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenizer:
     """SentencePiece BPE with byte fallback (Gemma); merges follow from the pieces' scores."""
-    kinds = metadata["token_type"]
-    # Files spell runs of spaces as spaces; the tokenizer sees them normalised.
-    metadata["tokens"] = [
-        token.replace(" ", "▁") if kind == USER_DEFINED else token
-        for token, kind in zip(metadata["tokens"], kinds, strict=True)
-    ]
-    vocab = {token: i for i, token in enumerate(metadata["tokens"])}
-    prefix = metadata.get("add_space_prefix", True)
-    backend = Tokenizer(
-        BPE(
-            vocab,
-            _merges(metadata["tokens"], metadata["scores"], kinds, vocab),
-            unk_token=metadata["tokens"][metadata["unknown_token_id"]],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
+    vocab = {token: i for i, token in enumerate(tokens)}
+    scores = _listed(file, "scores", float, len(tokens))
+    unknown = file.token_id("unknown")
+    choices = {} if unknown is None else {"unk_token": tokens[unknown]}
+    prefix = file.metadata.get("tokenizer.ggml.add_space_prefix", True)
+    model = _bpe(
+        file,
+        vocab,
+        _merges(tokens, scores, kinds, vocab),
+        fuse_unk=True,
+        byte_fallback=True,
+        **choices,
     )
+    backend = Tokenizer(model)
     spaces = normalizers.Replace(" ", "▁")
     backend.normalizer = (
         normalizers.Sequence([normalizers.Prepend("▁"), spaces]) if prefix else spaces
@@ -157,6 +247,30 @@ def _sentence_piece(file: gguf.GgufFile, metadata: dict[str, Any]) -> Tokenizer:
     steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)] if prefix else steps)
     return backend
+
+
+def _listed(file: GgufFile, key: str, kind: type, count: int | None = None) -> list[Any]:
+    """The list under `tokenizer.ggml.KEY`, of `count` entries if given. Raises `ChatError`."""
+    values = file.metadata.get(f"tokenizer.ggml.{key}")
+    if (
+        not isinstance(values, list)
+        or count not in (None, len(values))
+        or not all(isinstance(value, kind) for value in values)
+    ):
+        raise ChatError(
+            f"{file.path}: tokenizer.ggml.{key} is missing or not whole: convert the model again"
+        )
+    return values
+
+
+def _bpe(file: GgufFile, vocab: dict[str, int], merges: list[Any], **choices: Any) -> BPE:
+    try:
+        return BPE(vocab, merges, **choices)
+    except Exception as error:  # the library raises nothing more special
+        raise ChatError(
+            f"{file.path}: its tokens and merges do not fit together ({error}): convert the model "
+            "again"
+        ) from error
 
 
 def _merges(
@@ -176,7 +290,7 @@ def _merges(
     return [(left, right) for left, right, _ in ranked]
 
 
-def scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
+def _scores_of(tokens: list[str], merges: list[list[str]]) -> list[float]:
     """Scores that make a SentencePiece tokenizer merge in the order of `merges`."""
     rank: dict[str, int] = {}
     for i, (left, right) in enumerate(merges):

@@ -31,6 +31,7 @@ class Family:
 
     `norm_offset` is what its Hugging Face norm weights lack: our tree (and GGUF) holds 1 + w where
     it is 1. `permuted` says that its GGUF files hold the rows of q and k in interleaved order.
+    `own` is what its files say beyond what all families' do.
     """
 
     settings: Callable[[Settings], DecoderConfig]
@@ -39,6 +40,20 @@ class Family:
     gguf: str
     norm_offset: float = 0.0
     permuted: bool = False
+    own: "Own | None" = None
+
+
+@dataclass(frozen=True)
+class Own:
+    """A family's own settings in files, both ways.
+
+    `to_hf` makes them entries of a config.json, `to_gguf` GGUF keys without their architecture's
+    name, and `from_gguf` entries of a config.json out of those keys.
+    """
+
+    to_hf: Callable[[DecoderConfig], Settings]
+    to_gguf: Callable[[DecoderConfig], Settings]
+    from_gguf: Callable[["GgufKeys"], Settings]
 
 
 def llama(config: Settings) -> DecoderConfig:
@@ -83,7 +98,36 @@ def gemma3(config: Settings) -> DecoderConfig:
     )
 
 
-_PATTERN = "sliding_window_pattern"
+def _gemma3_to_hf(config: DecoderConfig) -> Settings:
+    assert config.query_scale is not None
+    kinds = ("full_attention", "sliding_attention")
+    own = {
+        "query_pre_attn_scalar": round(config.query_scale**-2),
+        "sliding_window": config.window,
+        "layer_types": [kinds[local] for local in config.local_layers],
+        "rope_local_base_freq": config.rope_local_base,
+    }
+    return own | ({"sliding_window_pattern": config.pattern} if config.pattern else {})
+
+
+def _gemma3_to_gguf(config: DecoderConfig) -> Settings:
+    return {
+        "attention.sliding_window": config.window,
+        "attention.sliding_window_pattern": config.pattern,
+        "rope.freq_base_swa": config.rope_local_base,
+    }
+
+
+def _gemma3_from_gguf(keys: "GgufKeys") -> Settings:
+    head_width = keys.number("attention.key_length", keys.width // keys.heads)
+    return {
+        # llama.cpp fixes what the file leaves out; 62 layers are the 27B model.
+        "query_pre_attn_scalar": keys.width // keys.heads if keys.layers == 62 else head_width,
+        "sliding_window": keys.number("attention.sliding_window"),
+        "sliding_window_pattern": keys.number("attention.sliding_window_pattern", 6),
+        "rope_local_base_freq": keys.number("rope.freq_base_swa", 10_000.0),
+    }
+
 
 _PLAIN = {
     "embed": Name("model.embed_tokens.weight", "token_embd.weight"),
@@ -130,7 +174,12 @@ FAMILIES: Mapping[str, Family] = {
     "qwen2": Family(qwen2, _PLAIN | _BIASES, "Qwen2ForCausalLM", "qwen2"),
     "qwen3": Family(qwen3, _PLAIN | _QK_NORMS, "Qwen3ForCausalLM", "qwen3"),
     "gemma3_text": Family(
-        gemma3, _PLAIN | _QK_NORMS | _FOUR_NORMS, "Gemma3ForCausalLM", "gemma3", norm_offset=1.0
+        gemma3,
+        _PLAIN | _QK_NORMS | _FOUR_NORMS,
+        "Gemma3ForCausalLM",
+        "gemma3",
+        norm_offset=1.0,
+        own=Own(_gemma3_to_hf, _gemma3_to_gguf, _gemma3_from_gguf),
     ),
 }
 
@@ -138,7 +187,8 @@ FAMILIES: Mapping[str, Family] = {
 def from_hf(config: Settings) -> DecoderConfig:
     """The decoder that a config.json describes.
 
-    Raises `WeightsError` for an unknown architecture or a trait that the decoder lacks.
+    Raises `WeightsError` for an unknown architecture, a value that is missing or of another kind,
+    or a trait that the decoder lacks.
     """
     from transformers import AutoConfig
 
@@ -147,13 +197,65 @@ def from_hf(config: Settings) -> DecoderConfig:
         raise WeightsError(
             f"model_type {kind!r} is not a known architecture: choose one of {sorted(FAMILIES)}"
         )
-    # transformers knows each family's defaults and both generations of rope keys.
-    whole = AutoConfig.for_model(**config).to_dict()
-    return FAMILIES[kind].settings(whole)
+    _check_settings(config)
+    try:
+        # transformers knows each family's defaults and both generations of rope keys.
+        whole = AutoConfig.for_model(**config).to_dict()
+        decoder = FAMILIES[kind].settings(whole)
+    except WeightsError:
+        raise
+    except Exception as error:  # what transformers raises for a value it can't use is its own
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise WeightsError(f"not the settings of a {kind} model ({told})") from error
+    if decoder.heads % decoder.kv_heads or decoder.head_width % 2:
+        raise WeightsError(
+            f"{decoder.heads} heads of width {decoder.head_width} with {decoder.kv_heads} of keys "
+            "and values: the heads must be a multiple of those, and their width even"
+        )
+    return decoder
+
+
+@dataclass(frozen=True)
+class GgufKeys:
+    """A GGUF file's metadata under its architecture's name; the keys are without it."""
+
+    metadata: Settings
+    architecture: str
+
+    def number(self, key: str, default: float | None = None) -> Any:
+        """The number under `key`, or `default`. Raises `WeightsError` where there is none."""
+        full = f"{self.architecture}.{key}"
+        if full not in self.metadata and default is None:
+            raise WeightsError(f"GGUF key {full} is missing: fetch the file again")
+        value = self.metadata.get(full, default)
+        if type(value) not in (int, float) or not 0 < value < 2**31:
+            raise WeightsError(f"GGUF key {full}={value!r} must be a positive number")
+        return value
+
+    @property
+    def width(self) -> int:
+        """D."""
+        return self.number("embedding_length")
+
+    @property
+    def heads(self) -> int:
+        """The number of queries' heads."""
+        return self.number("attention.head_count")
+
+    @property
+    def layers(self) -> int:
+        """L."""
+        return self.number("block_count")
 
 
 def from_gguf(
-    metadata: Settings, *, tied: bool, rope_factors: np.ndarray | None, eos_ids: tuple[int, ...]
+    metadata: Settings,
+    *,
+    vocab: int,
+    eos_ids: tuple[int, ...],
+    bos_id: int | None,
+    tied: bool,
+    rope_factors: np.ndarray | None,
 ) -> DecoderConfig:
     """The decoder that GGUF metadata describes.
 
@@ -168,46 +270,65 @@ def from_gguf(
             f"general.architecture {architecture!r} is not a known architecture: "
             f"choose one of {known}"
         )
-
-    def get(key: str) -> Any:
-        if f"{architecture}.{key}" not in metadata:
-            raise WeightsError(f"GGUF key {architecture}.{key!s} is missing: fetch the file again")
-        return metadata[f"{architecture}.{key}"]
-
-    scaling = metadata.get(f"{architecture}.rope.scaling.type", "none")
-    if scaling not in ("none", ""):
-        raise WeightsError(f"{architecture}.rope.scaling.type {scaling!r} is not supported")
-    heads, width, layers = get("attention.head_count"), get("embedding_length"), get("block_count")
-    head_width = metadata.get(f"{architecture}.attention.key_length", width // heads)
-    base = metadata.get(f"{architecture}.rope.freq_base", 10_000.0)
+    keys = GgufKeys(metadata, str(architecture))
+    _refuse_gguf_scaling(keys)
+    head_width = keys.number("attention.key_length", keys.width // keys.heads)
+    base = keys.number("rope.freq_base", 10_000.0)
     config: dict[str, Any] = {
         "model_type": kinds[0],
-        "vocab_size": len(metadata["tokenizer.ggml.tokens"]),
-        "hidden_size": width,
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": metadata.get(f"{architecture}.attention.head_count_kv", heads),
+        "vocab_size": vocab,
+        "hidden_size": keys.width,
+        "num_hidden_layers": keys.layers,
+        "num_attention_heads": keys.heads,
+        "num_key_value_heads": keys.number("attention.head_count_kv", keys.heads),
         "head_dim": head_width,
-        "intermediate_size": get("feed_forward_length"),
+        "intermediate_size": keys.number("feed_forward_length"),
         # Stored as float32: the shortest decimal that rounds to it is what was meant.
-        "rms_norm_eps": float(str(np.float32(get("attention.layer_norm_rms_epsilon")))),
+        "rms_norm_eps": float(str(np.float32(keys.number("attention.layer_norm_rms_epsilon")))),
         "rope_theta": base,
-        "max_position_embeddings": get("context_length"),
+        "max_position_embeddings": keys.number("context_length"),
         "tie_word_embeddings": tied,
         "eos_token_id": list(eos_ids),
-        "bos_token_id": metadata.get("tokenizer.ggml.bos_token_id"),
+        "bos_token_id": bos_id,
     }
     if rope_factors is not None:
         config["rope_scaling"] = _llama3_scaling(rope_factors, base, head_width)
-    if architecture == "gemma3":
-        # llama.cpp fixes what the file leaves out; 62 layers are the 27B model.
-        config |= {
-            "query_pre_attn_scalar": width // heads if layers == 62 else head_width,
-            "sliding_window": get("attention.sliding_window"),
-            "sliding_window_pattern": metadata.get(f"{architecture}.attention.{_PATTERN}", 6),
-            "rope_local_base_freq": metadata.get(f"{architecture}.rope.freq_base_swa", 10_000.0),
-        }
-    return from_hf(config)
+    own = FAMILIES[kinds[0]].own
+    return from_hf(config | dict(own.from_gguf(keys)) if own else config)
+
+
+def _refuse_gguf_scaling(keys: GgufKeys) -> None:
+    """Raise for a rope scaling. Without a type, llama.cpp takes a factor as a linear one."""
+    name = f"{keys.architecture}.rope.scaling.type"
+    kind = keys.metadata.get(name)
+    if kind not in (None, "none", ""):
+        raise WeightsError(f"{name} {kind!r} is not supported")
+    if kind is None:
+        for key in ("rope.scaling.factor", "rope.scale_linear"):
+            factor = keys.metadata.get(f"{keys.architecture}.{key}", 1.0)
+            if factor not in (0, 1):
+                raise WeightsError(f"{keys.architecture}.{key}={factor!r} is not supported")
+
+
+def to_gguf(config: DecoderConfig) -> dict[str, Any]:
+    """The GGUF metadata that `from_gguf` makes `config` of, and llama.cpp reads."""
+    family = FAMILIES[config.family]
+    keys: dict[str, Any] = {
+        "vocab_size": config.vocab,
+        "block_count": config.layers,
+        "context_length": config.max_positions,
+        "embedding_length": config.width,
+        "feed_forward_length": config.mlp_width,
+        "attention.head_count": config.heads,
+        "attention.head_count_kv": config.kv_heads,
+        "attention.key_length": config.head_width,
+        "attention.value_length": config.head_width,
+        "rope.dimension_count": config.head_width,
+        "rope.freq_base": float(config.rope_base),
+        "attention.layer_norm_rms_epsilon": float(config.norm_eps),
+    }
+    keys |= family.own.to_gguf(config) if family.own else {}
+    return {f"{family.gguf}.{key}": value for key, value in keys.items()}
 
 
 def hf_config(config: DecoderConfig) -> dict[str, Any]:
@@ -241,19 +362,7 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_positions,
         }
-    if config.window:
-        assert config.query_scale is not None
-        settings |= {
-            "query_pre_attn_scalar": round(config.query_scale**-2),
-            "sliding_window": config.window,
-            "layer_types": [
-                "sliding_attention" if local else "full_attention" for local in config.local_layers
-            ],
-            "rope_local_base_freq": config.rope_local_base,
-        }
-        if config.pattern:
-            settings["sliding_window_pattern"] = config.pattern
-    return settings
+    return settings | (dict(family.own.to_hf(config)) if family.own else {})
 
 
 def rope_factors(scaling: RopeScaling, base: float, head_width: int) -> np.ndarray:
@@ -306,6 +415,13 @@ def _scaling(rope: Settings) -> RopeScaling | None:
         return None
     if kind != "llama3":
         raise WeightsError(f"rope_type {kind!r} is not supported: choose default or llama3")
+    for key in (
+        "factor",
+        "low_freq_factor",
+        "high_freq_factor",
+        "original_max_position_embeddings",
+    ):
+        _check(f"rope_scaling.{key}", rope.get(key), _POSITIVE)
     return RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
@@ -325,7 +441,8 @@ def _llama3_scaling(factors: np.ndarray, base: float, head_width: int) -> dict[s
     }
     scaling = _scaling(rope)
     assert scaling is not None
-    if not np.allclose(rope_factors(scaling, base, head_width), factors, rtol=1e-3):
+    own = rope_factors(scaling, base, head_width)
+    if own.shape != factors.shape or not np.allclose(own, factors, rtol=1e-3):
         raise WeightsError("rope_freqs.weight is not Llama 3's rope scaling, which alone is known")
     return rope
 
@@ -343,8 +460,83 @@ def _pattern(layer_types: list[str]) -> int:
     return pattern
 
 
+@dataclass(frozen=True)
+class _Kind:
+    """What a setting must be, in words and as a test."""
+
+    words: str
+    holds: Callable[[Any], bool]
+
+
+def _or_null(kind: _Kind) -> _Kind:
+    return _Kind(f"{kind.words} or null", lambda x: x is None or kind.holds(x))
+
+
+_LAYERS = 10_000  # more than any model has: lists of that many entries are made
+
+_WHOLE = _Kind("a positive whole number", lambda x: type(x) is int and 0 < x < 2**31)
+_POSITIVE = _Kind("a positive number", lambda x: type(x) in (int, float) and 0 < x < 2**63)
+_TRUTH = _Kind("true or false", lambda x: type(x) is bool)
+_MAPPING = _Kind("an object", lambda x: isinstance(x, dict))
+
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+)
+
+_KINDS = dict.fromkeys(_SIZES, _WHOLE) | {
+    "num_key_value_heads": _or_null(_WHOLE),
+    "head_dim": _or_null(_WHOLE),
+    "max_position_embeddings": _WHOLE,
+    "rms_norm_eps": _POSITIVE,
+    "rope_theta": _POSITIVE,
+    "rope_local_base_freq": _POSITIVE,
+    "query_pre_attn_scalar": _POSITIVE,
+    "sliding_window": _or_null(_WHOLE),
+    "sliding_window_pattern": _WHOLE,
+    "tie_word_embeddings": _TRUTH,
+    "rope_scaling": _or_null(_MAPPING),
+    "rope_parameters": _or_null(_MAPPING),
+}
+
+
+def _check_settings(config: Settings) -> None:
+    """Raise `WeightsError` naming a key whose value is missing or of another kind."""
+    for key in _SIZES:
+        if key not in config:
+            raise WeightsError(f"{key} is missing: fetch the file again")
+    for key, kind in _KINDS.items():
+        if key in config:
+            _check(key, config[key], kind)
+    layers, vocab = config["num_hidden_layers"], config["vocab_size"]
+    _check("num_hidden_layers", layers, _Kind(f"at most {_LAYERS}", lambda x: x <= _LAYERS))
+    token = _Kind(
+        f"a token's id from 0 to {vocab - 1}", lambda x: type(x) is int and 0 <= x < vocab
+    )
+    eos, bos, types = (config.get(key) for key in ("eos_token_id", "bos_token_id", "layer_types"))
+    for i in eos if isinstance(eos, list) else [eos]:
+        _check("eos_token_id", i, _or_null(token))
+    _check("bos_token_id", bos, _or_null(token))
+    known = ("full_attention", "sliding_attention")
+    listed = _Kind(
+        f"a list that says {' or '.join(known)} for each of the {layers} layers",
+        lambda x: isinstance(x, list) and len(x) == layers and all(kind in known for kind in x),
+    )
+    _check("layer_types", types, _or_null(listed))
+
+
+def _check(key: str, value: object, kind: _Kind) -> None:
+    if not kind.holds(value):
+        shown = repr(value)
+        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
+        raise WeightsError(f"{key}={shown} must be {kind.words}")
+
+
 def _refuse(config: Settings, **allowed: Any) -> None:
     """Raise for a trait that the decoder lacks, rather than compute something else."""
     for key, value in allowed.items():
-        if config.get(key) != value:
+        if config.get(key, value) != value:
             raise WeightsError(f"{key}={config[key]!r} is not supported: only {value!r} is")

@@ -1,58 +1,119 @@
 """What a finished run left behind, and in which forms it can be had."""
 
-import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
-from pujax.errors import WeightsError
-from pujax.files import weights
-from pujax.files.chat import Chat
-from pujax.files.export import ADAPTER, export_gguf, export_hf
-from pujax.run.settings import ExportConfig
+from pujax.errors import ConfigError, WeightsError
 
 
-def export(settings: ExportConfig) -> Path:
-    """Export as `settings` say; the directory or file that was written.
+@dataclass(frozen=True)
+class Finished:
+    """A run that has come to its end: the model that it made, and the settings that it had."""
 
-    Raises `ConfigError`, and with it `WeightsError` and `ChatError`, for what can't be exported.
+    model: Path
+    settings: dict[str, Any]
+
+    @property
+    def system(self) -> str | None:
+        """The system message that it was trained with; None is the chat template's own."""
+        data = self.settings.get("data")
+        return data.get("system") if isinstance(data, dict) else None
+
+
+def finished_run(directory: Path) -> Finished:
+    """The run in `directory`, or of a folder of runs the newest that is finished.
+
+    Raises `WeightsError` when there is none, or the run has not come to its end.
     """
-    out = Path(settings.out).expanduser()
-    source, card = str(settings.model), {"student": str(settings.model)}
-    if settings.run is not None:
-        source, card = finished_run(Path(settings.run).expanduser())
-    if settings.format == "peft":
-        adapter = Path(source) / ADAPTER
-        if not adapter.is_dir():
-            raise WeightsError(
-                f"{source}: no adapter in it, the run trained the whole model (model.lora.rank=0): "
-                "choose format=hf or format=gguf"
-            )
-        shutil.copytree(adapter, out, dirs_exist_ok=True)
+    if _is_run(directory):
+        return _finished(directory)
+    runs = [path for path in sorted(directory.glob("*")) if _is_run(path)]
+    if not runs:
+        raise WeightsError(f"run={directory}: no run there: give the directory that it is kept in")
+    ended = [path for path in runs if _has_ended(path)]
+    if not ended:
+        return _finished(runs[-1])  # which says what it lacks
+    return _finished(ended[-1])  # they are named by the time
+
+
+def model_path(path: str) -> str:
+    """Where the model lies that `path` means: a finished run's, or the model at the path itself.
+
+    Raises `WeightsError` for a run that has not come to its end.
+    """
+    directory = Path(path).expanduser()
+    return str(_finished(directory).model) if _is_run(directory) else path
+
+
+def _is_run(directory: Path) -> bool:
+    return (directory / "config.yaml").is_file() or (directory / "export").is_dir()
+
+
+def _has_ended(directory: Path) -> bool:
+    return (directory / "export" / "config.json").is_file()
+
+
+def _finished(directory: Path) -> Finished:
+    if not _has_ended(directory):
+        raise WeightsError(
+            f"{directory}: this run has not ended: it has not come to its end with a whole export/ "
+            "in it; start the command that made it again, and it goes on"
+        )
+    path = directory / "config.yaml"
+    settings: Any = {}
+    if path.is_file():
+        try:
+            settings = OmegaConf.to_container(OmegaConf.load(path))
+        except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+            told = " ".join(str(error).split())
+            raise WeightsError(f"{path}: can't be read ({told}): restore it") from error
+    if not isinstance(settings, dict):
+        raise WeightsError(f"{path}: holds no settings: restore it")
+    return Finished(directory / "export", {str(key): value for key, value in settings.items()})
+
+
+def export(
+    *,
+    out: Path,
+    run: Path | None = None,
+    model: str | None = None,
+    format: str = "hf",
+    kind: str = "F16",
+    dtype: str = "float32",
+    say: Callable[[str], None] = print,
+) -> Path:
+    """Export a `run`'s model or the one at `model`; the directory or file that was written.
+
+    `say` is told what the form itself can't hold. Raises `ConfigError`, and with it `WeightsError`
+    and `ChatError`, for what can't be exported, and `DiskError`.
+    """
+    from pujax.files import weights
+    from pujax.files.chat import Chat
+    from pujax.files.export import copy_adapter, export_gguf, export_hf
+
+    if format == "gguf" and out.suffix != ".gguf":
+        if out.is_file():
+            raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
+        out = out / f"model-{kind}.gguf"
+    source, card, system = str(model), {"student": str(model)}, None
+    if run is not None:
+        finished = finished_run(run)
+        source, card, system = str(finished.model), finished.settings, finished.system
+    if format == "peft":
+        copy_adapter(Path(source), out)
         return out
     config, params = weights.load(source)
     chat = Chat.load(source)
-    if settings.format == "gguf":
-        out = out if out.suffix == ".gguf" else out / f"model-{settings.kind}.gguf"
-        export_gguf(config, params, chat, out, kind=settings.kind)
+    if format == "gguf":
+        export_gguf(config, params, chat, out, kind=kind)
+        if system is not None:
+            say(f"trained with the system message {system!r}: give it in each conversation")
         return out
-    export_hf(config, params, chat, out, card, dtype=settings.dtype)
+    export_hf(config, params, chat, out, card, dtype=dtype)
     return out
-
-
-def finished_run(directory: Path) -> tuple[str, dict[str, Any]]:
-    """Where the model lies that a run ended with, and the settings for its card.
-
-    Raises `WeightsError` when the run has not come to its end.
-    """
-    exported, settings = directory / "export", directory / "config.yaml"
-    if not (exported / "config.json").is_file():
-        raise WeightsError(
-            f"{directory}: no whole export/ in it: the run has not come to its end; start the "
-            "command that made it again, and it goes on"
-        )
-    card: dict[str, Any] = {"run": str(directory)}
-    if settings.is_file():
-        card |= cast(dict[str, Any], OmegaConf.to_container(OmegaConf.load(settings)))
-    return str(exported), card

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from pathlib import Path
 
 from jaxtyping import Array
 
@@ -11,6 +10,7 @@ from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
+from pujax.run.finished import model_path
 from pujax.types import Completions, Params, Tokens
 
 
@@ -38,10 +38,7 @@ class Generator:
 
         Raises `ConfigError`, and with it `WeightsError` and `ChatError`.
         """
-        exported = Path(path) / "export"
-        if (Path(path) / "config.yaml").is_file() and not exported.is_dir():
-            raise ConfigError(f"{path}: this run has not ended: it has no export/ yet")
-        source = str(exported) if exported.is_dir() else path
+        source = model_path(path)
         chat = Chat.load(source)
         config, params = weights.load(source)
         config = replace(config, eos_ids=chat.eos_ids)
@@ -59,13 +56,20 @@ class Generator:
     ) -> list[Reply]:
         """One answer to each conversation; greedy at temperature 0.
 
-        Prompts are padded to a power of two, so that few lengths are compiled.
+        Prompts are padded to a power of two, so that few lengths are compiled. Raises `ConfigError`
+        for a prompt that leaves the model no positions for `max_tokens`.
         """
         import jax
         import numpy as np
 
         rendered = [self.chat.render(list(messages)) for messages in conversations]
         lengths = np.array([len(ids) for ids in rendered], np.int32)
+        room = self.model.config.max_positions
+        if int(lengths.max()) + max_tokens > room:
+            raise ConfigError(
+                f"max_tokens={max_tokens}: with a prompt of {lengths.max()} tokens that is more "
+                f"than the {room} positions the model knows: lower it, or shorten the prompt"
+            )
         size = max(16, 1 << int(lengths.max() - 1).bit_length())
         tokens = np.zeros((len(rendered), size), np.int32)
         for row, ids in zip(tokens, rendered, strict=True):

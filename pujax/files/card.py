@@ -1,0 +1,98 @@
+"""Model cards: the README.md of an export, by which it is known again."""
+
+import html
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pujax.models.decoder import DecoderConfig
+
+_TAG = "tags: [pujax]"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+_SHOWN = re.compile(
+    r"(seed|(sampling|scorer|labels|loss|sft|align|optim|model\.(dtype|lora))(\..+)?"
+    r"|data\.(max_prompt_tokens|max_response_tokens|on_too_long))"
+)
+"""The settings that made the model. The teacher's stay with the run, and so do paths."""
+
+_PRIVATE = re.compile(r"key|secret|password|authorization|header|url|path", re.I)
+"""What a setting among them could be called that holds a place on a disk or a secret."""
+
+
+def model_card(
+    config: DecoderConfig, card: Mapping[str, Any], *, library: str = "transformers"
+) -> str:
+    """A README.md with the front matter of the model hub.
+
+    `card` has the run's settings, or for a model without a run `student`, where it came from.
+    What made the model is listed; the teacher's settings, paths and headers are not.
+    """
+    origin = student(card)
+    front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", _TAG]
+    if _HUB_ID.fullmatch(origin) and not Path(origin).exists():
+        front.append(f"base_model: {origin}")
+    parts = [
+        "\n".join([*front, "---"]),
+        f"A {config.family} model of {config.layers} layers, written by pujax. The licence of the "
+        "model that it was trained from applies.",
+    ]
+    if "align" in card:
+        parts.append(
+            "It was aligned with pujax: another model answered each prompt once; this one wrote "
+            "several candidates, ranked them with that answer in view, and learned from the "
+            "ranking. The terms of the model that gave the answers may apply too."
+        )
+    system = _section(card, "data").get("system")
+    if system is not None:
+        quoted = "\n".join(f"> {_plain(line)}" for line in str(system).splitlines() or [""])
+        parts.append(f"It was trained with this system message; give it the same:\n\n{quoted}")
+    rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in _shown(card)]
+    if rows:
+        parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
+    return "\n\n".join(parts) + "\n"
+
+
+def is_card(path: Path) -> bool:
+    """Whether the file is a model card that `model_card` made."""
+    if not path.is_file():
+        return False
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return lines[:1] == ["---"] and "---" in lines[1:] and _TAG in lines[: lines.index("---", 1)]
+
+
+def student(card: Mapping[str, Any]) -> str:
+    """Where the trained model came from: a card's own word, or the run's settings'."""
+    return str(card.get("student") or _section(card, "model").get("path") or "")
+
+
+def _section(card: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    section = card.get(name)
+    return section if isinstance(section, Mapping) else {}
+
+
+def _shown(card: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """The settings to list, under dotted keys."""
+    for key, value in _flat(card):
+        if _SHOWN.fullmatch(key) and not _PRIVATE.search(key):
+            yield key, value
+
+
+def _flat(card: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """A nested card's entries under dotted keys."""
+    for key, value in card.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}.{inner}", leaf) for inner, leaf in _flat(value))
+        else:
+            yield str(key), value
+
+
+def _cell(value: Any) -> str:
+    """A value as it may stand in a table's cell."""
+    return _plain(" ".join(str(value).split())).replace("|", "\\|")
+
+
+def _plain(text: str) -> str:
+    return html.escape(text, quote=False)
