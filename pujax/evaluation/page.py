@@ -17,9 +17,8 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 from omegaconf import OmegaConf
 
-from pujax.evaluation import metrics as held_out
 from pujax.evaluation import tables
-from pujax.evaluation.metrics import Evaluation, Row
+from pujax.evaluation.results import Evaluation, Row, load_all, shown_by
 from pujax.files.durable import Line, read_jsonl
 from pujax.records import STAGES
 
@@ -168,7 +167,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 def _page(directory: Path, lines: Sequence[Line]) -> str:
     """The whole HTML page; needs nothing from anywhere else, follows the reader's colour scheme."""
-    evaluations = held_out.load_all(directory)
+    evaluations = load_all(directory)
     samples_path, config_path = directory / "samples.jsonl", directory / "config.yaml"
     samples = read_jsonl(samples_path) if samples_path.is_file() else []
     config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
@@ -207,7 +206,8 @@ def _facts(config: str, lines: Sequence[Line]) -> str:
     }.items():
         value = OmegaConf.select(settings, key)
         if value is not None:
-            facts[title] = str(value).removeprefix("pujax.")
+            name = str(value)
+            facts[title] = ".".join(name.split(".")[-2:]) if key.endswith("_target_") else name
     for stage in STAGES:
         seconds = [line["time/step_s"] for line in lines if line["stage"] == stage]
         if seconds:
@@ -225,15 +225,16 @@ def _minutes(seconds: float) -> str:
 
 def _evaluation(evaluations: Sequence[Evaluation]) -> str:
     header, rows = tables.cells(evaluations)
+    shown = shown_by(evaluations)
     body = []
     for metric, row in rows.items():
-        texts = [f"<th>{escape(held_out.METRICS[metric])}</th>"]
+        texts = [f"<th>{escape(shown[metric].title)}</th>"]
         for cell in row:
             if isinstance(cell, str):
                 texts.append(f"<td>{cell}</td>")
             else:
-                mean, _, limits = tables.interval(metric, cell).partition(" ")
-                style = tables.verdict(metric, cell)
+                mean, _, limits = tables.interval(shown[metric], cell).partition(" ")
+                style = tables.verdict(shown[metric], cell)
                 texts.append(f'<td class="{style}">{mean} <small>{limits}</small></td>')
         body.append(f"<tr>{''.join(texts)}</tr>")
     kinds_header, kinds = tables.kind_cells(evaluations)
@@ -302,11 +303,12 @@ def _answers(evaluations: Sequence[Evaluation]) -> str:
 
 def _mark(row: Row) -> tuple[str, str]:
     """How the answer did, by the truth where there is one and else by ROUGE-L, and its style."""
-    if row.exact is None:
-        return f"ROUGE-L {row.rouge_l:.2f}", ""
-    if row.exact:
+    if row.values.get("exact") is None:
+        rouge = row.values.get("rouge_l")
+        return "" if rouge is None else f"ROUGE-L {rouge:.2f}", ""
+    if row.values["exact"]:
         return "exact", "gain"
-    return ("contains it", "") if row.contains else ("wrong", "loss")
+    return ("contains it", "") if row.values.get("contains") else ("wrong", "loss")
 
 
 def _groups(samples: Sequence[Line]) -> str:

@@ -7,9 +7,8 @@ import numpy as np
 import pytest
 
 from pujax import report
-from pujax.evaluation import metrics as held_out
-from pujax.evaluation.metrics import Evaluation, Row
 from pujax.evaluation.page import running_mean, write
+from pujax.evaluation.results import Evaluation, Row, save
 from pujax.run.logs import RunLog, SampleGroup
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
@@ -24,14 +23,16 @@ def evaluation(model, rouge):
             answer=None if kind == "writing" else EVIL,
             anchor=EVIL,
             response=EVIL,
-            anchor_logp=-1.0,
-            rouge_l=rouge,
-            exact=None if kind == "writing" else 1.0,
-            contains=None if kind == "writing" else 1.0,
-            length=3.0,
-            finished=1.0,
+            values={
+                "anchor_logp": -1.0,
+                "rouge_l": rouge,
+                "exact": None if kind == "writing" else 1.0,
+                "contains": None if kind == "writing" else 1.0,
+                "length": 3.0,
+                "finished": 1.0,
+            },
         )
-        for i, kind in enumerate(["writing", EVIL])
+        for i, kind in enumerate(["writing", EVIL] * 15)
     ]
     return Evaluation(model, tuple(rows))
 
@@ -57,7 +58,7 @@ def run(tmp_path_factory):
             group = SampleGroup(EVIL, EVIL, EVIL, [EVIL, EVIL], [1.0, 0.5, 0.0], [0.0, 0.75, 0.25])
             log.samples("align", step, [group] * 5)
     for model, rouge in (("base", 0.25), ("sft", 0.5), ("aligned", 0.375)):
-        held_out.save(evaluation(model, rouge), directory)
+        save(evaluation(model, rouge), directory)
     config = {"seed": 7, "model": {"path": EVIL}, "loss": {"_target_": "pujax.method.losses.dpo"}}
     (directory / "config.yaml").write_text(json.dumps(config))
     return directory
