@@ -1,7 +1,7 @@
 """A model on held-out prompts: one pass for the anchors, one answer by greed, some by chance."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -49,7 +49,8 @@ def evaluate(
 
     The last batch is filled up with copies of its last row, which aren't counted: one compilation
     serves every batch and every set of parameters. Where a batch's real tokens fit the model's
-    budget, its padding is not computed. The same `params` draw the same samples each time.
+    budget, its padding is not computed. The same `params` draw the same samples each time. A metric
+    that no prompt has, as all of samples when none are drawn, is left out.
     """
     rows = []
     for start in track(
@@ -72,8 +73,9 @@ def evaluate(
                 samples=() if drawn is None else tuple(_texts(drawn, b, decode)),
             )
             rows.append(_row(reading, metrics))
-    kept = [name for name in metrics if any(row.values[name] is not None for row in rows)]
-    return Evaluation(name, tuple(rows), {name: metrics[name].shown for name in kept})
+    kept = [metric for metric in metrics if any(row.values[metric] is not None for row in rows)]
+    rows = [replace(row, values={metric: row.values[metric] for metric in kept}) for row in rows]
+    return Evaluation(name, tuple(rows), {metric: metrics[metric].shown for metric in kept})
 
 
 def _row(reading: Reading, metrics: Mapping[str, Metric]) -> Row:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.errors import DataError, NonFiniteError, StopRequested
-from pujax.evaluation import page, tables
+from pujax.evaluation import findings, page, tables
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
@@ -375,6 +375,8 @@ def finish(
     (directory / "table.md").write_text(tables.markdown(results) + "\n", encoding="utf-8")
     page.write(directory)
     console.print(tables.table(results))
+    for line in findings.told(results):
+        console.print(line, markup=False, highlight=False)
     console.print(f"run: {directory}\nplot: {directory / 'curves.png'}")
     (directory / "done").touch()
 
