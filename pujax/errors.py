@@ -35,6 +35,10 @@ class DataError(PujaxError, ValueError):
     """Prompts or anchors can't be used; the message names which and the remedy."""
 
 
+class EvaluationError(PujaxError, ValueError):
+    """What a run left behind can't be read or compared; the message names it and the remedy."""
+
+
 class TeacherError(PujaxError, RuntimeError):
     """The teacher can't be used as it is set: asking again would not help."""
 

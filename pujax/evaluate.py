@@ -25,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rich.console import Console
 
     from pujax.errors import StoreError
-    from pujax.evaluation.metrics import load_all, save
+    from pujax.evaluation.results import load_all, save
     from pujax.evaluation.tables import table
     from pujax.run.heldout import evaluate_other
 

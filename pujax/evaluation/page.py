@@ -1,202 +1,174 @@
-"""A run's curves as `curves.png`, and all that it left behind on one page, `report.html`."""
+"""All that a run left behind on one page, `report.html`, that needs nothing from elsewhere."""
 
 import base64
-import io
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from html import escape
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import MaxNLocator
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
-from pujax.evaluation import metrics as held_out
-from pujax.evaluation import tables
-from pujax.evaluation.metrics import Evaluation, Row
-from pujax.files.durable import Line, read_jsonl
+from pujax.errors import EvaluationError
+from pujax.evaluation import findings, tables, text
+from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves, drawable
+from pujax.evaluation.results import Evaluation, Row, load_all, shown_by
+from pujax.evaluation.statistics import Difference
+from pujax.files.durable import Line, read_jsonl, write_whole
+from pujax.method import labels as rules
 from pujax.records import STAGES
 
-STAGE_TITLES = {"sft": "SFT", "align": "alignment"}
+PAGE = 4  # cards of a browser shown at once; page.js has the number from the page
 
-GROUPS_SHOWN = 3  # sample groups of the first step, and as many of the last
-
-ANSWERS_SHOWN = 2  # held-out prompts of each kind
-
-
-@dataclass(frozen=True)
-class Panel:
-    """One small plot: a metric's course over the steps of some stages."""
-
-    title: str
-    metric: str
-    unit: str
-    stages: tuple[str, ...] = ("align",)
-    span: tuple[float, float] | None = None
-
-
-PANELS = (
-    Panel("SFT loss", "loss", "nats per token", ("sft",)),
-    Panel("Alignment loss", "loss", "loss"),
-    Panel("Score of the candidates", "score/mean", "mean score"),
-    Panel("KL to the reference", "kl/ref", "nats"),
-    Panel("Entropy of the labels", "label/entropy", "nats"),
-    Panel("Response length", "samples/length", "tokens"),
-    Panel("Responses finished", "samples/finished", "share", span=(0.0, 1.0)),
-    Panel("Gradient norm", "grad_norm", "norm", STAGES),
-    Panel("Throughput", "time/tokens_per_s", "tokens per second", STAGES),
-)
-
-
-@dataclass(frozen=True)
-class Theme:
-    """Colours of a figure; the stages' are from Okabe and Ito's palette for all kinds of sight."""
-
-    ink: str
-    faint: str
-    paper: str
-    stages: dict[str, str]
-
-
-LIGHT = Theme("#1f2328", "#d9dee3", "#ffffff", {"sft": "#d55e00", "align": "#0072b2"})
-
-DARK = Theme("#e6edf3", "#343b44", "none", {"sft": "#e69f00", "align": "#56b4e9"})
+CHANGE = 0.05  # in ROUGE-L, from which an answer without a truth has gained or lost
 
 
 def write(directory: Path) -> Path:
     """Write `curves.png` and `report.html` into a run's directory; returns the page's path.
 
-    Files that an unfinished run doesn't have yet are left out. Raises FileNotFoundError without
-    `metrics.jsonl`, and ValueError naming file and line for a log that can't be read.
+    Files that an unfinished run doesn't have yet are left out. Raises `EvaluationError` naming the
+    file, and the line where there is one, for a log that can't be read or a page that can't be
+    written.
     """
     path = directory / "metrics.jsonl"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is not there: is {directory} the directory of a run?")
-    lines = [line for line in read_jsonl(path) if line.get("stage") in STAGES]
-    (directory / "curves.png").write_bytes(curves(lines, LIGHT, "png"))
+        raise EvaluationError(f"{path} is not there: is {directory} the directory of a run?")
+    lines = _steps(path)
     page = directory / "report.html"
-    page.write_text(_page(directory, lines), encoding="utf-8", errors="xmlcharrefreplace")
+    drawn = curves(lines, LIGHT, "png", drawable(lines))
+    html = _page(directory, lines).encode(errors="xmlcharrefreplace")
+    try:
+        write_whole(directory / "curves.png", drawn)
+        write_whole(page, html)
+    except OSError as error:
+        raise EvaluationError(
+            f"{page}: {error.strerror}: make room or allow writing, then `python -m pujax.report`"
+        ) from error
     return page
 
 
-def curves(lines: Sequence[Line], theme: Theme, form: str) -> bytes:
-    """The run's metrics as small plots side by side, as a `png` or an `svg`."""
-    panels = [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
-    columns = 3
-    rows = max(1, -(-len(panels) // columns))
-    style: dict[Any, Any] = {
-        "font.size": 9.5,
-        "text.color": theme.ink,
-        "axes.labelcolor": theme.ink,
-        "axes.edgecolor": theme.ink,
-        "axes.facecolor": "none",
-        "xtick.color": theme.ink,
-        "ytick.color": theme.ink,
-        "grid.color": theme.faint,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "axes.spines.left": False,
-        "svg.hashsalt": "pujax",
-    }
-    with matplotlib.rc_context(style):
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
-        figure = Figure(figsize=(11, 2.6 * rows), layout=layout, facecolor=theme.paper)
-        FigureCanvasAgg(figure)
-        for place, panel in enumerate(panels, 1):
-            _draw(figure.add_subplot(rows, columns, place), panel, lines, theme)
-        image = io.BytesIO()
-        metadata = {"Date": None} if form == "svg" else None
-        figure.savefig(image, format=form, dpi=160, metadata=metadata)
-    return image.getvalue()
+# Reading what the run left.
 
 
-def _draw(axes: Axes, panel: Panel, lines: Sequence[Line], theme: Theme) -> None:
-    """The metric step by step in a light line, its running mean in a strong one."""
-    start = 0
-    drawn = [stage for stage in panel.stages if _series(lines, panel, stage)]
-    for stage in drawn:
-        steps, values = map(np.array, zip(*_series(lines, panel, stage), strict=True))
-        colour = theme.stages[stage]
-        if start:
-            axes.axvline(start + 0.5, color=theme.ink, linewidth=0.8, linestyle=(0, (2, 3)))
-        smooth = running_mean(values, len(values) // 30)
-        axes.plot(steps + start, values, color=colour, linewidth=0.8, alpha=0.35)
-        axes.plot(steps + start, smooth, color=colour, linewidth=1.8, label=STAGE_TITLES[stage])
-        start += int(steps[-1])
-    axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold")
-    axes.set_ylabel(panel.unit)
-    axes.set_xlabel(", then ".join(STAGE_TITLES[stage] for stage in drawn) + " step")
-    axes.grid(axis="y", linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(length=0)
-    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
-    axes.margins(x=0.01, y=0.08)
-    axes.set_xlim(left=0)
-    if panel.span is not None:
-        low, high = panel.span
-        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
-    if len(drawn) > 1:
-        axes.legend(frameon=False, fontsize=9, loc="best", handlelength=1.2)
+def _steps(path: Path) -> list[Line]:
+    """The lines of the stages' steps; each number is one, or null where it wasn't finite."""
+    lines = []
+    for line in read_jsonl(path):
+        if line.get("stage") not in STAGES:
+            continue
+        numbers = {name: value for name, value in line.items() if name != "stage"}
+        wrong = [
+            name
+            for name, value in numbers.items()
+            if not isinstance(value, int | float | None) or isinstance(value, bool)
+        ]
+        if wrong or not isinstance(line.get("step"), int):
+            raise EvaluationError(
+                f"{path}: {wrong[0] if wrong else 'step'} is no number in {str(line)[:80]}: remove "
+                "this line"
+            )
+        lines.append(line)
+    return lines
 
 
-def _series(lines: Sequence[Line], panel: Panel, stage: str) -> list[tuple[int, float]]:
-    """(step, value) where the stage has one; a value that wasn't finite is a gap."""
-    return [
-        (line["step"], float("nan") if line[panel.metric] is None else line[panel.metric])
-        for line in lines
-        if line["stage"] == stage and panel.metric in line
-    ]
+@dataclass(frozen=True)
+class _Group:
+    """A training group's responses, the anchor first, with what was thought of each."""
+
+    stage: str
+    step: int
+    prompt: str
+    texts: list[str]
+    scores: list[float | None]
+    labels: list[float | None]
 
 
-def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean of each value and the `reach` on either side, or as many as there are; skips NaN."""
-    known = np.isfinite(values)
-    totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    at = np.arange(len(values))
-    starts, ends = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
-    count = counts[ends] - counts[starts]
-    return np.where(count, (totals[ends] - totals[starts]) / np.maximum(count, 1), np.nan)
+def _samples(path: Path) -> list[_Group]:
+    groups = []
+    for number, line in enumerate(read_jsonl(path) if path.is_file() else [], 1):
+        try:
+            group = _Group(
+                stage=line["stage"],
+                step=line["step"],
+                prompt=line["prompt"],
+                texts=[line["anchor"], *line["candidates"]],
+                scores=line["scores"],
+                labels=line["labels"],
+            )
+            numbers = [*group.scores, *group.labels]
+            whole = len(numbers) == 2 * len(group.texts) and group.stage in STAGE_TITLES
+            whole &= all(isinstance(told, str) for told in [group.prompt, *group.texts])
+            whole &= all(isinstance(n, int | float | None) for n in [*numbers, group.step])
+        except (KeyError, TypeError) as error:
+            raise EvaluationError(f"{path}:{number}: no {error}: remove this line") from error
+        if not whole:
+            raise EvaluationError(f"{path}:{number}: not a group of samples: remove this line")
+        groups.append(group)
+    return groups
+
+
+def _settings(path: Path) -> tuple[str, DictConfig]:
+    """The run's settings as text and as a tree; empty for a run that has none."""
+    if not path.is_file():
+        return "", OmegaConf.create()
+    try:
+        told = path.read_text(encoding="utf-8")
+        tree = OmegaConf.create(told)
+    except Exception as error:  # YAML's errors, OmegaConf's and UTF-8's have no base in common
+        reason = str(error).split("\n")[0]
+        raise EvaluationError(f"{path}: not settings ({reason}): put the file right") from error
+    if not isinstance(tree, DictConfig):
+        raise EvaluationError(f"{path}: not settings by name: put the file right")
+    return told, tree
+
+
+# The page.
 
 
 def _page(directory: Path, lines: Sequence[Line]) -> str:
     """The whole HTML page; needs nothing from anywhere else, follows the reader's colour scheme."""
-    evaluations = held_out.load_all(directory)
-    samples_path, config_path = directory / "samples.jsonl", directory / "config.yaml"
-    samples = read_jsonl(samples_path) if samples_path.is_file() else []
-    config = config_path.read_text(encoding="utf-8") if config_path.is_file() else ""
+    evaluations = load_all(directory)
+    config, settings = _settings(directory / "config.yaml")
+    groups = _samples(directory / "samples.jsonl")
     name = escape("/".join(directory.resolve().parts[-2:]))
     sections = [
         f"<h1>{name}</h1>",
-        _facts(config, lines),
+        _findings(evaluations) if evaluations else "",
+        _facts(settings, lines),
         _evaluation(evaluations) if evaluations else "",
         _curves(lines) if lines else "",
         _answers(evaluations) if evaluations else "",
-        _groups(samples) if samples else "",
+        _groups(groups, settings) if groups else "",
         f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre>"
         "</details>"
         if config
         else "",
     ]
     body = "\n".join(section for section in sections if section)
+    style, script = (
+        files("pujax.evaluation").joinpath(f"page.{kind}").read_text(encoding="utf-8")
+        for kind in ("css", "js")
+    )
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{name}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n{body}\n"
-        "</main>\n</body>\n</html>\n"
+        f"<title>{name}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
+        f"</main>\n<script>{script}</script>\n</body>\n</html>\n"
     )
 
 
-def _facts(config: str, lines: Sequence[Line]) -> str:
+def _findings(evaluations: Sequence[Evaluation]) -> str:
+    verdict = findings.judge(evaluations)
+    told = "".join(f"<li>{escape(warning)}</li>" for warning in findings.warnings(evaluations))
+    return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
+        f'<ul class="warnings">{told}</ul>' if told else ""
+    )
+
+
+def _facts(settings: DictConfig, lines: Sequence[Line]) -> str:
     """The run in one row: the settings that tell runs apart, and the steps and time it took."""
-    settings = OmegaConf.create(config)
     facts: dict[str, Any] = {}
     for title, key in {
         "student": "model.path",
@@ -205,11 +177,15 @@ def _facts(config: str, lines: Sequence[Line]) -> str:
         "scorer": "scorer.score._target_",
         "seed": "seed",
     }.items():
-        value = OmegaConf.select(settings, key)
+        value = _select(settings, key)
         if value is not None:
-            facts[title] = str(value).removeprefix("pujax.")
+            name = str(value)
+            facts[title] = ".".join(name.split(".")[-2:]) if key.endswith("_target_") else name
+    layers = _select(settings, "model.shape.layers")
+    if layers:
+        facts["student"] = f"random, {layers} layers"
     for stage in STAGES:
-        seconds = [line["time/step_s"] for line in lines if line["stage"] == stage]
+        seconds = [line.get("time/step_s") or 0.0 for line in lines if line["stage"] == stage]
         if seconds:
             facts[STAGE_TITLES[stage]] = f"{len(seconds)} steps, {_minutes(sum(seconds))}"
     items = "".join(
@@ -219,183 +195,265 @@ def _facts(config: str, lines: Sequence[Line]) -> str:
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
+def _select(settings: DictConfig, key: str) -> Any:
+    """A setting, or None where the tree has no such branch."""
+    node: Any = settings
+    for part in key.split("."):
+        node = node.get(part) if isinstance(node, DictConfig) else None
+    return node
+
+
 def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
 def _evaluation(evaluations: Sequence[Evaluation]) -> str:
     header, rows = tables.cells(evaluations)
+    shown = shown_by(evaluations)
+    ceiling = findings.teacher(evaluations[0])
+    models = len(evaluations)
+    if ceiling:
+        header = [*header[:models], "teacher", *header[models:]]
     body = []
     for metric, row in rows.items():
-        texts = [f"<th>{escape(held_out.METRICS[metric])}</th>"]
-        for cell in row:
+        cells: list[str | Difference] = list(row)
+        if ceiling:
+            top = tables.number(shown[metric], ceiling[metric]) if metric in ceiling else ""
+            cells = [*row[:models], top, *row[models:]]
+        marked = []
+        for cell in cells:
             if isinstance(cell, str):
-                texts.append(f"<td>{cell}</td>")
+                marked.append(("", escape(cell)))
             else:
-                mean, _, limits = tables.interval(metric, cell).partition(" ")
-                style = tables.verdict(metric, cell)
-                texts.append(f'<td class="{style}">{mean} <small>{limits}</small></td>')
-        body.append(f"<tr>{''.join(texts)}</tr>")
+                mean, _, limits = tables.interval(shown[metric], cell).partition(" ")
+                style = tables.verdict(shown[metric], cell)
+                marked.append((style, f"{mean} <small>{limits}</small>"))
+        body.append(_row(shown[metric].title, header, marked))
     kinds_header, kinds = tables.kind_cells(evaluations)
+    by_kind = [_row(row[0], kinds_header[1:], [("", escape(c)) for c in row[1:]]) for row in kinds]
+    models_in_order = escape(" → ".join(evaluation.model for evaluation in evaluations))
     return (
         "<h2>Held-out evaluation</h2>"
         + _table(["", *header], body)
         + f"<p>{escape(tables.note(evaluations))}</p>"
         + (
-            f"<h3>By kind of prompt: {escape(' → '.join(e.model for e in evaluations))}</h3>"
-            + _table(
-                kinds_header,
-                [
-                    f"<tr><th>{escape(row[0])}</th>"
-                    + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:])
-                    + "</tr>"
-                    for row in kinds
-                ],
-            )
+            f"<h3>By kind of prompt: {models_in_order}</h3>" + _table(kinds_header, by_kind)
             if kinds
             else ""
         )
     )
 
 
+def _row(title: str, header: Sequence[str], cells: Iterable[tuple[str, str]]) -> str:
+    """A table's row: styles and HTML of its cells, each with its column's name for narrow pages."""
+    marked = "".join(
+        f'<td class="{style}" data-column="{escape(column)}">{cell}</td>'
+        for column, (style, cell) in zip(header, cells, strict=True)
+    )
+    return f"<tr><th>{escape(title)}</th>{marked}</tr>"
+
+
 def _table(header: Iterable[str], rows: Iterable[str]) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in header)
-    return (
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div>"
-    )
+    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
 
 
 def _curves(lines: Sequence[Line]) -> str:
-    light, dark = (
-        "data:image/svg+xml;base64," + base64.b64encode(curves(lines, theme, "svg")).decode()
-        for theme in (LIGHT, DARK)
+    """A picture a panel, so that narrow pages put them below one another."""
+    pictures = []
+    for panel in drawable(lines):
+        light, dark = (
+            "data:image/svg+xml;base64,"
+            + base64.b64encode(curves(lines, theme, "svg", [panel], columns=1)).decode()
+            for theme in (LIGHT, DARK)
+        )
+        pictures.append(
+            f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}">'
+            f'<img src="{light}" alt="{escape(panel.title)} over the steps"></picture>'
+        )
+    smoothed = any(sum(line["stage"] == stage for line in lines) >= SMOOTHED for stage in STAGES)
+    note = "<p>Light lines are single steps, strong ones running means.</p>" if smoothed else ""
+    return f'<h2>Training</h2><div class="curves">{"".join(pictures)}</div>{note}'
+
+
+# Browsers: cards with filters, a few at a time.
+
+
+@dataclass(frozen=True)
+class _Card:
+    """An article of a browser; `marks` are what its filters look at."""
+
+    title: str
+    prompt: str
+    answers: list[str]
+    marks: dict[str, str]
+
+
+def _browser(name: str, title: str, note: str, cards: Sequence[_Card]) -> str:
+    """All cards in one section; page.js shows those that pass its filters, `PAGE` at a time."""
+    filters = []
+    for mark in cards[0].marks:
+        values = list(dict.fromkeys(card.marks[mark] for card in cards))
+        if len(values) > 1:
+            options = "".join(
+                f'<option value="{escape(value)}">{escape(value)}</option>' for value in values
+            )
+            filters.append(
+                f'<label>{escape(mark)} <select data-mark="{escape(mark)}">'
+                f'<option value="">all</option>{options}</select></label>'
+            )
+    articles = "".join(
+        f'<article data-marks="{escape(_joined(card.marks.values()))}">'
+        f'<p class="kind">{escape(card.title)}</p><p class="prompt">{escape(card.prompt)}</p>'
+        f'<div class="answers">{"".join(card.answers)}</div></article>'
+        for card in cards
     )
+    order = escape(_joined(cards[0].marks))
     return (
-        '<h2>Training</h2><div class="wide"><picture>'
-        f'<source media="(prefers-color-scheme: dark)" srcset="{dark}">'
-        f'<img src="{light}" alt="The run\'s metrics over its steps"></picture></div>'
-        "<p>Light lines are single steps, strong ones running means.</p>"
+        f'<section class="browser" id="{name}" tabindex="-1" data-page="{PAGE}" '
+        f'data-order="{order}"><h2>{title}</h2><p>{note} Keys: <kbd>n</kbd> or <kbd>→</kbd> next, '
+        "<kbd>p</kbd> or <kbd>←</kbd> previous.</p>"
+        f'<div class="controls" hidden>{"".join(filters)}<span class="pager">'
+        '<button type="button" data-turn="-1">← previous</button> <output></output> '
+        '<button type="button" data-turn="1">next →</button></span></div>'
+        f'<div class="cards">{articles}</div></section>'
     )
+
+
+def _joined(parts: Iterable[str]) -> str:
+    """Parts as one attribute; a unit separator is in none of them."""
+    return "\x1f".join(part.replace("\x1f", " ") for part in parts)
 
 
 def _answers(evaluations: Sequence[Evaluation]) -> str:
-    """The first held-out prompts of each kind with every model's answer."""
-    kinds: dict[str | None, list[int]] = {}
-    for index, row in enumerate(evaluations[0].rows):
-        kinds.setdefault(row.kind, []).append(index)
+    """Every held-out prompt with every model's answer."""
+    last = evaluations[-1]
     cards = []
-    for kind, indices in kinds.items():
-        for index in indices[:ANSWERS_SHOWN]:
-            rows = [evaluation.rows[index] for evaluation in evaluations]
-            first = rows[0]
-            answers = [_answer("teacher", first.anchor, ("", ""), anchor=True)]
-            answers += [
-                _answer(evaluation.model, row.response, _mark(row))
-                for evaluation, row in zip(evaluations, rows, strict=True)
-            ]
-            truth = f" · answer: {escape(first.answer)}" if first.answer is not None else ""
-            title = f'<p class="kind">{escape(kind or "prompt")}{truth}</p>'
-            cards.append(_card(title, first.prompt, answers))
-    return "<h2>Held-out answers</h2><p>The first of each kind.</p>" + "".join(cards)
+    for index, first in enumerate(evaluations[0].rows):
+        rows = [evaluation.rows[index] for evaluation in evaluations]
+        answers = [_answer("teacher", first.anchor, *_teacher_mark(first), anchor=True)]
+        answers += [
+            _answer(evaluation.model, row.response, *_mark(row))
+            for evaluation, row in zip(evaluations, rows, strict=True)
+        ]
+        marks = {"kind": first.kind or "none"}
+        if len(rows) > 1:
+            marks["change"] = _change(rows[-2], rows[-1])
+        marks[f"{last.model} is"] = {1.0: "right", 0.0: "wrong"}.get(
+            _right(rows[-1]), "no true answer"
+        )
+        truth = f" · answer: {first.answer}" if first.answer is not None else ""
+        cards.append(_Card(f"{first.kind or 'prompt'}{truth}", first.prompt, answers, marks))
+    note = f"All {len(cards)} prompts."
+    if len(evaluations) > 1:
+        note += f" Changes are from {escape(evaluations[-2].model)} to {escape(last.model)}."
+    return _browser("answers", "Held-out answers", note, cards)
+
+
+def _right(row: Row) -> float:
+    """1 for a right answer, 0 for a wrong one, NaN where there is no truth."""
+    value = row.values.get("exact")
+    return float("nan") if value is None else value
+
+
+def _change(before: Row, after: Row) -> str:
+    one, other = _right(before), _right(after)
+    least = 0.0
+    if np.isnan(one) or np.isnan(other):
+        one, other = (row.values.get("rouge_l") or 0.0 for row in (before, after))
+        least = CHANGE
+    return "gained" if other - one > least else "lost" if one - other > least else "same"
 
 
 def _mark(row: Row) -> tuple[str, str]:
     """How the answer did, by the truth where there is one and else by ROUGE-L, and its style."""
-    if row.exact is None:
-        return f"ROUGE-L {row.rouge_l:.2f}", ""
-    if row.exact:
+    if row.values.get("exact") is None:
+        rouge = row.values.get("rouge_l")
+        return "" if rouge is None else f"ROUGE-L {rouge:.2f}", ""
+    if row.values["exact"]:
         return "exact", "gain"
-    return ("contains it", "") if row.contains else ("wrong", "loss")
+    return ("contains it", "") if row.values.get("contains") else ("wrong", "loss")
 
 
-def _groups(samples: Sequence[Line]) -> str:
-    """Groups of the first and the last step that have any: responses by falling label."""
-    first, last = ((samples[end]["stage"], samples[end]["step"]) for end in (0, -1))
+def _teacher_mark(row: Row) -> tuple[str, str]:
+    if row.answer is None:
+        return "", ""
+    prompt = findings.as_prompt(row)
+    if text.exact(prompt, row.anchor):
+        return "exact", "gain"
+    return ("contains it", "") if text.contains(prompt, row.anchor) else ("wrong", "loss")
+
+
+def _groups(groups: Sequence[_Group], settings: DictConfig) -> str:
+    """Every training group, responses by what the loss prefers."""
+    rule = str(_select(settings, "loss.pairs._target_")).split(".")[-1]
+    pairs = getattr(rules, rule, None) if "pairs" in (_select(settings, "loss") or {}) else None
     cards = []
-    for stage, step in dict.fromkeys([first, last]):
-        groups = [line for line in samples if (line["stage"], line["step"]) == (stage, step)]
-        for group in groups[:GROUPS_SHOWN]:
-            responses = [group["anchor"], *group["candidates"]]
-            order = sorted(range(len(responses)), key=lambda i: -(group["labels"][i] or 0))
-            answers = []
-            for i in order:
-                label, score = group["labels"][i], group["scores"][i]
-                values = " · ".join(
-                    f"{name} " + ("not finite" if value is None else f"{value:.2f}")
-                    for name, value in (("label", label), ("score", score))
-                )
-                who = "anchor" if i == 0 else f"#{i}"
-                answers.append(_answer(who, responses[i], (values, ""), label, anchor=i == 0))
-            title = f'<p class="kind">{escape(STAGE_TITLES[stage])} step {step}</p>'
-            cards.append(_card(title, group["prompt"], answers))
-    return (
-        "<h2>Training groups</h2><p>The student's candidates and the teacher's anchor, by falling "
-        "label; the bar is the label.</p>" + "".join(cards)
+    for group in groups:
+        size = range(len(group.texts))
+        if pairs is not None:
+            chosen, rejected = _preferred(pairs, group.scores)
+            order = sorted(size, key=lambda i: rejected[i] - chosen[i])
+            told = [_weight(chosen[i], rejected[i]) for i in size]
+            bars = [chosen[i] or None for i in size]
+        else:
+            order = sorted(size, key=lambda i: -(group.labels[i] or 0))
+            told = [(f"label {_number(group.labels[i])}", "") for i in size]
+            bars = group.labels
+        answers = [
+            _answer(
+                "anchor" if i == 0 else f"#{i}",
+                group.texts[i],
+                f"{told[i][0]} · score {_number(group.scores[i])}",
+                told[i][1],
+                bars[i],
+                anchor=i == 0,
+            )
+            for i in order
+        ]
+        known = {score for score in group.scores[1:] if score is not None}
+        marks = {
+            "step": f"{STAGE_TITLES[group.stage]} step {group.step}",
+            "signal": "scores differ" if len(known) > 1 else "scores are equal",
+        }
+        cards.append(_Card(marks["step"], group.prompt, answers, marks))
+    how = (
+        "by falling preference: the loss raises the chosen over the rejected; the bar is the "
+        "weight."
+        if pairs is not None
+        else "by falling label; the bar is the label."
     )
+    note = f"All {len(cards)}: the student's candidates and the teacher's anchor, {how}"
+    return _browser("groups", "Training groups", note, cards)
 
 
-def _card(title: str, prompt: str, answers: Iterable[str]) -> str:
-    return (
-        f'<article>{title}<p class="prompt">{escape(prompt)}</p>'
-        f'<div class="answers">{"".join(answers)}</div></article>'
+def _preferred(pairs: Any, scores: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """How much of the pairs' weight has each response as its chosen, and as its rejected one."""
+    values = np.array([[np.nan if score is None else score for score in scores]], np.float32)
+    weights = np.nan_to_num(np.asarray(pairs(values)[0]))
+    return weights.sum(axis=1).tolist(), weights.sum(axis=0).tolist()
+
+
+def _weight(chosen: float, rejected: float) -> tuple[str, str]:
+    """What a pair loss makes of a response, and its style."""
+    if chosen == rejected:
+        return "not used", ""
+    name, weight, style = (
+        ("chosen", chosen, "gain") if chosen > rejected else ("rejected", rejected, "loss")
     )
+    return (name if weight == 1 else f"{name} {weight:.2f}"), style
+
+
+def _number(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.2f}"
 
 
 def _answer(
-    who: str, text: str, mark: tuple[str, str], label: float | None = None, *, anchor: bool = False
+    who: str, said: str, mark: str, style: str, bar: float | None = None, *, anchor: bool = False
 ) -> str:
-    bar = "" if label is None else f'<i style="width:{100 * label:.1f}%"></i>'
-    verdict, style = mark
+    shown = "" if bar is None else f'<i style="width:{100 * bar:.1f}%"></i>'
     return (
-        f'<div class="who{" anchor" if anchor else ""}">{escape(who)}</div>'
-        f'<div class="text">{escape(text)}</div>'
-        f'<div class="mark"><span class="{style}">{escape(verdict)}</span>{bar}</div>'
+        f'<div class="answer"><div class="who{" anchor" if anchor else ""}">{escape(who)}</div>'
+        f'<div class="text">{escape(said)}</div>'
+        f'<div class="mark"><span class="{style}">{escape(mark)}</span>{shown}</div></div>'
     )
-
-
-STYLE = """
-:root { color-scheme: light dark; --ink: #1f2328; --soft: #59636e; --paper: #ffffff;
-  --line: #d9dee3; --box: #f6f8fa; --gain: #00694f; --loss: #a84300; --accent: #0072b2; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9198a1; --paper: #0d1117; --line: #343b44; --box: #151b23;
-    --gain: #3fc79a; --loss: #f0883e; --accent: #56b4e9; } }
-* { box-sizing: border-box; }
-body { margin: 0; background: var(--paper); color: var(--ink);
-  font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-main { max-width: 1060px; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
-h1 { font-size: 1.6rem; margin: 0 0 1rem; overflow-wrap: anywhere; }
-h2 { font-size: 1.2rem; margin: 2.5rem 0 .75rem; }
-h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; }
-p { margin: .5rem 0; color: var(--soft); }
-.facts { display: flex; flex-wrap: wrap; gap: .5rem 2rem; margin: 0; }
-.facts dt { color: var(--soft); font-size: .8rem; }
-.facts dd { margin: 0; font-weight: 600; overflow-wrap: anywhere; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right;
-  white-space: nowrap; }
-th:first-child { text-align: left; }
-thead th { color: var(--soft); font-weight: 600; }
-tbody th { font-weight: 400; }
-small { color: var(--soft); font-weight: 400; }
-.gain { color: var(--gain); font-weight: 600; }
-.loss { color: var(--loss); font-weight: 600; }
-img { width: 100%; min-width: 700px; height: auto; display: block; }
-article { border: 1px solid var(--line); border-radius: 8px; padding: .8rem 1rem; margin: .8rem 0; }
-.kind { font-size: .8rem; margin: 0; }
-.prompt { color: var(--ink); font-weight: 600; margin: .15rem 0 .6rem; white-space: pre-wrap;
-  overflow-wrap: anywhere; }
-.answers { display: grid; grid-template-columns: auto 1fr auto; }
-.answers > div { padding: .3rem .6rem; border-top: 1px solid var(--line); }
-.who { color: var(--soft); }
-.who.anchor { color: var(--accent); font-weight: 600; }
-.text { white-space: pre-wrap; overflow-wrap: anywhere; min-width: 0; }
-.mark { color: var(--soft); font-size: .85rem; min-width: 9.5rem; text-align: right;
-  font-variant-numeric: tabular-nums; }
-.mark i { display: block; height: 4px; margin: .2rem 0 0 auto; border-radius: 2px;
-  background: var(--accent); }
-pre { background: var(--box); padding: 1rem; border-radius: 8px; overflow-x: auto;
-  font-size: .85rem; }
-summary { cursor: pointer; }
-"""

@@ -1,12 +1,16 @@
 """What sets two evaluations apart, and how surely."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from pujax.evaluation.metrics import METRICS, Evaluation
+from pujax.errors import EvaluationError
+from pujax.evaluation.results import Evaluation, Row
 
 RESAMPLES = 10_000
+
+FEW = 30  # prompts below which no difference is called clear: the bootstrap is too narrow there
 
 
 @dataclass(frozen=True)
@@ -20,32 +24,107 @@ class Difference:
 
     @property
     def clear(self) -> bool:
-        """Whether the interval excludes 0."""
-        return self.low > 0 or self.high < 0
+        """Whether the interval excludes 0, and rests on no few prompts."""
+        return (self.low > 0 or self.high < 0) and self.prompts >= FEW
 
 
 def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str, Difference]:
-    """How far `second` is above `first` in each metric, prompt by prompt.
+    """How far `second` is above `first` in each metric that both have, prompt by prompt.
 
     The interval is a percentile bootstrap over prompts (Efron and Tibshirani, 1993, ch. 13), 10,000
     resamples of the paired differences: it says how much other prompts would change the difference,
-    not how much another training seed would. Raises ValueError unless both answered the same
+    not how much another training seed would. Raises `EvaluationError` unless both answered the same
     prompts.
     """
-    if [row.id for row in first.rows] != [row.id for row in second.rows]:
-        raise ValueError(
-            f"{first.model} and {second.model} were evaluated on different prompts "
-            f"({len(first.rows)} and {len(second.rows)}): evaluate both again"
-        )
+    _check_same(first, second)
     differences = {}
-    for metric in METRICS:
-        pairs = np.subtract(second.values(metric), first.values(metric))
+    for metric in first.shown:
+        pairs = _paired(first, second, metric)
         if len(pairs):
-            low, high = np.percentile(_resampled_means(pairs, seed), [2.5, 97.5])
-            differences[metric] = Difference(
-                float(pairs.mean()), float(low), float(high), len(pairs)
-            )
+            means = _resampled_means(pairs, seed)
+            differences[metric] = _difference(pairs.mean(), means, len(pairs))
     return differences
+
+
+def compare_runs(
+    first: Sequence[Evaluation], second: Sequence[Evaluation], *, seed: int = 0
+) -> dict[str, Difference]:
+    """How far the runs of one arm, `second`, are above those of another, in each metric.
+
+    The runs of an arm differ in their seed alone. Each resample draws runs of either arm and, for
+    all of them together, prompts (the bootstrap of crossed factors: Owen, 2007), so the interval
+    says how much other seeds *and* other prompts would change the difference. Raises
+    `EvaluationError` unless all answered the same prompts.
+    """
+    for other in (*first, *second):
+        _check_same(first[0], other)
+    differences = {}
+    for metric in first[0].shown:
+        arms = [np.array([_column(run, metric) for run in runs]) for runs in (first, second)]
+        known = ~np.isnan(np.concatenate(arms)).any(axis=0)
+        if known.any():
+            one, other = (arm[:, known] for arm in arms)
+            means = _crossed_means(other, seed, 1) - _crossed_means(one, seed, 0)
+            mean = other.mean() - one.mean()
+            differences[metric] = _difference(mean, means, int(known.sum()))
+    return differences
+
+
+def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
+    """The mean of one number a prompt, with its interval.
+
+    The bootstrap is bias-corrected and accelerated (BCa: Efron, 1987) where that is defined, and
+    takes percentiles where it isn't: for equal values, and for fewer than three.
+    """
+    from scipy.stats import bootstrap  # takes a moment to load
+
+    array = np.asarray(values, dtype=float)
+    means = _resampled_means(array, seed)
+    found = _difference(array.mean(), means, len(array))
+    if len(array) < 3 or np.ptp(array) == 0:
+        return found
+    limits = bootstrap(
+        (array,), np.mean, n_resamples=RESAMPLES, batch=100, method="BCa", rng=seed
+    ).confidence_interval
+    if np.isnan([limits.low, limits.high]).any():
+        return found
+    return Difference(found.mean, float(limits.low), float(limits.high), len(array))
+
+
+def _check_same(first: Evaluation, second: Evaluation) -> None:
+    """Raise unless row by row the prompt, what is true and what the teacher said are the same."""
+
+    def asked(row: Row) -> tuple[str | None, ...]:
+        return row.id, row.kind, row.prompt, row.answer, row.anchor
+
+    if len(first.rows) != len(second.rows):
+        differing = f"{len(first.rows)} and {len(second.rows)}"
+    else:
+        pairs = zip(first.rows, second.rows, strict=True)
+        different = [a.id for a, b in pairs if asked(a) != asked(b)]
+        if not different:
+            return
+        differing = f"the first is {different[0]}"
+    raise EvaluationError(
+        f"{first.model} and {second.model} were evaluated on different prompts ({differing}): "
+        "evaluate both again"
+    )
+
+
+def _paired(first: Evaluation, second: Evaluation, metric: str) -> np.ndarray:
+    """The differences on the prompts where both have the metric."""
+    differences = np.subtract(_column(second, metric), _column(first, metric))
+    return differences[~np.isnan(differences)]
+
+
+def _column(evaluation: Evaluation, metric: str) -> np.ndarray:
+    """The metric on every prompt, NaN where it has none."""
+    return np.array([row.values.get(metric) for row in evaluation.rows], dtype=float)
+
+
+def _difference(mean: float, means: np.ndarray, prompts: int) -> Difference:
+    low, high = np.percentile(means, [2.5, 97.5])
+    return Difference(float(mean), float(low), float(high), prompts)
 
 
 def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
@@ -55,4 +134,17 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
         values[rng.integers(len(values), size=(100, len(values)))].mean(axis=1)
         for _ in range(RESAMPLES // 100)
     ]
+    return np.concatenate(means)
+
+
+def _crossed_means(values: np.ndarray, seed: int, arm: int) -> np.ndarray:
+    """Means of `values` [runs, prompts], both drawn again; all arms of a seed draw one prompts."""
+    runs, prompts = values.shape
+    of_prompts = np.random.default_rng([seed, 2])
+    of_runs = np.random.default_rng([seed, arm])
+    means = []
+    for _ in range(RESAMPLES // 100):
+        weights = of_prompts.multinomial(prompts, np.full(prompts, 1 / prompts), size=100)
+        shares = of_runs.multinomial(runs, np.full(runs, 1 / runs), size=100)
+        means.append(np.einsum("rs,sp,rp->r", shares / runs, values, weights / prompts))
     return np.concatenate(means)

@@ -8,36 +8,42 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from pujax.evaluation.metrics import HIGHER_IS_BETTER, METRICS, QUALITY, Evaluation
-from pujax.evaluation.statistics import Difference, compare
+from pujax.evaluation.metrics import QUALITY, Shown
+from pujax.evaluation.results import Evaluation, shown_by
+from pujax.evaluation.statistics import FEW, Difference, compare
 
 
 def cells(evaluations: Sequence[Evaluation]) -> tuple[list[str], dict[str, list[str | Difference]]]:
-    """The comparison as a grid: column names, and under each metric's title its cells.
+    """The comparison as a grid: column names, and under each metric's name its cells.
 
     Columns are the models in the order given, then the difference of each to the one before it.
+    A metric that only some of the models have leaves its other cells empty.
     """
     pairs = list(pairwise(evaluations))
     header = [evaluation.model for evaluation in evaluations]
     header += [f"{second.model} - {first.model}" for first, second in pairs]
     compared = [compare(first, second) for first, second in pairs]
     rows: dict[str, list[str | Difference]] = {}
-    for metric in METRICS:
+    for metric, shown in shown_by(evaluations).items():
         values = [evaluation.values(metric) for evaluation in evaluations]
-        if all(values):
-            means: list[str | Difference] = [number(metric, float(np.mean(v))) for v in values]
-            rows[metric] = means + [differences[metric] for differences in compared]
+        if any(values):
+            means: list[str | Difference] = [
+                number(shown, float(np.mean(v))) if v else "" for v in values
+            ]
+            rows[metric] = means + [differences.get(metric, "") for differences in compared]
     return header, rows
 
 
 def kind_cells(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[str]]]:
     """Quality by kind of prompt: column names, and rows whose cells read base → sft → aligned."""
     splits = [evaluation.by_kind() for evaluation in evaluations]
-    header = ["kind", "prompts", *(METRICS[metric] for metric in QUALITY)]
+    shown = shown_by(evaluations)
+    quality = [metric for metric in QUALITY if metric in shown]
+    header = ["kind", "prompts", *(shown[metric].title for metric in quality)]
     rows = []
     for kind, first in splits[0].items():
         row = [kind, str(len(first.rows))]
-        for metric in QUALITY:
+        for metric in quality:
             values = [split[kind].values(metric) for split in splits]
             means = [f"{np.mean(v):z.2f}" for v in values if v]
             row.append(" → ".join(means))
@@ -45,60 +51,64 @@ def kind_cells(evaluations: Sequence[Evaluation]) -> tuple[list[str], list[list[
     return header, rows
 
 
-def number(metric: str, value: float, *, sign: bool = False) -> str:
+def number(shown: Shown, value: float, *, sign: bool = False) -> str:
     """A metric's value as the tables show it."""
-    digits = 1 if metric == "length" else 3
-    return f"{value:{'+' if sign else ''}z.{digits}f}"
+    return f"{value:{'+' if sign else ''}z.{shown.digits}f}"
 
 
-def interval(metric: str, difference: Difference) -> str:
-    """A difference as the tables show it: mean [low, high], with an asterisk if that excludes 0."""
-    mean = number(metric, difference.mean, sign=True)
-    low, high = number(metric, difference.low), number(metric, difference.high)
+def interval(shown: Shown, difference: Difference) -> str:
+    """A difference as the tables show it: mean [low, high], with an asterisk if that is clear."""
+    mean = number(shown, difference.mean, sign=True)
+    low, high = number(shown, difference.low), number(shown, difference.high)
     return f"{mean}{'*' if difference.clear else ''} [{low}, {high}]"
 
 
 def note(evaluations: Sequence[Evaluation]) -> str:
     """What a reader of the tables must know."""
-    rows, answers = len(evaluations[0].rows), len(evaluations[0].values("exact"))
+    rows = len(evaluations[0].rows)
+    answers = sum(row.answer is not None for row in evaluations[0].rows)
     text = f"{rows} held-out prompts, {answers} with a true answer; greedy decoding."
     if len(evaluations) > 1:
         text += " Differences with 95 % intervals (paired bootstrap over prompts); * excludes 0."
+        if rows < FEW:
+            text += f" Under {FEW} prompts none is called clear."
     return text
 
 
 def table(evaluations: Sequence[Evaluation]) -> Table:
     """The comparison for a terminal; clear gains are green, clear losses red."""
     header, rows = cells(evaluations)
-    shown = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    shown.caption, shown.caption_justify = note(evaluations), "left"
-    shown.add_column("held-out", no_wrap=True)
+    shown = shown_by(evaluations)
+    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid.caption, grid.caption_justify = note(evaluations), "left"
+    grid.add_column("held-out", no_wrap=True)
     for name in header:
-        shown.add_column(name, justify="right")
+        grid.add_column(escape(name), justify="right")
     for metric, row in rows.items():
-        texts = [METRICS[metric]]
+        texts = [escape(shown[metric].title)]
         for cell in row:
             if isinstance(cell, str):
                 texts.append(cell)
             else:
                 # Without the space, so that a narrow terminal breaks the line before the bracket.
-                text = escape(interval(metric, cell).replace(", ", ","))
-                colour = {"gain": "green", "loss": "red"}.get(verdict(metric, cell))
+                text = escape(interval(shown[metric], cell).replace(", ", ","))
+                colour = {"gain": "green", "loss": "red"}.get(verdict(shown[metric], cell))
                 texts.append(f"[{colour}]{text}[/]" if colour else text)
-        shown.add_row(*texts)
-    return shown
+        grid.add_row(*texts)
+    return grid
 
 
-def verdict(metric: str, difference: Difference) -> str:
-    """`gain` or `loss` where the interval excludes 0 and the metric has a better end, else ``."""
-    if not difference.clear or metric not in HIGHER_IS_BETTER:
+def verdict(shown: Shown, difference: Difference) -> str:
+    """`gain` or `loss` where the difference is clear and the metric has a better end, else ``."""
+    if not difference.clear or not shown.better:
         return ""
-    return "gain" if difference.mean > 0 else "loss"
+    return "gain" if (difference.mean > 0) == (shown.better == "higher") else "loss"
 
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The comparison as a Markdown table, for a README."""
     header, rows = cells(evaluations)
+    shown = shown_by(evaluations)
     lines = [
         "| held-out | " + " | ".join(header) + " |",
         "|---|" + "---:|" * len(header),
@@ -106,8 +116,8 @@ def markdown(evaluations: Sequence[Evaluation]) -> str:
     for metric, row in rows.items():
         # The asterisk is text here, not the start of an emphasis.
         texts = [
-            cell if isinstance(cell, str) else interval(metric, cell).replace("*", r"\*")
+            cell if isinstance(cell, str) else interval(shown[metric], cell).replace("*", r"\*")
             for cell in row
         ]
-        lines.append(f"| {METRICS[metric]} | " + " | ".join(texts) + " |")
+        lines.append(f"| {shown[metric].title} | " + " | ".join(texts) + " |")
     return "\n".join([*lines, "", note(evaluations).replace("*", r"\*")])

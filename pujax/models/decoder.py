@@ -149,7 +149,8 @@ class LanguageModel(nn.Module):
         which the tokens that it marks and the prompts' must fit, padding is not computed, and its
         states are 0.
         """
-        fresh, budget = isinstance(after, Tokens), None
+        fresh = isinstance(after, Tokens)
+        budget = None
         if self.budget is not None and mask is not None:
             budget = self.budget.responses + (self.budget.prompts if fresh else 0)
         stream, tapped, _ = self._run(params, after, tokens, mask=mask, budget=budget, tap=tap)

@@ -18,9 +18,9 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.errors import DataError, NonFiniteError, StopRequested
-from pujax.evaluation import metrics as held_out
-from pujax.evaluation import page, tables
-from pujax.evaluation.metrics import Evaluation
+from pujax.evaluation import findings, page, tables
+from pujax.evaluation.answering import Draws, evaluate
+from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.method import losses
@@ -34,6 +34,7 @@ from pujax.records import Example, messages_key
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, with_protocol
 from pujax.run.data import Dataset, batch_at, collate, make_dataset
+from pujax.run.heldout import build_metrics
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.settings import TrainConfig
 from pujax.run.student import load_student, new_state
@@ -71,6 +72,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     student = load_student(config.model, chat, mesh, config.seed)
     model, base = student.model, student.base
     recipe, loss_fn = build_recipe(config, chat, train_data)
+    metrics = build_metrics(config.eval)
     # Packing mixes prompts, which a mesh keeps on devices of their own.
     alone = mesh.size == 1
 
@@ -91,9 +93,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         """The held-out evaluation of a model, from the disk if this run has made it before."""
         path = directory / f"eval-{name}.jsonl"
         if keep and path.exists():
-            result = held_out.load(path)
+            result = load(path)
         else:
-            result = held_out.evaluate(
+            result = evaluate(
                 budgeted(heldout, config.eval.batch, 1),
                 assemble(base, trainable),
                 heldout.examples[: config.eval.prompts],
@@ -103,9 +105,11 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                     mesh, collate(examples, heldout), config.eval.batch
                 ),
                 decode=chat.decode,
+                metrics=metrics,
+                draws=Draws(config.eval.samples, config.eval.temperature),
             )
             if keep:
-                held_out.save(result, directory)
+                save(result, directory)
         log.evaluation(name, step, result.means())
         return result
 
@@ -370,6 +374,8 @@ def finish(
     (directory / "table.md").write_text(tables.markdown(results) + "\n", encoding="utf-8")
     page.write(directory)
     console.print(tables.table(results))
+    for line in findings.told(results):
+        console.print(line, markup=False, highlight=False)
     console.print(f"run: {directory}\nplot: {directory / 'curves.png'}")
     (directory / "done").touch()
 

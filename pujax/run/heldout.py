@@ -1,19 +1,43 @@
 """A model on the held-out prompts of a run."""
 
 import re
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from pujax.evaluation.metrics import Evaluation, evaluate
+from pujax.errors import ConfigError
+from pujax.evaluation.answering import evaluate
+from pujax.evaluation.metrics import METRICS, Metric, Shown
+from pujax.evaluation.results import Evaluation
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
+from pujax.run.compose import build
 from pujax.run.data import collate, make_dataset
 from pujax.run.settings import DataConfig, EvalConfig
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.store import read_anchors
+
+
+def build_metrics(config: EvalConfig) -> Mapping[str, Metric]:
+    """The metrics that the settings name, or those that a run has when they name none.
+
+    Raises `ConfigError`.
+    """
+    metrics = {}
+    for name, node in config.metrics.items():
+        key = f"eval.metrics.{name}"
+        try:
+            function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
+            metrics[name] = Metric(build(function, f"{key}.function"), Shown(**shown))
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
+                "and better, as in conf/eval/"
+            ) from error
+    return metrics or METRICS
 
 
 def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:

@@ -212,16 +212,26 @@ class CheckpointConfig:
 class EvalConfig:
     """Held-out evaluation: `prompts` of them (null: all), `batch` at once, greedily decoded.
 
-    `every` alignment steps apart in the run; 0 evaluates between the stages alone.
+    `every` alignment steps apart in the run; 0 evaluates between the stages alone. Beside the
+    greedy answer, `samples` answers are drawn at `temperature`. `metrics` are what is measured, by
+    name as in `conf/eval/`; none at all stands for `evaluation.metrics.METRICS`.
     """
 
     every: int = 0
     prompts: int | None = None
     batch: int = 16
+    samples: int = 0
+    temperature: float = 0.7
+    metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.batch > 0, "eval.batch", self.batch, "must be positive")
         require(self.every >= 0, "eval.every", self.every, "must not be negative")
+        require(
+            self.prompts is None or self.prompts > 0, "eval.prompts", self.prompts, "be positive"
+        )
+        require(self.samples >= 0, "eval.samples", self.samples, "must not be negative")
+        require(self.temperature > 0, "eval.temperature", self.temperature, "must be positive")
 
 
 @dataclass(frozen=True)

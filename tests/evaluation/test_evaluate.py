@@ -13,10 +13,11 @@ import pytest
 from rich.console import Console
 
 from pujax import evaluate
-from pujax.evaluation import metrics as held_out
-from pujax.evaluation import tables
-from pujax.evaluation.metrics import Evaluation, Row, contains, exact
+from pujax.evaluation import answering, tables
+from pujax.evaluation.metrics import METRICS, Shown
+from pujax.evaluation.results import Evaluation, Row, load, load_all, save
 from pujax.evaluation.statistics import Difference, compare
+from pujax.evaluation.text import contains, exact
 from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
@@ -106,13 +107,15 @@ def test_part_of_a_word_or_of_a_number_is_not_contained(answer, kind, response):
 
 
 def row(index, **values):
-    base = {
+    base: dict[str, Any] = {
         "id": f"p{index}",
         "kind": "sum",
         "prompt": "1 + 1",
         "answer": "2",
         "anchor": "2",
         "response": "3",
+    }
+    numbers = {
         "anchor_logp": -1.0,
         "rouge_l": 0.5,
         "exact": 0.0,
@@ -120,7 +123,8 @@ def row(index, **values):
         "length": 4.0,
         "finished": 1.0,
     }
-    return Row(**(base | values))
+    texts = {name: values.pop(name) for name in list(values) if name not in numbers}
+    return Row(**(base | texts), values=numbers | values)
 
 
 def evaluation(model, rouge, exact=None):
@@ -139,7 +143,7 @@ def test_means_leave_out_prompts_without_a_true_answer():
     means = Evaluation("base", rows).means()
     assert means["eval/exact"] == 0.5
     assert means["eval/rouge_l"] == 0.5
-    assert list(means) == [f"eval/{name}" for name in held_out.METRICS]
+    assert list(means) == [f"eval/{name}" for name in METRICS]
     writing = Evaluation("base", rows).by_kind()["writing"].means()
     assert "eval/exact" not in writing
     assert writing["eval/length"] == 4.0
@@ -222,7 +226,7 @@ def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_differen
     assert lines[0] == "| held-out | base | sft | aligned | sft - base | aligned - sft |"
     assert lines[1] == "|---|---:|---:|---:|---:|---:|"
     assert [line.split(" | ")[0] for line in lines[2:8]] == [
-        f"| {title}" for title in held_out.METRICS.values()
+        f"| {title}" for title in (metric.shown.title for metric in METRICS.values())
     ]
     assert lines[3].endswith(r"| +0.250\* [0.250, 0.250] | -0.125\* [-0.125, -0.125] |")
     assert lines[6] == "| length (tokens) | 4.0 | 4.0 | 4.0 | +0.0 [0.0, 0.0] | +0.0 [0.0, 0.0] |"
@@ -237,9 +241,19 @@ def test_a_metric_that_no_prompt_has_has_no_row():
 
 
 def test_a_length_has_no_better_end():
-    assert tables.verdict("length", Difference(-3.0, -4.0, -2.0, 9)) == ""
-    assert tables.verdict("exact", Difference(-3.0, -4.0, -2.0, 9)) == "loss"
-    assert tables.verdict("exact", Difference(0.1, -0.1, 0.3, 9)) == ""
+    length, exact = METRICS["length"].shown, METRICS["exact"].shown
+    assert tables.verdict(length, Difference(-3.0, -4.0, -2.0, 90)) == ""
+    assert tables.verdict(exact, Difference(-3.0, -4.0, -2.0, 90)) == "loss"
+    assert tables.verdict(exact, Difference(0.1, -0.1, 0.3, 90)) == ""
+    assert tables.verdict(Shown("x", better="lower"), Difference(-3.0, -4.0, -2.0, 90)) == "gain"
+
+
+def test_no_difference_of_few_prompts_is_called_clear():
+    assert Difference(0.5, 0.4, 0.6, 30).clear
+    assert not Difference(0.5, 0.4, 0.6, 29).clear
+    few = [evaluation("a", [0.1] * 29), evaluation("b", [0.9] * 29)]
+    assert "*" not in tables.markdown(few).split("greedy")[0]
+    assert "Under 30 prompts none is called clear" in tables.note(few)
 
 
 def test_kinds_read_from_the_first_model_to_the_last():
@@ -254,19 +268,19 @@ def test_kinds_read_from_the_first_model_to_the_last():
 def test_what_is_saved_is_loaded_in_the_order_of_the_run(tmp_path):
     for name in ("aligned", "base", "sft"):
         rows = (row(0, response="\ud800 \u2028\n", exact=None), row(1))
-        held_out.save(Evaluation(name, rows), tmp_path)
-    loaded = held_out.load_all(tmp_path)
+        save(Evaluation(name, rows), tmp_path)
+    loaded = load_all(tmp_path)
     assert [evaluation.model for evaluation in loaded] == ["base", "sft", "aligned"]
     assert loaded[0].rows == rows
     assert len((tmp_path / "eval-sft.jsonl").read_text().splitlines()[0]) > 10
 
 
 def test_a_row_that_is_not_one_is_named_with_its_line(tmp_path):
-    path = held_out.save(evaluation("base", [0.1, 0.2]), tmp_path)
+    path = save(evaluation("base", [0.1, 0.2]), tmp_path)
     with path.open("a") as file:
         file.write(json.dumps({"id": "p3"}) + "\n")
     with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:3: not a row of an evaluation"):
-        held_out.load(path)
+        load(path)
 
 
 WORDS = [f"w{i}" for i in range(96)]
@@ -309,7 +323,7 @@ def examples(prompts):
 
 
 def run(model, params, examples, batch):
-    return held_out.evaluate(
+    return answering.evaluate(
         model, params, examples, name="base", batch=batch, collate=collate, decode=decode
     )
 
@@ -342,23 +356,34 @@ def test_each_prompt_gets_its_anchors_mean_log_prob_and_the_greedy_answer(model,
         logps = logps_of(model, params, ids)
         start = len(example.prompt_ids)
         mean = np.mean([logps[t - 1, ids[t]] for t in range(start, len(ids))])
-        np.testing.assert_allclose(found.anchor_logp, mean, atol=1e-4)
+        np.testing.assert_allclose(number(found, "anchor_logp"), mean, atol=1e-4)
         expected = greedy_by_hand(model, params, example.prompt_ids)
         assert found.response == decode(expected)
-        assert found.length == len(expected)
-        assert found.finished == (expected[-1] in model.config.eos_ids)
+        assert found.values["length"] == len(expected)
+        assert found.values["finished"] == (expected[-1] in model.config.eos_ids)
+
+
+def number(row, metric):
+    value = row.values[metric]
+    assert value is not None
+    return value
+
+
+def without_logp(row):
+    return replace(row, values=dict(row.values) | {"anchor_logp": 0.0})
 
 
 def test_the_batch_size_changes_nothing_and_filled_up_rows_are_not_counted(model, params, examples):
     whole, padded = run(model, params, examples, 4), run(model, params, examples, 3)
     assert [row.id for row in padded.rows] == ["p0", "p1", "p2", "p3"]
     for one, other in zip(whole.rows, padded.rows, strict=True):
-        np.testing.assert_allclose(one.anchor_logp, other.anchor_logp, atol=1e-5)
-        assert replace(one, anchor_logp=0.0) == replace(other, anchor_logp=0.0)
+        logps = [number(found, "anchor_logp") for found in (one, other)]
+        np.testing.assert_allclose(logps[0], logps[1], atol=1e-5)
+        assert without_logp(one) == without_logp(other)
 
 
 def test_other_parameters_and_a_partial_batch_compile_nothing_again(model, params, examples):
-    jitted: Any = held_out._read
+    jitted: Any = answering._read
     run(model, params, examples, 4)
     before = jitted._cache_size()
     run(model, jax.tree.map(lambda x: x * 2, params), examples[:2], 4)
@@ -374,10 +399,12 @@ def test_rouge_l_and_accuracies_are_of_the_response(model, params, examples):
     prompt = replace(example.prompt, answer=words[1])
     (found,) = run(model, params, [replace(example, anchor=anchor, prompt=prompt)], 4).rows
     precision, recall = 2 / len(words), 2 / 4
-    np.testing.assert_allclose(found.rouge_l, 2 * precision * recall / (precision + recall))
-    assert (found.exact, found.contains) == (0.0, 1.0)
+    np.testing.assert_allclose(
+        number(found, "rouge_l"), 2 * precision * recall / (precision + recall)
+    )
+    assert (found.values["exact"], found.values["contains"]) == (0.0, 1.0)
     (found,) = run(model, params, [replace(example, prompt=replace(prompt, answer=None))], 4).rows
-    assert (found.exact, found.contains) == (None, None)
+    assert (found.values.get("exact"), found.values.get("contains")) == (None, None)
 
 
 def test_several_turns_are_shown_under_their_roles_and_the_system_message_is_not(
@@ -398,7 +425,7 @@ def test_several_turns_are_shown_under_their_roles_and_the_system_message_is_not
 def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     for found in three():
-        held_out.save(found, tmp_path)
+        save(found, tmp_path)
     assert evaluate.main([str(tmp_path)]) == 0
     assert "+0.250* [0.250,0.250]" in capsys.readouterr().out
     assert evaluate.main([str(tmp_path / "nowhere")]) == 1
@@ -436,7 +463,7 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     for name in ("one", "two"):
         assert evaluate.main([str(tmp_path), "--model", str(other), "--name", name]) == 0
     assert "two - one" in capsys.readouterr().out
-    one, two = held_out.load_all(tmp_path)
+    one, two = load_all(tmp_path)
     assert one.rows == two.rows
     assert [row.id for row in one.rows] == ["heldout-0001", "heldout-0002", "heldout-0003"]
     assert one.rows[0].answer == "Rocky"

@@ -2,14 +2,18 @@ import json
 import re
 import shutil
 import struct
+import subprocess
+from dataclasses import replace
+from html import unescape
 
 import numpy as np
 import pytest
 
 from pujax import report
-from pujax.evaluation import metrics as held_out
-from pujax.evaluation.metrics import Evaluation, Row
-from pujax.evaluation.page import running_mean, write
+from pujax.errors import EvaluationError
+from pujax.evaluation.curves import running_mean
+from pujax.evaluation.page import write
+from pujax.evaluation.results import Evaluation, Row, save
 from pujax.run.logs import RunLog, SampleGroup
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
@@ -24,14 +28,16 @@ def evaluation(model, rouge):
             answer=None if kind == "writing" else EVIL,
             anchor=EVIL,
             response=EVIL,
-            anchor_logp=-1.0,
-            rouge_l=rouge,
-            exact=None if kind == "writing" else 1.0,
-            contains=None if kind == "writing" else 1.0,
-            length=3.0,
-            finished=1.0,
+            values={
+                "anchor_logp": -1.0,
+                "rouge_l": rouge,
+                "exact": None if kind == "writing" else 1.0,
+                "contains": None if kind == "writing" else 1.0,
+                "length": 3.0,
+                "finished": 1.0,
+            },
         )
-        for i, kind in enumerate(["writing", EVIL])
+        for i, kind in enumerate(["writing", EVIL] * 15)
     ]
     return Evaluation(model, tuple(rows))
 
@@ -57,7 +63,7 @@ def run(tmp_path_factory):
             group = SampleGroup(EVIL, EVIL, EVIL, [EVIL, EVIL], [1.0, 0.5, 0.0], [0.0, 0.75, 0.25])
             log.samples("align", step, [group] * 5)
     for model, rouge in (("base", 0.25), ("sft", 0.5), ("aligned", 0.375)):
-        held_out.save(evaluation(model, rouge), directory)
+        save(evaluation(model, rouge), directory)
     config = {"seed": 7, "model": {"path": EVIL}, "loss": {"_target_": "pujax.method.losses.dpo"}}
     (directory / "config.yaml").write_text(json.dumps(config))
     return directory
@@ -73,11 +79,14 @@ def html(run):
 
 
 def visible(html):
-    return re.sub(r"<style>.*?</style>|base64,[A-Za-z0-9+/=]+", "", html, flags=re.DOTALL)
+    bulk = r"<style>.*?</style>|<script>.*?</script>|base64,[A-Za-z0-9+/=]+"
+    return re.sub(bulk, "", html, flags=re.DOTALL)
 
 
 def test_text_of_prompts_models_and_settings_is_escaped_everywhere(html):
-    assert "<script" not in html
+    assert html.count("<script") == 1  # the page's own
+    assert "<script" not in visible(html)
+    assert "alert('x')" not in html
     assert "<b>now" not in html
     escaped = "&lt;script&gt;alert(&#x27;x&#x27;)&lt;/script&gt; &amp; &quot;quotes&quot;"
     assert html.count(escaped) > 20
@@ -86,9 +95,9 @@ def test_text_of_prompts_models_and_settings_is_escaped_everywhere(html):
 
 def test_the_page_needs_nothing_from_elsewhere(html):
     sources = re.findall(r'(?:src|srcset|href)="([^"]*)"', html)
-    assert len(sources) == 2
+    assert len(sources) == 2 * html.count("<picture>") == 2 * 9
     assert all(source.startswith("data:image/svg+xml;base64,") for source in sources)
-    assert not re.search(r"url\(|@import|<link|<iframe", visible(html))
+    assert not re.search(r"url\(|@import|<link|<iframe|fetch\(|XMLHttp", html)
 
 
 def test_every_element_that_is_opened_is_closed_in_order(html):
@@ -104,6 +113,7 @@ def test_every_element_that_is_opened_is_closed_in_order(html):
 
 
 def test_the_page_shows_settings_evaluation_and_groups(html):
+    plain = re.sub(r' data-column="[^"]*"', "", html)
     for part in (
         "<dt>seed</dt><dd>7</dd>",
         "<dt>loss</dt><dd>losses.dpo</dd>",
@@ -114,12 +124,55 @@ def test_the_page_shows_settings_evaluation_and_groups(html):
         "0.25 → 0.50 → 0.38",
         "label 0.75 · score 0.50",
     ):
-        assert part in html
-    # Three groups of the first step and three of the last, each with the anchor last by its label.
-    assert html.count("alignment step 1<") == 3
-    assert html.count("alignment step 3<") == 3
-    group = html[html.index("alignment step 1<") :]
+        assert part in plain
+    # All groups of each step, each with the anchor last by its label.
+    for step in (1, 2, 3):
+        assert html.count(f'class="kind">alignment step {step}<') == 5
+    assert html.count('class="kind">writing<') == 15
+    group = html[html.index('class="kind">alignment step 1<') :]
     assert group.index("#1") < group.index("#2") < group.index(">anchor<")
+
+
+def pairs_of(run, tmp_path, rule):
+    directory = shutil.copytree(run, tmp_path / rule)
+    loss = {"_target_": "pujax.method.losses.dpo", "pairs": {"_target_": f"pujax.labels.{rule}"}}
+    (directory / "config.yaml").write_text(json.dumps({"loss": loss}))
+    html = page(directory)
+    group = html[html.index('class="kind">alignment step 1<') :]
+    group = group[: group.index("</article>")]
+    answers = re.findall(r'class="who(?: anchor)?">([^<]*)<.*?<span class="[^"]*">([^<]*)<', group)
+    return [(who, mark.split(" · ")[0]) for who, mark in answers]
+
+
+def test_a_pair_loss_shows_what_it_chooses_and_rejects(run, tmp_path):
+    # Scores: anchor 1, #1 .5, #2 0.
+    assert pairs_of(run, tmp_path, "anchor_vs_worst") == [
+        ("anchor", "chosen"),
+        ("#1", "not used"),
+        ("#2", "rejected"),
+    ]
+    assert pairs_of(run, tmp_path, "best_vs_worst") == [
+        ("#1", "chosen"),
+        ("anchor", "not used"),
+        ("#2", "rejected"),
+    ]
+    assert pairs_of(run, tmp_path, "anchor_vs_all") == [
+        ("anchor", "chosen"),
+        ("#1", "rejected 0.50"),
+        ("#2", "rejected 0.50"),
+    ]
+
+
+def test_the_teacher_is_marked_and_is_the_ceiling(tmp_path, run):
+    directory = shutil.copytree(run, tmp_path / "run")
+    for model in ("base", "sft", "aligned"):
+        rows = [replace(row, anchor="wrong") for row in evaluation(model, 0.5).rows[:-1]]
+        rows.append(replace(evaluation(model, 0.5).rows[-1], anchor=EVIL))
+        save(Evaluation(model, tuple(rows)), directory)
+    html = page(directory)
+    # Of 15 prompts with a truth it is right on the last.
+    assert '<td class="" data-column="teacher">0.067</td>' in html
+    assert '<div class="text">wrong</div><div class="mark"><span class="loss">wrong<' in html
 
 
 def test_the_plot_is_a_png_with_a_row_for_every_three_metrics(run, html):
@@ -160,3 +213,95 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys)
     (directory / "samples.jsonl").write_text("broken\n")
     assert report.main([str(directory)]) == 1
     assert "samples.jsonl:1: not JSON" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("metrics.jsonl", b'{"stage": "sft"}\n', "step is no number"),
+        ("metrics.jsonl", b'{"stage": "sft", "step": 1, "loss": "low"}\n', "loss is no number"),
+        ("metrics.jsonl", b"\x00\x00\n", "metrics.jsonl:1: not JSON"),
+        ("samples.jsonl", b'{"stage": "align", "step": 1}\n', "samples.jsonl:1: no 'prompt'"),
+        ("eval-base.jsonl", b'{"id": 1}\n', "eval-base.jsonl:1: not a row"),
+        ("eval-base.jsonl", b"\xff\n", "eval-base.jsonl:1: not JSON"),
+        ("eval-base.jsonl", b"", "eval-base.jsonl: no rows"),
+        ("config.yaml", b"a: [1, 2", "config.yaml: not settings"),
+        ("config.yaml", b"\xff\xfe", "config.yaml: not settings"),
+        ("config.yaml", b"- 1\n- 2\n", "config.yaml: not settings by name"),
+        ("config.yaml", b"model: 3\nloss: [x]\n", ""),
+    ],
+)
+def test_a_file_that_is_not_what_a_run_writes_is_named_in_a_line(
+    run, tmp_path, name, content, message
+):
+    directory = shutil.copytree(run, tmp_path / "run")
+    (directory / name).write_bytes(content)
+    if not message:
+        write(directory)
+        return
+    with pytest.raises(ValueError, match=message) as caught:
+        write(directory)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_full_disk_is_told_in_a_line_and_leaves_the_old_page(run, tmp_path, monkeypatch):
+    directory = shutil.copytree(run, tmp_path / "run")
+    write(directory)
+    before = (directory / "report.html").read_bytes()
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pujax.evaluation.page.write_whole", full)
+    with pytest.raises(EvaluationError, match=r"report\.html: No space left on device: make room"):
+        write(directory)
+    assert (directory / "report.html").read_bytes() == before
+
+
+PROBE = """
+<script>
+const told = {};
+for (const b of document.querySelectorAll(".browser")) {
+  const seen = new Set();
+  const all = b.querySelectorAll("article").length;
+  for (let turn = 0; turn < 50; turn++) {
+    for (const a of b.querySelectorAll("article:not([hidden])")) seen.add(a);
+    b.scrollIntoView();
+    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "n", bubbles: true }));
+  }
+  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+  told[b.id] = [seen.size, all, b.querySelector("output").textContent];
+}
+const select = document.querySelector("#answers select");
+select.value = "writing";
+select.dispatchEvent(new Event("change"));
+told.filtered = document.querySelector("#answers output").textContent;
+told.scroll = document.documentElement.scrollWidth - window.innerWidth;
+const narrow = [...document.querySelectorAll("article:not([hidden]) .text")];
+told.text = Math.min(...narrow.map((t) => t.getBoundingClientRect().width));
+document.title = JSON.stringify(told);
+</script>
+"""
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser on the PATH")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_reaches_every_card_by_keys_and_scrolls_nothing_sideways(html, tmp_path, width):
+    file = tmp_path / "probed.html"
+    file.write_text(html.replace("</body>", PROBE + "</body>"), encoding="utf-8")
+    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    command += " --disable-background-networking --disable-component-update --disable-sync"
+    command += f" --user-data-dir={tmp_path / 'profile'} --window-size={width},900 --dump-dom"
+    done = subprocess.run(
+        [*command.split(), file.as_uri()], capture_output=True, text=True, timeout=100, check=True
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    told = json.loads(unescape(title[1]))
+    assert told["answers"][:2] == [30, 30]
+    assert told["groups"] == [15, 15, "9–12 of 15"]
+    assert told["filtered"] == "1–4 of 15"
+    assert told["scroll"] <= 0
+    assert told["text"] > 12 * 10  # a letter is at most 10 pixels wide here

@@ -1,0 +1,148 @@
+"""A run's metrics over its steps, as small plots."""
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from pujax.files.durable import Line
+from pujax.records import STAGES
+
+STAGE_TITLES = {"sft": "SFT", "align": "alignment"}
+
+SMOOTHED = 30  # steps from which on a running mean is drawn over the single ones
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: a metric's course over the steps of some stages."""
+
+    title: str
+    metric: str
+    unit: str
+    stages: tuple[str, ...] = ("align",)
+    span: tuple[float, float] | None = None
+
+
+PANELS = (
+    Panel("SFT loss", "loss", "nats per token", ("sft",)),
+    Panel("Alignment loss", "loss", "loss"),
+    Panel("Score of the candidates", "score/mean", "mean score"),
+    Panel("KL to the reference", "kl/ref", "nats"),
+    Panel("Entropy of the labels", "label/entropy", "nats"),
+    Panel("Response length", "samples/length", "tokens"),
+    Panel("Responses finished", "samples/finished", "share", span=(0.0, 1.0)),
+    Panel("Gradient norm", "grad_norm", "norm", STAGES),
+    Panel("Throughput", "time/tokens_per_s", "tokens per second", STAGES),
+)
+
+
+@dataclass(frozen=True)
+class Theme:
+    """Colours of a figure; the stages' are from Okabe and Ito's palette for all kinds of sight."""
+
+    ink: str
+    faint: str
+    paper: str
+    stages: dict[str, str]
+
+
+LIGHT = Theme("#1f2328", "#d9dee3", "#ffffff", {"sft": "#d55e00", "align": "#0072b2"})
+
+DARK = Theme("#e6edf3", "#343b44", "none", {"sft": "#e69f00", "align": "#56b4e9"})
+
+
+def drawable(lines: Sequence[Line]) -> list[Panel]:
+    """The panels whose metric the run has."""
+    return [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
+
+
+def curves(
+    lines: Sequence[Line], theme: Theme, form: str, panels: Sequence[Panel], *, columns: int = 3
+) -> bytes:
+    """The run's metrics as small plots, `columns` of them side by side, as a `png` or an `svg`."""
+    rows = max(1, -(-len(panels) // columns))
+    style: dict[Any, Any] = {
+        "font.size": 9.5,
+        "text.color": theme.ink,
+        "axes.labelcolor": theme.ink,
+        "axes.edgecolor": theme.ink,
+        "axes.facecolor": "none",
+        "xtick.color": theme.ink,
+        "ytick.color": theme.ink,
+        "grid.color": theme.faint,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.spines.left": False,
+        "svg.hashsalt": "pujax",
+    }
+    with matplotlib.rc_context(style):
+        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
+        figure = Figure(
+            figsize=(11 / 3 * columns, 2.6 * rows), layout=layout, facecolor=theme.paper
+        )
+        FigureCanvasAgg(figure)
+        for place, panel in enumerate(panels, 1):
+            _draw(figure.add_subplot(rows, columns, place), panel, lines, theme)
+        image = io.BytesIO()
+        metadata = {"Date": None} if form == "svg" else None
+        figure.savefig(image, format=form, dpi=160, metadata=metadata)
+    return image.getvalue()
+
+
+def _draw(axes: Axes, panel: Panel, lines: Sequence[Line], theme: Theme) -> None:
+    """The metric step by step in a light line, its running mean in a strong one."""
+    start = 0
+    drawn = [stage for stage in panel.stages if _series(lines, panel, stage)]
+    for stage in drawn:
+        steps, values = map(np.array, zip(*_series(lines, panel, stage), strict=True))
+        colour = theme.stages[stage]
+        if start:
+            axes.axvline(start + 0.5, color=theme.ink, linewidth=0.8, linestyle=(0, (2, 3)))
+        smooth = running_mean(values, len(values) // SMOOTHED)
+        axes.plot(steps + start, values, color=colour, linewidth=0.8, alpha=0.35)
+        axes.plot(steps + start, smooth, color=colour, linewidth=1.8, label=STAGE_TITLES[stage])
+        start += int(steps[-1])
+    axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_ylabel(panel.unit)
+    axes.set_xlabel(", then ".join(STAGE_TITLES[stage] for stage in drawn) + " step")
+    axes.grid(axis="y", linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(length=0)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10], integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(4, steps=[1, 2, 2.5, 5, 10]))
+    axes.margins(x=0.01, y=0.08)
+    axes.set_xlim(left=0)
+    if panel.span is not None:
+        low, high = panel.span
+        axes.set_ylim(low - 0.03 * (high - low), high + 0.03 * (high - low))
+    if len(drawn) > 1:
+        axes.legend(frameon=False, fontsize=9, loc="best", handlelength=1.2)
+
+
+def _series(lines: Sequence[Line], panel: Panel, stage: str) -> list[tuple[int, float]]:
+    """(step, value) where the stage has one; a value that wasn't finite is a gap."""
+    return [
+        (line["step"], float("nan") if line[panel.metric] is None else line[panel.metric])
+        for line in lines
+        if line["stage"] == stage and panel.metric in line
+    ]
+
+
+def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
+    """The mean of each value and the `reach` on either side, or as many as there are; skips NaN."""
+    known = np.isfinite(values)
+    totals = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    at = np.arange(len(values))
+    starts, ends = np.maximum(at - reach, 0), np.minimum(at + reach + 1, len(values))
+    count = counts[ends] - counts[starts]
+    return np.where(count, (totals[ends] - totals[starts]) / np.maximum(count, 1), np.nan)

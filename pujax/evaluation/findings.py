@@ -1,0 +1,158 @@
+"""What a reader must know before the numbers: a verdict in a sentence, and warnings."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from pujax.evaluation import text
+from pujax.evaluation.metrics import QUALITY
+from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.statistics import FEW, compare
+from pujax.evaluation.tables import interval, verdict
+from pujax.records import Prompt
+
+SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
+
+BEYOND = 0.25  # by which that share exceeds the teacher's own, so that it isn't the task's
+
+LEAST = 4  # prompts below which answers may well be equal by chance
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A sentence, and `gain`, `loss` or `` for its colour."""
+
+    sentence: str
+    style: str
+
+
+def judge(evaluations: Sequence[Evaluation]) -> Verdict:
+    """How the last model does against the one before it; a collapse goes before any gain."""
+    last = evaluations[-1]
+    prompts = len(last.rows)
+    for collapse in collapses(last):
+        return Verdict(f"Not a success, whatever the averages say: {collapse}.", "loss")
+    if len(evaluations) < 2:
+        return Verdict(f"Only {last.model} has been evaluated, on {prompts} prompts.", "")
+    before = evaluations[-2]
+    differences = compare(before, last)
+    found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
+    for metric in (metric for metric in QUALITY if metric in differences):
+        shown, difference = last.shown[metric], differences[metric]
+        style = verdict(shown, difference)
+        told = f"{shown.title} {interval(shown, difference)}" if style else shown.title
+        found[style].append(told.replace("*", ""))
+    parts = [
+        f"{words} in {', '.join(found[style])}"
+        for style, words in (
+            ("gain", "better"),
+            ("loss", "worse"),
+            ("", "no clear difference"),
+        )
+        if found[style]
+    ]
+    few = f", too few to call any difference clear (at least {FEW})" if prompts < FEW else ""
+    sentence = f"{last.model} against {before.model} on {prompts} held-out prompts{few}: "
+    style = "gain" if found["gain"] and not found["loss"] else "loss" if found["loss"] else ""
+    return Verdict(sentence + ("; ".join(parts) or "nothing to compare") + ".", style)
+
+
+def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
+    """What speaks against taking the table at its word, each in a sentence with its remedy."""
+    first, last = evaluations[0], evaluations[-1]
+    found = [f"{collapse}: read the answers" for collapse in collapses(last)]
+    found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
+    if len(first.rows) < FEW:
+        found.append(
+            f"the table rests on {len(first.rows)} prompts: give at least {FEW}, better some "
+            "hundreds, in data.heldout"
+        )
+    answers = sum(row.answer is not None for row in first.rows)
+    if 0 < answers < FEW <= len(first.rows):
+        found.append(f"exact and contains rest on {answers} prompts with a true answer")
+    models = {evaluation.model: evaluation for evaluation in evaluations}
+    if {"base", "sft"} <= models.keys():
+        base, sft = (models[name].values("anchor_logp") for name in ("base", "sft"))
+        if base and sft and np.mean(sft) < np.mean(base):
+            found.append(
+                "SFT is worse than the base by its own loss (anchor log-prob "
+                f"{np.mean(sft):.3f} against {np.mean(base):.3f}): lower sft.lr"
+            )
+    return found
+
+
+def told(evaluations: Sequence[Evaluation]) -> list[str]:
+    """The verdict and the warnings as lines of text."""
+    return [
+        judge(evaluations).sentence,
+        *(f"warning: {warning}" for warning in warnings(evaluations)),
+    ]
+
+
+def collapses(evaluation: Evaluation) -> list[str]:
+    """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't."""
+    found = []
+    for kind, rows in _parts(evaluation):
+        answer, count = _most_frequent([row.response for row in rows])
+        _, of_teacher = _most_frequent([row.anchor for row in rows])
+        share = count / len(rows)
+        if share >= SAME and share - of_teacher / len(rows) >= BEYOND:
+            distinct = len({_plain(row.response) for row in rows})
+            found.append(
+                f"{evaluation.model} says the same to {count} of {len(rows)} prompts{kind}, "
+                f"{_quoted(answer)} ({distinct} distinct answers; the teacher's most frequent one "
+                f"is to {of_teacher})"
+            )
+    return found
+
+
+def repetitions(evaluation: Evaluation) -> list[str]:
+    """Where the teacher itself says the same to nearly all prompts, so that nothing is learnt."""
+    found = []
+    for kind, rows in _parts(evaluation):
+        answer, count = _most_frequent([row.anchor for row in rows])
+        if count / len(rows) >= SAME + BEYOND:
+            found.append(
+                f"the teacher says the same to {count} of {len(rows)} prompts{kind}, "
+                f"{_quoted(answer)}"
+            )
+    return found
+
+
+def teacher(evaluation: Evaluation) -> dict[str, float]:
+    """The teacher's own `exact` and `contains`, the ceiling; empty without true answers."""
+    rows = [row for row in evaluation.rows if row.answer is not None]
+    if not rows:
+        return {}
+    return {
+        "exact": float(np.mean([text.exact(as_prompt(row), row.anchor) for row in rows])),
+        "contains": float(np.mean([text.contains(as_prompt(row), row.anchor) for row in rows])),
+    }
+
+
+def as_prompt(row: Row) -> Prompt:
+    """What the checks of `evaluation.text` want to know of a row."""
+    return Prompt(row.id, (), row.answer, row.kind)
+
+
+def _parts(evaluation: Evaluation) -> list[tuple[str, tuple[Row, ...]]]:
+    """All rows, and those of each kind, with what to call them; none of fewer than `LEAST`."""
+    kinds = evaluation.by_kind()
+    parts = [("", evaluation.rows)]
+    if len(kinds) > 1:
+        parts += [(f" of kind {kind}", part.rows) for kind, part in kinds.items()]
+    return [(kind, rows) for kind, rows in parts if len(rows) >= LEAST]
+
+
+def _most_frequent(texts: Sequence[str]) -> tuple[str, int]:
+    return Counter(map(_plain, texts)).most_common(1)[0]
+
+
+def _plain(answer: str) -> str:
+    return " ".join(answer.casefold().split())
+
+
+def _quoted(answer: str) -> str:
+    return f"“{answer[:60]}{'…' if len(answer) > 60 else ''}”"

@@ -1,0 +1,148 @@
+"""What a model did on the held-out prompts: rows of values, on the disk and in memory."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pujax.errors import EvaluationError
+from pujax.evaluation.metrics import METRICS, Shown
+from pujax.files.durable import read_jsonl, write_whole
+
+KNOWN: dict[str, Shown] = {name: metric.shown for name, metric in METRICS.items()}
+
+TEXTS = ("id", "prompt", "anchor", "response")
+OPTIONAL = ("kind", "answer")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One held-out prompt answered, with the value of each metric; None where it has none."""
+
+    id: str
+    kind: str | None
+    prompt: str
+    answer: str | None
+    anchor: str
+    response: str
+    values: Mapping[str, float | None]
+    samples: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one model (base, sft, aligned) did on every held-out prompt.
+
+    `shown` says how the metrics are shown that the rows have, in the order of the tables.
+    """
+
+    model: str
+    rows: tuple[Row, ...]
+    shown: Mapping[str, Shown] = field(default_factory=lambda: KNOWN)
+
+    def __post_init__(self) -> None:
+        if not self.rows:
+            raise EvaluationError(
+                f"evaluation of {self.model}: no held-out prompts (eval.prompts): allow some, and "
+                "evaluate again"
+            )
+
+    def values(self, metric: str) -> list[float]:
+        """A metric's value on each prompt that has one."""
+        values = [row.values.get(metric) for row in self.rows]
+        return [value for value in values if value is not None]
+
+    def means(self) -> dict[str, float]:
+        """Means by metric name (`eval/...`), without metrics that no prompt has."""
+        values = {metric: self.values(metric) for metric in self.shown}
+        return {f"eval/{metric}": float(np.mean(v)) for metric, v in values.items() if v}
+
+    def by_kind(self) -> dict[str, "Evaluation"]:
+        """The evaluation split by the prompts' kinds, in alphabetical order."""
+        kinds = sorted({row.kind for row in self.rows if row.kind is not None})
+        return {
+            kind: Evaluation(
+                self.model, tuple(row for row in self.rows if row.kind == kind), self.shown
+            )
+            for kind in kinds
+        }
+
+
+def save(evaluation: Evaluation, directory: Path) -> Path:
+    """Write `eval-<model>.jsonl` and return its path: one row a line.
+
+    A first line says how metrics are shown that not every reader knows.
+    """
+    path = directory / f"eval-{evaluation.model}.jsonl"
+    lines = []
+    if dict(evaluation.shown) != KNOWN:
+        lines.append({"metrics": {name: vars(shown) for name, shown in evaluation.shown.items()}})
+    for row in evaluation.rows:
+        line = vars(row) | {"values": dict(row.values)}
+        if not row.samples:
+            del line["samples"]
+        lines.append(line)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_whole(path, text.encode(errors="backslashreplace"))
+    return path
+
+
+def load(path: Path) -> Evaluation:
+    """Read what `save` wrote, now or when the values stood in the row beside its texts.
+
+    Raises `EvaluationError` naming file and line for anything else.
+    """
+    rows, shown = [], dict(KNOWN)
+    for number, line in enumerate(read_jsonl(path), 1):
+        try:
+            if "metrics" in line and "id" not in line:
+                shown = {name: Shown(**told) for name, told in line["metrics"].items()}
+            else:
+                rows.append(_row(line))
+        except (TypeError, ValueError, AttributeError) as error:
+            raise EvaluationError(
+                f"{path}:{number}: not a row of an evaluation: {error}: delete the file, and "
+                "evaluate again"
+            ) from error
+    if not rows:
+        raise EvaluationError(f"{path}: no rows in it: delete it, and evaluate again")
+    for name in dict.fromkeys(name for row in rows for name in row.values):
+        shown.setdefault(name, Shown(name))
+    return Evaluation(path.stem.removeprefix("eval-"), tuple(rows), shown)
+
+
+def _row(line: Mapping[str, Any]) -> Row:
+    """A row of a file; ValueError or TypeError says what is wrong with it."""
+    fields = {**dict.fromkeys(OPTIONAL), **line}
+    samples = fields.pop("samples", ())
+    values = fields.pop("values", None)
+    texts = {name: fields.pop(name, None) for name in (*TEXTS, *OPTIONAL)}
+    for name, value in texts.items():
+        if not (isinstance(value, str) or (value is None and name in OPTIONAL)):
+            raise ValueError(f"{name} is {value!r}")
+    values = fields if values is None else values
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | None):
+            raise ValueError(f"{name} is {value!r}")
+    if not all(isinstance(sample, str) for sample in samples):
+        raise ValueError(f"samples are {samples!r}")
+    return Row(**texts, values=values, samples=tuple(samples))
+
+
+def load_all(directory: Path) -> list[Evaluation]:
+    """The evaluations that a run's directory has, in the order in which a run makes them."""
+    order = {"base": 0, "sft": 1, "aligned": 2}
+    found = [load(path) for path in sorted(directory.glob("eval-*.jsonl"))]
+    return sorted(found, key=lambda evaluation: order.get(evaluation.model, len(order)))
+
+
+def shown_by(evaluations: Iterable[Evaluation]) -> dict[str, Shown]:
+    """How the metrics of several evaluations are shown, the first to name one decides."""
+    shown: dict[str, Shown] = {}
+    for evaluation in evaluations:
+        for name, told in evaluation.shown.items():
+            shown.setdefault(name, told)
+    return shown

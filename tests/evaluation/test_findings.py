@@ -1,0 +1,107 @@
+from pujax.evaluation import findings
+from pujax.evaluation.results import Evaluation, Row
+
+
+def evaluation(model, responses, *, anchors=None, kind=None, logp=-1.0, rouge=0.5, truths=None):
+    anchors = anchors or [f"truth {i}" for i in range(len(responses))]
+    truths = truths or [None] * len(responses)
+    rows = [
+        Row(
+            f"p{i}",
+            kind,
+            f"prompt {i}",
+            truth,
+            anchor,
+            response,
+            {"anchor_logp": logp, "rouge_l": rouge},
+        )
+        for i, (response, anchor, truth) in enumerate(zip(responses, anchors, truths, strict=True))
+    ]
+    return Evaluation(model, tuple(rows))
+
+
+def different(model, count, **values):
+    return evaluation(model, [f"answer {i}" for i in range(count)], **values)
+
+
+def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its_scores():
+    before = different("sft", 40, rouge=0.1)
+    after = evaluation("aligned", ["I'm sorry, but I can't."] * 40, rouge=0.9)
+    found = findings.judge([before, after])
+    assert found.style == "loss"
+    assert "says the same to 40 of 40 prompts, “i'm sorry, but i can't.”" in found.sentence
+    assert "(1 distinct answers; the teacher's most frequent one is to 1)" in found.sentence
+    assert any("read the answers" in told for told in findings.warnings([before, after]))
+
+
+def test_a_collapse_within_a_kind_is_found():
+    tickets = evaluation("m", ["billing"] * 6, anchors=["billing", "account"] * 3, kind="ticket")
+    letters = different("m", 20, kind="letter")
+    both = Evaluation("m", tickets.rows + letters.rows)
+    (told,) = findings.collapses(both)
+    assert told.startswith("m says the same to 6 of 6 prompts of kind ticket, “billing”")
+
+
+def test_answers_that_the_teacher_repeats_too_are_no_collapse():
+    same = evaluation("m", ["yes"] * 20 + ["no"] * 20, anchors=["yes"] * 19 + ["no"] * 21)
+    assert findings.collapses(same) == []
+    assert findings.repetitions(same) == []
+    teacher = evaluation("m", ["yes"] * 40, anchors=["yes"] * 40)
+    assert findings.collapses(teacher) == []
+    (told,) = findings.repetitions(teacher)
+    assert told == "the teacher says the same to 40 of 40 prompts, “yes”"
+
+
+def test_the_verdict_says_what_is_better_and_what_is_not_clear():
+    found = findings.judge([different("sft", 40, rouge=0.1), different("aligned", 40, rouge=0.2)])
+    assert found.style == "gain"
+    assert found.sentence == (
+        "aligned against sft on 40 held-out prompts: better in anchor ROUGE-L +0.100 "
+        "[0.100, 0.100]; no clear difference in anchor log-prob."
+    )
+    found = findings.judge([different("sft", 40, rouge=0.2), different("aligned", 40, rouge=0.1)])
+    assert found.style == "loss"
+    assert "worse in anchor ROUGE-L" in found.sentence
+
+
+def test_few_prompts_decide_nothing_and_are_warned_of():
+    both = [different("sft", 12, rouge=0.1), different("aligned", 12, rouge=0.9)]
+    found = findings.judge(both)
+    assert found.style == ""
+    assert "12 held-out prompts, too few to call any difference clear (at least 30)" in (
+        found.sentence
+    )
+    assert any("rests on 12 prompts" in told for told in findings.warnings(both))
+
+
+def test_an_sft_that_is_worse_than_the_base_by_its_own_loss_is_warned_of():
+    worse = [different("base", 40, logp=-2.0), different("sft", 40, logp=-3.0)]
+    (told,) = findings.warnings(worse)
+    assert told.startswith("SFT is worse than the base by its own loss (anchor log-prob -3.000")
+    assert findings.warnings([different("base", 40, logp=-3.0), different("sft", 40)]) == []
+
+
+def test_few_true_answers_among_many_prompts_are_warned_of():
+    truths: list = ["x"] * 5 + [None] * 35
+    (told,) = findings.warnings([different("base", 40, truths=truths)])
+    assert told == "exact and contains rest on 5 prompts with a true answer"
+
+
+def test_verdict_and_warnings_are_told_line_by_line():
+    first, *others = findings.told([different("base", 12)])
+    assert first == "Only base has been evaluated, on 12 prompts."
+    (other,) = others
+    assert other.startswith("warning: the table rests on 12 prompts")
+
+
+def test_one_model_has_a_sentence_too():
+    assert findings.judge([different("base", 40)]).sentence == (
+        "Only base has been evaluated, on 40 prompts."
+    )
+
+
+def test_the_teacher_is_measured_by_the_truth():
+    anchors = ["Athens", "It is Athens.", "Rome", "nothing"]
+    found = evaluation("m", ["x"] * 4, anchors=anchors, truths=["Athens", "Athens", "Athens", None])
+    assert findings.teacher(found) == {"exact": 1 / 3, "contains": 2 / 3}
+    assert findings.teacher(different("m", 4)) == {}

@@ -1,0 +1,171 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from omegaconf import OmegaConf
+
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation import metrics
+from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown
+from pujax.evaluation.results import Evaluation, Row, load, save
+from pujax.records import Prompt
+from pujax.run.compose import build, conf_dir
+from pujax.run.heldout import build_metrics
+from pujax.run.settings import EvalConfig
+
+READING = Reading(
+    prompt=Prompt("p", ({"role": "user", "content": "1 + 1"},), "2"),
+    anchor="It is 2.",
+    response="it is it is",
+    anchor_logp=-2.0,
+    length=5.0,
+    finished=1.0,
+    samples=("2", "3", "2.", "so 2"),
+)
+
+
+def test_perplexity_is_e_to_the_nats():
+    np.testing.assert_allclose(metrics.perplexity(READING), np.e**2)
+
+
+def test_repeated_bigrams_count_once():
+    # it-is, is-it, it-is: two of three.
+    assert metrics.distinct_n(READING, n=2) == pytest.approx(2 / 3)
+    assert metrics.distinct_n(READING, n=5) is None
+    with pytest.raises(ConfigError, match="n=0: must be positive"):
+        metrics.distinct_n(READING, n=0)
+
+
+def test_a_sampled_metric_is_the_mean_over_the_samples():
+    assert metrics.sampled(READING, metric=metrics.exact) == 0.5
+    assert metrics.sampled(READING, metric=metrics.contains) == 0.75
+    assert metrics.sampled(replace(READING, samples=()), metric=metrics.exact) is None
+    unknown = replace(READING, prompt=replace(READING.prompt, answer=None))
+    assert metrics.sampled(unknown, metric=metrics.exact) is None
+
+
+def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
+    # Of the 6 pairs of 4 samples only the pair of both wrong ones fails.
+    assert metrics.pass_at_k(READING, k=2) == pytest.approx(5 / 6)
+    assert metrics.pass_at_k(READING, k=1) == 0.5
+    assert metrics.pass_at_k(READING, k=4) == 1.0
+    assert metrics.pass_at_k(replace(READING, samples=("3",) * 4), k=2) == 0.0
+    assert metrics.pass_at_k(replace(READING, samples=()), k=2) is None
+    with pytest.raises(ConfigError, match=r"eval\.samples=4: pass@5 needs at least 5"):
+        metrics.pass_at_k(READING, k=5)
+
+
+FILES = sorted(Path(conf_dir(), "eval").glob("*.yaml"))
+
+
+def node(path):
+    text = path.read_text(encoding="utf-8")
+    assert text.startswith(f"# @package eval.metrics.{path.stem}\n")
+    told = OmegaConf.to_container(OmegaConf.load(path))
+    assert isinstance(told, dict)
+    return told
+
+
+def test_the_files_of_the_metrics_that_every_run_has_say_what_the_code_says():
+    built = build_metrics(EvalConfig(metrics={p.stem: node(p) for p in FILES}))
+    assert {name: built[name].shown for name in METRICS} == {
+        name: metric.shown for name, metric in METRICS.items()
+    }
+    for name, metric in METRICS.items():
+        assert built[name].function(READING) == metric.function(READING)
+    assert build_metrics(EvalConfig()) == METRICS
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_every_metric_measures_a_reading(path):
+    value = build(node(path)["function"], "function")(READING)
+    assert isinstance(value, float)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"title": None}, "title=None"),
+        ({"better": "up"}, "better='up': choose higher, lower or None"),
+        ({"function": None}, r"function: cannot build|eval\.metrics\.mine="),
+        ({"colour": "red"}, "colour"),
+    ],
+)
+def test_a_metric_that_is_told_wrongly_is_named(change, message):
+    with pytest.raises(ConfigError, match=message):
+        build_metrics(EvalConfig(metrics={"mine": node(FILES[0]) | change}))
+
+
+def row(**values):
+    return Row("p0", "sum", "1 + 1", "2", "2", "3", values)
+
+
+OLD = {
+    "id": "p0",
+    "kind": "sum",
+    "prompt": "1 + 1",
+    "answer": "2",
+    "anchor": "2",
+    "response": "3",
+    "anchor_logp": -1.0,
+    "rouge_l": 0.5,
+    "exact": None,
+    "contains": 0.0,
+    "length": 4.0,
+    "finished": 1.0,
+}
+
+
+def test_a_file_whose_values_stand_beside_the_texts_is_read(tmp_path):
+    path = tmp_path / "eval-sft.jsonl"
+    path.write_text(json.dumps(OLD) + "\n")
+    found = load(path)
+    assert found.rows == (row(**{name: OLD[name] for name in METRICS}),)
+    assert found.model == "sft"
+    assert found.shown == {name: metric.shown for name, metric in METRICS.items()}
+
+
+def test_a_metric_that_nobody_knows_is_kept_with_its_name(tmp_path):
+    path = tmp_path / "eval-x.jsonl"
+    path.write_text(json.dumps(OLD | {"elo": 3}) + "\n")
+    assert load(path).rows[0].values["elo"] == 3
+    assert load(path).shown["elo"] == Shown("elo")
+
+
+def test_how_an_own_metric_is_shown_is_kept_in_the_file(tmp_path):
+    shown = {"perplexity": Shown("PPL", 1, "lower")}
+    rows = (row(perplexity=7.0), replace(row(perplexity=None), samples=("a", "\u2028b")))
+    path = save(Evaluation("base", rows, shown), tmp_path)
+    found = load(path)
+    assert found.rows == rows
+    assert found.shown["perplexity"] == Shown("PPL", 1, "lower")
+    assert found.means() == {"eval/perplexity": 7.0}
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ({**OLD, "response": None}, ":1: not a row of an evaluation: response is None"),
+        ({**OLD, "rouge_l": "high"}, "rouge_l is 'high'"),
+        ({**OLD, "values": 3}, "not a row"),
+        ({**OLD, "values": {}, "samples": [1]}, "samples are"),
+        ({"metrics": {"x": {"colour": "red"}}}, "colour"),
+        ({"metrics": 3}, "not a row"),
+    ],
+)
+def test_a_line_that_is_no_row_is_refused_in_one_line(tmp_path, line, message):
+    path = tmp_path / "eval-x.jsonl"
+    path.write_text(json.dumps(line) + "\n")
+    with pytest.raises(EvaluationError, match=message) as caught:
+        load(path)
+    assert "\n" not in str(caught.value)
+    path.write_text("")
+    with pytest.raises(EvaluationError, match="no rows in it"):
+        load(path)
+
+
+def test_metric_functions_are_given_by_name():
+    measured = metrics.measure(READING, {"twice": Metric(lambda r: 2 * r.length, Shown("x"))})
+    assert measured == {"twice": 10.0}
