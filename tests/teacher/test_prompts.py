@@ -6,6 +6,7 @@ import pytest
 
 from pujax.errors import ConfigError, PromptError
 from pujax.records import Prompt, messages_key
+from pujax.teacher import tables
 from pujax.teacher.prompts import load_prompts
 
 
@@ -152,3 +153,139 @@ def test_what_is_wrong_with_a_dataset_is_named(dataset, change, error, said):
 def test_reading_files_does_not_import_datasets():
     code = "import sys, pujax.teacher.prompts; sys.exit('datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# --- formats --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["p.ndjson", "p.JSONL", "p.jsonlines", "p.NDJSON"])
+def test_jsonl_has_several_names(tmp_path, name):
+    source = write(tmp_path / name, {"id": "a", "prompt": "fine"})
+    assert list(load_prompts(source)) == [Prompt("a", user("fine"))]
+
+
+@pytest.mark.parametrize("name", ["p.txt", "p", "p.TXT"])
+def test_text_has_two_and_lines_end_as_they_like(tmp_path, name):
+    (tmp_path / name).write_bytes(b"One\rTwo\r\nThree\n")
+    prompts = load_prompts(str(tmp_path / name))
+    assert [p.messages for p in prompts] == [user("One"), user("Two"), user("Three")]
+
+
+@pytest.mark.parametrize("name", ["p.json", "p.md", "p.xlsx", "p.jsonl.gz"])
+def test_any_other_name_is_refused(tmp_path, name):
+    with pytest.raises(PromptError, match=r"p\..*\.jsonl"):
+        list(load_prompts(write(tmp_path / name, {"prompt": "fine"})))
+
+
+@pytest.mark.parametrize(("name", "cut"), [("p.csv", ","), ("p.TSV", "\t")])
+def test_a_table_has_columns(tmp_path, name, cut):
+    rows = (
+        ("prompt", "answer", "id"),
+        ("Capital of France?", '"Paris, of\ncourse"', "7"),
+        ("Two", "", "8"),
+    )
+    source = write(tmp_path / name, *(cut.join(row) for row in rows))
+    assert list(load_prompts(source)) == [
+        Prompt("7", user("Capital of France?"), "Paris, of\ncourse"),
+        Prompt("8", user("Two")),
+    ]
+
+
+def test_parquet_is_a_table_too(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    turns = [[{"role": "user", "content": "One"}]]
+    table = pyarrow.table({"messages": turns, "answer": [3], "id": [2**60]})
+    parquet.write_table(table, tmp_path / "p.parquet")
+    assert list(load_prompts(str(tmp_path / "p.parquet"))) == [Prompt(str(2**60), user("One"), "3")]
+
+
+def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
+    source = write(
+        tmp_path / "p.jsonl",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Say hi.", "input": "", "output": "hi"},
+        {"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yo"}]},
+        {"conversations": [{"from": "system", "value": "S"}, {"from": "human", "value": "Hi"}]},
+    )
+    assert [(p.messages[-1]["content"], p.answer) for p in load_prompts(source)] == [
+        ("Add.\n\n1 2", "3"),
+        ("Say hi.", "hi"),
+        ("Hi", "Yo"),
+        ("Hi", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "rows", "said"),
+    [
+        (
+            "p.csv",
+            ["question,gold", "Why?,so"],
+            r"p\.csv:1: the columns are \['question', 'gold'\]",
+        ),
+        ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
+        ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
+        ("p.csv", ["messages", "no"], r"p\.csv:2: `messages` is not JSON"),
+        ("p.csv", ["prompt"], r"no prompts in it"),
+        ("p.parquet", ["prompt"], r"p\.parquet: not Parquet"),
+        ("p.jsonl", ['{"prompt": "x \\ud83d"}'], r"p\.jsonl:1: `prompt` has half a character.* 2:"),
+        ("p.jsonl", ['{"id": "\\ud83d", "prompt": "x"}'], r"p\.jsonl:1: `id` has half a character"),
+        ("p.jsonl", ['{"prompt": "x", "id": ' + "9" * 5000 + "}"], r"p\.jsonl:1: not JSON"),
+        ("p.jsonl", ["[" * 100_000], r"p\.jsonl:1: not JSON"),
+        ("p.jsonl", ['{"prompt": "x", "answer": NaN}'], r"`answer` must be a text"),
+        ("p.jsonl", ['{"conversations": 3}'], r"`conversations` must be a list of turns"),
+        (
+            "p.jsonl",
+            ['{"conversations": [{"from": 3, "value": 4}]}'],
+            r"messages\[0\] needs a `role`",
+        ),
+    ],
+)
+def test_what_is_wrong_in_a_table_or_a_line_is_named(tmp_path, name, rows, said):
+    with pytest.raises(PromptError, match=said):
+        list(load_prompts(write(tmp_path / name, *rows)))
+
+
+def test_numbers_are_answers_and_ids_and_empty_ones_are_none(tmp_path):
+    source = write(
+        tmp_path / "p.jsonl",
+        {"prompt": "One", "id": 7, "answer": 3},
+        {"prompt": "Two", "id": 8, "answer": 2.5, "kind": ""},
+    )
+    assert list(load_prompts(source)) == [
+        Prompt("7", user("One"), "3"),
+        Prompt("8", user("Two"), "2.5"),
+    ]
+
+
+def test_a_misspelt_key_is_told_once(tmp_path):
+    row = {"prompt": "One", "awnser": "1", "topic": "x"}
+    source = write(tmp_path / "p.jsonl", row, row | {"prompt": "Two"})
+    said = []
+    assert len(list(load_prompts(source, said.append))) == 2
+    assert said == [f"{source}:1: 'awnser' is not read: did you mean 'answer'?"]
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        ("{question", "data.prompts.template='{question': expected"),
+        ("question}", "Single '}'"),
+        ("{question!z}", "template names 'question'.*each as {column} alone"),
+        ("{question:>9}", "each as {column} alone"),
+        ("{question.foo}", "template names 'question.foo'"),
+        ("{question[k]}", "each as {column} alone"),
+        ("{}", "template names ''"),
+        ("{empty}", "template names 'empty', which is null here"),
+    ],
+)
+def test_a_template_has_columns_alone(template, said):
+    row = {"question": "Q", "empty": None}
+    with pytest.raises(PromptError, match=said):
+        tables._fill(template, row, "d[0]")
+
+
+def test_braces_are_written_twice():
+    assert tables._fill('{{"a": {q}}}', {"q": 1}, "d[0]") == '{"a": 1}'

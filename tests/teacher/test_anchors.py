@@ -1,0 +1,80 @@
+import json
+import socket
+
+import pytest
+
+from pujax.errors import StoreError
+from pujax.records import Prompt, messages_key
+from pujax.teacher.anchors import anchors_for
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import read_anchors
+from tests.teacher_client import at, run, user
+from tests.teacher_server import TeacherServer, completion, echo
+
+
+@pytest.fixture
+def no_sockets(monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a socket was opened")
+
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+REPLAY = TeacherConfig()
+
+
+@pytest.fixture
+def stored(store):
+    """A store with answers to a and b by model m, and a refusal of c."""
+    with TeacherServer() as running:
+        running.reply = lambda request: (
+            (200, {}, completion("no", refusal="no")) if request.prompt == "c" else echo(request)
+        )
+        run(user("a", "b", "c"), running, store)
+    return store
+
+
+def test_replay_answers_from_the_store_without_a_socket(stored, no_sockets):
+    said = []
+    anchors = anchors_for(user("a", "b", "c"), REPLAY, stored, CollectConfig(), say=said.append)
+    assert {key: anchor.response for key, anchor in anchors.items()} == {
+        messages_key(prompt.messages): f"answer to {name}"
+        for name, prompt in zip("ab", user("a", "b"), strict=True)
+    }
+    assert said == [
+        "3 prompts: had 2, asked 0",
+        "1 prompts are left out: the teacher gave no usable answer",
+    ]
+
+
+def test_replay_names_the_prompts_that_have_no_anchor(stored, no_sockets):
+    with pytest.raises(StoreError, match=r"2 of 3 prompts have no anchor \(id-x, id-y\)"):
+        anchors_for(user("a", "x", "y"), REPLAY, stored, CollectConfig(), say=[].append)
+
+
+def test_two_models_answers_need_a_choice(stored, server):
+    run(user("a"), server, stored, teacher=at(server, model="other"))
+    with pytest.raises(StoreError, match=r"'m' and 'other' both answered .* teacher.model"):
+        read_anchors(stored)
+    (only,) = read_anchors(stored, "other").values()
+    assert only.model == "other"
+
+
+def test_training_asks_for_what_is_missing_and_says_so(stored, server):
+    said = []
+    prompts = [*user("a", "b", "d"), Prompt("twin", user("d")[0].messages)]
+    anchors = anchors_for(prompts, at(server), stored, CollectConfig(), say=said.append)
+    responses = [anchors[messages_key(prompt.messages)].response for prompt in prompts]
+    assert responses == ["answer to a", "answer to b", "answer to d", "answer to d"]
+    assert server.delivered == {"d": 1}
+    assert said[0].startswith("4 prompts: had 2, asked 1: 1 answered")
+
+
+def test_a_store_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(StoreError, match=r"no\.jsonl: no such store"):
+        read_anchors(tmp_path / "no.jsonl")
+
+
+def test_a_stored_line_is_json_alone(stored):
+    for line in stored.read_text().splitlines():
+        assert set(json.loads(line)) >= {"key", "messages", "response", "finish_reason", "usage"}

@@ -1,0 +1,84 @@
+import pytest
+from omegaconf import OmegaConf
+
+from pujax.errors import ConfigError
+from pujax.teacher.settings import TeacherConfig
+
+SECRET = "sk-secret-4242-of-mine"
+
+
+def at(**settings):
+    return TeacherConfig(**{"base_url": "http://h/v1", "model": "m"} | settings)
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch):
+    monkeypatch.setenv("MY_API_KEY", SECRET)
+    monkeypatch.setenv("MY_LONG_TOKEN", "hush-hush-9")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"headers": {"x-api-key": SECRET}}, r"headers\.x-api-key: put the value into an environ"),
+        ({"headers": {"x-anything": "hush-hush-9"}}, r"headers\.x-anything: put the value"),
+        ({"headers": {"x-title": "hush-hush-9"}}, r"headers\.x-title: put the value"),
+        ({"headers": {"user-agent": f"Bearer {SECRET}"}}, r"headers\.user-agent: put"),
+        ({"extra_body": {"api_key": "short"}}, r"extra_body\.api_key looks secret"),
+        ({"extra_body": {"a": [{"b": "x hush-hush-9"}]}}, r"extra_body\.a\.b looks secret"),
+        ({"system": "say hush-hush-9"}, r"teacher\.system holds an environment's secret"),
+        ({"api_key": SECRET}, r"teacher\.api_key: a key is never a setting"),
+        ({"api_key_env": SECRET}, r"never the key itself"),
+        ({"base_url": f"http://h/v1?key={SECRET}"}, r"base_url holds a secret \(key\)"),
+        ({"base_url": f"http://h/v1?a=b&api-key={SECRET}"}, r"base_url holds a secret \(api-key\)"),
+        ({"base_url": f"http://h/v1?sig={SECRET}"}, r"base_url holds a secret \(sig\)"),
+        ({"base_url": "http://h/hush-hush-9/v1"}, r"base_url holds a secret \(from the env"),
+        ({"base_url": f"http://u:{SECRET}@h/v1"}, r"base_url holds a password"),
+        ({"base_url": f"http://u:{SECRET}/x@h/v1"}, r"base_url holds a password"),
+        ({"base_url": "http://[::1"}, r"base_url is not an address"),
+    ],
+)
+def test_a_secret_is_refused_unseen(settings, said):
+    with pytest.raises(ConfigError, match=said) as caught:
+        at(**settings)
+    assert "4242" not in str(caught.value)
+    assert "hush" not in str(caught.value)
+
+
+def test_what_interpolation_takes_from_the_environment_is_refused():
+    node = OmegaConf.create({"headers": {"x-key": "${oc.env:MY_API_KEY}"}})
+    with pytest.raises(ConfigError, match="x-key: put the value") as caught:
+        at(**OmegaConf.to_container(node, resolve=True))
+    assert "4242" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"headers": {"x-key": "env:MY_API_KEY", "X-Title": "mine", "HTTP-Referer": "http://me"}},
+        {"base_url": "https://h/openai/deployments/d?api-version=2024-10-21"},
+        {"extra_body": {"max_completion_tokens": 9, "stop": ["Basic words"], "key": 1}},
+        {"system": "Basic instructions"},
+        {"api_key_env": "MY_API_KEY"},
+    ],
+)
+def test_what_is_harmless_passes(settings):
+    at(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"headers": {"x-title": "é"}}, "printable ASCII"),
+        ({"headers": {"x-key": "env:A\nB"}}, "printable ASCII"),
+        ({"headers": {"x\nkey": "env:A"}}, "letters, digits"),
+        ({"temperature": float("nan")}, "teacher.temperature"),
+        ({"temperature": float("inf")}, "teacher.temperature"),
+        ({"thoughts": "drop"}, "teacher.thoughts='drop': choose strip, keep or fail"),
+        ({"extra_body": {"max_completion_tokens": "many"}}, "must be a positive number"),
+        ({"base_url": None, "path": "some/model"}, "needs teacher=local"),
+    ],
+)
+def test_a_value_that_can_not_be_is_refused(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        at(**settings)

@@ -1,0 +1,408 @@
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from pujax.errors import StoreError
+from pujax.records import Anchor, messages_key
+from pujax.teacher import store as store_module
+from pujax.teacher.anchors import anchors_for, collect
+from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
+from pujax.teacher.store import (
+    Contents,
+    anchor_of,
+    failures_path,
+    read_anchors,
+    read_records,
+    said,
+)
+from pujax.teacher.writer import AnchorStore
+from tests.teacher_client import TURN, at, many, run, user
+from tests.teacher_server import completion
+
+# --- keys -----------------------------------------------------------------------------------------
+
+
+def test_a_key_is_the_sha256_of_model_sampling_and_messages():
+    settings = TeacherConfig(model="m", temperature=0, max_tokens=8, extra_body={"top_p": 0.5})
+    asked = (
+        '{"messages":[{"content":"Hi","role":"user"}],"model":"m",'
+        '"sampling":{"max_tokens":8,"system":null,"temperature":0.0,"top_p":0.5}}'
+    )
+    assert messages_key([TURN], settings.asked) == hashlib.sha256(asked.encode()).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "same"),
+    [
+        ({"model": "other"}, False),
+        ({"system": "Be brief."}, False),
+        ({"temperature": 0.5}, False),
+        ({"max_tokens": 9}, False),
+        ({"extra_body": {"seed": 1}}, False),
+        ({"base_url": "http://elsewhere/v1"}, True),
+        ({"api_key_env": "KEY"}, True),
+        ({"headers": {"x-title": "y"}}, True),
+        ({"price": PriceConfig(1.0, 2.0)}, True),
+    ],
+)
+def test_only_the_model_and_its_sampling_change_the_key(change, same):
+    settings = TeacherConfig(base_url="http://here/v1", model="m", max_tokens=8)
+    changed = dataclasses.replace(settings, **change)
+    assert (messages_key([TURN], settings.asked) == messages_key([TURN], changed.asked)) is same
+
+
+# --- the store ------------------------------------------------------------------------------------
+
+
+def test_a_torn_tail_is_cut_off_reported_and_asked_again(server, store):
+    run(many(3), server, store, concurrency=1)
+    whole = store.read_bytes()
+    last = whole.splitlines(keepends=True)[-1]
+    store.write_bytes(whole[: -len(last)] + last[:40])
+    assert len(list(read_records(store))) == 2
+    said = []
+    assert run(many(3), server, store, said, concurrency=1).asked == 1
+    assert "cut off a torn last line of 40 bytes, to ask again" in said[0]
+    assert [record["id"] for _, record in read_records(store)] == [
+        f"id-prompt {n}" for n in range(3)
+    ]
+
+
+def test_a_whole_record_that_lacks_its_newline_is_kept(server, store):
+    run(many(2), server, store)
+    store.write_bytes(store.read_bytes().rstrip(b"\n"))
+    book = AnchorStore(store)
+    book.close()
+    assert len(list(read_records(store))) == 2
+    assert "lacked its newline" in book.repairs[0]
+
+
+def test_a_store_of_another_format_is_named_and_left_alone(store):
+    store.write_text('{"format": 2, "key": "00"}\n')
+    with pytest.raises(
+        StoreError, match=r"anchors\.jsonl:1: store format 2, this pujax has format"
+    ):
+        AnchorStore(store)
+    with pytest.raises(StoreError, match="store format 2"):
+        read_anchors(store)
+    assert store.read_text() == '{"format": 2, "key": "00"}\n'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("nonsense", r"not a record .*take this line out"),
+        ("[1]", "store format None"),
+        (
+            '{"format": 1, "key": "00"}',
+            r"a record without \['cost', 'created', .*take this line out",
+        ),
+    ],
+)
+def test_a_line_that_is_not_a_record_is_named(server, store, line, said):
+    run(many(2), server, store)
+    store.write_text(store.read_text() + line + "\n")
+    with pytest.raises(StoreError, match=rf"anchors\.jsonl:3: {said}"):
+        read_anchors(store)
+
+
+def test_a_record_whose_key_is_not_a_digest_is_named(server, store):
+    run(many(1), server, store)
+    ((_, record),) = read_records(store)
+    store.write_text(json.dumps(record | {"key": "k" * 64}) + "\n")
+    with pytest.raises(StoreError, match=r":1: a record with key 'kkk"):
+        AnchorStore(store)
+
+
+def test_a_full_disk_keeps_what_is_in_flight_and_stops(server, store, monkeypatch):
+    full(monkeypatch, room=3000, ballast=1 << 20)
+    server.latency = 0.02
+    with pytest.raises(StoreError, match="the disk is full: make room"):
+        run(many(100), server, store, concurrency=4)
+    assert len(list(read_records(store))) == server.delivered.total() < 20
+
+
+def test_a_disk_that_stays_full_leaves_whole_lines_alone(server, store, monkeypatch):
+    full(monkeypatch, room=3000, ballast=0)
+    with pytest.raises(StoreError, match="can't write: No space left on device"):
+        run(many(100), server, store, concurrency=4)
+    assert store.read_bytes().endswith(b"\n")
+    assert 5 <= len(list(read_records(store))) <= 10
+    monkeypatch.undo()
+    assert run(many(100), server, store).answered >= 90
+
+
+def full(monkeypatch, *, room, ballast):
+    """Let a disk have `room` bytes for the store, and `ballast` more once that file is cut."""
+    write, truncate = os.write, os.ftruncate
+    quota = [room]
+
+    def limited(descriptor, data):
+        left = quota[0] - os.fstat(descriptor).st_size
+        if left <= 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(descriptor, data[:left])
+
+    def ftruncate(descriptor, size):
+        quota[0] += ballast if size == 0 else 0
+        truncate(descriptor, size)
+
+    monkeypatch.setattr(os, "write", limited)
+    monkeypatch.setattr(os, "ftruncate", ftruncate)
+
+
+def test_a_folder_that_can_not_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StoreError, match=r"can't open the store for writing: .*choose another"):
+        AnchorStore(tmp_path / "file" / "anchors.jsonl")
+
+
+def test_text_that_utf8_can_not_hold_is_stored(server, store):
+    server.reply = lambda request: (200, {}, completion("half \ud83d \u2028 whole é"))
+    run(user("a"), server, store)
+    ((_, record),) = read_records(store)
+    assert record["response"] == "half \ud83d \u2028 whole é"
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from pujax.teacher.writer import AnchorStore
+store = AnchorStore(Path(sys.argv[1]))
+print(store.claim(sys.argv[2]), flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_prompt_that_a_dead_process_was_asking_is_asked_and_a_living_ones_is_not(server, store):
+    prompts = user("a", "b")
+    key = messages_key(prompts[0].messages, at(server).asked)
+    ticks = []
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store), key],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as holder:
+        assert holder.stdout is not None
+        assert holder.stdout.readline() == "True\n"
+
+        def tick(plan, tally):
+            ticks.append((holder.poll(), sorted(server.delivered)))
+            if holder.poll() is None:  # b is answered, a is another's: until that one is killed
+                holder.kill()
+                holder.wait()
+
+        collect(lambda: prompts, at(server), store, CollectConfig(), say=ticks.append, tick=tick)
+    assert ticks[:2] == [(None, ["b"]), (-9, ["a", "b"])]
+    assert server.delivered == {"a": 1, "b": 1}
+
+
+# --- another program writes the store while it is collected ---------------------------------------
+
+
+def collect_while(server, store, change, at_answer=20, count=60):
+    """Collect `count` prompts; `change` is called once, after `at_answer` answers."""
+    said, calls = [], []
+
+    def tick(plan, tally):
+        if tally.answered == at_answer and not calls:
+            calls.append(change())
+
+    settings = CollectConfig(concurrency=4)
+    collect(lambda: many(count), at(server), store, settings, say=said.append, tick=tick)
+    return said
+
+
+def ids(path):
+    return sorted(record["id"] for _, record in read_records(path))
+
+
+@pytest.mark.parametrize("rename", [True, False])
+def test_a_save_by_an_editor_loses_no_answer(server, store, rename):
+    run(many(10), server, store)
+    before = store.read_bytes()  # as an editor has loaded it
+
+    def save():
+        if rename:
+            store.with_suffix(".new").write_bytes(before)
+            os.replace(store.with_suffix(".new"), store)
+        else:
+            store.write_bytes(before)
+
+    said = collect_while(server, store, save)
+    assert ids(store) == sorted(f"id-prompt {n}" for n in range(60))
+    assert server.delivered.total() == 60
+    assert any("another program replaced it" in line for line in said)
+
+
+def test_a_save_after_the_last_answer_loses_none(server, store):
+    said = collect_while(server, store, lambda: os.remove(store), at_answer=60)
+    assert len(ids(store)) == 60
+    assert any("60 answers" in line for line in said)
+
+
+def test_what_an_editor_takes_out_stays_out(server, store):
+    run(many(10), server, store)
+    kept = b"".join(store.read_bytes().splitlines(keepends=True)[1:])
+
+    def save():
+        store.with_suffix(".new").write_bytes(kept)
+        os.replace(store.with_suffix(".new"), store)
+
+    collect_while(server, store, save)
+    assert len(ids(store)) == 59
+
+
+def test_failures_and_the_lock_may_vanish_too(server, store):
+    server.reply = lambda request: (200, {}, completion(""))
+
+    def vanish():
+        os.remove(failures_path(store))
+        os.remove(store.with_name(store.name + ".lock"))
+
+    calls = []
+
+    def tick(plan, tally):
+        if sum(tally.failed.values()) == 20 and not calls:
+            calls.append(vanish())
+
+    collect(lambda: many(60), at(server), store, CollectConfig(), say=[].append, tick=tick)
+    assert len(ids(failures_path(store))) == server.delivered.total() == 60
+
+
+def test_a_claim_outlives_its_lock_file(store):
+    book = AnchorStore(store)
+    assert book.claim("aa" * 32)
+    os.remove(store.with_name(store.name + ".lock"))
+    assert book.claim("bb" * 32)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(store), "aa" * 32],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "False\n"
+        other.kill()
+    book.close()
+
+
+def test_a_store_that_becomes_another_file_stops_and_the_answers_are_kept(server, store):
+    with pytest.raises(StoreError, match=r"anchors\.jsonl:1: not a record .*answers of this run"):
+        collect_while(server, store, lambda: store.write_text("a list of things\n"))
+    assert len(ids(store.with_name("anchors.kept.jsonl"))) >= 20
+
+
+# --- fields of other types ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("key", 5),
+        ("key", "K" * 64),
+        ("id", 5),
+        ("messages", None),
+        ("messages", []),
+        ("messages", [{"role": "user", "content": 3}]),
+        ("response", None),
+        ("finish_reason", 1),
+        ("model", ["m"]),
+        ("usage", [1]),
+        ("usage", {"prompt_tokens": "1"}),
+        ("usage", {"prompt_tokens": float("nan")}),
+        ("cost", "1"),
+        ("cost", float("nan")),
+        ("cost", True),
+        ("created", None),
+    ],
+)
+def test_a_field_of_another_type_is_named_with_its_line(server, store, field, value):
+    run(many(2), server, store)
+    first, second = store.read_text().splitlines()
+    store.write_text(first + "\n" + json.dumps(json.loads(second) | {field: value}) + "\n")
+    for read in (read_anchors, Contents, AnchorStore):
+        with pytest.raises(StoreError, match=rf"anchors\.jsonl:2: a record with {field} "):
+            read(store)
+
+
+def test_a_store_of_the_landed_version_is_read_under_its_keys(store):
+    store.write_text(
+        '{"format": 1, "key": "a5bb8a66f0ac7ad4f9bd8c9bd7d2ee1dcbd3a1ce9dfcd1ba1ae1f2f6b1a9a9de", '
+        '"id": "a", "messages": [{"role": "user", "content": "Hi"}], "response": "Hello", '
+        '"finish_reason": "stop", "model": "m", "served_model": null, "sampling": {"system": null, '
+        '"temperature": 0.0, "max_tokens": 8}, "usage": null, "cost": null, "created": "2026"}\n'
+    )
+    assert read_anchors(store)[messages_key([TURN])] == Anchor("Hello", "stop", "m")
+
+
+def test_a_store_is_read_once_a_command(server, store, monkeypatch):
+    run(many(5), server, store)
+    read = []
+    parse = store_module.parse
+    monkeypatch.setattr(
+        store_module, "parse", lambda raw, place: read.append(1) or parse(raw, place)
+    )
+    anchors = anchors_for(many(6), at(server), store, CollectConfig(), say=[].append)
+    assert (len(anchors), len(read)) == (6, 6)  # the five of before and the one that was asked
+
+
+# --- anchors --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("reason", "tokens", "limit", "finished"),
+    [
+        *((word, 5, 8, True) for word in ("stop", "eos", "EOS_TOKEN", "STOP", "end_turn", "end")),
+        *((word, 5, 8, False) for word in ("length", "MAX_TOKENS", "max_tokens", "model_length")),
+        (None, 5, 8, True),
+        (None, 8, 8, False),
+        (None, None, 8, False),
+        (None, None, None, True),
+        ("what", 5, 8, True),
+    ],
+)
+def test_how_an_answer_ended(reason, tokens, limit, finished):
+    record = {
+        "response": "x",
+        "finish_reason": reason,
+        "model": "m",
+        "usage": None if tokens is None else {"completion_tokens": tokens},
+        "sampling": {"max_tokens": limit},
+    }
+    anchor = anchor_of(record)
+    assert anchor is not None
+    assert anchor.finished is finished
+    assert anchor.finish_reason == reason
+
+
+@pytest.mark.parametrize(
+    ("response", "strip", "fail"),
+    [
+        ("Paris", "Paris", "Paris"),
+        ("<think>\nHmm\n</think>\n\nParis", "Paris", None),
+        ("Hmm, the template has opened it.</think>Paris", "Paris", None),
+        ("<think>\nHmm", None, None),
+        ("<thinking>Hmm</thinking>", None, None),
+        ("Write <think> before and </think> after.",) * 3,
+        ("I think so.",) * 3,
+    ],
+)
+def test_a_thought_is_no_part_of_an_anchor(response, strip, fail):
+    assert said(response, "strip") == strip
+    assert said(response, "fail") == fail
+    assert said(response, "keep") == response
+
+
+def test_half_a_character_becomes_a_replacement_character_in_an_anchor(server, store):
+    server.reply = lambda request: (200, {}, completion("smile \ud83d end"))
+    run(user("a"), server, store)
+    (anchor,) = read_anchors(store).values()
+    assert anchor.response == "smile \ufffd end"

@@ -1,0 +1,63 @@
+import doctest
+
+import pytest
+
+from pujax import text
+from pujax.text import mask, printable, secret_name, surrogate_at, well_formed
+
+
+def test_the_examples_of_the_docstrings_hold():
+    assert doctest.testmod(text).failed == 0
+
+
+@pytest.mark.parametrize(
+    "name", ["OPENAI_API_KEY", "HF_TOKEN", "api-key", "Authorization", "pw_secret"]
+)
+def test_names_of_secrets(name):
+    assert secret_name(name)
+
+
+@pytest.mark.parametrize(
+    "name", ["api_key_env", "max_tokens", "tokens_per_minute", "tokenizer", "monkey", "PATH"]
+)
+def test_names_that_are_none(name):
+    assert not secret_name(name)
+
+
+def test_settings_are_masked_and_nothing_else(monkeypatch):
+    monkeypatch.setenv("THEIR_TOKEN", "hush-hush-9")
+    settings = {
+        "run": {"name": "x", "dir": None},
+        "teacher": {
+            "base_url": "https://me:pw@h/v1?api-version=1&key=abc",
+            "api_key_env": "MY_KEY",
+            "api_key": "abc",
+            "max_tokens": 8,
+            "headers": {"x-key": "env:MY_KEY", "x-other": "abc", "X-Title": "mine"},
+            "extra_body": {"note": "say hush-hush-9", "list": ["sk-0123456789abcdefgh", 1.5]},
+        },
+    }
+    assert mask(settings) == {
+        "run": {"name": "x", "dir": None},
+        "teacher": {
+            "base_url": "https://***@h/v1?api-version=1&key=***",
+            "api_key_env": "MY_KEY",
+            "api_key": "***",
+            "max_tokens": 8,
+            "headers": {"x-key": "env:MY_KEY", "x-other": "***", "X-Title": "mine"},
+            "extra_body": {"note": "say ***", "list": ["***", 1.5]},
+        },
+    }
+
+
+def test_half_a_character_is_found_and_replaced():
+    assert surrogate_at("smile \ud83d end") == 6
+    assert surrogate_at("smile 😀") is None
+    assert well_formed("smile \udc00 end") == "smile \ufffd end"
+
+
+def test_what_is_printed_is_one_line_of_printable_characters():
+    said = printable("a\x1b[2J\x9b1m\u202e\x00\nb" + "x" * 1000)
+    assert said.isprintable()
+    assert said.startswith("a\\x1b[2J\\x9b1m\\u202e\\x00 bxxx")
+    assert len(said) == 300
