@@ -139,14 +139,19 @@ def test_replay_needs_no_teacher_and_names_what_is_missing(server, prompts, tmp_
     done = collect(tmp_path, *replay)
     assert (done.returncode, done.stdout) == (0, "20 prompts: had 20, asked 0\n")
     write(prompts, 22)
-    assert "2 of 22 prompts have no anchor (p20, p21)" in one_line(collect(tmp_path, *replay))
+    line = one_line(collect(tmp_path, *replay))
+    assert "2 of 22 prompts have no anchor (p20, p21): no teacher given to ask for them" in line
+    line = one_line(collect(tmp_path, "store=no.jsonl", "data.prompts=prompts.jsonl"))
+    assert "no.jsonl: no such store: no teacher given to ask for them: add teacher=" in line
 
 
 # --- bad input: one line, status not 0, nothing lost ----------------------------------------------
 
 
 def test_an_unreachable_host_is_one_line(prompts, tmp_path):
-    line = one_line(collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts)))
+    done = collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts))
+    assert "can't connect" not in done.stdout
+    line = one_line(done)
     assert "http://127.0.0.1:9/v1/chat/completions: can't connect: " in line
     assert line.endswith("check teacher.base_url, and that it is running")
 
@@ -177,12 +182,22 @@ def test_a_wrong_key_or_model_is_one_line_with_the_servers_words(
         (["+teacher.extra_body.model=x"], "teacher.extra_body=['model']"),
         (["store=prompts.jsonl"], "prompts.jsonl:1: store format None, this pujax has format 1"),
         (["store=/proc/anchors.jsonl"], "can't open the store for writing"),
-        (["store=no.jsonl", "stats=true"], "no.jsonl: no such store"),
+        (["store=no.jsonl", "stats=true"], "no.jsonl: no such store, so nothing to describe"),
+        (["teacher.api_key=KEY"], "teacher.api_key: a key is never a setting"),
+        (["+teacher.headers.x-key=KEY"], "teacher.headers.x-key: put the value into an environ"),
+        (["+teacher.headers.x-key=${oc.env:OTHER}"], "teacher.headers.x-key: put the value"),
+        (["teacher.base_url='http://127.0.0.1:1/v1?key=KEY'"], "base_url holds a secret (key)"),
+        (["teacher.api_key_env=TWO_LINES"], "variable TWO_LINES holds a line break at position"),
     ],
 )
 def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
-    line = one_line(collect(tmp_path, *asking(server.url, prompts), *settings))
+    settings = [
+        setting.replace("KEY", KEY) if "NO_KEY" not in setting else setting for setting in settings
+    ]
+    secrets = {"OTHER": KEY, "TWO_LINES": f"{KEY}\n{KEY}"}
+    line = one_line(collect(tmp_path, *asking(server.url, prompts), *settings, **secrets))
     assert said in line
+    assert KEY not in line
     assert server.seen == 0
 
 
@@ -235,6 +250,41 @@ def test_a_full_disk_is_one_line_and_every_answer_is_kept(server, prompts, tmp_p
     subprocess.run(["mount", "-o", "remount,size=8m", disk], check=True)
     assert collect(tmp_path, *settings).returncode == 0
     assert server.delivered.total() == len(server.delivered) == 600
+
+
+def test_when_nothing_is_answered_the_status_is_not_0(server, prompts, tmp_path):
+    server.reply = lambda request: (200, {}, completion(""))
+    line = one_line(collect(tmp_path, *asking(server.url, prompts)))
+    assert "nothing that was asked got a usable answer: {'empty': 20}" in line
+    write(prompts, 3)
+    server.reply = lambda request: (400, {}, {"error": {"message": "too \x1b[31mlong"}})
+    store = "other.jsonl"
+    line = one_line(collect(tmp_path, *asking(server.url, prompts, store)))
+    assert line.isprintable()
+    assert "{'rejected': 3} (the last: " in line
+    again = collect(tmp_path, *asking(server.url, prompts, store))
+    assert (again.returncode, again.stdout) == (
+        0,
+        "3 prompts: had 0, asked 0; 3 failed before (collect.retry_failed=true asks again)\n",
+    )
+
+
+def test_a_misspelt_key_is_told_once_a_command(server, prompts, tmp_path):
+    prompts.write_text('{"prompt": "One", "awnser": "1"}\n')
+    done = collect(tmp_path, *asking(server.url, prompts))
+    assert done.stderr == f"{prompts}:1: 'awnser' is not read: did you mean 'answer'?\n"
+
+
+def test_stats_count_thoughts_and_escape_what_a_server_said(server, prompts, tmp_path):
+    write(prompts, 2)
+    thinks = completion("<think>Hm</think>Yes", finish_reason="\x1b[31mend")
+    server.reply = lambda request: (200, {}, thinks)
+    assert collect(tmp_path, *asking(server.url, prompts)).returncode == 0
+    said = collect(tmp_path, "store=anchors.jsonl", "stats=true").stdout
+    assert "\x1b" not in said
+    assert "finish_reason  \\x1b[31mend 2" in said
+    assert "with thoughts  2" in said
+    assert "unfinished     0" in said
 
 
 # --- secrets --------------------------------------------------------------------------------------
