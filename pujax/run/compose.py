@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -90,7 +91,15 @@ def with_protocol(teacher: TeacherConfig) -> TeacherConfig:
     """`teacher` with the function that its `protocol` names. Raises `ConfigError`."""
     if teacher.protocol is None:
         return teacher
-    return replace(teacher, protocol=build(teacher.protocol, "teacher.protocol"))
+    return replace(teacher, protocol=_unchecked(build(teacher.protocol, "teacher.protocol")))
+
+
+def _unchecked(function: Any) -> Any:
+    """What Hydra's partial binds: that itself looks at its target again with every call."""
+    if not isinstance(function, partial):
+        return function
+    bound = {name: _unchecked(value) for name, value in function.keywords.items()}
+    return partial(function.func, *function.args, **bound) if bound else function.func
 
 
 def _check_bound(function: Any, key: str) -> None:

@@ -101,7 +101,7 @@ class Collection:
                 await self._sleep(0.2)
                 again, self._elsewhere = self._elsewhere, []
                 await self._work_on(again)
-            if self._tally.error is None:
+            if not self._stop.is_set():
                 await self._keep_rejected()
         finally:
             writer.cancel()

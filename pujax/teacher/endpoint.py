@@ -5,11 +5,13 @@ import email.utils
 import ipaddress
 import json
 import os
+import sys
 import time
 import urllib.request
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from importlib.util import find_spec
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
 
@@ -30,6 +32,11 @@ from pujax.teacher.protocols import (
 )
 from pujax.teacher.secrets import Secrets
 from pujax.teacher.settings import CollectConfig, TeacherConfig
+
+if find_spec("sniffio") is None:
+    # httpcore tries this import again for every lock, in all of the path: a tenth of a request.
+    modules: dict[str, Any] = sys.modules
+    modules["sniffio"] = None  # which makes it fail at once
 
 LONGEST = 1 << 24  # bytes that an answer may have, unpacked; the longest real ones have 1 % of it
 

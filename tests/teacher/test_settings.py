@@ -1,3 +1,5 @@
+from typing import Any
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -8,7 +10,8 @@ SECRET = "sk-secret-4242-of-mine"
 
 
 def at(**settings):
-    return TeacherConfig(**{"base_url": "http://h/v1", "model": "m"} | settings)
+    given: dict[str, Any] = {"base_url": "http://h/v1", "model": "m"} | settings
+    return TeacherConfig(**given)
 
 
 @pytest.fixture(autouse=True)
@@ -46,9 +49,9 @@ def test_a_secret_is_refused_unseen(settings, said):
 
 
 def test_what_interpolation_takes_from_the_environment_is_refused():
-    node = OmegaConf.create({"headers": {"x-key": "${oc.env:MY_API_KEY}"}})
+    node = OmegaConf.create({"x-key": "${oc.env:MY_API_KEY}"})
     with pytest.raises(ConfigError, match="x-key: put the value") as caught:
-        at(**OmegaConf.to_container(node, resolve=True))
+        at(headers=OmegaConf.to_container(node, resolve=True))
     assert "4242" not in str(caught.value)
 
 
