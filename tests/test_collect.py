@@ -204,7 +204,7 @@ def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
 def test_an_unknown_key_is_refused(prompts, tmp_path):
     done = collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts), "collect.concurency=2")
     assert done.returncode == 1
-    assert "Key 'concurency' not in 'CollectConfig'" in done.stderr
+    assert "collect.concurency: no such setting, did you mean collect.concurrency?" in done.stderr
 
 
 @pytest.fixture
