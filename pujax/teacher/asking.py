@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -26,6 +27,8 @@ from pujax.teacher.writer import AnchorStore
 from pujax.text import printable
 
 SEVERAL = 8  # prompts that are all refused before any is answered: the settings are at fault
+
+ALIKE = 32  # refusals in a row in the very same words: the account is at fault, late in a run
 
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait for; for more, the run ends
 TOLD_WAIT = 10.0  # seconds of a wait that are worth a line
@@ -74,6 +77,7 @@ class Collection:
         self._asking: set[str] = set()
         self._failed_now: set[bytes] = set()
         self._rejected: list[tuple[Prompt, str, str]] = []
+        self._alike = Counter[str]()
         self._elsewhere: list[Prompt] = []
         self._queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[None]]] = asyncio.Queue()
         self._resume_at = 0.0
@@ -188,6 +192,7 @@ class Collection:
         if answer is None:
             return
         self._failing = 0
+        self._alike.clear()
         failure = answer.failure
         if failure is None and said(answer.text, self._identity.thoughts) is None:
             failure = "thought"
@@ -195,11 +200,17 @@ class Collection:
         await self._keep_rejected()
 
     async def _reject(self, prompt: Prompt, key: str, error: Rejected) -> None:
-        """A prompt that the server refused fails alone; several before any answer stop the run."""
-        self._tally.trouble = str(error)
-        self._rejected.append((prompt, key, str(error)))
-        if error.certain or self._tally.answered:
+        """A prompt that the server refused fails alone; several alike stop the run."""
+        why = self._tally.trouble = str(error)
+        self._rejected.append((prompt, key, why))
+        self._alike = Counter({why: self._alike[why] + 1})
+        if error.certain:
             await self._keep_rejected()
+        elif self._tally.answered:
+            await self._keep_rejected()
+            if self._alike[why] >= ALIKE:
+                again = "collect.retry_failed=true asks them again"
+                self._fail(TeacherError(f"{ALIKE} prompts in a row were refused: {why}; {again}"))
         elif len(self._rejected) >= SEVERAL:
             count = len(self._rejected)
             self._fail(TeacherError(f"{error} (as the first {count} prompts were all refused)"))

@@ -327,6 +327,20 @@ def test_when_all_are_refused_the_settings_are_at_fault(server, store):
     assert not failures_path(store).exists()
 
 
+def test_an_account_that_runs_dry_late_does_not_fail_all_the_rest(server, store):
+    server.reply = lambda request: (
+        echo(request) if server.seen <= 20 else error(400, "your credit is too low")
+    )
+    with pytest.raises(
+        TeacherError, match=r"32 prompts in a row were refused: .* credit is too low"
+    ):
+        run(many(500), server, store, concurrency=4)
+    assert len(list(read_records(store))) == 20
+    assert 32 <= len(list(read_records(failures_path(store)))) <= 36
+    server.reply = echo
+    assert run(many(500), server, store, retry_failed=True).answered == 480
+
+
 def test_a_code_that_blames_the_prompt_counts_at_once(server, store):
     server.reply = lambda request: error(400, "long", code="context_length_exceeded")
     tally = run(many(20), server, store, concurrency=4)
