@@ -49,7 +49,10 @@ def export_hf(
     comes last: without it the directory is no model. Raises `ConfigError` for a directory that
     holds anything but an earlier export, `DiskError` where it can't be written.
     """
-    with _staged(Path(directory), "config.json") as fresh:
+    directory = Path(directory)
+    # Over the model that it was read from only weights change.
+    itself = directory.is_dir() and directory.resolve() == Path(chat.source).resolve()
+    with _staged(directory, "config.json", itself=itself) as fresh:
         if lora.split(params)[1]["layers"]:
             _write_adapter(config, params, fresh / ADAPTER, card)
         chat.save(fresh)
@@ -153,10 +156,11 @@ def _merged(config: DecoderConfig, params: Params) -> Params:
 
 
 @contextmanager
-def _staged(directory: Path, last: str) -> Iterator[Path]:
+def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Path]:
     """A folder inside `directory` whose files take their places there when the block ends.
 
-    `last` is the file that makes the directory whole. Where the block fails nothing has changed.
+    `last` is the file that makes the directory whole; it goes first and comes last, unless the
+    directory gets `itself` back. Where the block fails nothing has changed.
     """
     _refuse_foreign_directory(directory, last)
     fresh, existed = directory / _STAGE, directory.exists()
@@ -165,7 +169,7 @@ def _staged(directory: Path, last: str) -> Iterator[Path]:
             shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
             fresh.mkdir(parents=True)
             yield fresh
-            _place(fresh, directory, last)
+            _place(fresh, directory, last, itself)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             if not existed:
@@ -173,18 +177,17 @@ def _staged(directory: Path, last: str) -> Iterator[Path]:
                     directory.rmdir()  # if it is empty
 
 
-def _place(fresh: Path, directory: Path, last: str) -> None:
+def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:
     """Move the files of `fresh` to where they belong, and remove what the export before left.
 
-    Where only weights change, as when a model is exported over itself, there is a model to load
-    at each moment; else the file that makes it whole goes first and comes last.
+    The order is such that with `itself` there is a model to load at each moment.
     """
     names = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
     stale = [directory / name for name in _CHAT_FILES if last == "config.json"]
     stale = [path for path in stale if path.exists() and Path(path.name) not in names]
     for name in names:
         flush(fresh / name)
-    if stale or not all(_alike(fresh / name, directory / name) for name in names):
+    if not itself:
         (directory / last).unlink(missing_ok=True)
     for path in stale:
         path.unlink()
@@ -202,18 +205,6 @@ def _place(fresh: Path, directory: Path, last: str) -> None:
 
 def _is_weights(name: Path) -> bool:
     return name.suffix == ".safetensors"
-
-
-def _alike(fresh: Path, there: Path) -> bool:
-    """Whether a file changes nothing but weights, their index, or what is said of them."""
-    if _is_weights(fresh) or fresh.name in (safetensors.INDEX, "README.md"):
-        return True
-    if not there.is_file():
-        return False
-    if fresh.name != "config.json":
-        return fresh.read_bytes() == there.read_bytes()
-    before, now = (safetensors.read_json(path) for path in (there, fresh))
-    return {**before, "torch_dtype": ""} == {**now, "torch_dtype": ""}
 
 
 def _remove_adapter(directory: Path) -> None:
