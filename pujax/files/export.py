@@ -74,7 +74,7 @@ def export_gguf(
     `ConfigError` for a file there that no export wrote, `DiskError` where it can't be written.
     """
     path = Path(path)
-    _refuse_foreign_file(path)
+    refuse_foreign_file(path)
     keys = chat.to_gguf()
     with on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Pat
     `last` is the file that makes the directory whole; it goes first and comes last, unless the
     directory gets `itself` back. Where the block fails nothing has changed.
     """
-    _refuse_foreign_directory(directory, last)
+    refuse_foreign_directory(directory, last)
     fresh, existed = directory / _STAGE, directory.exists()
     with on_disk(directory):
         try:
@@ -219,8 +219,11 @@ def _remove_adapter(directory: Path) -> None:
         directory.rmdir()
 
 
-def _refuse_foreign_directory(directory: Path, last: str) -> None:
-    """Raise unless `directory` is free or holds an earlier export of the same form."""
+def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None:
+    """Raise `ConfigError` unless `directory` is free or an export of the same form has it.
+
+    `last` is the file that makes it whole.
+    """
     if directory.suffix == ".gguf":
         raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
     if not directory.exists():
@@ -232,12 +235,12 @@ def _refuse_foreign_directory(directory: Path, last: str) -> None:
     if held and (other in held or not is_card(directory / "README.md")):
         raise ConfigError(
             f"out={directory}: holds files that no such export wrote ({held[0]} and "
-            f"{len(held) - 1} more): choose an empty or a new directory"
+            f"{len(held) - 1} more): move them away, or choose an empty or a new directory"
         )
 
 
-def _refuse_foreign_file(path: Path) -> None:
-    """Raise unless the name is free or a GGUF file that an export wrote has it."""
+def refuse_foreign_file(path: Path) -> None:
+    """Raise `ConfigError` unless the name is free or an export's GGUF file has it."""
     if path.is_dir():
         raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
     if not path.exists():

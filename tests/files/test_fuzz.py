@@ -110,6 +110,26 @@ def test_a_gguf_file_with_any_bytes_changed_is_read_or_refused(examples, tmp_pat
 
 
 @often
+def test_a_safetensors_file_with_any_bytes_changed_is_read_or_refused(examples, tmp_path):
+    safetensors.save(tmp_path, *tiny("qwen2"))
+    path = tmp_path / "model.safetensors"
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+
+    def check(drawn):
+        changes, keep = drawn
+        content = bytearray(whole)
+        for at, value in changes:
+            content[at] = value
+        path.write_bytes(content[: int(keep * len(content))])
+        refused_or_read(lambda: weights.load(tmp_path))
+
+    change = st.tuples(st.integers(0, header - 1), st.integers(0, 255) | st.sampled_from(b'0",[]:'))
+    changes = st.lists(change, min_size=1, max_size=3)
+    repeated(examples, st.tuples(changes, st.just(1.0) | st.floats(0, 1)), check)
+
+
+@often
 def test_gguf_keys_of_any_values_are_read_or_refused(examples, tmp_path):
     write_toy(tmp_path / "whole.gguf")
     file = gguf.read(tmp_path / "whole.gguf")
