@@ -4,7 +4,17 @@ from collections.abc import Iterable
 
 
 class PujaxError(Exception):
-    """Something from outside is wrong; the message names it, its place and the remedy."""
+    """Something from outside is wrong; the message names it, its place and the remedy.
+
+    It is one line, whatever it quotes: what can't be printed stands in it as an escape.
+    """
+
+    def __str__(self) -> str:
+        """The message."""
+        return "".join(
+            one if one.isprintable() else one.encode("unicode_escape").decode()
+            for one in super().__str__()
+        )
 
 
 class ConfigError(PujaxError, ValueError):

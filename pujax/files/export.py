@@ -49,7 +49,10 @@ def export_hf(
     comes last: without it the directory is no model. Raises `ConfigError` for a directory that
     holds anything but an earlier export, `DiskError` where it can't be written.
     """
-    with _staged(Path(directory), "config.json") as fresh:
+    directory = Path(directory)
+    # Over the model that it was read from only weights change.
+    itself = directory.is_dir() and directory.resolve() == Path(chat.source).resolve()
+    with _staged(directory, "config.json", itself=itself) as fresh:
         if lora.split(params)[1]["layers"]:
             _write_adapter(config, params, fresh / ADAPTER, card)
         chat.save(fresh)
@@ -71,7 +74,7 @@ def export_gguf(
     `ConfigError` for a file there that no export wrote, `DiskError` where it can't be written.
     """
     path = Path(path)
-    _refuse_foreign_file(path)
+    refuse_foreign_file(path)
     keys = chat.to_gguf()
     with on_disk(path):
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -153,19 +156,20 @@ def _merged(config: DecoderConfig, params: Params) -> Params:
 
 
 @contextmanager
-def _staged(directory: Path, last: str) -> Iterator[Path]:
+def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Path]:
     """A folder inside `directory` whose files take their places there when the block ends.
 
-    `last` is the file that makes the directory whole. Where the block fails nothing has changed.
+    `last` is the file that makes the directory whole; it goes first and comes last, unless the
+    directory gets `itself` back. Where the block fails nothing has changed.
     """
-    _refuse_foreign_directory(directory, last)
+    refuse_foreign_directory(directory, last)
     fresh, existed = directory / _STAGE, directory.exists()
     with on_disk(directory):
         try:
             shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
             fresh.mkdir(parents=True)
             yield fresh
-            _place(fresh, directory, last)
+            _place(fresh, directory, last, itself)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
             if not existed:
@@ -173,18 +177,17 @@ def _staged(directory: Path, last: str) -> Iterator[Path]:
                     directory.rmdir()  # if it is empty
 
 
-def _place(fresh: Path, directory: Path, last: str) -> None:
+def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:
     """Move the files of `fresh` to where they belong, and remove what the export before left.
 
-    Where only weights change, as when a model is exported over itself, there is a model to load
-    at each moment; else the file that makes it whole goes first and comes last.
+    The order is such that with `itself` there is a model to load at each moment.
     """
     names = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
     stale = [directory / name for name in _CHAT_FILES if last == "config.json"]
     stale = [path for path in stale if path.exists() and Path(path.name) not in names]
     for name in names:
         flush(fresh / name)
-    if stale or not all(_alike(fresh / name, directory / name) for name in names):
+    if not itself:
         (directory / last).unlink(missing_ok=True)
     for path in stale:
         path.unlink()
@@ -204,18 +207,6 @@ def _is_weights(name: Path) -> bool:
     return name.suffix == ".safetensors"
 
 
-def _alike(fresh: Path, there: Path) -> bool:
-    """Whether a file changes nothing but weights, their index, or what is said of them."""
-    if _is_weights(fresh) or fresh.name in (safetensors.INDEX, "README.md"):
-        return True
-    if not there.is_file():
-        return False
-    if fresh.name != "config.json":
-        return fresh.read_bytes() == there.read_bytes()
-    before, now = (safetensors.read_json(path) for path in (there, fresh))
-    return {**before, "torch_dtype": ""} == {**now, "torch_dtype": ""}
-
-
 def _remove_adapter(directory: Path) -> None:
     """Remove an export's adapter, and its folder if nothing else is in it."""
     if not (directory / "adapter_config.json").is_file():
@@ -228,8 +219,11 @@ def _remove_adapter(directory: Path) -> None:
         directory.rmdir()
 
 
-def _refuse_foreign_directory(directory: Path, last: str) -> None:
-    """Raise unless `directory` is free or holds an earlier export of the same form."""
+def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None:
+    """Raise `ConfigError` unless `directory` is free or an export of the same form has it.
+
+    `last` is the file that makes it whole.
+    """
     if directory.suffix == ".gguf":
         raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
     if not directory.exists():
@@ -241,12 +235,12 @@ def _refuse_foreign_directory(directory: Path, last: str) -> None:
     if held and (other in held or not is_card(directory / "README.md")):
         raise ConfigError(
             f"out={directory}: holds files that no such export wrote ({held[0]} and "
-            f"{len(held) - 1} more): choose an empty or a new directory"
+            f"{len(held) - 1} more): move them away, or choose an empty or a new directory"
         )
 
 
-def _refuse_foreign_file(path: Path) -> None:
-    """Raise unless the name is free or a GGUF file that an export wrote has it."""
+def refuse_foreign_file(path: Path) -> None:
+    """Raise `ConfigError` unless the name is free or an export's GGUF file has it."""
     if path.is_dir():
         raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
     if not path.exists():

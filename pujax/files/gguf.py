@@ -294,7 +294,11 @@ class _Gguf:
 
 def open_model(path: Path) -> Checkpoint:
     """The model in a GGUF file. Raises `WeightsError`."""
-    file = read(path)
+    return model_of(read(path))
+
+
+def model_of(file: GgufFile) -> Checkpoint:
+    """The model whose metadata and tensors a file holds. Raises `WeightsError`."""
     freqs = file.read("rope_freqs.weight") if "rope_freqs.weight" in file.tensors else None
     vocab, eos_ids, bos_id = len(file.vocabulary()[0]), file.eos_ids(), file.token_id("bos")
     try:
@@ -307,7 +311,7 @@ def open_model(path: Path) -> Checkpoint:
             rope_factors=freqs,
         )
     except WeightsError as error:
-        raise WeightsError(f"{path}: {error}") from error
+        raise WeightsError(f"{file.path}: {error}") from error
     return _Gguf(file, config)
 
 

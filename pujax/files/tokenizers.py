@@ -213,7 +213,7 @@ def _byte_level(file: GgufFile, tokens: list[str], kinds: list[int]) -> Tokenize
         # Rows that only pad the matrix to a round size are no tokens.
         if not (kind == UNUSED and token == f"[PAD{i}]")
     }
-    merges = [tuple(merge.split(" ", 1)) for merge in _listed(file, "merges", str)]
+    merges = [tuple(merge.partition(" ")[::2]) for merge in _listed(file, "merges", str)]
     backend = Tokenizer(_bpe(file, vocab, merges, ignore_merges=pre == "llama-bpe"))
     if pre == "qwen2":
         backend.normalizer = normalizers.NFC()

@@ -95,7 +95,13 @@ def export(
     """
     from pujax.files import weights
     from pujax.files.chat import Chat
-    from pujax.files.export import copy_adapter, export_gguf, export_hf
+    from pujax.files.export import (
+        copy_adapter,
+        export_gguf,
+        export_hf,
+        refuse_foreign_directory,
+        refuse_foreign_file,
+    )
 
     if format == "gguf" and out.suffix != ".gguf":
         if out.is_file():
@@ -108,6 +114,8 @@ def export(
     if format == "peft":
         copy_adapter(Path(source), out)
         return out
+    # The exports ask this too; here it is asked before gigabytes are read.
+    refuse_foreign_file(out) if format == "gguf" else refuse_foreign_directory(out)
     config, params = weights.load(source)
     chat = Chat.load(source)
     if format == "gguf":

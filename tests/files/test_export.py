@@ -318,7 +318,7 @@ def test_the_command_takes_a_models_path(chat, tmp_path):
     [
         (["model=/nowhere/at/all", "out=x"], "pujax.export: /nowhere/at/all: no such file"),
         (["model=/nowhere/at/all"], "missing value for out"),
-        (["out=x", "fromat=gguf"], "Could not override 'fromat'"),
+        (["out=x", "fromat=gguf"], "fromat: no such setting, did you mean format?"),
     ],
 )
 def test_the_command_names_what_is_wrong(settings, message):

@@ -1,4 +1,5 @@
 import json
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +12,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_families import TINY, tiny
+from toy_gguf import write_toy
 
 from pujax.errors import WeightsError
 from pujax.files import safetensors, tensors, weights
+from pujax.files.gguf import GgufFile, model_of
 from pujax.files.gguf import read as read_gguf
 from pujax.files.locate import locate
 from pujax.models import families
@@ -345,3 +348,213 @@ def test_loading_takes_little_more_memory_than_the_parameters():
     command = [sys.executable, "-c", _MEASURE, str(path)]
     ran = subprocess.run(command, capture_output=True, text=True, check=True)
     assert float(ran.stdout) < 1.25
+
+
+# ---------------------------------------------------------------------- which files count
+
+
+def _sevens(path: Path) -> None:
+    """A file of the same tensors, all sevens."""
+    held = load_file(next(path.parent.glob("model*.safetensors")))
+    save_file({name: np.full_like(one, 7) for name, one in held.items()}, path)
+
+
+@pytest.mark.parametrize("name", ["model_old", "consolidated", "adapter_model", "zz"])
+@pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
+def test_another_file_beside_the_models_does_not_count(name, shard_bytes, tmp_path):
+    _, params = tiny("llama")
+    safetensors.save(tmp_path, *tiny("llama"), shard_bytes=shard_bytes)
+    if shard_bytes == 2**30:
+        _sevens(tmp_path / f"{name}.safetensors")
+    else:
+        save_file({"other": np.ones(3, np.float32)}, tmp_path / f"{name}.safetensors")
+    np.testing.assert_array_equal(weights.load(tmp_path)[1]["embed"], params["embed"])
+
+
+def test_shards_without_their_index_are_taken_and_others_beside_them_are_not(tmp_path):
+    _, params = tiny("llama")
+    safetensors.save(tmp_path, *tiny("llama"), shard_bytes=20_000)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    save_file({"other": np.ones(3, np.float32)}, tmp_path / "consolidated.safetensors")
+    np.testing.assert_array_equal(weights.load(tmp_path)[1]["embed"], params["embed"])
+
+
+def test_files_of_other_names_are_taken_together_but_no_tensor_twice(tmp_path):
+    safetensors.save(tmp_path, *tiny("llama"), shard_bytes=20_000)
+    (tmp_path / "model.safetensors.index.json").unlink()
+    for i, path in enumerate(sorted(tmp_path.glob("*.safetensors"))):
+        path.rename(tmp_path / f"part{i}.safetensors")
+    assert weights.load(tmp_path)[0].family == "llama"
+    (tmp_path / "part9.safetensors").write_bytes((tmp_path / "part0.safetensors").read_bytes())
+    with pytest.raises(WeightsError, match=r"part9.*lies in part0\.safetensors too: keep one"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "placed", [None, {}, [], "x", {"a": None}, {"a": "../model.safetensors"}, {"a": "none.st"}]
+)
+def test_an_index_that_names_no_files_is_refused(placed, tmp_path):
+    index = _saved("llama", tmp_path) / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": placed}))
+    with pytest.raises(WeightsError, match=r"model\.safetensors\.index\.json.* fetch it again"):
+        weights.load(tmp_path)
+
+
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, ml_dtypes.float8_e4m3fn])
+def test_quantised_tensors_are_not_taken_for_numbers(kind, tmp_path):
+    file = _saved("llama", tmp_path) / "model.safetensors"
+    name = "model.layers.0.mlp.up_proj.weight"
+    _change(file, lambda held: held.update({name: held[name].astype(kind)}))
+    with pytest.raises(WeightsError, match=r"up_proj\.weight is stored as \w+, which is quantised"):
+        weights.load(tmp_path)
+
+
+# ---------------------------------------------------------------------- wrong settings
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "says"),
+    [
+        ("llama", "hidden_size", "32", r"hidden_size='32' must be a positive whole number"),
+        ("llama", "hidden_size", None, "hidden_size=None must be a positive whole number"),
+        ("llama", "hidden_size", ..., "hidden_size is missing"),
+        ("llama", "hidden_size", True, "hidden_size=True must be"),
+        ("llama", "vocab_size", -96, "vocab_size=-96 must be"),
+        ("llama", "vocab_size", 96.0, r"vocab_size=96\.0 must be"),
+        ("llama", "num_hidden_layers", 0, "num_hidden_layers=0 must be"),
+        ("llama", "num_hidden_layers", 10**9, "num_hidden_layers=1000000000 must be at most"),
+        ("llama", "num_attention_heads", [4], r"num_attention_heads=\[4\] must be"),
+        ("llama", "num_key_value_heads", 3, "4 heads of width 16 with 3"),
+        ("llama", "num_key_value_heads", "2", "num_key_value_heads='2' must be"),
+        ("llama", "head_dim", 15, "head_dim.*15"),
+        ("llama", "head_dim", -1, "head_dim=-1 must be"),
+        ("llama", "intermediate_size", {}, r"intermediate_size=\{\} must be"),
+        ("llama", "rms_norm_eps", "1e-5", "rms_norm_eps='1e-5' must be a positive number"),
+        ("llama", "rms_norm_eps", float("nan"), "rms_norm_eps=nan must be a positive number"),
+        ("llama", "rope_theta", 0, "rope_theta=0 must be"),
+        ("llama", "max_position_embeddings", "x", "max_position_embeddings='x' must be"),
+        ("llama", "rope_scaling", [1], r"rope_scaling=\[1\] must be an object or null"),
+        ("llama", "rope_scaling", {"rope_type": "llama3"}, "keys in .rope_parameters."),
+        ("llama", "tie_word_embeddings", "no", "tie_word_embeddings='no' must be true or false"),
+        ("llama", "eos_token_id", 96, "eos_token_id=96 must be"),
+        ("llama", "bos_token_id", -1, "bos_token_id=-1 must be a token's id from 0 to 95 or null"),
+        ("llama", "model_type", ["llama"], r"model_type \['llama'\] is not a known"),
+        ("llama", "attention_bias", "false", "attention_bias.* expected bool"),
+        ("qwen2", "sliding_window", "8", "sliding_window='8' must be"),
+        ("gemma3", "query_pre_attn_scalar", 0, "query_pre_attn_scalar=0 must be"),
+        ("gemma3", "layer_types", ["full_attention"], "layer_types=.* for each of the 4 layers"),
+        ("gemma3", "layer_types", ["chunked"] * 4, "layer_types=.* must be a list that says"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_file_and_key(name, key, value, says, tmp_path):
+    config = {k: v for k, v in (TINY[name] | {key: value}).items() if v is not ...}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(WeightsError, match=rf"config\.json: .*{says}"):
+        weights.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "null", "[" * 100_000, "\ud83d"])
+def test_a_config_that_is_no_object_is_named(content, tmp_path):
+    (tmp_path / "config.json").write_text(content, errors="surrogatepass")
+    with pytest.raises(WeightsError, match=r"config\.json: not (a )?JSON"):
+        weights.read_config(tmp_path)
+
+
+@pytest.mark.parametrize("eos", [-1, 96, 60_000, "<|im_end|>", [[2]], [2, None], True, 2.0, {}])
+def test_an_eos_id_that_is_no_tokens_is_named(eos, tmp_path):
+    _saved("llama", tmp_path)
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(
+        WeightsError, match=r"generation_config\.json: eos_token_id=.* from 0 to 95"
+    ):
+        weights.read_config(tmp_path)
+
+
+# ---------------------------------------------------------------------- wrong GGUF files
+
+
+def _packed(**changes: Any) -> bytes:
+    """A GGUF header by hand: keys with (kind, bytes), then tensors with (shape, kind)."""
+
+    def text(value: str) -> bytes:
+        return struct.pack("<Q", len(value)) + value.encode()
+
+    keys, held = changes.get("keys", {}), changes.get("tensors", {})
+    head = b"GGUF" + struct.pack("<IQQ", 3, len(held), len(keys))
+    for key, (kind, value) in keys.items():
+        head += text(key) + struct.pack("<I", kind) + value
+    for name, (shape, kind) in held.items():
+        head += text(name) + struct.pack(f"<I{len(shape)}QIQ", len(shape), *shape, kind, 0)
+    return head + bytes(4096)
+
+
+def _nested(depth: int) -> bytes:
+    return struct.pack("<IQ", 9, 1) * depth + struct.pack("<IQ", 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (_packed(keys={"a": (99, b"")}), "a is of the unknown kind 99"),
+        (_packed(keys={"a": (9, struct.pack("<IQ", 99, 1))}), "array of the unknown kind 99"),
+        (_packed(keys={"a": (9, _nested(5000))}), "array of the unknown kind 9"),
+        (_packed(keys={"a": (9, struct.pack("<IQ", 0, 2**62))}), "truncated"),
+        (_packed(keys={"general.alignment": (4, bytes(4))}), "general.alignment=0 must be"),
+        (_packed(keys={"general.alignment": (5, b"\xff" * 4)}), "general.alignment=-1 must be"),
+        (_packed(tensors={"t": ((), 0)}), "t has 0 dimensions"),
+        (_packed(tensors={"t": ((1,) * 5, 0)}), "t has 5 dimensions"),
+        (_packed(tensors={"t": ((33,), 8)}), "t: Quantized tensor row size .33."),
+        (_packed(tensors={"t": ((32,), 4)}), "t has the unknown tensor type 4"),
+        (_packed(), "no tokenizer.ggml.tokens in it: use a file with its tokenizer"),
+    ],
+)
+def test_a_gguf_header_that_is_wrong_is_named(content, says, tmp_path):
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=rf"wrong\.gguf: .*{says}"):
+        weights.load(path)
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "name"), [(24, 256, "I8"), (25, 64, "I16"), (26, 32, "I32"), (15, 256, "Q8_K")]
+)
+def test_a_tensor_of_a_kind_that_is_not_decoded_is_named(kind, size, name, tmp_path):
+    path = tmp_path / "wrong.gguf"
+    path.write_bytes(_packed(tensors={"t": ((size,), kind)}))
+    with pytest.raises(
+        WeightsError, match=rf"wrong\.gguf: tensor t can't be read as {name} .*Q8_0"
+    ):
+        read_gguf(path).read("t")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("qwen2.rope.scaling.factor", 4.0, r"rope\.scaling\.factor=4\.0 is not supported"),
+        ("qwen2.rope.scale_linear", 2.0, r"rope\.scale_linear=2\.0 is not supported"),
+        ("qwen2.rope.scaling.type", "linear", r"rope\.scaling\.type 'linear' is not supported"),
+        ("qwen2.block_count", "4", r"qwen2\.block_count='4' must be a positive number"),
+        ("qwen2.attention.head_count", 0, r"head_count=0 must be a positive number"),
+        ("qwen2.attention.head_count", [4, 4], r"head_count=\[4, 4\] must be"),
+        ("qwen2.embedding_length", None, r"GGUF key qwen2\.embedding_length is missing"),
+        ("general.architecture", ["qwen2"], "is not a known architecture"),
+        ("tokenizer.ggml.eos_token_id", 96, r"eos_token_id=96 is none of its 96 tokens"),
+        ("tokenizer.ggml.bos_token_id", -1, r"bos_token_id=-1 is none of its 96 tokens"),
+        ("tokenizer.ggml.token_type", [1], "does not name a kind for each of the 96 tokens"),
+        ("tokenizer.ggml.tokens", [], "no tokenizer.ggml.tokens in it"),
+        ("tokenizer.ggml.tokens", [1, 2], "no tokenizer.ggml.tokens in it"),
+    ],
+)
+def test_a_gguf_key_that_is_wrong_is_named(key, value, says, tmp_path):
+    write_toy(tmp_path / "toy.gguf")
+    file = read_gguf(tmp_path / "toy.gguf")
+    metadata = {k: v for k, v in (file.metadata | {key: value}).items() if v is not None}
+    with pytest.raises(WeightsError, match=rf"toy\.gguf: .*{says}"):
+        model_of(GgufFile(file.path, metadata, file.tensors))
+
+
+def test_a_factor_of_one_is_no_scaling(tmp_path):
+    write_toy(tmp_path / "toy.gguf")
+    file = read_gguf(tmp_path / "toy.gguf")
+    metadata = file.metadata | {"qwen2.rope.scaling.factor": 1.0}
+    assert model_of(GgufFile(file.path, metadata, file.tensors)).config.width == 32

@@ -1,0 +1,381 @@
+"""Where an export may write, and what is there after a kill, a full disk or another export."""
+
+import errno
+import json
+import os
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from tiny_families import tiny
+from toy_gguf import toy_chat
+
+from pujax.errors import ConfigError, DiskError, WeightsError
+from pujax.files import gguf, safetensors, weights
+from pujax.files.card import is_card, model_card
+from pujax.files.chat import Chat
+from pujax.files.export import export_gguf, export_hf, export_peft
+from pujax.models import lora
+from pujax.run.finished import export, finished_run
+
+# As the version before wrote it.
+OLD_CARD = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [pujax]
+base_model: some/model
+---
+A llama model of 30 layers, written by pujax. The licence of the model that it was trained from
+"""
+
+
+@pytest.fixture(scope="module")
+def chat():
+    return toy_chat()
+
+
+@pytest.fixture(scope="module")
+def model(chat):
+    config, params = tiny("qwen2", eos_token_id=list(chat.eos_ids))
+    return config, params
+
+
+@pytest.fixture(scope="module")
+def adapted(model):
+    config, base = model
+    adapter = lora.init_adapter(jax.random.key(0), base, rank=2, targets="q")
+    return config, lora.with_adapter(base, adapter)
+
+
+def tree(directory: Path) -> dict[str, bytes]:
+    """Every file below a directory with what is in it."""
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def fill(directory: Path, *names: str) -> None:
+    for name in names:
+        (directory / name).parent.mkdir(parents=True, exist_ok=True)
+        (directory / name).write_text("mine")
+
+
+FOREIGN = (
+    "adapter/train_adapter.py",
+    "model-before-alignment.safetensors",
+    "model_zoo.safetensors",
+)
+
+
+# ---------------------------------------------------------------------- what is others'
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        [*FOREIGN, "README.md"],
+        ["notes.txt"],
+        ["config.json", "model.safetensors"],
+        ["adapter/adapter_config.json"],
+        ["README.md"],
+    ],
+)
+@pytest.mark.parametrize("form", ["hf", "peft"])
+def test_a_directory_of_others_is_refused_and_left_as_it_is(form, names, chat, adapted, tmp_path):
+    fill(tmp_path, *names)
+    before = tree(tmp_path)
+    config, params = adapted
+    write = {
+        "hf": lambda: export_hf(config, params, chat, tmp_path, {}),
+        "peft": lambda: export_peft(config, params, tmp_path, {}),
+    }[form]
+    with pytest.raises(ConfigError, match=r"no such export wrote.*choose an empty or a new"):
+        write()
+    assert tree(tmp_path) == before
+
+
+def test_what_others_put_beside_an_export_stays(chat, model, adapted, tmp_path):
+    export_hf(adapted[0], adapted[1], chat, tmp_path, {})
+    safetensors.save(tmp_path, model[0], model[1], shard_bytes=20_000)
+    fill(tmp_path, *FOREIGN)
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    after = tree(tmp_path)
+    assert {after.pop(name) for name in FOREIGN} == {b"mine"}
+    weights_now = [name for name in after if "safetensors" in name]
+    assert weights_now == ["model.safetensors"]
+    assert not [name for name in after if name.startswith("adapter/")]
+    np.testing.assert_array_equal(weights.load(tmp_path)[1]["embed"], model[1]["embed"])
+
+
+def test_a_template_of_the_export_before_does_not_outlive_it(model, tmp_path):
+    export_hf(model[0], model[1], toy_chat(), tmp_path, {})
+    assert Chat.load(tmp_path).tokenizer.chat_template
+    plain = toy_chat()
+    plain.tokenizer.chat_template = None
+    export_hf(model[0], model[1], plain, tmp_path, {})
+    assert not Chat.load(tmp_path).tokenizer.chat_template
+
+
+def test_an_export_of_the_version_before_is_known_by_its_card(chat, model, tmp_path):
+    safetensors.save(tmp_path, model[0], model[1])
+    (tmp_path / "README.md").write_text(OLD_CARD)
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    assert Chat.load(tmp_path).encode("ab") == chat.encode("ab")
+
+
+def test_a_readme_that_speaks_of_pujax_is_no_card(tmp_path):
+    for i, text in enumerate(["# written by pujax\ntags: [pujax]\n", "---\na\n---\ntags: [pujax]"]):
+        (tmp_path / f"{i}.md").write_text(text)
+        assert not is_card(tmp_path / f"{i}.md")
+    (tmp_path / "card.md").write_text(OLD_CARD)
+    assert is_card(tmp_path / "card.md")
+
+
+def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_path):
+    export_hf(adapted[0], adapted[1], chat, tmp_path / "hf", {})
+    export_peft(adapted[0], adapted[1], tmp_path / "peft", {})
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match="no such export wrote"):
+        export_peft(adapted[0], adapted[1], tmp_path / "hf", {})
+    with pytest.raises(ConfigError, match="no such export wrote"):
+        export_hf(adapted[0], adapted[1], chat, tmp_path / "peft", {})
+    assert tree(tmp_path) == before
+    export_peft(adapted[0], adapted[1], tmp_path / "peft", {})
+
+
+@pytest.mark.parametrize(
+    ("format", "out", "message"),
+    [
+        ("hf", "x.gguf", r"x\.gguf: names a GGUF file: choose format=gguf"),
+        ("hf", "file", "is a file: choose an empty or a new directory"),
+        ("gguf", "file", r"is a file: choose a name that ends in \.gguf"),
+        ("gguf", "folder.gguf", "is a directory: choose a file's name"),
+        ("gguf", "foreign.gguf", "a file that this export did not write"),
+        ("gguf", "other.gguf", "a file that this export did not write"),
+        ("gguf", "stale.gguf", r"stale\.gguf can't be written .*move away what is in its way"),
+    ],
+)
+def test_a_form_and_a_place_that_do_not_go_together_are_refused(
+    format, out, message, chat, model, tmp_path
+):
+    export_hf(model[0], model[1], chat, tmp_path / "model", {})
+    fill(tmp_path, "file", "folder.gguf/x", "foreign.gguf", ".stale.gguf.new/x")
+    writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    before = tree(tmp_path)
+    with pytest.raises((ConfigError, DiskError), match=message) as caught:
+        export(model=str(tmp_path / "model"), out=tmp_path / out, format=format)
+    assert "\n" not in str(caught.value)
+    assert tree(tmp_path) == before
+
+
+def test_a_gguf_that_an_export_wrote_is_written_again(chat, model, tmp_path):
+    path = tmp_path / "model.gguf"
+    export_gguf(model[0], model[1], chat, path)
+    (tmp_path / ".model.gguf.new").write_bytes(b"of an export that was killed")
+    export_gguf(model[0], model[1], chat, path, kind="Q8_0")
+    assert weights.read_config(path).width == model[0].width
+    assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+# ---------------------------------------------------------------------- kills and full disks
+
+
+class Killed(BaseException):
+    pass
+
+
+def interrupted(monkeypatch, step: int) -> None:
+    """Die at the rename or removal number `step` of what comes."""
+    left = iter(range(step))
+    for name in ("replace", "unlink"):
+        real = getattr(Path, name)
+
+        def dies(path, *args, real=real, **kwargs):
+            if ".new" not in path.name and next(left, None) is None:
+                raise Killed
+            return real(path, *args, **kwargs)
+
+        monkeypatch.setattr(Path, name, dies)
+
+
+@pytest.mark.parametrize("shards_before", [2**30, 20_000])
+def test_a_model_exported_over_itself_is_there_at_each_moment(
+    shards_before, chat, model, tmp_path, monkeypatch
+):
+    begin, out = tmp_path / "begin", tmp_path / "out"
+    export_hf(model[0], model[1], chat, begin, {})
+    safetensors.save(begin, model[0], model[1], shard_bytes=shards_before)
+    for step in range(100):
+        shutil.copytree(begin, out)
+        with monkeypatch.context() as patched:
+            interrupted(patched, step)
+            try:
+                export(model=str(out), out=out, dtype="float16")
+                ended = True
+            except Killed:
+                ended = False
+        loaded = weights.load(out)[1]
+        np.testing.assert_allclose(loaded["embed"], model[1]["embed"], atol=2e-3)
+        assert Chat.load(out).encode("ab") == chat.encode("ab")
+        if ended:
+            break
+        shutil.rmtree(out)
+    assert ended
+    assert step > 8
+
+
+def test_over_another_model_a_kill_leaves_the_old_the_new_or_what_says_so(
+    chat, model, tmp_path, monkeypatch
+):
+    other, changed = tiny("qwen3", eos_token_id=list(chat.eos_ids))
+    begin, out = tmp_path / "begin", tmp_path / "out"
+    export_hf(model[0], model[1], chat, begin, {})
+    seen = set()
+    for step in range(100):
+        shutil.copytree(begin, out)
+        with monkeypatch.context() as patched:
+            interrupted(patched, step)
+            try:
+                export_hf(other, changed, chat, out, {})
+                ended = True
+            except Killed:
+                ended = False
+        if (out / "config.json").exists():
+            config, params = weights.load(out)
+            whole = model if config == model[0] else (other, changed)
+            assert config == whole[0]
+            np.testing.assert_allclose(params["embed"], whole[1]["embed"], atol=1e-6)
+            seen.add(config.family)
+        else:
+            with pytest.raises(WeightsError, match="never fully written"):
+                weights.load(out)
+            seen.add("refused")
+        export_hf(other, changed, chat, out, {})  # the same command again mends it
+        assert weights.read_config(out) == other
+        shutil.rmtree(out)
+        if ended:
+            break
+    assert seen == {"qwen2", "qwen3", "refused"}
+
+
+@pytest.mark.parametrize("form", ["hf", "gguf", "peft"])
+def test_a_full_disk_leaves_the_export_before_and_nothing_else(
+    form, chat, adapted, tmp_path, monkeypatch
+):
+    def write(params):
+        if form == "hf":
+            export_hf(adapted[0], params, chat, tmp_path / "out", {})
+        elif form == "gguf":
+            export_gguf(adapted[0], params, chat, tmp_path / "out.gguf")
+        else:
+            export_peft(adapted[0], params, tmp_path / "out", {})
+
+    write(adapted[1])
+    before = tree(tmp_path)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    real = os.fsync
+    for files_that_fit in range(1 if form == "gguf" else 3):
+        left = iter(range(files_that_fit))
+
+        def fits(descriptor, left=left):
+            return full(descriptor) if next(left, None) is None else real(descriptor)
+
+        with monkeypatch.context() as patched:
+            patched.setattr(os, "fsync", fits)
+            with pytest.raises(DiskError, match="make room"):
+                write(jax.tree.map(lambda leaf: leaf + 1, adapted[1]))
+        assert tree(tmp_path) == before
+
+
+# ---------------------------------------------------------------------- cards
+
+
+SETTINGS = {
+    "seed": 3,
+    "model": {"path": "some/model", "lora": {"rank": 4, "targets": "q|k|v", "path": "/home/me"}},
+    "data": {
+        "prompts": "/home/me/p.jsonl",
+        "system": "Answer <b>in</b>\nFrench.",
+        "on_too_long": "drop",
+    },
+    "teacher": {"headers": {"x-key": "sk-secret"}, "model": "rented"},
+    "collect": {"store": "/home/me/anchors.jsonl"},
+    "run": {"dir": "/home/me/runs"},
+    "loss": {"_target_": "pujax.method.losses.dpo", "api_key": "sk-secret"},
+    "align": {"lr": 1e-5},
+}
+
+
+def test_a_card_lists_what_made_the_model_and_nothing_private(model):
+    card = model_card(model[0], SETTINGS)
+    assert "| model.lora.targets | q\\|k\\|v |" in card
+    assert "| loss._target_ | pujax.method.losses.dpo |" in card
+    assert "| data.on_too_long | drop |" in card
+    assert "> Answer &lt;b&gt;in&lt;/b&gt;\n> French." in card
+    assert "base_model: some/model" in card
+    assert "licence" in card
+    assert "aligned with pujax" in card
+    for private in ("sk-secret", "/home/me", "rented", "teacher", "collect"):
+        assert private not in card
+
+
+def test_a_card_of_a_local_model_does_not_say_where_it_lay(model):
+    assert "/home/me" not in model_card(model[0], {"student": "/home/me/models/own"})
+
+
+# ---------------------------------------------------------------------- runs
+
+
+def ended(directory: Path, model, chat, **settings) -> Path:
+    export_hf(model[0], model[1], chat, directory / "export", {})
+    (directory / "config.yaml").write_text(json.dumps(settings))
+    return directory
+
+
+def test_of_a_folder_of_runs_the_newest_finished_one_is_taken(chat, model, tmp_path):
+    for day in ("01", "02"):
+        ended(tmp_path / f"2026-11-{day}_10-00-00", model, chat, seed=int(day))
+    (tmp_path / "2026-11-03_10-00-00" / "export").mkdir(parents=True)
+    (tmp_path / "notes").mkdir()
+    assert finished_run(tmp_path).settings == {"seed": 2}
+    assert finished_run(tmp_path).model == tmp_path / "2026-11-02_10-00-00" / "export"
+    out = export(run=tmp_path, out=tmp_path / "out")
+    assert weights.read_config(out) == model[0]
+
+
+def test_a_folder_without_a_finished_run_says_so(tmp_path):
+    with pytest.raises(WeightsError, match=r"no run there: give the directory"):
+        finished_run(tmp_path)
+    with pytest.raises(WeightsError, match=r"nowhere: no run there"):
+        finished_run(tmp_path / "nowhere")
+    (tmp_path / "first").mkdir()
+    (tmp_path / "first" / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(WeightsError, match=r"first: this run has not ended"):
+        finished_run(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b"])
+def test_settings_that_cannot_be_read_are_named_in_one_line(content, chat, model, tmp_path):
+    (ended(tmp_path / "r", model, chat) / "config.yaml").write_bytes(content)
+    with pytest.raises(WeightsError, match=r"config\.yaml: .*restore it") as caught:
+        finished_run(tmp_path / "r")
+    assert "\n" not in str(caught.value)
+
+
+def test_the_system_message_goes_with_the_model(chat, model, tmp_path):
+    run = ended(tmp_path / "r", model, chat, data={"system": "Answer in French."})
+    said = []
+    out = export(run=run, out=tmp_path / "hf", say=said.append)
+    assert "> Answer in French." in (out / "README.md").read_text()
+    assert said == []
+    export(run=run, out=tmp_path / "x.gguf", format="gguf", say=said.append)
+    assert said == [
+        "trained with the system message 'Answer in French.': give it in each conversation"
+    ]
