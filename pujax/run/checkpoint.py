@@ -9,6 +9,8 @@ full disk in the middle of a save leaves the checkpoints before it as they were.
 """
 
 import json
+import logging
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Mapping
@@ -36,6 +38,18 @@ class Place:
 
 class _Damaged(CheckpointError):
     """A checkpoint whose bytes are not what was saved."""
+
+
+class _Quiet(logging.Filter):
+    """Keeps what Orbax logs of its threads off the screen: what failed is raised, and said once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is none of Orbax's tracebacks."""
+        return record.exc_info is None and "raised an exception" not in record.getMessage()
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Quiet())
 
 
 class Checkpoints:
@@ -221,7 +235,9 @@ def _verify(now: Mapping[str, int], saved: Mapping[str, int], place: str) -> Non
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    """What the system said where it was the system, else the first line."""
+    said = re.search(r"No space left on device|Read-only file system|Permission denied", str(error))
+    return said[0] if said else (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
