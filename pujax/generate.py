@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pujax.errors import ConfigError, require
 from pujax.run.commands import command
+from pujax.run.compilation import compile_once
 
 BATCH = 8  # prompts of standard input that are answered at once
 
@@ -55,6 +56,7 @@ def run(settings: GenerateConfig) -> None:
 
 def answer(settings: GenerateConfig) -> None:
     """Answer as `settings` say. Raises `PujaxError` for what can't be."""
+    compile_once()
     from pujax.run.finished import finished_run
     from pujax.run.generator import Generator  # jax with it: --help does not need that
 

@@ -2,22 +2,29 @@
 
     RUN/checkpoints/<n>/   the newest few training states with their stage and step
     RUN/reference/         what alignment started from: parameters, or an adapter, after SFT
+    RUN/reference.json     its checksums; a checkpoint holds its own
 
 n counts the steps of both stages. Orbax writes beside the final name and renames, so a crash or a
 full disk in the middle of a save leaves the checkpoints before it as they were.
 """
 
 import json
+import logging
+import re
 import shutil
-from collections.abc import Mapping
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from pujax.errors import CheckpointError
+from pujax.files.durable import write_whole
 from pujax.types import Params, TrainState
 
 
@@ -29,6 +36,22 @@ class Place:
     step: int
 
 
+class _Damaged(CheckpointError):
+    """A checkpoint whose bytes are not what was saved."""
+
+
+class _Quiet(logging.Filter):
+    """Keeps what Orbax logs of its threads off the screen: what failed is raised, and said once."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the record is none of Orbax's tracebacks."""
+        return record.exc_info is None and "raised an exception" not in record.getMessage()
+
+
+for _name in ("absl", "asyncio"):
+    logging.getLogger(_name).addFilter(_Quiet())
+
+
 class Checkpoints:
     """The checkpoints of the run in `directory`; keeps the newest `keep`.
 
@@ -36,7 +59,15 @@ class Checkpoints:
     is refused before anything is read.
     """
 
-    def __init__(self, directory: Path, *, keep: int, model: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        keep: int,
+        model: Mapping[str, Any],
+        say: Callable[[str], None] = print,
+    ) -> None:
+        self._say = say
         self._directory = directory.resolve()
         self._model = json.loads(json.dumps(model))
         self._manager = ocp.CheckpointManager(
@@ -46,21 +77,26 @@ class Checkpoints:
             ),
         )
 
-    def latest(self) -> Place | None:
-        """Where the newest checkpoint stands, or None without one.
+    def newest(self, like: TrainState) -> tuple[Place, TrainState] | None:
+        """Where the newest whole checkpoint stands and its state; None without a checkpoint.
 
-        Raises `CheckpointError` when it is of another model.
+        The state is laid out and typed as `like` is (whose values are not read). One that is
+        damaged is said, removed, and the one before it taken. Raises `CheckpointError` for one of
+        another model, and when all are damaged.
         """
-        number = self._manager.latest_step()
-        if number is None:
-            return None
-        meta = self._restore(number, meta=ocp.args.JsonRestore())["meta"]
-        if meta["model"] != self._model:
-            raise CheckpointError(
-                f"{self._directory}/checkpoints/{number} is of another model ("
-                f"{_differences(meta['model'], self._model)}): set resume=never or another run.dir"
-            )
-        return Place(meta["stage"], meta["step"])
+        while (number := self._manager.latest_step()) is not None:
+            try:
+                return self._read(number, like)
+            except _Damaged as error:
+                before = [step for step in self._manager.all_steps() if step < number]
+                if not before:
+                    raise CheckpointError(
+                        f"{error}, and there is no other: remove that folder to begin again from "
+                        "the start, or choose another run.dir"
+                    ) from error
+                self._say(f"{error}; going on from the one before it, {max(before)}")
+                self._manager.delete(number)
+        return None
 
     def save(self, number: int, place: Place, state: TrainState) -> None:
         """Save `state` as checkpoint `number`, unless it is there already.
@@ -70,6 +106,7 @@ class Checkpoints:
         if number in self._manager.all_steps():
             return
         meta = {"stage": place.stage, "step": place.step, "model": self._model}
+        meta["checksums"] = checksums(state) | _sealed(place)
         self._room_for(state)
         try:
             self._manager.save(
@@ -84,18 +121,9 @@ class Checkpoints:
                 shutil.rmtree(leftover, ignore_errors=True)
             raise CheckpointError(
                 f"checkpoint {number} could not be written to {self._directory}/checkpoints "
-                f"({str(error).splitlines()[0]}); the last good one is {kept}: make room and start "
+                f"({_first_line(error)}); the last good one is {kept}: make room and start "
                 "the same command again"
             ) from error
-
-    def restore(self, state: TrainState) -> TrainState:
-        """The newest state, laid out and typed as `state` is (whose values are not read).
-
-        Raises `CheckpointError` when it is damaged or shaped otherwise.
-        """
-        number = self._manager.latest_step()
-        assert number is not None, "restore() follows latest()"
-        return self._restore(number, state=ocp.args.StandardRestore(_abstract(state)))["state"]
 
     def save_reference(self, params: Params) -> None:
         """Keep what alignment starts from; once a run. Raises `CheckpointError` if it can't."""
@@ -103,12 +131,14 @@ class Checkpoints:
         if path.exists():
             return
         self._room_for(params)
+        content = json.dumps(checksums(params)).encode()
         try:
+            write_whole(path.with_suffix(".json"), content)  # first: a reference has its checksums
             with ocp.StandardCheckpointer() as saver:
                 saver.save(path, params)
         except Exception as error:
             raise CheckpointError(
-                f"{path} could not be written ({str(error).splitlines()[0]}): make room and start "
+                f"{path} could not be written ({_first_line(error)}): make room and start "
                 "the same command again"
             ) from error
 
@@ -118,27 +148,46 @@ class Checkpoints:
         Raises `CheckpointError` when it is missing or damaged.
         """
         path = self._directory / "reference"
+        kept = path.with_suffix(".json")
         try:
             with ocp.StandardCheckpointer() as saver:
-                return saver.restore(path, _abstract(params))
+                reference = saver.restore(path, _abstract(params))
+            if kept.exists():  # a pujax before checksums left none
+                _verify(checksums(reference), json.loads(kept.read_bytes()), str(path))
         except Exception as error:
             raise CheckpointError(
-                f"{path} can't be read ({str(error).splitlines()[0]}): set resume=never"
+                f"{path} can't be read ({_first_line(error)}), and alignment starts from it: put "
+                "back a copy, or begin another run with resume=never and without run.dir"
             ) from error
+        return reference
 
     def close(self) -> None:
         """Release what Orbax holds."""
         self._manager.close()
 
-    def _restore(self, number: int, **items: Any) -> Any:
+    def _read(self, number: int, like: TrainState) -> tuple[Place, TrainState]:
+        """A checkpoint, held against its checksums where it has any."""
+        folder = f"{self._directory}/checkpoints/{number}"
+
+        def restored(**items: Any) -> Any:
+            try:
+                return self._manager.restore(number, args=ocp.args.Composite(**items))
+            except Exception as error:
+                raise _Damaged(f"{folder} can't be read ({_first_line(error)})") from error
+
+        meta = restored(meta=ocp.args.JsonRestore())["meta"]
         try:
-            return self._manager.restore(number, args=ocp.args.Composite(**items))
-        except Exception as error:
+            place, model = Place(meta["stage"], meta["step"]), dict(meta["model"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise _Damaged(f"{folder} can't be read (its meta has no {error})") from error
+        if differing := _differences(model, self._model):
             raise CheckpointError(
-                f"{self._directory}/checkpoints/{number} can't be read "
-                f"({str(error).splitlines()[0]}): remove that folder to go on from the one before, "
-                "or set resume=never"
-            ) from error
+                f"{folder} is of another model ({differing}): choose another run.dir"
+            )
+        state = restored(state=ocp.args.StandardRestore(_abstract(like)))["state"]
+        if meta.get("checksums"):  # a pujax before them left none
+            _verify(checksums(state) | _sealed(place), meta["checksums"], folder)
+        return place, state
 
     def _room_for(self, tree: Any) -> None:
         """Refuse to begin a save that the disk can't hold."""
@@ -157,12 +206,45 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def checksums(tree: Any) -> dict[str, int]:
+    """A CRC-32 of each leaf's type, shape and bytes, by the leaf's path; about 1 GB a second."""
+
+    def checksum(leaf: Any) -> int:
+        value = np.ascontiguousarray(leaf)
+        start = zlib.crc32(f"{value.dtype} {np.shape(leaf)}".encode())
+        return zlib.crc32(value.reshape(-1).view(np.uint8).data, start)
+
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    with ThreadPoolExecutor(2) as pool:  # crc32 lets go of the interpreter
+        made = pool.map(lambda leaf: checksum(leaf[1]), leaves)
+        return {
+            jax.tree_util.keystr(path): value for (path, _), value in zip(leaves, made, strict=True)
+        }
+
+
+def _sealed(place: Place) -> dict[str, int]:
+    return {"place": zlib.crc32(f"{place.stage} {place.step}".encode())}
+
+
+def _verify(now: Mapping[str, int], saved: Mapping[str, int], place: str) -> None:
+    """Raise `_Damaged` where a leaf's checksum is not what it was when it was saved."""
+    wrong = [name for name in now if now[name] != saved.get(name)]
+    if wrong:
+        more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
+        raise _Damaged(f"{place} is damaged: {wrong[0]}{more} differ from what was saved")
+
+
+def _first_line(error: Exception) -> str:
+    """What the system said where it was the system, else the first line."""
+    said = re.search(r"No space left on device|Read-only file system|Permission denied", str(error))
+    return said[0] if said else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """The settings in which two descriptions differ, on one line."""
-    names = sorted(set(stored) | set(given))
     parts = [
-        f"{name} {stored.get(name)!r} there, {given.get(name)!r} here"
-        for name in names
-        if stored.get(name) != given.get(name)
+        f"{name} {stored[name]!r} there, {given.get(name)!r} here"
+        for name in sorted(stored)  # what is younger than the checkpoint says nothing about it
+        if stored[name] != given.get(name)
     ]
     return "; ".join(parts)

@@ -4,6 +4,7 @@ import difflib
 import errno
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -57,6 +58,9 @@ def command(
     job.__module__ = f"pujax.{name}"  # Hydra names the application after it
 
     def main() -> None:
+        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
+            # As a SystemExit, so that what is temporary is removed on the way out.
+            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return

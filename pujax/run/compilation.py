@@ -3,10 +3,21 @@
 import ctypes
 import functools
 import os
+import re
+import warnings
 from pathlib import Path
 from typing import Any
 
+TORN = r"Error reading persistent compilation cache entry for '([\w.]+)'"  # jax's warning
+
 COMPILED = "/jax/core/compile/backend_compile_duration"  # jax's name for the event
+
+
+def compile_once() -> None:
+    """What every command that compiles calls before jax is imported: see the functions it calls."""
+    keep_compiled()
+    drop_torn()
+    release_compiler_memory()
 
 
 def keep_compiled() -> None:
@@ -17,6 +28,25 @@ def keep_compiled() -> None:
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
+
+
+@functools.cache
+def drop_torn() -> None:
+    """From now on, remove what is kept of a program and can't be read, so that it is kept anew.
+
+    jax itself warns and compiles again in every process for ever: it never writes over an entry.
+    """
+    shown = warnings.showwarning
+
+    def show(message: Any, *arguments: Any, **named: Any) -> None:
+        torn = re.match(TORN, str(message))
+        if torn is None:
+            shown(message, *arguments, **named)
+            return
+        for entry in Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).glob(f"{torn[1]}-*-cache"):
+            entry.unlink(missing_ok=True)
+
+    warnings.showwarning = show
 
 
 def give_back() -> None:

@@ -1,9 +1,10 @@
 """The bridge from Hydra: schemas in, checked settings and bound functions out."""
 
+import functools
+import importlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,9 +28,14 @@ def conf_dir() -> str:
 
 def register(name: str, schema: type) -> None:
     """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
+    ConfigStore.instance().store(name=name, node=structured(schema))
+
+
+def structured(schema: type) -> DictConfig:
+    """The node of a settings record, to merge values into."""
     node = OmegaConf.structured(schema)
     _unlock(node)  # a frozen dataclass is read-only at every level, which stops composition
-    ConfigStore.instance().store(name=name, node=node)
+    return node
 
 
 def _unlock(node: DictConfig) -> None:
@@ -70,59 +76,76 @@ def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _foreign(child, f"{prefix}{key}.")
 
 
-def build(node: Any, key: str) -> Callable[..., Any]:
+OURS = ("pujax.method.", "pujax.evaluation.", "pujax.teacher.", "pujax.run.local_teacher.")
+"""Where the functions live that settings may name, beside the packages in `trusted`."""
+
+
+def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """The function that `node` names by `_target_`, its other entries bound as keywords.
 
-    Entries that are themselves nodes with a `_target_` are built first. Raises `ConfigError`
-    naming `key` for an unknown function, an unknown keyword or a missing one.
+    Nothing is called, so a node says `_partial_: true`; entries that are nodes themselves are built
+    first. Only functions of pujax and of the packages in `trusted` are looked for. Raises
+    `ConfigError` naming `key` for anything else, an unknown keyword or a missing one.
     """
-    from hydra.utils import instantiate
-
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
+    target: str = node["_target_"]
+    if node.get("_partial_") is not True:
+        raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
+    if not target.startswith((*OURS, *(f"{name}." for name in trusted))):
+        raise ConfigError(
+            f"{key}: {target} is neither pujax's nor of a trusted package: if its code may run "
+            f"here, set trusted=[{target.split('.')[0]}]"
+        )
+    module, _, name = target.rpartition(".")
     try:
-        function = instantiate(node, _convert_="all")
-    except Exception as error:
-        cause = error.__cause__ or error
-        raise ConfigError(f"{key}: cannot build {node.get('_target_')!r}: {cause}") from error
-    _check_bound(function, key)
-    return function
+        function = getattr(importlib.import_module(module), name)
+    except Exception as error:  # a package of the user's may fail in any way
+        raise ConfigError(f"{key}: cannot build {target!r}: {error}") from error
+    if not (inspect.isfunction(inspect.unwrap(function)) or inspect.isclass(function)):
+        raise ConfigError(f"{key}: {target} is a {type(function).__name__}, not a function")
+    keywords = {
+        str(name): _built(value, f"{key}.{name}", trusted)
+        for name, value in node.items()
+        if name not in ("_target_", "_partial_")
+    }
+    _check_bound(target, function, keywords, key)
+    return functools.partial(function, **keywords)
 
 
-def with_protocol(teacher: TeacherConfig) -> TeacherConfig:
+def _built(value: Any, key: str, trusted: Sequence[str]) -> Any:
+    """A keyword's value: a node as the function it names, alone or in a list."""
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_built(part, f"{key}[{i}]", trusted) for i, part in enumerate(value)]
+    if isinstance(value, Mapping):
+        if "_target_" in value:
+            return build(value, key, trusted)
+        return {str(name): _built(part, f"{key}.{name}", trusted) for name, part in value.items()}
+    return value
+
+
+def with_protocol(teacher: TeacherConfig, trusted: Sequence[str] = ()) -> TeacherConfig:
     """`teacher` with the function that its `protocol` names. Raises `ConfigError`."""
     if teacher.protocol is None:
         return teacher
-    return replace(teacher, protocol=_unchecked(build(teacher.protocol, "teacher.protocol")))
+    return replace(teacher, protocol=build(teacher.protocol, "teacher.protocol", trusted))
 
 
-def _unchecked(function: Any) -> Any:
-    """What Hydra's partial binds: that itself looks at its target again with every call."""
-    if not isinstance(function, partial):
-        return function
-    bound = {name: _unchecked(value) for name, value in function.keywords.items()}
-    return partial(function.func, *function.args, **bound) if bound else function.func
-
-
-def _check_bound(function: Any, key: str) -> None:
-    """`functools.partial` takes any keyword silently: hold what it bound against the signature."""
-    keywords = dict(getattr(function, "keywords", {}))
-    target = getattr(function, "func", function)
-    parameters = inspect.signature(target).parameters
+def _check_bound(target: str, function: Any, keywords: Mapping[str, Any], key: str) -> None:
+    """`functools.partial` takes any keyword silently: hold those against the signature."""
     choices = {
         name: parameter
-        for name, parameter in parameters.items()
+        for name, parameter in inspect.signature(function).parameters.items()
         if parameter.kind is inspect.Parameter.KEYWORD_ONLY
     }
+    name = target.rpartition(".")[2]
     unknown = sorted(set(keywords) - set(choices))
     if unknown:
-        raise ConfigError(f"{key}: {target.__name__} has no {unknown}; it takes {sorted(choices)}")
+        raise ConfigError(f"{key}: {name} has no {unknown}; it takes {sorted(choices)}")
     unset = [
         name
         for name, parameter in choices.items()
         if name not in keywords and parameter.default is inspect.Parameter.empty
     ]
     if unset:
-        raise ConfigError(f"{key}: {target.__name__} also needs {unset}")
-    for name, value in keywords.items():
-        for part in value if isinstance(value, list | tuple) else [value]:
-            if hasattr(part, "func"):
-                _check_bound(part, f"{key}.{name}")
+        raise ConfigError(f"{key}: {name} also needs {unset}")

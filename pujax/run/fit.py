@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +17,13 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pujax.errors import DataError, NonFiniteError, StopRequested
-from pujax.evaluation import findings, page, tables
+from pujax.errors import NonFiniteError, StopRequested, require
+from pujax.evaluation import findings, page, results, tables
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.results import Evaluation, load, save
+from pujax.evaluation.metrics import Metric
+from pujax.evaluation.results import Evaluation
 from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
 from pujax.files.export import export_hf
 from pujax.method import losses
 from pujax.method.needs import needs_of
@@ -30,16 +32,15 @@ from pujax.method.step import Recipe, assemble, make_sft_step, make_train_step
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
-from pujax.records import Example, messages_key
+from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.compose import build, with_protocol
-from pujax.run.data import Dataset, batch_at, collate, make_dataset
+from pujax.run.compose import build
+from pujax.run.data import Dataset, batch_at, collate, load_data
 from pujax.run.heldout import build_metrics
+from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.settings import TrainConfig
-from pujax.run.student import load_student, new_state
-from pujax.teacher.anchors import anchors_for
-from pujax.teacher.prompts import load_prompts
+from pujax.run.student import like_state, load_student, new_state
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 
@@ -66,138 +67,224 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     SIGTERM or Ctrl-C, with the state saved.
     """
     console = console or Console()
+    say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     chat = Chat.load(config.model.path)
-    train_data, heldout = load_data(config, chat, console)
+    train_data, heldout = load_data(config, chat, say)
+    check_batches(config, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
-    model, base = student.model, student.base
+    check_positions(student.model.config, train_data)
+    hold_inputs(
+        directory,
+        config,
+        chat,
+        {"data.prompts": train_data, "data.heldout": heldout},
+        (student.base, student.trainable),
+        begun=(directory / "metrics.jsonl").exists(),
+        say=say,
+    )
     recipe, loss_fn = build_recipe(config, chat, train_data)
     metrics = build_metrics(config.eval)
-    # Packing mixes prompts, which a mesh keeps on devices of their own.
-    alone = mesh.size == 1
-
-    def budgeted(data: Dataset, prompts: int, responses: int) -> LanguageModel:
-        return model.clone(budget=budget_for(data, prompts, responses) if alone else None)
-
     checkpoints = Checkpoints(
-        directory, keep=config.checkpoint.keep, model=dataclasses.asdict(model.config)
+        directory,
+        keep=config.checkpoint.keep,
+        model=dataclasses.asdict(student.model.config),
+        say=say,
     )
-    place = None if config.resume == "never" else checkpoints.latest()
-    started = place or Place("sft", 0)
-    resume = None if config.resume == "never" else (started.stage, started.step)
-    if place:
-        console.print(f"resuming after {place.stage} step {place.step}")
-    root = jax.random.key(config.seed)
-
-    def evaluated(name: str, step: int, trainable: Params, *, keep: bool = True) -> Evaluation:
-        """The held-out evaluation of a model, from the disk if this run has made it before."""
-        path = directory / f"eval-{name}.jsonl"
-        if keep and path.exists():
-            result = load(path)
-        else:
-            result = evaluate(
-                budgeted(heldout, config.eval.batch, 1),
-                assemble(base, trainable),
-                heldout.examples[: config.eval.prompts],
-                name=name,
-                batch=config.eval.batch,
-                collate=lambda examples: put_batch(
-                    mesh, collate(examples, heldout), config.eval.batch
-                ),
-                decode=chat.decode,
-                metrics=metrics,
-                draws=Draws(config.eval.samples, config.eval.temperature),
+    with stop_signals() as stopping:
+        like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh)
+        place, state = checkpoints.newest(like) or (Place("sft", 0), None)
+        if state is not None:
+            say(f"resuming after {place.stage} step {place.step}")
+        resume = None if config.resume == "never" else (place.stage, place.step)
+        with RunLog(directory, resume=resume) as log:
+            run = Run(
+                config,
+                directory,
+                mesh,
+                student.model,
+                student.base,
+                train_data,
+                heldout,
+                metrics,
+                chat,
+                checkpoints,
+                log,
+                console,
+                say,
+                stopping,
             )
-            if keep:
-                save(result, directory)
-        log.evaluation(name, step, result.means())
-        return result
-
-    with RunLog(directory, resume=resume) as log, stop_signals() as stopping:
-        loop = Loop(config, directory, mesh, train_data, chat, checkpoints, log, console, stopping)
-        results = [evaluated("base", 0, student.trainable)]
-
-        optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
-        state = new_state(student.trainable, optimizer, mesh)
-        sft_step = make_sft_step(
-            budgeted(train_data, config.sft.batch, 1),
-            losses.sft,
-            optimizer,
-            tree_shardings(mesh, state),
-        )
-
-        def sft(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], None]:
-            return *sft_step(state, base, batch), None
-
-        stage = Stage("sft", config.sft.steps, config.sft.batch, 0, 0, sft)
-        if started.stage == "sft":
-            state = loop.run(stage, state, place)
-            reference = state.params
-            checkpoints.save_reference(reference)
-        else:
-            reference = checkpoints.restore_reference(state.params)
-        del state
-        if config.sft.steps:
-            results.append(evaluated("sft", config.sft.steps, reference))
-
-        updates = config.align.steps * config.align.inner_epochs
-        optimizer = optimizer_for(config, config.align.lr, updates)
-        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, mesh)
-        train_step = make_train_step(
-            budgeted(train_data, config.align.prompts, config.sampling.candidates + 1),
-            recipe,
-            loss_fn,
-            optimizer,
-            tree_shardings(mesh, state),
-            microbatch=config.align.microbatch,
-        )
-
-        def align(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], Group]:
-            state, group, metrics = train_step(state, reference, base, batch, root)
-            return state, metrics, group
-
-        def halfway(state: TrainState, step: int) -> None:
-            if config.eval.every and step % config.eval.every == 0 and step < config.align.steps:
-                evaluated("aligned", step, state.params, keep=False)
-
-        stage = Stage("align", config.align.steps, config.align.prompts, config.sft.steps, 1, align)
-        state = loop.run(stage, state, place if started.stage == "align" else None, halfway)
-        results.append(evaluated("aligned", config.align.steps, state.params))
-
-    finish(directory, config, model.config, assemble(base, state.params), chat, results, console)
+            made = [run.evaluated("base", 0, student.trainable)]
+            if place.stage == "sft":
+                reference = supervised(run, student.trainable, state, place.step)
+                checkpoints.save_reference(reference)
+                state = None
+            else:
+                reference = checkpoints.restore_reference(like.params)
+            del student  # what SFT began with is needed no more
+            if config.sft.steps:
+                made.append(run.evaluated("sft", config.sft.steps, reference))
+            done = place.step if place.stage == "align" else 0
+            params = aligned(run, recipe, loss_fn, reference, state, done)
+            made.append(run.evaluated("aligned", config.align.steps, params))
+        finish(run, params, made)
     checkpoints.close()
 
 
+def supervised(run: "Run", trainable: Params, state: TrainState | None, done: int) -> Params:
+    """The parameters after SFT on the anchors; a `state` given has `done` steps behind it."""
+    config = run.config
+    optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
+    if state is None:
+        state = new_state(trainable, optimizer, run.mesh)
+    step = make_sft_step(
+        run.budgeted(run.data, config.sft.batch, 1),
+        losses.sft,
+        optimizer,
+        tree_shardings(run.mesh, state),
+    )
+
+    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], None]:
+        return *step(state, run.base, batch), None
+
+    stage = Stage("sft", config.sft.steps, config.sft.batch, 0, 0, advance)
+    return run.through(stage, state, done).params
+
+
+def aligned(
+    run: "Run",
+    recipe: Recipe,
+    loss_fn: LossFn,
+    reference: Params,
+    state: TrainState | None,
+    done: int,
+) -> Params:
+    """The parameters after alignment from `reference`; `state` and `done` as for `supervised`."""
+    config, align = run.config, run.config.align
+    optimizer = optimizer_for(config, align.lr, align.steps * align.inner_epochs)
+    if state is None:
+        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh)
+    step = make_train_step(
+        run.budgeted(run.data, align.prompts, config.sampling.candidates + 1),
+        recipe,
+        loss_fn,
+        optimizer,
+        tree_shardings(run.mesh, state),
+        microbatch=align.microbatch,
+    )
+    root = jax.random.key(config.seed)
+
+    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], Group]:
+        state, group, metrics = step(state, reference, run.base, batch, root)
+        return state, metrics, group
+
+    def halfway(state: TrainState, step: int) -> None:
+        every = config.eval.every
+        if every and step % every == 0 and step < align.steps and not run.log.has("aligned", step):
+            run.evaluated("aligned", step, state.params, keep=False)
+
+    stage = Stage("align", align.steps, align.prompts, config.sft.steps, 1, advance)
+    return run.through(stage, state, done, halfway).params
+
+
 @dataclass(frozen=True)
-class Loop:
-    """What both stages' loops share."""
+class Run:
+    """What is there throughout a run, and what both of its stages do."""
 
     config: TrainConfig
     directory: Path
     mesh: Mesh
+    model: LanguageModel
+    base: Params | None
     data: Dataset
+    heldout: Dataset
+    metrics: Mapping[str, Metric]
     chat: Chat
     checkpoints: Checkpoints
     log: RunLog
     console: Console
+    say: Callable[[str], None]
     stopping: Callable[[], int]
 
-    def run(
+    def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
+        """The model with a budget of real tokens for batches of that size."""
+        # Packing mixes prompts, which a mesh keeps on devices of their own.
+        alone = self.mesh.size == 1
+        return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
+
+    def pause(self, where: str) -> None:
+        """Raise `StopRequested` if a signal asked for it: called where all is saved."""
+        if number := self.stopping():
+            raise StopRequested(
+                f"stopped {where}; the state is in {self.directory}: the same command goes on "
+                "from there",
+                number,
+            )
+
+    def evaluated(
+        self, name: str, step: int, trainable: Params, *, keep: bool = True
+    ) -> Evaluation:
+        """The held-out evaluation of a model, from the disk if this run has made it before."""
+        examples = self.heldout.examples[: self.config.eval.prompts]
+        result = self._kept(name, examples) if keep else None
+        if result is None:
+            settings, batch = self.config.eval, self.config.eval.batch
+
+            def collated(some: Sequence[Example]) -> Batch:
+                self.pause(f"while evaluating {name}")
+                return put_batch(self.mesh, collate(some, self.heldout), batch)
+
+            result = evaluate(
+                self.budgeted(self.heldout, batch, 1),
+                assemble(self.base, trainable),
+                examples,
+                name=name,
+                batch=batch,
+                collate=collated,
+                decode=self.chat.decode,
+                metrics=self.metrics,
+                draws=Draws(settings.samples, settings.temperature),
+            )
+            if keep:
+                results.save(result, self.directory)
+        self.log.evaluation(name, step, result.means())
+        self.pause(f"after evaluating {name}")
+        return result
+
+    def _kept(self, name: str, examples: Sequence[Example]) -> Evaluation | None:
+        """The evaluation on disk, where it is whole and of these examples."""
+        path = self.directory / f"eval-{name}.jsonl"
+        if not path.exists():
+            return None
+        try:
+            result = results.load(path)
+        except ValueError as error:
+            self.say(f"{error}: evaluating {name} again")
+            return None
+        kept = [(row.id, row.kind, row.answer, row.anchor) for row in result.rows]
+        if kept != [(e.prompt.id, e.prompt.kind, e.prompt.answer, e.anchor) for e in examples]:
+            self.say(f"{path} is not of these held-out prompts: evaluating {name} again")
+            return None
+        return result
+
+    def through(
         self,
         stage: Stage,
         state: TrainState,
-        place: Place | None,
+        done: int,
         after: Callable[[TrainState, int], None] = lambda state, step: None,
     ) -> TrainState:
-        """All steps of `stage` that are left, logged and checkpointed."""
-        done = 0
-        if place is not None:
-            state, done = self.checkpoints.restore(state), place.step
-        if done >= stage.steps:
-            return state
+        """The state after all steps of `stage`, of which `done` are done; logged and saved.
+
+        `after` is called behind each step, and once behind the last that was done before: what it
+        did then may be lost. Raises `NonFiniteError` for a stage that ends on a skipped update.
+        """
+        if done:
+            after(state, done)
         seed = (self.config.seed, stage.salt)
+        steps = range(done + 1, stage.steps + 1)
         with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
-            for step in range(done + 1, stage.steps + 1):
+            for step in steps:
                 examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
                 begun = time.monotonic()
                 placed = put_batch(self.mesh, batch, stage.prompts)
@@ -214,77 +301,67 @@ class Loop:
                 if group is not None:
                     self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
                 if metrics["skipped"]:
-                    self._not_finite(stage, step, batch, int(metrics["skipped"]))
-                stopping = self.stopping()
-                last = step == stage.steps
-                if last or stopping or step % self.config.checkpoint.every == 0:
+                    self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
+                wished = self.stopping()
+                if step == stage.steps or wished or step % self.config.checkpoint.every == 0:
+                    self.log.flush()  # a line that is lost is never written again
                     self.checkpoints.save(stage.before + step, Place(stage.name, step), state)
-                if stopping:
-                    raise StopRequested(
-                        f"stopped after {stage.name} step {step}; the state is in "
-                        f"{self.directory}: the same command goes on from there",
-                        stopping,
-                    )
+                    self.pause(f"after {stage.name} step {step}")
                 after(state, step)
+        if skipped := int(state.skipped):
+            raise NonFiniteError(
+                f"{stage.name} ended on {skipped} updates that were not finite and so skipped: "
+                f"begin another run with a lower {stage.name}.lr"
+            )
         return state
 
-    def _not_finite(self, stage: Stage, step: int, batch: Batch, count: int) -> None:
+    def _not_finite(
+        self, stage: Stage, step: int, batch: Batch, count: int, state: TrainState
+    ) -> None:
         """Save the batch of a skipped update; give up after too many in a row."""
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
         named = jax.tree_util.tree_leaves_with_path(batch)
         np.savez(
             path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
         )
-        self.console.print(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
-        if count >= self.config.optim.max_skipped:
-            raise NonFiniteError(
-                f"{count} updates in a row were not finite, the last at {stage.name} step {step}; "
-                f"its batch is in {path}: lower {stage.name}.lr, or look at that batch"
-            )
-
-
-def load_data(config: TrainConfig, chat: Chat, console: Console) -> tuple[Dataset, Dataset]:
-    """Training and held-out examples of the same static shape.
-
-    A configured teacher is asked for the anchors that the store lacks, before anything else.
-    Raises `DataError`, and what `anchors_for` raises.
-    """
-    parts = [list(load_prompts(source)) for source in (config.data.prompts, config.data.heldout)]
-    anchors = anchors_for(
-        [*parts[0], *parts[1]],
-        with_protocol(config.teacher),
-        Path(config.data.anchors),
-        config.collect,
-        say=partial(console.print, markup=False, highlight=False),
-    )
-    # The teacher refused the others, and that has been said.
-    train_data, heldout = (
-        make_dataset(
-            [prompt for prompt in part if messages_key(prompt.messages) in anchors],
-            anchors,
-            chat,
-            config.data,
+        self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
+        if count < self.config.optim.max_skipped:
+            return
+        remedy = f"lower {stage.name}.lr, or look at that batch"
+        for at, leaf in jax.tree_util.tree_leaves_with_path(assemble(self.base, state.params)):
+            if not bool(jnp.isfinite(leaf).all()):  # a skipped update leaves them as they were
+                remedy = f"the parameters it began with are not finite ({jax.tree_util.keystr(at)})"
+                break
+        raise NonFiniteError(
+            f"{count} updates in a row were not finite, the last at {stage.name} step {step}; "
+            f"its batch is in {path}: {remedy}"
         )
-        for part in parts
-    )
-    shared = {e.prompt_ids for e in train_data.examples} & {e.prompt_ids for e in heldout.examples}
-    if shared:
-        raise DataError(
-            f"{len(shared)} prompts are in both {config.data.prompts} and {config.data.heldout}: "
-            "take them out of one, or the evaluation means nothing"
+
+
+def check_batches(config: TrainConfig, data: Dataset) -> None:
+    """Refuse a batch that the data can't fill, before anything is computed."""
+    for key, steps, size in (
+        ("sft.batch", config.sft.steps, config.sft.batch),
+        ("align.prompts", config.align.steps, config.align.prompts),
+    ):
+        require(
+            not steps or size <= len(data.examples),
+            key,
+            size,
+            f"there are {len(data.examples)} training prompts: lower it",
         )
-    for name, data in (("training", train_data), ("held-out", heldout)):
-        notes = [
-            f"{count} {what}"
-            for count, what in (
-                (data.dropped, "dropped as too long"),
-                (data.truncated, "truncated"),
-                (data.anchors_cut, f"anchors cut at {data.response_size} tokens"),
-            )
-            if count
-        ]
-        console.print(f"{len(data.examples)} {name} prompts" + "".join(f", {n}" for n in notes))
-    return train_data, heldout
+
+
+def check_positions(model: DecoderConfig, data: Dataset) -> None:
+    """Refuse prompts and responses that the model has no positions for."""
+    longest = max(data.prompt_size, data.reference_size) + data.response_size
+    require(
+        longest <= model.max_positions,
+        "data.max_prompt_tokens",
+        data.prompt_size,
+        f"with data.max_response_tokens={data.response_size} and the reference prompt's frame that "
+        f"makes {longest} tokens, and the model has {model.max_positions} positions: lower them",
+    )
 
 
 def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe, LossFn]:
@@ -292,11 +369,12 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
 
     Raises `ConfigError`.
     """
-    labels, loss_fn = build(config.labels, "labels"), build(config.loss, "loss")
+    trusted = config.trusted
+    labels, loss_fn = build(config.labels, "labels", trusted), build(config.loss, "loss", trusted)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=data.response_size,
-        scorer=build(config.scorer.score, "scorer.score"),
+        scorer=build(config.scorer.score, "scorer.score", trusted),
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
@@ -359,25 +437,23 @@ def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list
     ]
 
 
-def finish(
-    directory: Path,
-    config: TrainConfig,
-    settings: DecoderConfig,
-    params: Params,
-    chat: Chat,
-    results: Sequence[Evaluation],
-    console: Console,
-) -> None:
+def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     """Export the aligned model, draw the report, print the table, and mark the run as done."""
-    card = {"student": config.model.path} | dataclasses.asdict(config)
-    export_hf(settings, params, chat, directory / "export", card)
-    (directory / "table.md").write_text(tables.markdown(results) + "\n", encoding="utf-8")
+    directory, config = run.directory, dataclasses.asdict(run.config)
+    for key in ("teacher", "collect"):  # no business of whoever gets the model
+        del config[key]
+    card = {"student": run.config.model.path} | config
+    whole = assemble(run.base, params)
+    export_hf(run.model.config, whole, run.chat, directory / "export", card)
+    run.pause("after the export")
+    write_whole(directory / "table.md", (tables.markdown(made) + "\n").encode())
     page.write(directory)
-    console.print(tables.table(results))
-    for line in findings.told(results):
-        console.print(line, markup=False, highlight=False)
-    console.print(f"run: {directory}\nplot: {directory / 'curves.png'}")
-    (directory / "done").touch()
+    run.console.print(tables.table(made))
+    for line in findings.told(made):
+        run.say(line)
+    run.say(f"run: {directory}\nplot: {directory / 'curves.png'}")
+    run.pause("before it was marked as done")
+    write_whole(directory / "done", b"")
 
 
 @contextmanager

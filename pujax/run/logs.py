@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -77,6 +78,9 @@ class RunLog:
         # TensorBoard hides what an earlier process wrote from the purged step on.
         later = STAGES[STAGES.index(stage) + 1 :]
         self._purge = {stage: step + 1} | dict.fromkeys(later, 0) if resume else {}
+        for model in ("base", "sft", "aligned") if resume else ():
+            kept = [at for name, at in self._evaluated if name == model]
+            self._purge[f"eval-{model}"] = max(kept, default=-1) + 1
         self._writers: dict[str, SummaryWriter] = {}
 
     def step(
@@ -97,12 +101,19 @@ class RunLog:
 
         Does nothing where the run had written them before it was cut off and resumed.
         """
-        if (model, step) in self._evaluated:
+        if self.has(model, step):
             return
         self._evaluated.add((model, step))
+        # Plotted first: a plot without its line is purged on resuming, a line has its plot.
+        self._plot(f"eval-{model}", step, means)
+        self._writers[f"eval-{model}"].flush()
         line = {"stage": "eval", "model": model, "step": step} | _rounded(means)
         _append(self._metrics, [line])
-        self._plot(f"eval-{model}", step, means)
+        self.flush()
+
+    def has(self, model: str, step: int) -> bool:
+        """Whether the evaluation of `model` at `step` has been written."""
+        return (model, step) in self._evaluated
 
     def samples(self, stage: str, step: int, groups: Iterable[SampleGroup]) -> None:
         """Write a step's groups as text, one a line."""
@@ -114,6 +125,14 @@ class RunLog:
             }
             lines.append({"stage": stage, "step": step} | asdict(group) | numbers)
         _append(self._samples, lines)
+
+    def flush(self) -> None:
+        """Put all that was written on the disk, as a checkpoint that comes after it will be."""
+        for file in (self._metrics, self._samples):
+            file.flush()
+            os.fsync(file.fileno())
+        for writer in self._writers.values():
+            writer.flush()
 
     def close(self) -> None:
         """Flush and close every file."""

@@ -71,7 +71,9 @@ class Subject:
 
     def __init__(self, run: BenchmarkRun) -> None:
         # An empty cache of compiled programs, so that a first compilation is a cold one.
-        jax.config.update("jax_compilation_cache_dir", tempfile.mkdtemp(prefix="pujax-xla-"))
+        # It goes with this object, or with the process.
+        self._cache = tempfile.TemporaryDirectory(prefix="pujax-xla-", ignore_cleanup_errors=True)
+        jax.config.update("jax_compilation_cache_dir", self._cache.name)
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         release_compiler_memory()
         self.run = run
@@ -86,9 +88,9 @@ class Subject:
         self.student = Student(
             replace(student.model, config=settings), student.base, student.trainable
         )
-        self.labels = build(run.labels, "labels")
-        self.loss: LossFn = build(run.loss, "loss")
-        self.scorer = build(run.scorer.score, "scorer.score")
+        self.labels = build(run.labels, "labels", run.trusted)
+        self.loss: LossFn = build(run.loss, "loss", run.trusted)
+        self.scorer = build(run.scorer.score, "scorer.score", run.trusted)
 
     def measure(self, shape: ShapesConfig) -> Cost:
         """Time `shape.steps` steps of that shape, and each of their phases."""

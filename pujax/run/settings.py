@@ -1,8 +1,7 @@
-"""Typed settings that check themselves, and the bridge from Hydra to them.
+"""Typed settings that check themselves: frozen records, without Hydra."""
 
-Only this module and the command modules know Hydra. Everything below gets frozen dataclasses.
-"""
-
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,6 +20,14 @@ class RunConfig:
     root: str = "runs"
     dir: str | None = None
 
+    def __post_init__(self) -> None:
+        require(
+            re.fullmatch(r"(?!\.+$)[^/\\\0]+", self.name) is not None,
+            "run.name",
+            self.name,
+            "it names one folder in run.root: no slashes, not .. (run.dir takes any path)",
+        )
+
 
 @dataclass(frozen=True)
 class ShapeConfig:
@@ -33,6 +40,9 @@ class ShapeConfig:
     mlp_width: int = 128
 
     def __post_init__(self) -> None:
+        require(self.layers >= 0, "model.shape.layers", self.layers, "must be 0 (none) or positive")
+        for key in ("width", "heads", "kv_heads", "mlp_width"):
+            require(getattr(self, key) > 0, f"model.shape.{key}", getattr(self, key), "be positive")
         require(
             self.width % self.heads == 0,
             "model.shape.width",
@@ -60,6 +70,13 @@ class LoraConfig:
 
     def __post_init__(self) -> None:
         require(self.rank >= 0, "model.lora.rank", self.rank, "must be 0 (off) or positive")
+        require(
+            0 < self.alpha < math.inf, "model.lora.alpha", self.alpha, "must be positive and finite"
+        )
+        try:
+            re.compile(self.targets)
+        except re.error as error:
+            require(False, "model.lora.targets", self.targets, f"no regular expression: {error}")
 
 
 @dataclass(frozen=True)
@@ -95,13 +112,16 @@ class ModelConfig:
 class DataConfig:
     """Prompts, anchors and the static shapes they are padded to (lengths in tokens).
 
-    `anchors` is the store that answers both `prompts` and `heldout`. `system` is the student's
-    system message where a prompt has none; null leaves it to the chat template.
+    `prompts` and `heldout` are each a file, a list of files, or a mapping with the keys of
+    `DatasetConfig`. `anchors` is the store that answers both. `system` is the student's system
+    message where a prompt has none; null leaves it to the chat template. A prompt beyond
+    `max_prompt_tokens` is an `error`, or with `on_too_long` a `drop` or a `truncate`, which cuts
+    the beginning of its last message.
     """
 
-    prompts: str = MISSING
+    prompts: Any = MISSING
     anchors: str = MISSING
-    heldout: str = MISSING
+    heldout: Any = MISSING
     system: str | None = None
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
@@ -141,6 +161,7 @@ class SftConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, "sft.steps", self.steps, "must not be negative")
+        require(0 <= self.lr <= 1, "sft.lr", self.lr, "must lie in [0, 1]")
         require(self.batch > 0, "sft.batch", self.batch, "must be positive")
 
 
@@ -159,6 +180,7 @@ class AlignConfig:
 
     def __post_init__(self) -> None:
         require(self.steps >= 0, "align.steps", self.steps, "must not be negative")
+        require(0 <= self.lr <= 1, "align.lr", self.lr, "must lie in [0, 1]")
         require(self.prompts > 0, "align.prompts", self.prompts, "must be positive")
         require(self.inner_epochs > 0, "align.inner_epochs", self.inner_epochs, "must be positive")
         if self.microbatch is not None:
@@ -194,6 +216,17 @@ class OptimConfig:
         )
         require(0 <= self.warmup <= 1, "optim.warmup", self.warmup, "must lie in [0, 1]")
         require(self.clip_norm > 0, "optim.clip_norm", self.clip_norm, "must be positive")
+        for key in ("b1", "b2"):
+            require(
+                0 <= getattr(self, key) < 1, f"optim.{key}", getattr(self, key), "lie in [0, 1)"
+            )
+        require(
+            0 <= self.weight_decay < math.inf,
+            "optim.weight_decay",
+            self.weight_decay,
+            "must be finite and not negative",
+        )
+        require(self.max_skipped > 0, "optim.max_skipped", self.max_skipped, "must be positive")
 
 
 @dataclass(frozen=True)
@@ -228,7 +261,10 @@ class EvalConfig:
         require(self.batch > 0, "eval.batch", self.batch, "must be positive")
         require(self.every >= 0, "eval.every", self.every, "must not be negative")
         require(
-            self.prompts is None or self.prompts > 0, "eval.prompts", self.prompts, "be positive"
+            self.prompts is None or self.prompts > 0,
+            "eval.prompts",
+            self.prompts,
+            "must be positive",
         )
         require(self.samples >= 0, "eval.samples", self.samples, "must not be negative")
         require(self.temperature > 0, "eval.temperature", self.temperature, "must be positive")
@@ -250,11 +286,15 @@ class MeshConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything `python -m pujax.train` is told."""
+    """Everything `pujax train` is told.
+
+    `trusted` are packages beside pujax whose functions may be named as loss, scorer or label rule.
+    """
 
     run: RunConfig = field(default_factory=RunConfig)
     seed: int = 0
     resume: str = "auto"
+    trusted: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
@@ -269,6 +309,14 @@ class TrainConfig:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+
+
+def check_seed(seed: int) -> None:
+    """Refuse what makes no random key."""
+    require(0 <= seed < 2**63, "seed", seed, "must lie in [0, 2**63)")
 
 
 @dataclass(frozen=True)
@@ -304,12 +352,16 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """Everything `python -m pujax.benchmark` is told."""
+    """Everything `pujax benchmark` is told; `trusted` as for `pujax train`."""
 
     seed: int = 0
+    trusted: list[str] = field(default_factory=list)
     model: ModelConfig = field(default_factory=ModelConfig)
     scorer: ScorerConfig = field(default_factory=ScorerConfig)
     labels: Any = MISSING
     loss: Any = MISSING
     mesh: MeshConfig = field(default_factory=MeshConfig)
     benchmark: ShapesConfig = field(default_factory=ShapesConfig)
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)

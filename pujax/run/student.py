@@ -2,6 +2,7 @@
 
 import dataclasses
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -87,10 +88,23 @@ def compute_dtype(name: str) -> Any:
 
 def new_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
     """A stage's first state, on the mesh. It takes `trainable` over: the step donates it."""
-
-    def make(params: Params) -> TrainState:
-        zero = jnp.zeros((), jnp.int32)
-        return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
-
+    make = partial(_first_state, optimizer=optimizer)
     shardings = tree_shardings(mesh, jax.eval_shape(make, trainable))
     return jax.jit(make, out_shardings=shardings)(trainable)
+
+
+def like_state(
+    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """Shapes, types and places of the states that train `trainable`: both stages' are alike."""
+    shapes = jax.eval_shape(partial(_first_state, optimizer=optimizer), trainable)
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        tree_shardings(mesh, shapes),
+    )
+
+
+def _first_state(params: Params, *, optimizer: optax.GradientTransformation) -> TrainState:
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)

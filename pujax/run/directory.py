@@ -1,0 +1,208 @@
+"""The directory of a run: found or made, locked for the life of the process, its settings in it."""
+
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, is_dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pujax.errors import ConfigError, PujaxError
+from pujax.files.durable import write_whole
+from pujax.run.compose import structured
+from pujax.run.settings import TrainConfig
+
+SETTINGS, DONE = "config.yaml", "done"
+
+UNTOUCHED = frozenset(
+    ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
+)
+"""Settings that may differ when a run goes on: they don't touch its numbers.
+
+Of the teacher its model alone counts: whether it gave the same anchors is held against the digests
+of `pujax.run.inputs`. A mesh adds in another order, so numbers agree to float32's last digits.
+"""
+
+
+@contextmanager
+def run_directory(config: TrainConfig) -> Iterator[Path]:
+    """The directory of the run to do or to go on with, with `config` in it, locked meanwhile.
+
+    `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
+    that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
+    `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
+    is done, in use, or isn't there.
+    """
+    settings = asdict(config)
+    if config.resume not in ("auto", "never"):
+        directory = Path(config.resume)
+        if not (directory / SETTINGS).is_file():
+            raise ConfigError(f"resume={config.resume!r}: no run there (no {SETTINGS})")
+        lock = _lock(directory)
+    elif config.run.dir is not None:
+        directory = Path(config.run.dir)
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = _lock(directory)
+    else:
+        parent = Path(config.run.root) / config.run.name
+        found = _unfinished(parent, settings) if config.resume == "auto" else None
+        directory, lock = found or _fresh(parent)
+    with lock:
+        if (directory / SETTINGS).is_file():
+            _may_go_on(directory, settings, config.resume)
+        text = OmegaConf.to_yaml(OmegaConf.create(settings))
+        write_whole(directory / SETTINGS, text.encode())
+        yield directory
+
+
+def settings_of(directory: Path) -> TrainConfig:
+    """The settings that a run was last started with; what is younger than the run is its default.
+
+    Raises `ConfigError` for a run without settings, or with some that this pujax doesn't know.
+    """
+    stored = directory / SETTINGS
+    try:
+        merged = OmegaConf.merge(structured(TrainConfig), stored_settings(stored))
+        settings = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{stored}: {str(error).splitlines()[0]}: another pujax's?") from error
+    assert isinstance(settings, TrainConfig)
+    return settings
+
+
+def stored_settings(path: Path) -> dict[str, Any]:
+    """What a run's settings file holds. Raises `ConfigError` for one that is torn or missing."""
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise ConfigError(f"{path}: no such file: is {path.parent} a run's directory?") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{path}: not a run's settings ({str(error).splitlines()[0]}): move {path.parent} away"
+        ) from error
+    if not isinstance(settings, dict) or not settings:
+        raise ConfigError(f"{path}: holds no settings: move {path.parent} away")
+    return settings
+
+
+def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:
+    """Refuse to go on with a run that is done or of other settings, or to begin over one."""
+    if resume == "never":
+        raise ConfigError(
+            f"{directory} holds a run and resume=never begins one: move it away, or choose another "
+            "run.dir"
+        )
+    differing = _differing(stored_settings(directory / SETTINGS), settings)
+    if differing:
+        raise ConfigError(
+            f"{directory} was begun with other settings ({'; '.join(differing)}): set them back, "
+            "or choose another run.dir"
+        )
+    if (directory / DONE).exists():
+        raise ConfigError(f"{directory} is done: choose another run.dir")
+
+
+class _Lock:
+    """An open lock file; closing it, or the end of the process in any way, gives the run free."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def __enter__(self) -> None:
+        os.ftruncate(self._descriptor, 0)
+        os.pwrite(self._descriptor, str(os.getpid()).encode(), 0)  # for the message alone
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+
+class InUse(ConfigError):
+    """Another process does this run."""
+
+
+def _lock(directory: Path) -> _Lock:
+    """The run in `directory`, for this process. Raises `InUse` while another one has it."""
+    path = directory / ".lock"
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        owner = os.pread(descriptor, 20, 0).decode(errors="replace") or "another one"
+        os.close(descriptor)
+        raise InUse(
+            f"{directory} is in use by process {owner}: wait for it, or choose another run.dir"
+        ) from error
+    except OSError as error:  # a file system without locks
+        os.close(descriptor)
+        raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
+    return _Lock(descriptor)
+
+
+def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock] | None:
+    """The newest run under `parent` with these settings that isn't done or in use, locked."""
+    for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
+        with suppress(PujaxError):  # in use, or not readable: not a run to go on with
+            directory = stored.parent
+            if (directory / DONE).exists() or _differing(stored_settings(stored), settings):
+                continue
+            lock = _lock(directory)
+            if not (directory / DONE).exists():
+                return directory, lock
+            lock.__exit__()  # it came to its end just now
+    return None
+
+
+def _fresh(parent: Path) -> tuple[Path, _Lock]:
+    """A new directory named by the time, locked; no other process gets the same."""
+    parent.mkdir(parents=True, exist_ok=True)
+    name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    for number in range(1, 10_000):
+        directory = parent / (name if number == 1 else f"{name}-{number}")
+        with suppress(FileExistsError):
+            directory.mkdir()
+            return directory, _lock(directory)
+    raise ConfigError(f"{parent}: ten thousand runs of one second: choose another run.root")
+
+
+def _differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
+    """The settings, by dotted key, in which two runs' numbers could differ.
+
+    A setting that `stored` lacks is younger than that run, which had what is the default now.
+    """
+
+    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+        if isinstance(value, Mapping) and value:
+            items: dict[str, Any] = {}
+            for key, part in value.items():
+                items |= flat(part, f"{prefix}.{key}" if prefix else str(key))
+            return items
+        return {prefix: value}
+
+    before, now = flat(stored), flat(given)
+    if not any(key.startswith("eval.metrics") for key in before):  # they had one set, ours
+        now = {key: value for key, value in now.items() if not key.startswith("eval.metrics")}
+    keys = sorted(key for key in before.keys() | now.keys() if _matters(key))
+    pairs = [(key, before.get(key, _default(key)), now.get(key)) for key in keys]
+    return [f"{key} was {was!r}, is {is_!r}" for key, was, is_ in pairs if was != is_]
+
+
+def _matters(key: str) -> bool:
+    if key.startswith("teacher"):
+        return key == "teacher.model"
+    return not any(key == name or key.startswith(f"{name}.") for name in UNTOUCHED)
+
+
+def _default(key: str) -> Any:
+    """The default of a dotted key of `TrainConfig`; None where it has none."""
+    value: Any = TrainConfig()
+    for name in key.split("."):
+        if not is_dataclass(value) or not hasattr(value, name):
+            return None
+        value = getattr(value, name)
+    return value

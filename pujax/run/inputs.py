@@ -1,0 +1,90 @@
+"""What a run was given from elsewhere, as digests: a run goes on only with what it began with."""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import DataError
+from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
+from pujax.records import Example, canonical
+from pujax.run.checkpoint import checksums
+from pujax.run.data import Dataset
+from pujax.run.settings import TrainConfig
+
+FILE = "inputs.json"
+
+
+def hold_inputs(
+    directory: Path,
+    config: TrainConfig,
+    chat: Chat,
+    parts: Mapping[str, Dataset],
+    params: Any,
+    *,
+    begun: bool,
+    say: Callable[[str], None],
+) -> None:
+    """Keep the digests of a run's inputs, or hold them against those that it began with.
+
+    `parts` are its datasets by the setting that names their prompts, `params` every parameter of
+    the student before training. A run that is `begun` without digests, by a pujax that kept none,
+    takes its inputs as they are now, and says so. Raises `DataError` naming each setting behind
+    which something else lies now.
+    """
+    now = {name: digest for key, part in parts.items() for name, digest in _of(key, part)}
+    tokenizer = [chat.tokenizer.backend_tokenizer.to_str(), chat.tokenizer.chat_template]
+    now["tokenizer"] = _digest([*tokenizer, list(chat.eos_ids)])
+    now["model"] = _digest(checksums(params))
+    path = directory / FILE
+    if not path.exists():
+        if begun:
+            say(f"{directory} has no {FILE}: its inputs are taken to be what they were")
+        write_whole(path, (json.dumps(now, indent=2) + "\n").encode())
+        return
+    try:
+        before = json.loads(path.read_text(encoding="utf-8"))
+        differing = [name for name in now if before.get(name) != now[name]]
+    except (ValueError, AttributeError) as error:
+        raise DataError(f"{path}: can't be read ({error}): choose another run.dir") from error
+    behind = {
+        "tokenizer": f"model.path={config.model.path}, its tokenizer or chat template",
+        "model": f"model.path={config.model.path}, its weights",
+        **{f"{key} anchors": f"data.anchors={config.data.anchors}" for key in parts},
+    }
+    # Equal text, template and vocabulary in other tokens: the template has a clock in it.
+    clock = [f"{key} tokens" for key in parts]
+    if differing and set(differing) <= set(clock):
+        say(
+            "the chat template renders the same prompts otherwise than when this run began (does "
+            "it write the date?): going on with today's"
+        )
+        return
+    named = [
+        behind.get(name, f"{name}={getattr(config.data, name.partition('.')[2], '')}")
+        for name in differing
+        if name not in clock
+    ]
+    if named:
+        raise DataError(
+            f"{directory} began with other inputs ({'; '.join(dict.fromkeys(named))}): put back "
+            "what was there, or choose another run.dir"
+        )
+
+
+def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:
+    """The digests of one dataset: the prompts' texts, their tokens, and the anchors used."""
+
+    def text(e: Example) -> list[Any]:
+        return [e.prompt.id, list(e.prompt.messages), e.prompt.answer, e.prompt.kind]
+
+    yield key, _digest([text(e) for e in part.examples])
+    yield f"{key} tokens", _digest([[e.prompt_ids, e.reference_ids] for e in part.examples])
+    anchors = [[e.anchor, e.anchor_ids, e.anchor_finished] for e in part.examples]
+    yield f"{key} anchors", _digest(anchors)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(canonical(value)).hexdigest()

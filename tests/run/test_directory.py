@@ -1,0 +1,192 @@
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+
+from pujax.errors import ConfigError
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.directory import run_directory, settings_of
+from pujax.run.settings import TrainConfig
+
+register("train_schema", TrainConfig)
+
+
+def config_of(*overrides):
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        composed = compose("train", overrides=["+experiment=smoke", *overrides])
+    return from_hydra(TrainConfig, composed)
+
+
+def begun(*overrides):
+    """The directory of a run that was begun and left."""
+    with run_directory(config_of(*overrides)) as directory:
+        return directory
+
+
+def test_a_run_of_the_same_settings_that_is_not_done_is_gone_on_with(tmp_path):
+    first = begun(f"run.root={tmp_path}")
+    assert begun(f"run.root={tmp_path}") == first
+    (first / "done").touch()
+    assert begun(f"run.root={tmp_path}") != first
+
+
+def test_another_seed_begins_another_run(tmp_path):
+    first = begun(f"run.root={tmp_path}")
+    second = begun(f"run.root={tmp_path}", "seed=1")
+    assert first != second
+
+
+def test_resume_never_begins_another_run(tmp_path):
+    first = begun(f"run.root={tmp_path}")
+    assert begun(f"run.root={tmp_path}", "resume=never") != first
+
+
+def test_going_on_with_other_settings_is_refused_by_key(tmp_path):
+    where = f"run.dir={tmp_path}/run"
+    begun(where)
+    with pytest.raises(ConfigError, match=r"align\.lr was 0\.001, is 0\.5"):
+        begun(where, "align.lr=0.5")
+    begun(where, "eval.every=7")  # touches no number of the training
+
+
+def test_going_on_with_a_run_that_is_done_is_an_error(tmp_path):
+    where = f"run.dir={tmp_path}/run"
+    (begun(where) / "done").touch()
+    with pytest.raises(ConfigError, match=r"is done: choose another run.dir"):
+        begun(where)
+
+
+def test_resuming_from_where_no_run_is_is_an_error(tmp_path):
+    with pytest.raises(ConfigError, match="no run there"):
+        begun(f"resume={tmp_path}/none")
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("eval.prompts=3", "eval.prompts was 8, is 3"),
+        ("teacher.model=other", "teacher.model was None, is 'other'"),
+        ("data.system=Hi", "data.system was None, is 'Hi'"),
+    ],
+)
+def test_what_changes_numbers_is_refused_on_going_on(tmp_path, override, named):
+    begun(f"run.dir={tmp_path}/run")
+    with pytest.raises(ConfigError, match=named):
+        begun(f"run.dir={tmp_path}/run", override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["checkpoint.every=7", "eval.every=3", "eval.batch=2", "collect.retries=1", "mesh.data=1"],
+)
+def test_what_changes_no_number_may_change_and_is_recorded(tmp_path, override):
+    directory = begun(f"run.dir={tmp_path}/run")
+    begun(f"run.dir={tmp_path}/run", override)
+    key, _, value = override.partition("=")
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    group, name = key.split(".")
+    assert stored[group][name] == int(value)
+    assert settings_of(directory) == config_of(f"run.dir={tmp_path}/run", override)
+
+
+def test_a_run_in_use_is_refused_by_process_and_passed_over_by_auto(tmp_path):
+    config = config_of(f"run.root={tmp_path}")
+    with run_directory(config) as first:
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: wait"):
+            begun(f"run.dir={first}")
+        with pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: wait"):
+            begun(f"resume={first}")
+        assert begun(f"run.root={tmp_path}") != first
+    (begun(f"run.root={tmp_path}") / "done").touch()  # the newer one, free again
+    assert begun(f"run.root={tmp_path}") == first
+
+
+def test_a_killed_process_holds_its_run_no_longer(tmp_path):
+    code = (
+        "import sys, time; sys.path[:0] = ['tests', 'tests/run']\n"
+        "from test_directory import config_of, run_directory\n"
+        f"with run_directory(config_of('run.dir={tmp_path}/run')):\n"
+        "    print('in', flush=True); time.sleep(60)"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "in\n"
+    with pytest.raises(ConfigError, match=f"in use by process {holder.pid}"):
+        begun(f"run.dir={tmp_path}/run")
+    holder.kill()
+    holder.communicate()
+    assert begun(f"run.dir={tmp_path}/run") == tmp_path / "run"
+
+
+def test_twenty_runs_begun_in_one_second_get_twenty_directories(tmp_path):
+    config = config_of(f"run.root={tmp_path}", "resume=never")
+
+    def begin(_):
+        with run_directory(config) as directory:
+            return directory
+
+    with ThreadPoolExecutor(20) as pool:
+        made = list(pool.map(begin, range(20)))
+    assert len(set(made)) == 20
+
+
+@pytest.mark.parametrize("content", ["", "a: [1", "- 1\n", "\0\0", "\ud800"])
+def test_what_is_no_runs_settings_blocks_no_other_run_and_is_named(tmp_path, content):
+    sibling = tmp_path / "smoke" / "2999-01-01_00-00-00"
+    sibling.mkdir(parents=True)
+    (sibling / "config.yaml").write_bytes(content.encode(errors="surrogatepass"))
+    first = begun(f"run.root={tmp_path}")
+    assert begun(f"run.root={tmp_path}") == first
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*: move .* away"):
+        begun(f"run.dir={sibling}")
+
+
+def test_a_disk_that_is_full_at_the_start_leaves_no_settings(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("pujax.files.durable.os.fsync", full)
+        with pytest.raises(OSError, match="No space"):
+            begun(f"run.dir={tmp_path}/run")
+    assert not (tmp_path / "run" / "config.yaml").exists()
+    assert begun(f"run.dir={tmp_path}/run")
+
+
+def test_never_resuming_on_a_used_directory_says_what_to_do_and_touches_nothing(tmp_path):
+    directory = begun(f"run.dir={tmp_path}/run", "seed=3")
+    before = (directory / "config.yaml").read_bytes()
+    with pytest.raises(ConfigError, match=r"resume=never begins one: move it away"):
+        begun(f"run.dir={tmp_path}/run", "resume=never")
+    assert (directory / "config.yaml").read_bytes() == before
+
+
+def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
+    directory = begun(f"run.dir={tmp_path}/run")
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    del stored["optim"]["max_skipped"], stored["data"]["on_too_long"]
+    (directory / "config.yaml").write_text(json.dumps(stored))
+    begun(f"run.dir={directory}")
+    (directory / "config.yaml").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"optim\.max_skipped was 3, is 5"):
+        begun(f"run.dir={directory}", "optim.max_skipped=5")
+    assert settings_of(directory).optim.max_skipped == 3
+
+
+def test_settings_of_another_pujax_are_one_line(tmp_path):
+    directory = begun(f"run.dir={tmp_path}/run")
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    (directory / "config.yaml").write_text(json.dumps(stored | {"bananas": 1}))
+    with pytest.raises(ConfigError, match=r"config\.yaml: Key 'bananas' not in 'TrainConfig'"):
+        settings_of(directory)
