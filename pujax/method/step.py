@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ from jaxtyping import Array
 
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
+from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
 from pujax.method.sampling import sample
 from pujax.method.scoring import Scene, Scorer
 from pujax.models.decoder import LanguageModel, Prefix, packed
@@ -203,6 +203,7 @@ def update(
     needs: Needs = ALL,
     on_policy: bool = False,
     microbatch: int | None = None,
+    in_place: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
 
@@ -210,8 +211,9 @@ def update(
     is not computed; `samples/packed` is how often. `on_policy` says that the policy is still the
     one that sampled: the anchors' old log-probs, which no sampling made, are then this pass's own.
 
-    A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
-    `skipped`; a finite one sets that count to 0.
+    A loss, a gradient or new parameters that aren't finite leave parameters and optimizer as they
+    were and count in `skipped`; finite ones set that count to 0. `in_place` is for one CPU device,
+    see `optimizer.apply_in_place`.
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
@@ -264,27 +266,11 @@ def update(
 
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-
-    # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    params = _where(finite, optax.apply_updates(state.params, updates), state.params)
-    # XLA would share what parameters and moments have in common through memory: twice the
-    # parameters' size. Behind the barrier the moments are made from the gradient once more.
-    _, opt_state = optimizer.update(
-        jax.lax.optimization_barrier(grads), state.opt_state, state.params
-    )
-    # Unless the parameters that read the old moments are known to be done, those are copied first.
-    # Of finite parameters and a finite gradient this is always true.
-    done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
-    opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
+    step_by = apply_in_place if in_place else apply
+    params, opt_state, finite = step_by(optimizer, grads, state, finite)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
-
-
-def _where(chosen: Array, new: Any, old: Any) -> Any:
-    """One of two trees, leaf by leaf."""
-    return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
 
 
 def _is_known(metric: str, needs: Needs) -> bool:
@@ -310,6 +296,7 @@ def make_train_step(
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
     the same group is learnt from that many times, and the metrics are those of the last time.
     """
+    in_place = on_one_cpu(shardings)
 
     def train_step(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
@@ -329,6 +316,7 @@ def make_train_step(
                 needs=recipe.needs,
                 on_policy=recipe.inner_epochs == 1,
                 microbatch=microbatch,
+                in_place=in_place,
             )
 
         state, metrics = once(state)
@@ -350,9 +338,11 @@ def make_sft_step(
     shardings: Params,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
+    in_place = on_one_cpu(shardings)
 
     def sft_step(state, base, batch):
-        state, metrics = update(model, loss_fn, optimizer, state, base, anchor_group(batch))
+        group = anchor_group(batch)
+        state, metrics = update(model, loss_fn, optimizer, state, base, group, in_place=in_place)
         kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
         return state, {name: metrics[name] for name in kept if name in metrics}
 

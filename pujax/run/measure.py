@@ -22,6 +22,7 @@ from jaxtyping import Array
 
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
+from pujax.method.optimizer import on_one_cpu
 from pujax.method.step import Recipe, assemble, explore, judge, make_train_step, update
 from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
@@ -126,6 +127,7 @@ class Subject:
                 group,
                 needs=recipe.needs,
                 on_policy=True,
+                in_place=on_one_cpu(shardings),
             )
 
         arguments = (state, reference, base, batch, key)

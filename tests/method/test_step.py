@@ -1,4 +1,6 @@
 import dataclasses
+import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -10,8 +12,9 @@ from recipes import recipe
 
 from pujax.errors import ConfigError
 from pujax.method import labels, losses, scoring
+from pujax.method import step as step_module
 from pujax.method.needs import Needs, needs_of
-from pujax.method.optimizer import make_optimizer
+from pujax.method.optimizer import apply, apply_in_place, make_optimizer
 from pujax.method.step import (
     anchor_group,
     assemble,
@@ -235,6 +238,78 @@ def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group)
     assert after.skipped == 2
     after, _ = run(after, None, group)
     assert (after.skipped, after.step) == (0, 3)
+
+
+@pytest.mark.parametrize("lr", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_update_that_is_not_finite_does_not_pass(model, params, batch, lr, in_place):
+    """Loss and gradient are finite; the new parameters would not be."""
+    optimizer = optax.adamw(lr)
+    run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
+    state = state_of(params, optimizer)
+    after, metrics = run(state, None, anchor_group(batch))
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert metrics["skipped"] == after.skipped == 1
+    for ours, theirs in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_one_value_that_would_not_stay_finite_is_kept_in_place():
+    """The first values, which go ahead, are sound."""
+    grads = {"w": jnp.array([1.0, jnp.finfo(jnp.float32).max])}
+    optimizer = optax.sgd(2.0)
+    start = {"w": jnp.ones(2)}
+    after, _, finite = apply_in_place(optimizer, grads, state_of(start, optimizer), jnp.bool_(True))
+    np.testing.assert_array_equal(after["w"], [-1.0, 1.0])
+    assert finite
+
+
+def test_in_place_makes_the_same_update(model, params, batch):
+    optimizer = optax.adamw(1e-2)
+    state = state_of(params, optimizer)
+    moved = []
+    for in_place in (False, True):
+        run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
+        after, metrics = run(state, None, anchor_group(batch))
+        assert metrics["skipped"] == 0
+        moved.append((after.params, after.opt_state))
+    for ours, theirs in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def collectives(function, *arguments):
+    """How many of each kind the compiled program has."""
+    text = function.lower(*arguments).compile().as_text()
+    kinds = "all-gather|all-reduce|all-to-all|reduce-scatter|collective-permute"
+    return Counter(re.findall(rf" ({kinds})(?:-start)?\(", text))
+
+
+def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeypatch):
+    """A norm is a number from each device; nothing else of an update leaves the devices."""
+    mesh, optimizer = make_mesh(1, 4, 2), optax.adamw(1e-2)
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+    alone = jax.jit(lambda grads, state: apply(optimizer, grads, state, jnp.bool_(True))[:2])
+    found = collectives(alone, state.params, state)
+    assert set(found) == {"all-reduce"}
+
+    def whole_step():
+        step = make_sft_step(model, losses.sft, optimizer, shardings)
+        return collectives(step, state, None, put_batch(mesh, batch, 8))
+
+    whole = whole_step()
+    monkeypatch.setattr(
+        step_module, "apply", lambda optimizer, grads, state, ok: (grads, state.opt_state, ok)
+    )
+    without = whole_step()
+    assert without["all-gather"] > 0
+    for kind in set(whole) - {"all-reduce"}:
+        assert whole[kind] == without[kind], kind
 
 
 def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
