@@ -18,12 +18,7 @@ from jaxtyping import Array, Bool, Float
 
 from pujax.errors import require
 from pujax.method.labels import anchor_vs_all, best_vs_worst, candidates, extremes, standardize
-from pujax.types import Group, Metrics, PairRule
-
-LossAndMetrics = tuple[Float[Array, " B"], Metrics]
-
-Advantage = Callable[[Group], Float[Array, "B K"]]
-"""A group to one advantage a candidate; zero for candidates that are not valid."""
+from pujax.types import Advantage, Group, LossAndMetrics, Metrics, PairRule
 
 Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
 """Token terms and their mask to one value a prompt."""

@@ -29,7 +29,7 @@ from pujax.models.lora import init_adapter
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.run.settings import LoraConfig
-from pujax.types import Batch, Tokens, TrainState
+from pujax.types import Batch, Completions, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -167,7 +167,7 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
     whole, whole_metrics = run(state, None, group)
     parts, parts_metrics = run(state, None, group, microbatch=1)
     for name in whole_metrics:
-        # A maximum, which doesn't average, and a sign, which rounding decides at the reference.
+        # A sign, which rounding decides at the reference; the gap is rounding alone.
         if name not in ("sampler/logp_gap", "reward/accuracy"):
             np.testing.assert_allclose(
                 parts_metrics[name], whole_metrics[name], rtol=2e-4, atol=1e-6
@@ -177,6 +177,46 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
     ):
         scale = np.abs(theirs - start).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-4 * scale)
+
+
+def test_the_largest_gap_of_microbatches_is_the_largest_of_all(model, params, group):
+    b, k = (int(i[0]) for i in np.nonzero(group.mask[:, 1:, 0]))
+    wrong = group.replace(old_logps=group.old_logps.at[b, 1 + k, 0].add(0.5))
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(partial(update, model, losses.grpo, optimizer), static_argnames="microbatch")
+    _, metrics = run(state_of(params, optimizer), None, wrong, microbatch=1)
+    np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
+
+
+def test_given_candidates_make_the_group_that_sampled_ones_do(model, params, batch):
+    """The second door: with log-probs nothing differs; without, the policy's own are taken."""
+    make = jax.jit(partial(rollout, model, recipe()))
+    sampled, metrics = make(params, params, batch, jax.random.key(9))
+    known = Completions(
+        tokens=sampled.tokens[:, 1:],
+        mask=sampled.mask[:, 1:],
+        finished=sampled.finished[:, 1:],
+        logps=sampled.old_logps[:, 1:],
+    )
+    same, same_metrics = make(
+        params, params, dataclasses.replace(batch, given=known), jax.random.key(9)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, sampled)
+    assert set(same_metrics) == set(metrics)
+
+    bare, _ = make(
+        params,
+        params,
+        dataclasses.replace(batch, given=dataclasses.replace(known, logps=None)),
+        jax.random.key(9),
+    )
+    assert (same.has_old_logps, bare.has_old_logps) == (True, False)
+    np.testing.assert_array_equal(bare.labels, same.labels)
+    optimizer = optax.sgd(1.0)
+    learn = jax.jit(partial(update, model, losses.ldl_grpo, optimizer, on_policy=True))
+    one, other = (learn(state_of(params, optimizer), None, group)[0] for group in (same, bare))
+    for a, b, start in zip(*map(jax.tree.leaves, (one.params, other.params, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b - start).max())
 
 
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
