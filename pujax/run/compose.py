@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.teacher.settings import TeacherConfig
 
 T = TypeVar("T")
@@ -84,6 +84,23 @@ def build(node: Any, key: str) -> Callable[..., Any]:
         raise ConfigError(f"{key}: cannot build {node.get('_target_')!r}: {cause}") from error
     _check_bound(function, key)
     return function
+
+
+def build_loss(node: Any) -> tuple[Callable[..., Any], dict[str, bool]]:
+    """The loss that `node` names, and what its `needs` says (see `needs_of`).
+
+    Raises `ConfigError` as `build` does, and for `needs` of another form.
+    """
+    entries = dict(node)
+    needs = dict(entries.pop("needs", None) or {})
+    for name, said in needs.items():
+        require(
+            name in ("anchor", "reference") and isinstance(said, bool),
+            f"loss.needs.{name}",
+            said,
+            "say `needs: {anchor: true}`, {reference: true} or both",
+        )
+    return build(entries, "loss"), needs
 
 
 def with_protocol(teacher: TeacherConfig) -> TeacherConfig:

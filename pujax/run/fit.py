@@ -32,7 +32,7 @@ from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Example, messages_key
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.compose import build, with_protocol
+from pujax.run.compose import build, build_loss, with_protocol
 from pujax.run.data import Dataset, batch_at, collate, make_dataset
 from pujax.run.heldout import build_metrics
 from pujax.run.logs import RunLog, SampleGroup, progress
@@ -292,7 +292,8 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
 
     Raises `ConfigError`.
     """
-    labels, loss_fn = build(config.labels, "labels"), build(config.loss, "loss")
+    labels = build(config.labels, "labels")
+    loss_fn, said = build_loss(config.loss)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=data.response_size,
@@ -300,7 +301,7 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
-        needs=needs_of(loss_fn, labels, config.sampling.candidates),
+        needs=needs_of(loss_fn, labels, config.sampling.candidates, **said),
         inner_epochs=config.align.inner_epochs,
     )
     return recipe, loss_fn

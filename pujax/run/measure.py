@@ -35,10 +35,10 @@ from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
-from pujax.run.compose import build
+from pujax.run.compose import build, build_loss
 from pujax.run.settings import BenchmarkRun, ShapesConfig
 from pujax.run.student import Student, load_student, new_state
-from pujax.types import Batch, Completions, LossFn, Params, Tokens, TrainState
+from pujax.types import Batch, Completions, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak
 
@@ -95,7 +95,7 @@ class Subject:
             replace(student.model, config=settings), student.base, student.trainable
         )
         self.labels = build(run.labels, "labels")
-        self.loss: LossFn = build(run.loss, "loss")
+        self.loss, self.said = build_loss(run.loss)
         self.scorer = build(run.scorer.score, "scorer.score")
 
     def measure(self, shape: ShapesConfig) -> Cost:
@@ -201,7 +201,7 @@ class Subject:
             by_policy=self.run.scorer.by == "policy",
             labels=self.labels,
             frames=self.chat.frames,
-            needs=needs_of(self.loss, self.labels, shape.candidates),
+            needs=needs_of(self.loss, self.labels, shape.candidates, **self.said),
         )
 
     def _work(self, shape: ShapesConfig) -> tuple[Batch, Completions]:
