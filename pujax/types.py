@@ -43,7 +43,7 @@ class Tokens:
 
 @flax.struct.dataclass
 class Batch:
-    """B prompts with their anchors.
+    """B prompts with their anchors, and their candidates where someone gives those.
 
     `references` holds, for each prompt, the chat prompt that is about to show a reference answer:
     the tokens up to where that answer's text begins (see `Frames`).
@@ -53,16 +53,20 @@ class Batch:
     anchors: Tokens  # [B T], EOS included
     anchor_finished: Bool[Array, " B"]
     references: Tokens  # [B R]
+    given: "Completions | None" = None  # candidates that no sampling need make
 
 
 @flax.struct.dataclass
 class Completions:
-    """K sampled responses a prompt, with the log-probs of the untempered policy that made them."""
+    """K responses a prompt, with the log-probs of the untempered policy that made them.
+
+    `logps` is None where that is not known: preference data, another model's answers.
+    """
 
     tokens: Int[Array, "B K T"]
     mask: Bool[Array, "B K T"]  # EOS included
     finished: Bool[Array, "B K"]  # ended by an EOS within T tokens
-    logps: Float[Array, "B K T"]
+    logps: Float[Array, "B K T"] | None
 
 
 @flax.struct.dataclass
@@ -70,7 +74,8 @@ class Group:
     """The waist of the hourglass: what every loss learns from, whoever made it.
 
     Rows of `labels` sum to one over the responses that `valid` marks and are zero elsewhere.
-    The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it.
+    The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it;
+    without `has_old_logps` nobody knows any, and `update` gives a loss the policy's own for all.
     Responses carry a mask and not lengths: a loss reduces with `where=mask`, and may be given one
     with holes.
     """
@@ -84,6 +89,7 @@ class Group:
     scores: Float[Array, "B G"]
     labels: Float[Array, "B G"]
     valid: Bool[Array, "B G"]
+    has_old_logps: bool = flax.struct.field(pytree_node=False, default=True)
 
 
 @flax.struct.dataclass
@@ -104,8 +110,16 @@ LabelRule = Callable[[Float[Array, "B G"]], Labels]
 PairRule = Callable[[Float[Array, "B G"]], Float[Array, "B G G"]]
 """Scores to pair weights: entry (i, j) weighs "i is preferred to j"; they sum to one a prompt."""
 
-LossFn = Callable[[Float[Array, "B G T"], Group], tuple[Float[Array, " B"], Metrics]]
+LossAndMetrics = tuple[Float[Array, " B"], Metrics]
+
+LossFn = Callable[[Float[Array, "B G T"], Group], LossAndMetrics]
 """Policy log-probs and the group to one loss a prompt; hyper-parameters are bound keywords."""
+
+Advantage = Callable[[Group], Float[Array, "B K"]]
+"""A group to one advantage a candidate; zero for candidates that are not valid."""
+
+Scorer = Callable[[Any], Float[Array, "B G"]]
+"""A `scoring.ScoringContext`, what the student sees of a batch, to one score a response."""
 
 
 @dataclass(frozen=True)

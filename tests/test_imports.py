@@ -80,6 +80,11 @@ def test_help_needs_neither_jax_nor_transformers(command):
     assert loads(code, "jax", "transformers", "torch", "datasets", "matplotlib") == []
 
 
+def test_the_front_door_is_quick():
+    assert loads("import pujax; dir(pujax)", "jax", "numpy", "transformers", "hydra") == []
+    assert loads("import pujax; pujax.load_prompts", "jax", "transformers") == []
+
+
 def test_the_method_loads_jax_flax_and_optax_alone():
     heavy = ("hydra", "omegaconf", "transformers", "tokenizers", "gguf", "jinja2", "safetensors")
     heavy += ("datasets", "httpx", "orbax", "tensorboardX", "huggingface_hub")

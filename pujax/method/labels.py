@@ -24,6 +24,11 @@ def standardize(scores: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[
     """Scores with mean 0 and (population) deviation 1 over `mask` in each row, zero outside it.
 
     Rows whose scores are all equal, to float32's resolution, become zeros.
+
+    >>> scores = jnp.array([[9.0, 1.0, 3.0], [9.0, 2.0, 2.0]])
+    >>> print(standardize(scores, candidates(scores)))
+    [[ 0. -1.  1.]
+     [ 0.  0.  0.]]
     """
     scores = jnp.where(mask, scores.astype(jnp.float32), 0)
     count_B1 = jnp.maximum(mask.sum(axis=-1, keepdims=True), 1)
@@ -48,6 +53,10 @@ def softmax_labels(
     If every |s_i - r_i| <= eps, then r_i - r_j > 2 eps puts label i above label j, the argmax has
     regret at most 2 eps, and (for z = s) the mass on {r_i < r* - delta} is at most
     (K - 1) exp(-(delta - 2 eps) / tau).
+
+    >>> labels, valid = softmax_labels(jnp.array([[9.0, 1.0, 3.0]]), anchor_mass=0.2)
+    >>> print(labels.round(3))  # 0.8 / (1 + exp(4)) and the rest of 0.8: z is -1 and 1, tau 0.5
+    [[0.2   0.014 0.786]]
     """
     require(tau > 0, "labels.tau", tau, "must be positive")
     require(0 <= anchor_mass < 1, "labels.anchor_mass", anchor_mass, "must lie in [0, 1)")
@@ -72,7 +81,13 @@ def extremes(values: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Arr
 
 
 def best_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
-    """The best candidate is preferred to the worst; ties share, equal scores weigh nothing."""
+    """The best candidate is preferred to the worst; ties share, equal scores weigh nothing.
+
+    >>> print(best_vs_worst(jnp.array([[9.0, 1.0, 3.0]])))  # candidate 2 over candidate 1
+    [[[0. 0. 0.]
+      [0. 0. 0.]
+      [0. 1. 0.]]]
+    """
     return extremes(scores, candidates(scores))
 
 
@@ -88,7 +103,13 @@ def anchor_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
 
 
 def anchor_vs_all(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
-    """The anchor is preferred to every candidate, each with weight 1 / K."""
+    """The anchor is preferred to every candidate, each with weight 1 / K.
+
+    >>> print(anchor_vs_all(jnp.array([[9.0, 1.0, 3.0]])))
+    [[[0.  0.5 0.5]
+      [0.  0.  0. ]
+      [0.  0.  0. ]]]
+    """
     return _anchor_over(_share(candidates(scores)))
 
 

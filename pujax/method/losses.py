@@ -6,6 +6,31 @@ and everything else, is ours or from the source that a docstring names.
 
 Log-probs outside the mask may be anything, NaN included: neither a loss nor its gradient sees them.
 Losses return means that are exact under averaging over microbatches of equal size, metrics too.
+
+A group of one prompt, its anchor and two candidates of two tokens; the policy is the reference:
+
+>>> from pujax.types import Tokens
+>>> ref_logps = jnp.array([[[-1.0, -2.0], [-3.0, -1.0], [-2.0, -2.0]]])
+>>> group = Group(
+...     prompts=Tokens(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
+...     tokens=jnp.zeros((1, 3, 2), jnp.int32),
+...     mask=jnp.ones((1, 3, 2), bool),
+...     finished=jnp.ones((1, 3), bool),
+...     old_logps=ref_logps,
+...     ref_logps=ref_logps,
+...     scores=jnp.array([[0.0, 1.0, -1.0]]),
+...     labels=jnp.array([[0.0, 0.75, 0.25]]),
+...     valid=jnp.array([[False, True, True]]),
+... )
+>>> print(dpo(ref_logps, group)[0])  # log 2
+[0.6931472]
+>>> print(sft(ref_logps, group)[0])
+[1.5]
+>>> better = ref_logps.at[0, 1].add(2.0)  # of the candidate that scored higher
+>>> print(dpo(better, group, beta=0.5)[0].round(4))  # softplus(-0.5 * 4)
+[0.1269]
+>>> print(listwise(ref_logps, group)[0].round(4))  # log 2 - entropy of (3/4, 1/4)
+[0.1308]
 """
 
 from collections.abc import Callable
@@ -18,12 +43,7 @@ from jaxtyping import Array, Bool, Float
 
 from pujax.errors import require
 from pujax.method.labels import anchor_vs_all, best_vs_worst, candidates, extremes, standardize
-from pujax.types import Group, Metrics, PairRule
-
-LossAndMetrics = tuple[Float[Array, " B"], Metrics]
-
-Advantage = Callable[[Group], Float[Array, "B K"]]
-"""A group to one advantage a candidate; zero for candidates that are not valid."""
+from pujax.types import Advantage, Group, LossAndMetrics, Metrics, PairRule
 
 Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
 """Token terms and their mask to one value a prompt."""
@@ -97,7 +117,11 @@ def ipo(
 
 
 def sigmoid_loss(z: Float[Array, "..."]) -> Float[Array, "..."]:
-    """sigmoid(-z): bounded, and l(z) + l(-z) = 1 (the surrogate of Kiryo et al., 2017)."""
+    """sigmoid(-z): bounded, and l(z) + l(-z) = 1 (the surrogate of Kiryo et al., 2017).
+
+    >>> print(sigmoid_loss(jnp.array([0.0, 100.0])))
+    [0.5 0. ]
+    """
     return jax.nn.sigmoid(-z)
 
 
@@ -174,7 +198,12 @@ def from_labels(group: Group) -> Float[Array, "B K"]:
 
 
 def token_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> Float[Array, " B"]:
-    """The mean over all tokens of a prompt's candidates (DAPO, Yu et al., 2025)."""
+    """The mean over all tokens of a prompt's candidates (DAPO, Yu et al., 2025).
+
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> print(token_mean(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask))
+    [4.]
+    """
     return jnp.sum(terms, axis=(1, 2), where=mask) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
 
 
@@ -182,6 +211,10 @@ def sequence_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> F
     """The mean over candidates of each one's mean over tokens (GRPO, Shao et al., 2024).
 
     A token of a long response weighs less, so long bad responses are punished less.
+
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> print(sequence_mean(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask))
+    [6.]
     """
     return _mean(_mean(terms, mask), mask.any(axis=-1))
 
@@ -192,6 +225,10 @@ def constant(
     """The mean over candidates of each one's sum over tokens, divided by a constant `length`.
 
     Free of length bias (Dr. GRPO, Liu et al., 2025); at length 1 it is the policy gradient itself.
+
+    >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
+    >>> print(constant(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask, length=2.0))
+    [4.]
     """
     return _sum(_masked(terms, mask)).mean(axis=-1) / length
 

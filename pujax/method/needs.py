@@ -22,26 +22,40 @@ class Needs:
     reference: bool = True
 
 
-def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
+def needs_of(
+    loss_fn: LossFn,
+    labels: LabelRule,
+    candidates: int,
+    *,
+    anchor: bool | None = None,
+    reference: bool | None = None,
+) -> Needs:
     """What `loss_fn` needs under the rule `labels`, found by looking at its gradient.
 
     On many random groups: is there any gradient at the anchor, and does any move when the
-    reference log-probs do? A loss with a fixed rule answers with exact zeros or it does not.
-    Raises `ConfigError` for a loss that learns from nothing in such groups.
+    reference log-probs do? The groups differ in lengths, in which responses were cut off, in how
+    far the policy has moved, and in level and spread of scores and log-probs; what a loss learns
+    from in rarer cases alone must be said with `anchor` or `reference` (`loss.needs` in a YAML).
+
+    Raises `ConfigError` for a loss that learns from nothing in such groups, and for one that
+    learns from what is said not to be needed.
     """
-    B, G, T = 64, candidates + 1, 3
-    key = iter(jax.random.split(jax.random.key(0), 8))
+    B, G, T = 512, candidates + 1, 4
+    key = iter(jax.random.split(jax.random.key(0), 16))
 
     def noise(*shape: int) -> Array:
         return jax.random.normal(next(key), shape)
+
+    def any_of(values: list[float], *shape: int) -> Array:
+        return jax.random.choice(next(key), jnp.array(values), shape)
 
     def gradients(logps: Array, old: Array, scores: Array, *references: Array) -> list[Array]:
         row, valid = labels(scores)
         group = Group(
             prompts=Tokens(jnp.zeros((B, 1), jnp.int32), jnp.ones((B,), jnp.int32)),
             tokens=jnp.zeros((B, G, T), jnp.int32),
-            mask=jnp.ones((B, G, T), bool),
-            finished=jnp.ones((B, G), bool),
+            mask=mask,
+            finished=finished,
             old_logps=old,
             ref_logps=old,
             scores=scores,
@@ -54,10 +68,20 @@ def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
 
         return [jax.grad(total)(logps, reference) for reference in references]
 
-    logps = noise(B, G, T)
-    old = logps + 0.02 * noise(B, G, T)  # near the policy, so that no ratio is clipped
+    lengths = jax.random.randint(next(key), (B, G), 1, T + 1)
+    mask = Tokens(jnp.zeros((B, G, T), jnp.int32), lengths).mask
+    # Whole groups that ended, or were cut off, appear too.
+    finished = jax.random.uniform(next(key), (B, G)) < any_of([0.0, 0.5, 0.9, 1.0], B, 1)
+    logps = any_of([0.0, -1.0, -5.0], B, 1, 1) - jnp.abs(noise(B, G, T)) * any_of(
+        [0.1, 1.0, 5.0], B, 1, 1
+    )
+    # Mostly near the policy, so that no ratio is clipped.
+    old = logps + noise(B, G, T) * any_of([0.0, 0.02, 0.02, 0.5], B, 1, 1)
+    scores = any_of([0.0, 0.0, 1.0, 5.0, 30.0, -1.0, -5.0, -30.0], B, 1) + noise(B, G) * any_of(
+        [0.01, 1.0, 1.0, 10.0], B, 1
+    )
     first, second = jax.jit(gradients)(
-        logps, old, noise(B, G), logps + noise(B, G, T), logps + noise(B, G, T)
+        logps, old, scores, logps + noise(B, G, T), logps + noise(B, G, T)
     )
     if not jnp.any(first):
         raise ConfigError(
@@ -65,4 +89,11 @@ def needs_of(loss_fn: LossFn, labels: LabelRule, candidates: int) -> Needs:
             "its gradient is 0: take more candidates, or a loss that learns from the anchor too "
             "(loss=dpo_anchor)"
         )
-    return Needs(anchor=bool(jnp.any(first[:, 0])), reference=bool(jnp.any(first != second)))
+    found = Needs(anchor=bool(jnp.any(first[:, 0])), reference=bool(jnp.any(first != second)))
+    for name, said in (("anchor", anchor), ("reference", reference)):
+        if said is False and getattr(found, name):
+            raise ConfigError(f"loss.needs.{name}=False: the loss learns from it: take that out")
+    return Needs(
+        anchor=found.anchor if anchor is None else anchor,
+        reference=found.reference if reference is None else reference,
+    )

@@ -128,6 +128,7 @@ def _generate(
         total = jnp.exp(logits - top).sum(axis=-1)
         logp = chosen - top[..., 0] - jnp.log(total)
         alive = ~made.finished
+        assert made.logps is not None
         return Completions(
             tokens=made.tokens.at[:, :, t].set(jnp.where(alive, token, 0)),
             mask=made.mask.at[:, :, t].set(alive),

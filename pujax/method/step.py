@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +10,9 @@ from jaxtyping import Array
 
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
+from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
 from pujax.method.sampling import sample
-from pujax.method.scoring import Scene, Scorer
+from pujax.method.scoring import ScoringContext
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
@@ -26,6 +26,7 @@ from pujax.types import (
     LossFn,
     Metrics,
     Params,
+    Scorer,
     TrainState,
 )
 
@@ -35,6 +36,7 @@ TrainStep = Callable[
 
 
 ALL = Needs()
+GAP = "sampler/logp_gap"  # the largest of a batch, where every other metric is a mean
 
 
 @dataclass(frozen=True)
@@ -67,33 +69,36 @@ def rollout(
     batch: Batch,
     key: Array,
 ) -> tuple[Group, Metrics]:
-    """Sample candidates, join them with the anchors, and have the student score and label them.
+    """A group of the anchors and the batch's given candidates, or of ones that the policy samples.
 
     Both `params` and `ref_params` are whole models (see `assemble`). The prompts are encoded once
     by each. Where the batch's real tokens fit the model's budget, padding is not scored.
     """
     sample_key, score_key = jax.random.split(key)
-    prefix, made = explore(model, recipe, params, batch, sample_key)
-    group, notes = judge(model, recipe, params, ref_params, batch, prefix, made, score_key)
+    prefix = model.unpacked.prefill(params, batch.prompts)
+    completions = batch.given
+    if completions is None:
+        completions = sample_candidates(model, recipe, params, prefix, sample_key)
+    group, notes = score_group(
+        model, recipe, params, ref_params, batch, prefix, completions, score_key
+    )
     candidates = group.scores[:, 1:]
     metrics = {
         "score/mean": candidates.mean(),
         "score/std": candidates.std(axis=1).mean(),
-        "samples/length": made.mask.sum(axis=-1).mean(),
-        "samples/finished": made.finished.mean(),
-        "samples/tokens": made.mask.sum(),
+        "samples/length": completions.mask.sum(axis=-1).mean(),
+        "samples/finished": completions.finished.mean(),
+        "samples/tokens": completions.mask.sum(),
     }
     return group, metrics | notes
 
 
-def explore(
-    model: LanguageModel, recipe: Recipe, params: Params, batch: Batch, key: Array
-) -> tuple[Prefix, Completions]:
-    """The policy's encoding of the prompts, and the candidates it samples after them."""
+def sample_candidates(
+    model: LanguageModel, recipe: Recipe, params: Params, prefix: Prefix, key: Array
+) -> Completions:
+    """The candidates that the policy samples after prompts it has encoded."""
     choices = recipe.sampling
-    model = model.unpacked
-    prefix = model.prefill(params, batch.prompts)
-    made = sample(
+    return sample(
         model,
         params,
         prefix,
@@ -104,63 +109,74 @@ def explore(
         top_k=choices.top_k,
         top_p=choices.top_p,
     )
-    return prefix, made
 
 
-def judge(
+def score_group(
     model: LanguageModel,
     recipe: Recipe,
     params: Params,
     ref_params: Params,
     batch: Batch,
     prefix: Prefix,
-    made: Completions,
+    completions: Completions,
     key: Array,
 ) -> tuple[Group, Metrics]:
-    """The candidates `made` beside their anchors, with reference log-probs, scores and labels.
+    """The completions beside their anchors, with reference log-probs, scores and labels.
 
     `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes.
     """
     anchor_tokens, anchor_mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
-    anchor_logps = jnp.zeros(anchor_mask.shape)
-    if recipe.needs.anchor and recipe.inner_epochs > 1:
-        # The anchor was never sampled, so its old log-probs are the policy's own reading of it. A
-        # group that is learnt from once needs no pass for that: see `update`.
-        anchor_logps = response_logps(model.unpacked, params, prefix, anchor_tokens, anchor_mask)
-    tokens = jnp.concatenate([anchor_tokens, made.tokens], axis=1)
-    mask = jnp.concatenate([anchor_mask, made.mask], axis=1)
+    tokens = jnp.concatenate([anchor_tokens, completions.tokens], axis=1)
+    mask = jnp.concatenate([anchor_mask, completions.mask], axis=1)
 
-    def judged(model: LanguageModel) -> tuple[Array, Array, Metrics]:
+    def read_by_policy(tokens: Array, mask: Array) -> Array:
+        return response_logps(model.unpacked, params, prefix, tokens, mask)
+
+    # What nobody sampled has no old log-probs but the policy's own reading. A group that is learnt
+    # from once needs no pass for that: see `update`.
+    again = recipe.inner_epochs > 1
+    if completions.logps is None:
+        old_logps = read_by_policy(tokens, mask) if again else jnp.zeros(mask.shape)
+    else:
+        anchor_logps = jnp.zeros(anchor_mask.shape)
+        if recipe.needs.anchor and again:
+            anchor_logps = read_by_policy(anchor_tokens, anchor_mask)
+        old_logps = jnp.concatenate([anchor_logps, completions.logps], axis=1)
+
+    def scored(model: LanguageModel) -> tuple[Array, Array, Metrics]:
         """Scores and reference log-probs, which share a pass over the responses, and notes."""
-        seen = (model, ref_params, recipe.frames, batch)
-        reference = Scene(
-            *seen,
+        reference = ScoringContext(
+            reader=model,
+            params=ref_params,
+            frames=recipe.frames,
+            batch=batch,
             after=batch.prompts,
             tokens=tokens,
             mask=mask,
             key=key,
             wants_logps=recipe.needs.reference,
         )
-        scene = reference
+        context = reference
         if recipe.by_policy:
-            scene = replace(reference, params=params, after=prefix, wants_logps=False, _memory={})
-        scores = recipe.scorer(scene)
+            context = reference.fresh(params=params, after=prefix, wants_logps=False)
+        scores = recipe.scorer(context)
         if not recipe.needs.reference:
-            return scores, jnp.zeros(mask.shape), scene.notes
-        return scores, reference.logps(anchor=recipe.needs.anchor), scene.notes
+            return scores, jnp.zeros(mask.shape), context.notes
+        return scores, reference.logps(anchor=recipe.needs.anchor), context.notes
 
-    scores, ref_logps, notes = packed(model, batch.prompts.lengths, mask, judged)
+    scores, ref_logps, notes = packed(model, batch.prompts.lengths, mask, scored)
     labels, valid = recipe.labels(scores)
     group = Group(
         prompts=batch.prompts,
         tokens=tokens,
         mask=mask,
-        finished=jnp.concatenate([batch.anchor_finished[:, None], made.finished], axis=1),
-        old_logps=jnp.concatenate([anchor_logps, made.logps], axis=1),
+        finished=jnp.concatenate([batch.anchor_finished[:, None], completions.finished], axis=1),
+        old_logps=old_logps,
         ref_logps=ref_logps,
         scores=scores,
         labels=labels,
         valid=valid,
+        has_old_logps=again or completions.logps is not None,
     )
     return jax.lax.stop_gradient(group), notes
 
@@ -203,28 +219,33 @@ def update(
     needs: Needs = ALL,
     on_policy: bool = False,
     microbatch: int | None = None,
+    in_place: bool = False,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
 
     Where a batch's real tokens fit the model's budget, or a microbatch's its share of it, padding
-    is not computed; `samples/packed` is how often. `on_policy` says that the policy is still the
-    one that sampled: the anchors' old log-probs, which no sampling made, are then this pass's own.
+    is not computed; `samples/packed` is how often. Old log-probs that a group lacks are this pass's
+    own. `on_policy` says that the policy is still the one that sampled: then so are the anchors',
+    which no sampling made.
 
-    A non-finite loss or gradient leaves parameters and optimizer as they were and counts in
-    `skipped`; a finite one sets that count to 0.
+    A loss, a gradient or new parameters that aren't finite leave parameters and optimizer as they
+    were and count in `skipped`; finite ones set that count to 0. `in_place` is for one CPU device,
+    see `optimizer.apply_in_place`.
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
         logps = policy_logps(model, assemble(base, trainable), part, anchor=needs.anchor)
         fixed = jax.lax.stop_gradient(logps)
+        old_logps = part.old_logps if part.has_old_logps else fixed
         # The sampler and this pass must agree while the policy is the one that sampled.
-        gap = jnp.max(jnp.abs(fixed - part.old_logps)[:, 1:], where=part.mask[:, 1:], initial=0.0)
+        gap = jnp.max(jnp.abs(fixed - old_logps)[:, 1:], where=part.mask[:, 1:], initial=0.0)
         if on_policy:
-            part = replace(part, old_logps=part.old_logps.at[:, 0].set(fixed[:, 0]))
+            old_logps = old_logps.at[:, 0].set(fixed[:, 0])
+        part = replace(part, old_logps=old_logps)
         loss, metrics = loss_fn(logps, part)
         metrics = group_metrics(logps, part) | metrics
-        metrics |= {"sampler/logp_gap": gap, "loss": loss.mean()}
-        return loss.mean(), {name: metrics[name] for name in metrics if _is_known(name, needs)}
+        metrics |= {GAP: gap, "loss": loss.mean()}
+        return loss.mean(), {name: metrics[name] for name in metrics if _was_made(name, needs)}
 
     def gradients(part: Group) -> tuple[Params, Metrics]:
         lengths, budget = part.prompts.lengths, model.budget
@@ -255,40 +276,29 @@ def update(
         )
 
         def add(total, part):
-            return jax.tree.map(jnp.add, total, gradients(part)), None
+            grads, metrics = gradients(part)
+            summed = jax.tree.map(jnp.add, total, (grads, metrics))
+            summed[1][GAP] = jnp.maximum(total[1][GAP], metrics[GAP])
+            return summed, None
 
-        # Every prompt counts once in loss and metrics, so equal parts average to the whole.
+        # Every prompt counts once in loss and metrics, so equal parts average to the whole; but
+        # the largest gap is the largest of theirs.
         zeros = nothing(jax.tree.map(lambda x: x[0], parts))
         total, _ = jax.lax.scan(add, zeros, parts)
         grads, metrics = jax.tree.map(lambda x: x * (microbatch / prompts), total)
+        metrics[GAP] = total[1][GAP]
 
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(metrics["loss"])
-
-    # Chosen value by value, in the optimizer's own pass over them: a branch would copy the state.
-    updates, _ = optimizer.update(grads, state.opt_state, state.params)
-    params = _where(finite, optax.apply_updates(state.params, updates), state.params)
-    # XLA would share what parameters and moments have in common through memory: twice the
-    # parameters' size. Behind the barrier the moments are made from the gradient once more.
-    _, opt_state = optimizer.update(
-        jax.lax.optimization_barrier(grads), state.opt_state, state.params
-    )
-    # Unless the parameters that read the old moments are known to be done, those are copied first.
-    # Of finite parameters and a finite gradient this is always true.
-    done = [jnp.isfinite(leaf.ravel()[0]) for leaf in jax.tree.leaves(params)]
-    opt_state = _where(finite & jnp.stack(done).all(), opt_state, state.opt_state)
+    step_by = apply_in_place if in_place else apply
+    params, opt_state, finite = step_by(optimizer, grads, state, finite)
     skipped = jnp.where(finite, 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, opt_state, skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
 
 
-def _where(chosen: Array, new: Any, old: Any) -> Any:
-    """One of two trees, leaf by leaf."""
-    return jax.tree.map(lambda new, old: jnp.where(chosen, new, old), new, old)
-
-
-def _is_known(metric: str, needs: Needs) -> bool:
-    """Whether what this metric is made of was computed."""
+def _was_made(metric: str, needs: Needs) -> bool:
+    """Whether the log-probs that this metric is made of were computed."""
     if metric == "logps/anchor":
         return needs.anchor
     return needs.reference or not metric.startswith(("kl/", "reward/"))
@@ -310,6 +320,7 @@ def make_train_step(
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
     the same group is learnt from that many times, and the metrics are those of the last time.
     """
+    in_place = on_one_cpu(shardings)
 
     def train_step(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
@@ -329,6 +340,7 @@ def make_train_step(
                 needs=recipe.needs,
                 on_policy=recipe.inner_epochs == 1,
                 microbatch=microbatch,
+                in_place=in_place,
             )
 
         state, metrics = once(state)
@@ -336,8 +348,7 @@ def make_train_step(
             state, later = jax.lax.scan(
                 lambda state, _: once(state), state, length=recipe.inner_epochs - 1
             )
-            gap = metrics["sampler/logp_gap"]
-            metrics = jax.tree.map(lambda x: x[-1], later) | {"sampler/logp_gap": gap}
+            metrics = jax.tree.map(lambda x: x[-1], later) | {GAP: metrics[GAP]}
         return replace(state, step=step + 1), group, metrics | sampled
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
@@ -350,9 +361,11 @@ def make_sft_step(
     shardings: Params,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
+    in_place = on_one_cpu(shardings)
 
     def sft_step(state, base, batch):
-        state, metrics = update(model, loss_fn, optimizer, state, base, anchor_group(batch))
+        group = anchor_group(batch)
+        state, metrics = update(model, loss_fn, optimizer, state, base, group, in_place=in_place)
         kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
         return state, {name: metrics[name] for name in kept if name in metrics}
 

@@ -4,8 +4,6 @@ One softmax runs over both. The prompt's keys are never copied: all its response
 them. Queries are walked in blocks, so that a block's scores stay in the processor's cache, and most
 keys that come after a block are left out. The backward pass makes the scores again from a saved
 log-sum-exp (Dao et al., 2022), which costs less than reading them from memory.
-
-Where cuDNN has a kernel for a case, that is used instead (never tried: no GPU was at hand).
 """
 
 from functools import partial, reduce
@@ -48,12 +46,6 @@ def attend(
     `q` comes scaled. With `reach` a token sees itself and the `reach - 1` tokens before it alone.
     """
     B, N, T, KV, R, H = q.shape
-    if shared is None and reach is None and _suits_cudnn(q.dtype, H):
-        sequences = (x.reshape(B * N, T, -1, H) for x in (q, k, v))
-        mixed = jax.nn.dot_product_attention(
-            *sequences, scale=1.0, is_causal=True, implementation="cudnn"
-        )
-        return mixed.reshape(B, N, T, KV * R * H)
     blocks = -(-T // BLOCK)
     size = blocks * -(-T // blocks)
     q, k, v = (_padded(x, size) for x in (q, k, v))
@@ -87,18 +79,6 @@ def attend_next(
     mixed, _ = _forward_block(q, visible)
     mixed = mixed[:, :, :, :, 0].astype(v.dtype)
     return mixed.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
-
-
-def _suits_cudnn(dtype: Any, head_width: int) -> bool:
-    """Whether cuDNN's flash attention takes it: 16-bit numbers on an NVIDIA GPU, Ampere or newer.
-
-    It knows no prompt that sequences share.
-    """
-    device = jax.devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return False
-    recent = float(device.compute_capability) >= 8.0
-    return recent and dtype.itemsize == 2 and head_width % 8 == 0 and head_width <= 128
 
 
 @jax.custom_vjp

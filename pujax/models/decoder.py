@@ -101,6 +101,9 @@ class LanguageModel(nn.Module):
     remat: str = "none"
     budget: TokenBudget | None = None
 
+    def __hash__(self) -> int:
+        return hash((self.config, self.dtype, self.remat, self.budget))
+
     @nn.compact
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
         """Logits of whole sequences."""

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.teacher.settings import TeacherConfig
 
 T = TypeVar("T")
@@ -122,6 +122,25 @@ def _built(value: Any, key: str, trusted: Sequence[str]) -> Any:
             return build(value, key, trusted)
         return {str(name): _built(part, f"{key}.{name}", trusted) for name, part in value.items()}
     return value
+
+
+def build_loss(
+    node: Any, trusted: Sequence[str] = ()
+) -> tuple[Callable[..., Any], dict[str, bool]]:
+    """The loss that `node` names, and what its `needs` says (see `needs_of`).
+
+    Raises `ConfigError` as `build` does, and for `needs` of another form.
+    """
+    entries = dict(node)
+    needs = dict(entries.pop("needs", None) or {})
+    for name, said in needs.items():
+        require(
+            name in ("anchor", "reference") and isinstance(said, bool),
+            f"loss.needs.{name}",
+            said,
+            "say `needs: {anchor: true}`, {reference: true} or both",
+        )
+    return build(entries, "loss", trusted), needs
 
 
 def with_protocol(teacher: TeacherConfig, trusted: Sequence[str] = ()) -> TeacherConfig:

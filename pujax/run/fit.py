@@ -34,7 +34,7 @@ from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.compose import build
+from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, batch_at, collate, load_data
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
@@ -370,7 +370,8 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
     Raises `ConfigError`.
     """
     trusted = config.trusted
-    labels, loss_fn = build(config.labels, "labels", trusted), build(config.loss, "loss", trusted)
+    labels = build(config.labels, "labels", trusted)
+    loss_fn, said = build_loss(config.loss, trusted)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=data.response_size,
@@ -378,7 +379,7 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
-        needs=needs_of(loss_fn, labels, config.sampling.candidates),
+        needs=needs_of(loss_fn, labels, config.sampling.candidates, **said),
         inner_epochs=config.align.inner_epochs,
     )
     return recipe, loss_fn

@@ -22,15 +22,23 @@ from jaxtyping import Array
 
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
-from pujax.method.step import Recipe, assemble, explore, judge, make_train_step, update
+from pujax.method.optimizer import on_one_cpu
+from pujax.method.step import (
+    Recipe,
+    assemble,
+    make_train_step,
+    rollout,
+    sample_candidates,
+    update,
+)
 from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
-from pujax.run.compose import build
+from pujax.run.compose import build, build_loss
 from pujax.run.settings import BenchmarkRun, ShapesConfig
 from pujax.run.student import Student, load_student, new_state
-from pujax.types import Batch, Completions, LossFn, Params, Tokens, TrainState
+from pujax.types import Batch, Completions, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak
 
@@ -89,7 +97,7 @@ class Subject:
             replace(student.model, config=settings), student.base, student.trainable
         )
         self.labels = build(run.labels, "labels", run.trusted)
-        self.loss: LossFn = build(run.loss, "loss", run.trusted)
+        self.loss, self.said = build_loss(run.loss, run.trusted)
         self.scorer = build(run.scorer.score, "scorer.score", run.trusted)
 
     def measure(self, shape: ShapesConfig) -> Cost:
@@ -100,23 +108,17 @@ class Subject:
         reference = self.student.trainable
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, self.mesh)
         shardings = tree_shardings(self.mesh, state)
-        batch, made = self._work(shape)
+        batch, completions = self._work(shape)
+        # Whoever gives the responses of an offline step gives no log-probs with them.
+        step_batch = replace(batch, given=completions) if shape.offline else batch
         key = jax.random.key(self.run.seed)
 
         def make_step() -> Callable[..., Any]:
-            if not shape.offline:
-                return make_train_step(model, recipe, self.loss, optimizer, shardings)
+            return make_train_step(model, recipe, self.loss, optimizer, shardings)
 
-            def step(state: TrainState, reference: Params, base: Params, batch: Batch, key: Any):
-                group = grouped(state.params, reference, base, batch, made, key)
-                return updated(state, base, group)
-
-            return jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-
-        def grouped(params: Params, reference: Params, base: Params, batch: Batch, made, key):
+        def grouped(params: Params, reference: Params, base: Params, batch: Batch, key: Array):
             whole = assemble(base, params), assemble(base, reference)
-            prefix = model.prefill(whole[0], batch.prompts)
-            return judge(model, recipe, *whole, batch, prefix, made, key)[0]
+            return rollout(model, recipe, *whole, batch, key)[0]
 
         def updated(state: TrainState, base: Params, group):
             return update(
@@ -128,33 +130,37 @@ class Subject:
                 group,
                 needs=recipe.needs,
                 on_policy=True,
+                in_place=on_one_cpu(shardings),
             )
 
-        arguments = (state, reference, base, batch, key)
+        arguments = (state, reference, base, step_batch, key)
         # A run compiles once: the first program isn't kept, and what it leaves is given back.
         cold = _compiled(make_step(), *arguments)[0]
         jax.clear_caches()
         give_back()
         warm, step = _compiled(make_step(), *arguments)
         steps, (state, *_) = _timed(
-            lambda state: step(state, reference, base, batch, key), state, shape.steps
+            lambda state: step(state, reference, base, step_batch, key), state, shape.steps
         )
         rss, device = _peak_memory()
 
         generate_s = None
         if not shape.offline:
-            generate = jax.jit(
-                lambda params, base, batch, key: explore(
-                    model, recipe, assemble(base, params), batch, key
-                )[1]
-            )
+
+            def sampled(params: Params, base: Params, batch: Batch, key: Array) -> Completions:
+                whole = assemble(base, params)
+                prefix = model.prefill(whole, batch.prompts)
+                return sample_candidates(model, recipe, whole, prefix, key)
+
+            generate = jax.jit(sampled)
             times, _ = _timed(
                 lambda _: (generate(state.params, base, batch, key),), None, shape.steps
             )
             generate_s = statistics.median(times)
         score = jax.jit(grouped)
+        given = replace(batch, given=completions)
         times, (group,) = _timed(
-            lambda _: (score(state.params, reference, base, batch, made, key),), None, shape.steps
+            lambda _: (score(state.params, reference, base, given, key),), None, shape.steps
         )
         score_s = statistics.median(times)
         learn = jax.jit(updated, donate_argnums=0, out_shardings=(shardings, None))
@@ -197,7 +203,7 @@ class Subject:
             by_policy=self.run.scorer.by == "policy",
             labels=self.labels,
             frames=self.chat.frames,
-            needs=needs_of(self.loss, self.labels, shape.candidates),
+            needs=needs_of(self.loss, self.labels, shape.candidates, **self.said),
         )
 
     def _work(self, shape: ShapesConfig) -> tuple[Batch, Completions]:
@@ -221,13 +227,13 @@ class Subject:
             anchor_finished=jnp.ones(B, bool),
             references=full(R),
         )
-        made = Completions(
+        completions = Completions(
             tokens=ids(B, K, T),
             mask=jnp.ones((B, K, T), bool),
             finished=jnp.ones((B, K), bool),
-            logps=jnp.zeros((B, K, T)),
+            logps=None if shape.offline else jnp.zeros((B, K, T)),
         )
-        return put_batch(self.mesh, batch, B), put_batch(self.mesh, made, B)
+        return put_batch(self.mesh, batch, B), put_batch(self.mesh, completions, B)
 
 
 def matmul_rate(dtype: Any, repeats: int = 7) -> float:

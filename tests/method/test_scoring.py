@@ -8,7 +8,7 @@ import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
 from pujax.method import scoring
-from pujax.method.scoring import Scene
+from pujax.method.scoring import ScoringContext
 from pujax.models import logps
 from pujax.models.logps import response_logps, token_logps
 from pujax.types import Batch, Frames, Tokens
@@ -32,7 +32,7 @@ def pad(rows, size):
 
 
 @pytest.fixture(scope="module")
-def scene(model, params):
+def context(model, params):
     tokens, lengths = pad([row for group in RESPONSES for row in group], 6)
     tokens, lengths = tokens.reshape(2, 4, 6), lengths.reshape(2, 4)
     batch = Batch(
@@ -41,7 +41,7 @@ def scene(model, params):
         anchor_finished=jnp.array([True, True]),
         references=Tokens(*map(jnp.array, pad([[70, 71, 72, 80], [73, 80]], 5))),
     )
-    return Scene(
+    return ScoringContext(
         reader=model,
         params=params,
         frames=FRAMES,
@@ -53,23 +53,15 @@ def scene(model, params):
     )
 
 
-def scored(score, scene):
+def scored(score, context):
     """A score as training computes it: traced, and compiled as a whole."""
 
     def run(params, batch, after, tokens, mask):
         return score(
-            replace(
-                scene,
-                params=params,
-                batch=batch,
-                after=after,
-                tokens=tokens,
-                mask=mask,
-                _memory={},
-            )
+            context.fresh(params=params, batch=batch, after=after, tokens=tokens, mask=mask)
         )
 
-    return jax.jit(run)(scene.params, scene.batch, scene.after, scene.tokens, scene.mask)
+    return jax.jit(run)(context.params, context.batch, context.after, context.tokens, context.mask)
 
 
 @pytest.fixture(scope="module")
@@ -99,11 +91,11 @@ def test_chunked_log_probs_equal_the_log_softmax_of_all_logits(model, params, mo
     )
 
 
-def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_copy(scene):
-    model = scene.model
+def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_copy(context):
+    model = context.model
 
     def shared(params):
-        return response_logps(model, params, scene.after, scene.tokens, scene.mask).sum()
+        return response_logps(model, params, context.after, context.tokens, context.mask).sum()
 
     def naive(params):
         total = 0.0
@@ -115,7 +107,10 @@ def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_cop
                 total += logps[at, np.array(response)].sum()
         return total
 
-    ours, theirs = jax.jit(jax.grad(shared))(scene.params), jax.jit(jax.grad(naive))(scene.params)
+    ours, theirs = (
+        jax.jit(jax.grad(shared))(context.params),
+        jax.jit(jax.grad(naive))(context.params),
+    )
     for path, value in jax.tree.leaves_with_path(ours):
         other = theirs
         for part in path:
@@ -124,23 +119,25 @@ def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_cop
         np.testing.assert_allclose(value, other, atol=1e-5 * scale, err_msg=str(path))
 
 
-def test_likelihood_is_the_mean_log_prob_after_the_prompt_that_shows_the_anchor(scene, read):
-    scores = scored(scoring.likelihood, scene)
+def test_likelihood_is_the_mean_log_prob_after_the_prompt_that_shows_the_anchor(context, read):
+    scores = scored(scoring.likelihood, context)
     for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
         context = [*head, *RESPONSES[b][0][:-1], 7, 8, 9]
         for g, response in enumerate(RESPONSES[b]):
             assert scores[b, g] == pytest.approx(read(context, response)[1].mean(), abs=1e-4)
 
 
-def test_pmi_is_likelihood_less_the_likelihood_without_the_anchor(scene, read):
-    scores = scored(scoring.pmi, scene)
-    plain = scored(scoring.self_likelihood, scene)
+def test_pmi_is_likelihood_less_the_likelihood_without_the_anchor(context, read):
+    scores = scored(scoring.pmi, context)
+    plain = scored(scoring.self_likelihood, context)
     assert plain[1, 3] == pytest.approx(read([73], RESPONSES[1][3])[1].mean(), abs=1e-4)
-    np.testing.assert_allclose(scores, scored(scoring.likelihood, scene) - plain, atol=1e-5)
+    np.testing.assert_allclose(scores, scored(scoring.likelihood, context) - plain, atol=1e-5)
 
 
-def test_reconstruction_is_the_mean_log_prob_of_the_anchor_when_the_candidate_is_shown(scene, read):
-    scores = scored(scoring.reconstruction, scene)
+def test_reconstruction_is_the_mean_log_prob_of_the_anchor_when_the_candidate_is_shown(
+    context, read
+):
+    scores = scored(scoring.reconstruction, context)
     for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
         for g, response in enumerate(RESPONSES[b]):
             text = [token for token in response if token not in (2, 5)]
@@ -148,8 +145,8 @@ def test_reconstruction_is_the_mean_log_prob_of_the_anchor_when_the_candidate_is
             assert scores[b, g] == pytest.approx(logps.mean(), abs=1e-4)
 
 
-def test_judge_is_the_expected_rating_after_question_anchor_and_candidate(scene, read):
-    scores = scored(scoring.judge, scene)
+def test_judge_is_the_expected_rating_after_question_anchor_and_candidate(context, read):
+    scores = scored(scoring.judge, context)
     for b, head in enumerate([[70, 71, 72, 80], [73, 80]]):
         for g, response in enumerate(RESPONSES[b]):
             text = [token for token in response if token not in (2, 5)]
@@ -159,40 +156,40 @@ def test_judge_is_the_expected_rating_after_question_anchor_and_candidate(scene,
             assert scores[b, g] == pytest.approx(rating, abs=1e-4)
 
 
-def test_embedding_is_the_cosine_of_mean_hidden_states_and_one_for_the_anchor(scene):
-    scores = scored(partial(scoring.embedding, depth=2 / 3), scene)
-    hidden = np.asarray(scene.model.read(scene.params, scene.after, scene.tokens, layers=2))
+def test_embedding_is_the_cosine_of_mean_hidden_states_and_one_for_the_anchor(context):
+    scores = scored(partial(scoring.embedding, depth=2 / 3), context)
+    hidden = np.asarray(context.model.read(context.params, context.after, context.tokens, layers=2))
     np.testing.assert_allclose(scores[:, 0], 1, atol=1e-6)
     mean = [hidden[1, g, : len(RESPONSES[1][g])].mean(axis=0) for g in range(4)]
     expected = mean[3] @ mean[0] / np.linalg.norm(mean[3]) / np.linalg.norm(mean[0])
     assert scores[1, 3] == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_pass_that_makes_log_probs_drops_the_hidden_state_on_its_way(scene):
-    alone = replace(scene, wants_logps=False, _memory={})
-    together = replace(scene, _memory={})
+def test_the_pass_that_makes_log_probs_drops_the_hidden_state_on_its_way(context):
+    alone = context.fresh(wants_logps=False)
+    together = context.fresh()
     np.testing.assert_allclose(together.hidden(2), alone.hidden(2), atol=1e-5)
-    assert set(together._memory) == {2, "logps"}
-    assert set(alone._memory) == {2}
+    assert (set(together._hidden), together._logps is None) == ({2}, False)
+    assert (set(alone._hidden), alone._logps is None) == ({2}, True)
     np.testing.assert_allclose(together.logps(), alone.logps(), atol=1e-5)
 
 
-def test_prompts_that_were_encoded_before_give_the_same_scores(scene):
-    prefix = jax.jit(scene.model.prefill)(scene.params, scene.after)
+def test_prompts_that_were_encoded_before_give_the_same_scores(context):
+    prefix = jax.jit(context.model.prefill)(context.params, context.after)
     for score in (scoring.self_likelihood, scoring.embedding):
-        encoded = scored(score, replace(scene, after=prefix))
-        np.testing.assert_allclose(encoded, scored(score, scene), atol=1e-5)
+        encoded = scored(score, replace(context, after=prefix))
+        np.testing.assert_allclose(encoded, scored(score, context), atol=1e-5)
 
 
-def test_token_f1_counts_each_shared_token_once(scene):
+def test_token_f1_counts_each_shared_token_once(context):
     # Against [30 31 32]: the same text ended by another EOS; one 30, one 31 of five; nothing.
     # Against [50 51 51 52]: two of the three 51s; an empty response; nothing.
     expected = [[1, 1, 2 * 2 / (6 + 3), 0], [1, 2 * 2 / (3 + 4), 0, 0]]
-    np.testing.assert_allclose(scored(scoring.token_f1, scene), expected, rtol=1e-6)
+    np.testing.assert_allclose(scored(scoring.token_f1, context), expected, rtol=1e-6)
 
 
-def test_rouge_is_the_longest_common_subsequence(scene):
-    scores = scored(scoring.rouge, scene)
+def test_rouge_is_the_longest_common_subsequence(context):
+    scores = scored(scoring.rouge, context)
     for b, group in enumerate(RESPONSES):
         texts = [[token for token in row if token not in (2, 5)] for row in group]
         for g, text in enumerate(texts):
@@ -200,9 +197,9 @@ def test_rouge_is_the_longest_common_subsequence(scene):
             assert scores[b, g] == pytest.approx(expected, abs=1e-6)
 
 
-def test_blend_weighs_scores_standardised_over_the_candidates(scene):
+def test_blend_weighs_scores_standardised_over_the_candidates(context):
     parts = [scoring.token_f1, scoring.length]
-    scores = scored(partial(scoring.blend, scores=parts, weights=[1.0, 0.5]), scene)
+    scores = scored(partial(scoring.blend, scores=parts, weights=[1.0, 0.5]), context)
     lengths = np.array([[4, 6, 2], [4, 1, 6]])
     z_length = (lengths - lengths.mean(axis=1, keepdims=True)) / lengths.std(axis=1, keepdims=True)
     f1 = np.array([[1, 4 / 9, 0], [4 / 7, 0, 0]])
@@ -210,19 +207,19 @@ def test_blend_weighs_scores_standardised_over_the_candidates(scene):
     np.testing.assert_allclose(scores[:, 1:], z_f1 + 0.5 * z_length, atol=1e-5)
 
 
-def test_blend_refuses_scores_without_a_weight(scene):
+def test_blend_refuses_scores_without_a_weight(context):
     with pytest.raises(ValueError, match="2 scores but 1 weights"):
-        scoring.blend(scene, scores=[scoring.length, scoring.rouge], weights=[1.0])
+        scoring.blend(context, scores=[scoring.length, scoring.rouge], weights=[1.0])
 
 
 @pytest.mark.parametrize("score", [scoring.token_f1, scoring.likelihood, scoring.embedding])
-def test_shuffled_scores_with_the_next_prompts_anchor(scene, score):
-    scores = scored(partial(scoring.shuffled, score=score), scene)
-    tokens = scene.tokens.at[:, 0].set(scene.tokens[::-1, 0])
-    mask = scene.mask.at[:, 0].set(scene.mask[::-1, 0])
-    swapped = replace(scene, tokens=tokens, mask=mask)
+def test_shuffled_scores_with_the_next_prompts_anchor(context, score):
+    scores = scored(partial(scoring.shuffled, score=score), context)
+    tokens = context.tokens.at[:, 0].set(context.tokens[::-1, 0])
+    mask = context.mask.at[:, 0].set(context.mask[::-1, 0])
+    swapped = replace(context, tokens=tokens, mask=mask)
     np.testing.assert_allclose(scores, scored(score, swapped), atol=1e-5)
-    assert np.abs(scores - scored(score, scene)).max() > 1e-3
+    assert np.abs(scores - scored(score, context)).max() > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -239,21 +236,21 @@ def test_shuffled_scores_with_the_next_prompts_anchor(scene, score):
         partial(scoring.blend, scores=[scoring.embedding, scoring.token_f1], weights=[1.0, 1.0]),
     ],
 )
-def test_what_pads_responses_and_prompts_changes_no_score(scene, score):
+def test_what_pads_responses_and_prompts_changes_no_score(context, score):
     # Empty candidates and rows cut at T appear among RESPONSES; NaN would show here too.
-    prompts, references = scene.batch.prompts, scene.batch.references
-    batch = scene.batch.replace(
+    prompts, references = context.batch.prompts, context.batch.references
+    batch = context.batch.replace(
         prompts=prompts.replace(ids=jnp.pad(prompts.ids, [(0, 0), (0, 3)], constant_values=77)),
         references=references.replace(
             ids=jnp.pad(references.ids, [(0, 0), (0, 2)], constant_values=78)
         ),
     )
-    nonsense = jnp.where(scene.mask, scene.tokens, 79)
+    nonsense = jnp.where(context.mask, context.tokens, 79)
     other = replace(
-        scene,
+        context,
         batch=batch,
         after=batch.prompts,
         tokens=jnp.pad(nonsense, [(0, 0), (0, 0), (0, 3)], constant_values=80),
-        mask=jnp.pad(scene.mask, [(0, 0), (0, 0), (0, 3)]),
+        mask=jnp.pad(context.mask, [(0, 0), (0, 0), (0, 3)]),
     )
-    np.testing.assert_allclose(scored(score, other), scored(score, scene), atol=1e-4)
+    np.testing.assert_allclose(scored(score, other), scored(score, context), atol=1e-4)

@@ -1,4 +1,6 @@
 import dataclasses
+import re
+from collections import Counter
 from functools import partial
 
 import jax
@@ -10,8 +12,9 @@ from recipes import recipe
 
 from pujax.errors import ConfigError
 from pujax.method import labels, losses, scoring
+from pujax.method import step as step_module
 from pujax.method.needs import Needs, needs_of
-from pujax.method.optimizer import make_optimizer
+from pujax.method.optimizer import apply, apply_in_place, make_optimizer
 from pujax.method.step import (
     anchor_group,
     assemble,
@@ -26,7 +29,7 @@ from pujax.models.lora import init_adapter
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
 from pujax.run.settings import LoraConfig
-from pujax.types import Batch, Tokens, TrainState
+from pujax.types import Batch, Completions, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -164,7 +167,7 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
     whole, whole_metrics = run(state, None, group)
     parts, parts_metrics = run(state, None, group, microbatch=1)
     for name in whole_metrics:
-        # A maximum, which doesn't average, and a sign, which rounding decides at the reference.
+        # A sign, which rounding decides at the reference; the gap is rounding alone.
         if name not in ("sampler/logp_gap", "reward/accuracy"):
             np.testing.assert_allclose(
                 parts_metrics[name], whole_metrics[name], rtol=2e-4, atol=1e-6
@@ -174,6 +177,46 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
     ):
         scale = np.abs(theirs - start).max()
         np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-4 * scale)
+
+
+def test_the_largest_gap_of_microbatches_is_the_largest_of_all(model, params, group):
+    b, k = (int(i[0]) for i in np.nonzero(group.mask[:, 1:, 0]))
+    wrong = group.replace(old_logps=group.old_logps.at[b, 1 + k, 0].add(0.5))
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(partial(update, model, losses.grpo, optimizer), static_argnames="microbatch")
+    _, metrics = run(state_of(params, optimizer), None, wrong, microbatch=1)
+    np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
+
+
+def test_given_candidates_make_the_group_that_sampled_ones_do(model, params, batch):
+    """The second door: with log-probs nothing differs; without, the policy's own are taken."""
+    make = jax.jit(partial(rollout, model, recipe()))
+    sampled, metrics = make(params, params, batch, jax.random.key(9))
+    known = Completions(
+        tokens=sampled.tokens[:, 1:],
+        mask=sampled.mask[:, 1:],
+        finished=sampled.finished[:, 1:],
+        logps=sampled.old_logps[:, 1:],
+    )
+    same, same_metrics = make(
+        params, params, dataclasses.replace(batch, given=known), jax.random.key(9)
+    )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, sampled)
+    assert set(same_metrics) == set(metrics)
+
+    bare, _ = make(
+        params,
+        params,
+        dataclasses.replace(batch, given=dataclasses.replace(known, logps=None)),
+        jax.random.key(9),
+    )
+    assert (same.has_old_logps, bare.has_old_logps) == (True, False)
+    np.testing.assert_array_equal(bare.labels, same.labels)
+    optimizer = optax.sgd(1.0)
+    learn = jax.jit(partial(update, model, losses.ldl_grpo, optimizer, on_policy=True))
+    one, other = (learn(state_of(params, optimizer), None, group)[0] for group in (same, bare))
+    for a, b, start in zip(*map(jax.tree.leaves, (one.params, other.params, params)), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b - start).max())
 
 
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
@@ -235,6 +278,77 @@ def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group)
     assert after.skipped == 2
     after, _ = run(after, None, group)
     assert (after.skipped, after.step) == (0, 3)
+
+
+@pytest.mark.parametrize("lr", [np.nan, np.inf, 1e38])
+@pytest.mark.parametrize("in_place", [False, True])
+def test_an_update_that_is_not_finite_does_not_pass(model, params, batch, lr, in_place):
+    """Loss and gradient are finite; the new parameters would not be."""
+    optimizer = optax.adamw(lr)
+    run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
+    state = state_of(params, optimizer)
+    after, metrics = run(state, None, anchor_group(batch))
+    assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
+    assert metrics["skipped"] == after.skipped == 1
+    for ours, theirs in zip(
+        jax.tree.leaves((after.params, after.opt_state)),
+        jax.tree.leaves((state.params, state.opt_state)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(ours, theirs)
+
+
+def test_one_value_that_would_not_stay_finite_is_kept_in_place():
+    """The first values, which go ahead, are sound."""
+    grads = {"w": jnp.array([1.0, jnp.finfo(jnp.float32).max])}
+    optimizer = optax.sgd(2.0)
+    start = {"w": jnp.ones(2)}
+    after, _, finite = apply_in_place(optimizer, grads, state_of(start, optimizer), jnp.bool_(True))
+    np.testing.assert_array_equal(after["w"], [-1.0, 1.0])
+    assert finite
+
+
+def test_in_place_makes_the_same_update(model, params, batch):
+    optimizer = optax.adamw(1e-2)
+    state = state_of(params, optimizer)
+    moved = []
+    for in_place in (False, True):
+        run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
+        after, metrics = run(state, None, anchor_group(batch))
+        assert metrics["skipped"] == 0
+        moved.append((after.params, after.opt_state))
+    for ours, theirs in zip(*map(jax.tree.leaves, moved), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def gathered(function, *arguments):
+    """The shapes that the compiled program gathers from the devices, and how often each."""
+    text = function.lower(*arguments).compile().as_text()
+    shapes = re.findall(r" = \(?\w+\[([\d,]*)\]\S* all-gather(?:-start)?\(", text)
+    return Counter(tuple(map(int, shape.split(","))) for shape in shapes)
+
+
+def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeypatch):
+    mesh, optimizer = make_mesh(1, 4, 2), optax.adamw(1e-2)
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    state = jax.device_put(state, shardings)
+    alone = jax.jit(lambda grads, state: apply(optimizer, grads, state, jnp.bool_(True))[:2])
+    assert not gathered(alone, state.params, state)
+
+    def whole_step():
+        step = make_sft_step(model, losses.sft, optimizer, shardings)
+        return gathered(step, state, None, put_batch(mesh, batch, 8))
+
+    whole = whole_step()
+    monkeypatch.setattr(
+        step_module, "apply", lambda optimizer, grads, state, ok: (grads, state.opt_state, ok)
+    )
+    without = whole_step()
+    # XLA may update a norm's scale, which every device has, in parts; but no matrix is gathered.
+    assert without
+    for shape in whole - without:
+        assert np.prod(shape) <= params["layers"]["attn_norm"].size, shape
 
 
 def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
@@ -355,6 +469,51 @@ def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, 
 )
 def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
     assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
+
+
+def nll(logps, mask):
+    return -jnp.sum(logps, axis=-1, where=mask)
+
+
+def anchor_where_all_scored_low(logps, group):
+    low = jnp.all(group.scores[:, 1:] < -5, axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(low, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_one_was_cut_off(logps, group):
+    cut = jnp.any(~group.finished[:, 1:], axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(cut, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_it_is_shorter(logps, group):
+    short = jnp.all(group.mask.sum(axis=-1)[:, 1:] > group.mask.sum(axis=-1)[:, :1], axis=1)
+    return jnp.where(short, nll(logps[:, 0], group.mask[:, 0]), nll(logps[:, 1], group.mask[:, 1]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        anchor_where_all_scored_low,
+        anchor_where_one_was_cut_off,
+        lambda logps, group: (anchor_where_it_is_shorter(logps, group), {}),
+    ],
+    ids=["scores", "finished", "lengths"],
+)
+def test_a_loss_that_learns_from_some_anchors_needs_them(loss):
+    assert needs_of(loss, ALONE, 4) == Needs(anchor=True, reference=False)
+
+
+def test_what_a_loss_needs_in_rare_cases_can_be_said():
+    def rare(logps, group):
+        anchor = jnp.where(group.scores[:, 1] == 7.25, nll(logps[:, 0], group.mask[:, 0]), 0)
+        return anchor + nll(logps[:, 1], group.mask[:, 1]), {}
+
+    assert needs_of(rare, ALONE, 4) == Needs(anchor=False, reference=False)
+    assert needs_of(rare, ALONE, 4, anchor=True) == Needs(anchor=True, reference=False)
+    with pytest.raises(ConfigError, match=r"loss\.needs\.anchor=False: the loss learns from it"):
+        needs_of(losses.nnpu, ALONE, 4, anchor=False)
 
 
 def test_a_loss_that_nothing_moves_is_refused():

@@ -105,25 +105,6 @@ def test_in_bfloat16_weights_add_up_in_float32():
     np.testing.assert_array_equal(mixed, 1.0)
 
 
-def test_cudnn_gets_prompts_alone_and_gives_the_same(monkeypatch):
-    calls = []
-
-    def on_cpu(q, k, v, *, implementation, **choices):
-        calls.append(implementation)
-        return plain(q, k, v, **choices)
-
-    plain = jax.nn.dot_product_attention
-    q, k, v = _sequences(2, 1, 10)
-    shared = Shared(_noise(2, KV, 7, H), _noise(2, KV, 7, H), jnp.array([7, 4]))
-    expected = attend(q, k, v)
-    monkeypatch.setattr(attention, "_suits_cudnn", lambda *_: True)
-    monkeypatch.setattr(jax.nn, "dot_product_attention", on_cpu)
-    np.testing.assert_allclose(attend(q, k, v), expected, atol=1e-5)
-    attend(q, k, v, shared=shared)
-    attend(q, k, v, reach=jnp.int32(3))
-    assert calls == ["cudnn"]
-
-
 def test_scores_of_a_long_prompt_are_never_all_in_memory():
     q, k, v = (x.repeat(64, axis=2) for x in _sequences(1, 1, 32))
     scores = 4 * KV * R * q.shape[2] ** 2

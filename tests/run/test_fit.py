@@ -77,6 +77,16 @@ def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
         build_recipe(config_of("labels.tau=0"), chat, data)
 
 
+def test_a_loss_can_say_what_it_needs(chat):
+    data = dataset(chat, ["Yes"], 4)
+    plain, _ = build_recipe(config_of("loss=grpo"), chat, data)
+    assert not plain.needs.anchor
+    said, _ = build_recipe(config_of("loss=grpo", "+loss.needs.anchor=true"), chat, data)
+    assert said.needs.anchor
+    with pytest.raises(ConfigError, match=r"loss\.needs\.ancor=True"):
+        build_recipe(config_of("loss=grpo", "+loss.needs.ancor=true"), chat, data)
+
+
 def test_prompts_that_are_in_both_files_are_refused(chat):
     both = config_of(f"data.heldout={ROOT}/train.jsonl")
     with pytest.raises(DataError, match="448 prompts are in both"):
