@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
@@ -71,6 +71,10 @@ def command(
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what is said is said here
         try:
             where = f"{conf_dir()}/{folder}".rstrip("/")
+            flags = {given for given in overrides if given.startswith("-")}
+            if flags and flags <= {"--help", "-h"}:
+                print(_help(name, Path(where), [o for o in overrides if o not in flags]))
+                return
             hydra.main(config_path=where, config_name=name, version_base="1.3")(job)()
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
@@ -85,6 +89,29 @@ def command(
                 del os.environ["HYDRA_FULL_ERROR"]
 
     return main
+
+
+def _help(name: str, conf: Path, overrides: list[str]) -> str:
+    """Every setting of a command with its value, and the groups to choose from.
+
+    Hydra's own help reads every file of every group, twice.
+    """
+    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
+        settings = OmegaConf.to_yaml(hydra.compose(name, overrides=overrides))
+    groups = [
+        f"  {path.relative_to(conf)}={'|'.join(sorted(file.stem for file in path.glob('*.yaml')))}"
+        for path in sorted(conf.rglob("*"))
+        if any(path.glob("*.yaml")) and path.name not in ("tools", "base")
+    ]
+    return "\n".join(
+        [
+            f"pujax {name} KEY=VALUE ...   (--hydra-help tells of more; -m runs each of A,B)",
+            *(["", "Choices:", *groups] if groups else []),
+            "",
+            "Settings, with the values that they have:",
+            settings,
+        ]
+    )
 
 
 def _ending(
@@ -102,10 +129,10 @@ def _ending(
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
         return 1, "the reader of the output went away"
-    if isinstance(error, OSError) and error.strerror:
+    if isinstance(error, OSError):
         remedy = REMEDIES.get(error.errno or 0)
         place = f"{error.filename}: " if error.filename else ""
-        return 1, f"{place}{error.strerror}" + (f": {remedy}" if remedy else "")
+        return 1, f"{place}{error.strerror or error}" + (f": {remedy}" if remedy else "")
     return 1, None
 
 

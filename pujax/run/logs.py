@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
 from tensorboardX import SummaryWriter
 
+from pujax.errors import RecordError
 from pujax.files.durable import Line, read_jsonl, whole_lines, write_whole
 from pujax.records import STAGES
 
@@ -51,7 +52,7 @@ class RunLog:
     and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
     beyond it is cut off, so that no step appears twice.
 
-    Raises FileExistsError when the directory has metrics and `resume` is None, and ValueError
+    Raises FileExistsError when the directory has metrics and `resume` is None, and `RecordError`
     naming file and line when a file to go on with can't be read.
     """
 
@@ -166,8 +167,17 @@ def cut(path: Path, stage: str, step: int) -> None:
         return
     kept = []
     for number, (line, raw) in enumerate(whole_lines(path), 1):
-        if not {"stage", "step"} <= line.keys():
-            raise ValueError(f"{path}:{number}: no `stage` or no `step`: remove this line")
+        known = (*STAGES, "eval")
+        for name, right in (
+            ("stage", line.get("stage") in known),
+            ("step", isinstance(line.get("step"), int)),
+            ("model", line.get("stage") != "eval" or isinstance(line.get("model"), str)),
+        ):
+            if not right:
+                raise RecordError(
+                    f"{path}:{number}: no `{name}` that a run writes ({line.get(name)!r}): remove "
+                    "this line"
+                )
         if line["stage"] in STAGES and _place(line["stage"], line["step"]) > _place(stage, step):
             break
         kept.append(raw + b"\n")

@@ -170,6 +170,9 @@ def test_a_torn_last_line_is_left_out_and_gone_after_a_resume(tmp_path):
         ('{"stage": "sft", "st', "not JSON"),
         ("[1, 2]", "not a JSON object"),
         ('{"stage": "sft"}', "no `step`"),
+        ('{"stage": "sft", "step": "2"}', "no `step` that a run writes .'2'."),
+        ('{"stage": 7, "step": 2}', "no `stage` that a run writes .7."),
+        ('{"stage": "eval", "step": 2}', "no `model`"),
     ],
 )
 def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad, why):
@@ -222,6 +225,29 @@ def test_tensorboard_gets_a_run_a_stage_and_purges_what_a_resume_makes_again(tmp
             if event.session_log.status == PROTOS["SessionLog"].START
         ]
         assert starts == [first]
+
+
+def test_an_evaluation_is_on_the_disk_at_once_and_once_in_tensorboard(tmp_path):
+    """As after a kill: nothing is closed."""
+    killed = RunLog(tmp_path)
+    killed.evaluation("base", 0, {"eval/exact": 0.1})
+    killed.step("align", 1, {"loss": 0.5}, seconds=1.0, tokens=1)
+    killed.flush()
+    kept = [
+        (v.tag, e.step) for e in events(tmp_path / "tensorboard" / "align") for v in e.summary.value
+    ]
+    assert ("loss", 1) in kept
+    with RunLog(tmp_path, resume=("align", 1)) as log:
+        assert log.has("base", 0)
+        assert not log.has("aligned", 1)
+        log.evaluation("base", 0, {"eval/exact": 0.1})
+        log.evaluation("aligned", 1, {"eval/exact": 0.2})
+    for name, step in (("base", 0), ("aligned", 1)):
+        found = events(tmp_path / "tensorboard" / f"eval-{name}")
+        assert [(v.tag, e.step) for e in found for v in e.summary.value] == [("eval/exact", step)]
+    models = [row.get("model") for row in read_jsonl(tmp_path / "metrics.jsonl")]
+    assert models == ["base", None, "aligned"]
+    killed.close()
 
 
 def test_the_eta_is_the_pace_of_the_steps_after_the_first_times_what_is_left():
