@@ -118,7 +118,7 @@ def _generate(
     shape = (prompts, candidates)
     eos_ids = jnp.array(model.config.eos_ids, jnp.int32)
 
-    def draw(t: Array, hidden: Array, made: Completions) -> Completions:
+    def draw(t: Array, hidden: Array, drawn: Completions) -> Completions:
         """Choose token `t` of every unfinished response from the hidden state before it."""
         logits = model.unembed(params, hidden)
         token = choose(jax.random.fold_in(key, t), logits)
@@ -127,13 +127,13 @@ def _generate(
         top = logits.max(axis=-1, keepdims=True)
         total = jnp.exp(logits - top).sum(axis=-1)
         logp = chosen - top[..., 0] - jnp.log(total)
-        alive = ~made.finished
-        assert made.logps is not None
+        alive = ~drawn.finished
+        assert drawn.logps is not None
         return Completions(
-            tokens=made.tokens.at[:, :, t].set(jnp.where(alive, token, 0)),
-            mask=made.mask.at[:, :, t].set(alive),
-            finished=made.finished | jnp.isin(token, eos_ids),
-            logps=made.logps.at[:, :, t].set(jnp.where(alive, logp, 0.0)),
+            tokens=drawn.tokens.at[:, :, t].set(jnp.where(alive, token, 0)),
+            mask=drawn.mask.at[:, :, t].set(alive),
+            finished=drawn.finished | jnp.isin(token, eos_ids),
+            logps=drawn.logps.at[:, :, t].set(jnp.where(alive, logp, 0.0)),
         )
 
     start = Completions(
@@ -143,18 +143,18 @@ def _generate(
         logps=jnp.zeros((*shape, size), jnp.float32),
     )
     last = jnp.broadcast_to(prefix.last[:, None], (*shape, prefix.last.shape[-1]))
-    made = draw(jnp.int32(0), last, start)
+    drawn = draw(jnp.int32(0), last, start)
 
     def unfinished(carry):
-        t, made, _ = carry
-        return (t < size - 1) & ~jnp.all(made.finished)
+        t, drawn, _ = carry
+        return (t < size - 1) & ~jnp.all(drawn.finished)
 
     def advance(carry):
-        t, made, cache = carry
-        hidden, cache = model.decode(params, decoding, cache, made.tokens[:, :, t], t)
-        return t + 1, draw(t + 1, hidden, made), cache
+        t, drawn, cache = carry
+        hidden, cache = model.decode(params, decoding, cache, drawn.tokens[:, :, t], t)
+        return t + 1, draw(t + 1, hidden, drawn), cache
 
     decoding = model.decoding(params, prefix)
     cache = model.empty_cache(prompts, candidates, size)
-    _, made, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), made, cache))
-    return made
+    _, drawn, _ = jax.lax.while_loop(unfinished, advance, (jnp.int32(0), drawn, cache))
+    return drawn

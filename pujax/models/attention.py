@@ -120,10 +120,10 @@ def _backward(saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
         first = at[0], 0
         own = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
         visible = _visible(*own, shared, at[1] + jnp.arange(size), reach)
-        rows, known, out, product = (
+        rows, row_normalizer, out, product = (
             _cut(x, at, (n, size)) for x in (q, normalizer, cotangent, products)
         )
-        d_rows, (d_own, *d_prompt) = _backward_block(rows, visible, known, out, product)
+        d_rows, (d_own, *d_prompt) = _backward_block(rows, visible, row_normalizer, out, product)
         d_k = _put(d_k, _cut(d_k, first, (n, stop)) + d_own[0], first)
         d_v = _put(d_v, _cut(d_v, first, (n, stop)) + d_own[1], first)
         d_shared = jax.tree.map(jnp.add, d_shared, [x for pair in d_prompt for x in pair])

@@ -130,10 +130,10 @@ class LanguageModel(nn.Module):
     def prefill(self, params: Params, prompts: Tokens) -> Prefix:
         """Encode prompts once. With a budget, into which they must fit, padding is not computed."""
         budget = None if self.budget is None else self.budget.prompts
-        stream, _, seen = self._run(params, prompts, _no_responses(prompts), budget=budget)
-        assert seen is not None
+        stream, _, kv = self._run(params, prompts, _no_responses(prompts), budget=budget)
+        assert kv is not None
         return Prefix(
-            *seen, lengths=prompts.lengths, last=self._last(params, stream, prompts.lengths)
+            *kv, lengths=prompts.lengths, last=self._last(params, stream, prompts.lengths)
         )
 
     def extend(
@@ -348,46 +348,49 @@ class LanguageModel(nn.Module):
         config = self.config
         (B, G, T), lengths = responses.shape, after.lengths
         encoded = (after.k, after.v) if isinstance(after, Prefix) else None
-        prompts = after.ids if isinstance(after, Tokens) else jnp.zeros((B, 0), jnp.int32)
-        P = prompts.shape[1]
-        at_prompt = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
-        at = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
+        prompts_BP = after.ids if isinstance(after, Tokens) else jnp.zeros((B, 0), jnp.int32)
+        P = prompts_BP.shape[1]
+        at_BP = jnp.broadcast_to(jnp.arange(P)[None], (B, P))
+        at_BGT = jnp.broadcast_to(lengths[:, None, None] + jnp.arange(T)[None, None], (B, G, T))
 
-        def row(of_prompt: Array, of_responses: Array) -> Array:
-            return jnp.concatenate([of_prompt, of_responses.reshape(B, G * T)], axis=1)
+        def row(of_prompt_BP: Array, of_responses_BGT: Array) -> Array:
+            return jnp.concatenate([of_prompt_BP, of_responses_BGT.reshape(B, G * T)], axis=1)
 
         pack = None
         if budget is not None:
-            marked = jnp.ones((B, G, T), bool) if mask is None else mask
-            pack = places(row(at_prompt < lengths[:, None], marked), budget)
+            real_BGT = jnp.ones((B, G, T), bool) if mask is None else mask
+            pack = places(row(at_BP < lengths[:, None], real_BGT), budget)
+        # S is P + G·T. Between `taken` and `spread` a token may stand in a pack instead of its row.
         grid = Grid((B, P + G * T), pack)
-        x = grid.taken(self._embedded(params, row(prompts, responses)))
-        rope = grid.taken_angles(_rotations(config, row(at_prompt, at)))
+        x = grid.taken(self._embedded(params, row(prompts_BP, responses)))
+        rope = grid.taken_angles(_rotations(config, row(at_BP, at_BGT)))
 
         def layer(carry, inputs):
             x, tapped, i = carry
-            weights, local, seen = inputs
-            q, k, v = map(grid.spread, self._qkv(weights, x, rope, local))
-            mixed, reach = [], self._reach(local)
+            weights, local, prompt_kv = inputs
+            q_BS, k_BS, v_BS = map(grid.spread, self._qkv(weights, x, rope, local))
+            attended, reach = [], self._reach(local)
             if P:
-                own = (y[:, None, :P] for y in (q, k, v))
-                mixed.append(attend(*own, reach=reach)[:, 0])
-                seen = k[:, :P].transpose(0, 2, 1, 3), v[:, :P].transpose(0, 2, 1, 3)
+                of_prompt = (y_BS[:, None, :P] for y_BS in (q_BS, k_BS, v_BS))
+                attended.append(attend(*of_prompt, reach=reach)[:, 0])
+                prompt_kv = tuple(y_BS[:, :P].transpose(0, 2, 1, 3) for y_BS in (k_BS, v_BS))
             if G:
-                own = (y[:, P:].reshape(B, G, T, *y.shape[2:]) for y in (q, k, v))
-                made = attend(*own, shared=Shared(seen[0], seen[1], lengths), reach=reach)
-                mixed.append(made.reshape(B, G * T, -1))
-            x = self._finish(weights, x, grid.taken(jnp.concatenate(mixed, axis=1)))
+                of_responses = (
+                    y_BS[:, P:].reshape(B, G, T, *y_BS.shape[2:]) for y_BS in (q_BS, k_BS, v_BS)
+                )
+                mixed_BGT = attend(*of_responses, shared=Shared(*prompt_kv, lengths), reach=reach)
+                attended.append(mixed_BGT.reshape(B, G * T, -1))
+            x = self._finish(weights, x, grid.taken(jnp.concatenate(attended, axis=1)))
             if tapped is not None:
                 tapped = jnp.where(i + 1 == tap, x, tapped)
-            return (x, tapped, i + 1), None if G else seen
+            return (x, tapped, i + 1), None if G else prompt_kv
 
         stacks = (params["layers"], self._local, encoded)
         if layers is not None:
             stacks = jax.tree.map(lambda stack: stack[:layers], stacks)
         start = (x, None if tap is None else jnp.zeros_like(x), jnp.int32(0))
-        (x, tapped, _), seen = jax.lax.scan(self._rematted(layer), start, stacks)
-        return grid.spread(x), None if tapped is None else grid.spread(tapped), seen
+        (x, tapped, _), prompt_kv = jax.lax.scan(self._rematted(layer), start, stacks)
+        return grid.spread(x), None if tapped is None else grid.spread(tapped), prompt_kv
 
     def _rematted(self, layer):
         """What the backward pass keeps: all of a layer, its products, or its input alone.
