@@ -16,14 +16,21 @@ class EvaluateConfig:
 
     `model` names what is evaluated on the run's held-out prompts, `name` what each is called.
     Without a model, `name` says what each of several runs is called; those of one name are an arm.
+    A `suite` asks more of one model: `model`, or what the run ended with.
     """
 
     run: Any = MISSING
     model: Any = None
     name: Any = None
+    suite: Any = None
 
     def __post_init__(self) -> None:
         require(bool(self.runs), "run", self.run, "set run=DIRECTORY")
+        if self.suite is not None:
+            require(len(self.runs) == 1, "run", self.run, "a suite asks one run's held-out prompts")
+            require(len(self.models) < 2, "model", self.model, "a suite asks one model at a time")
+            require(self.name is None, "name", self.name, "a suite needs none: take it out")
+            return
         wanted = len(self.models) or (len(self.names) and len(self.runs))
         what = "model" if self.models else "run"
         require(len(self.names) == wanted, "name", self.name, f"give one a {what}, {wanted} in all")
@@ -52,11 +59,18 @@ def run(settings: EvaluateConfig) -> None:
 
     from pujax.evaluation.findings import told
     from pujax.evaluation.results import save
-    from pujax.evaluation.tables import table
-    from pujax.run.heldout import arms, evaluate_other, evaluations_of
+    from pujax.evaluation.tables import plain, table
+    from pujax.run.heldout import answered, arms, evaluate_other, evaluations_of
 
     console = Console()
     directories = [Path(run).expanduser() for run in settings.runs]
+    if settings.suite is not None:
+        (directory,) = directories
+        (path,) = settings.models or [str(directory)]
+        answer, kept = answered(directory, path, settings.suite)
+        console.print(plain(answer.header, answer.rows, answer.note))
+        print(kept)
+        return
     if settings.models:
         (directory,) = directories
         for path, name in zip(settings.models, settings.names, strict=True):

@@ -55,7 +55,10 @@ def kendall(
     s, r = np.asarray(scores, dtype=float), np.asarray(oracle, dtype=float)
     if np.ptp(r) == 0:
         return None
-    return 0.0 if np.ptp(s) == 0 else float(kendalltau(s, r, variant="b").statistic)
+    if np.ptp(s) == 0:
+        return 0.0
+    tau, _ = np.asarray(kendalltau(s, r, variant="b"))
+    return float(tau)
 
 
 def _top(scores: np.ndarray, oracle: np.ndarray) -> float:

@@ -1,6 +1,6 @@
 """Evaluations side by side, for a terminal, for Markdown and for the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -132,6 +132,17 @@ def table(columns: Sequence[Column], *, against_first: bool = False) -> Table:
                 colour = {"gain": "green", "loss": "red"}.get(verdict(shown[metric], cell))
                 texts.append(f"[{colour}]{text}[/]" if colour else text)
         grid.add_row(*texts)
+    return grid
+
+
+def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
+    """A table of texts for a terminal."""
+    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid.caption, grid.caption_justify = escape(caption), "left"
+    for place, name in enumerate(header):
+        grid.add_column(escape(name), justify="right" if place else "left")
+    for row in rows:
+        grid.add_row(*map(escape, row))
     return grid
 
 

@@ -13,9 +13,11 @@ from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import METRICS, Metric, Shown
 from pujax.evaluation.results import Evaluation, load_all
+from pujax.evaluation.suites import Answer, Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
 from pujax.models.decoder import LanguageModel
 from pujax.run.compose import build
 from pujax.run.data import collate, load_heldout
@@ -138,19 +140,53 @@ def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:
         raise EvaluationError(
             f"name={name!r}: the run has it, or it can't name a file: choose another"
         )
+    subject, config = subject_of(directory, path)
+    return evaluate(
+        subject.model,
+        subject.params,
+        subject.examples,
+        name=name,
+        batch=subject.batch,
+        collate=subject.collate,
+        decode=subject.decode,
+        metrics=build_metrics(config.eval),
+        draws=Draws(config.eval.samples, config.eval.temperature),
+    )
+
+
+def subject_of(directory: Path, path: str) -> tuple[Subject, TrainConfig]:
+    """The model at `path` with the held-out prompts of the run in `directory`, and its settings.
+
+    `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
+    weights raises.
+    """
     config = run_config(directory)
     path = model_path(path)
     chat = Chat.load(path)
     dataset = load_heldout(config, chat)
     settings, params = weights.load(path)
-    return evaluate(
-        LanguageModel(replace(settings, eos_ids=chat.eos_ids)),
-        params,
-        dataset.examples[: config.eval.prompts],
-        name=name,
+    subject = Subject(
+        model=LanguageModel(replace(settings, eos_ids=chat.eos_ids)),
+        params=params,
+        examples=dataset.examples[: config.eval.prompts],
         batch=config.eval.batch,
         collate=lambda examples: collate(examples, dataset),
         decode=chat.decode,
-        metrics=build_metrics(config.eval),
-        draws=Draws(config.eval.samples, config.eval.temperature),
+        frames=chat.frames,
     )
+    return subject, config
+
+
+def answered(directory: Path, path: str, node: Any) -> tuple[Answer, Path]:
+    """What the suite that `node` names finds of the model at `path`, and the file it is kept in.
+
+    Raises what `subject_of` raises, and `ConfigError` for a suite that can't be built.
+    """
+    suite = build(node, "suite")
+    subject, _ = subject_of(directory, path)
+    answer = suite(subject)
+    name = getattr(suite, "func", suite).__name__
+    kept = directory / f"suite-{name}.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answer.records]
+    write_whole(kept, "".join(lines).encode(errors="backslashreplace"))
+    return answer, kept
