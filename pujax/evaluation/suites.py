@@ -19,10 +19,10 @@ from pujax.evaluation.signal import Signal
 from pujax.evaluation.signal import signal as signal_of
 from pujax.evaluation.statistics import interval_of_mean
 from pujax.method.sampling import sample
-from pujax.method.scoring import Scene, Scorer
+from pujax.method.scoring import ScoringContext
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example
-from pujax.types import Batch, Frames, LabelRule, Params
+from pujax.types import Batch, Frames, LabelRule, Params, Scorer
 
 
 @dataclass(frozen=True)
@@ -90,12 +90,12 @@ def signal(
         )
         tokens = jnp.concatenate([batch.anchors.ids[:, None], made.tokens], axis=1)
         mask = jnp.concatenate([batch.anchors.mask[:, None], made.mask], axis=1)
-        # One scene for all: scorers share its passes over the responses.
-        scene = Scene(
-            subject.model,
-            params,
-            subject.frames,
-            batch,
+        # One for all scorers: they share its passes over the responses.
+        context = ScoringContext(
+            reader=subject.model,
+            params=params,
+            frames=subject.frames,
+            batch=batch,
             after=prefix,
             tokens=tokens,
             mask=mask,
@@ -104,7 +104,7 @@ def signal(
         )
         found = {}
         for name, scorer in scorers.items():
-            scores = scorer(scene)
+            scores = scorer(context)
             shares = labels(scores)[0][:, 1:]
             found[name] = scores[:, 1:], shares / jnp.maximum(shares.sum(-1, keepdims=True), 1e-9)
         return made.tokens, made.mask.sum(axis=-1), found

@@ -26,17 +26,17 @@ from pujax.run.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
-def build_metrics(config: EvalConfig) -> Mapping[str, Metric]:
+def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
     """The metrics that the settings name, or those that a run has when they name none.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, as `build` does.
     """
     metrics = {}
     for name, node in config.metrics.items():
         key = f"eval.metrics.{name}"
         try:
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            metrics[name] = Metric(build(function, f"{key}.function"), Shown(**shown))
+            metrics[name] = Metric(build(function, f"{key}.function", trusted), Shown(**shown))
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
