@@ -1,28 +1,46 @@
-"""`python -m pujax.report RUN_DIR` makes a run's curves and page anew, of its files alone."""
+"""`pujax report`: a run's curves.png and report.html made anew, of its files alone."""
 
-import argparse
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from omegaconf import MISSING
+
+from pujax.errors import require
+from pujax.run.commands import command, in_new_words, listed
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command: 0 when the report is written, 1 with a message when the run can't be read."""
-    parser = argparse.ArgumentParser(
-        prog="python -m pujax.report", description="Make a run's curves.png and report.html anew."
-    )
-    parser.add_argument("run", type=Path, metavar="RUN_DIR")
-    directory = parser.parse_args(arguments).run
+@dataclass(frozen=True)
+class ReportConfig:
+    """Everything `python -m pujax.report` is told."""
 
+    run: Any = MISSING
+
+    def __post_init__(self) -> None:
+        require(bool(self.runs), "run", self.run, "set run=DIRECTORY")
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs' directories."""
+        return listed("run", self.run)
+
+
+def run(settings: ReportConfig) -> None:
+    """Write the report of each run, and print where."""
     from pujax.evaluation.page import write
 
-    try:
-        print(write(directory))
-    except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for directory in settings.runs:
+        print(write(Path(directory).expanduser()))
+
+
+_main = command("report", ReportConfig, run, folder="tools")
+
+
+def main() -> None:
+    """The command; what was typed in its former words is answered with the new ones."""
+    in_new_words("report")
+    _main()
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pujax.evaluation import text
-from pujax.evaluation.metrics import QUALITY
+from pujax.evaluation.metrics import METRICS, QUALITY
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.statistics import FEW, compare
 from pujax.evaluation.tables import interval, verdict
@@ -84,11 +84,13 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def told(evaluations: Sequence[Evaluation]) -> list[str]:
-    """The verdict and the warnings as lines of text."""
-    return [
-        judge(evaluations).sentence,
-        *(f"warning: {warning}" for warning in warnings(evaluations)),
-    ]
+    """The verdict, the warnings and the ceiling as lines of text."""
+    lines = [judge(evaluations).sentence]
+    lines += [f"warning: {warning}" for warning in warnings(evaluations)]
+    if ceiling := teacher(evaluations[0]):
+        scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
+        lines.append(f"the teacher's own answers: {scores}")
+    return lines
 
 
 def collapses(evaluation: Evaluation) -> list[str]:

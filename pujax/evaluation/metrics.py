@@ -88,6 +88,17 @@ def contains(reading: Reading) -> float | None:
     return float(text.contains(reading.prompt, reading.response))
 
 
+def correct(reading: Reading) -> float | None:
+    """How right the response is: 1 where it is the true answer alone, 1/2 where it contains it."""
+    if reading.prompt.answer is None:
+        return None
+    found = (
+        text.exact(reading.prompt, reading.response),
+        text.contains(reading.prompt, reading.response),
+    )
+    return sum(found) / 2
+
+
 def length(reading: Reading) -> float:
     """The response's tokens, EOS included."""
     return reading.length

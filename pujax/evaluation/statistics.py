@@ -1,5 +1,6 @@
 """What sets two evaluations apart, and how surely."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -83,9 +84,11 @@ def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
     found = _difference(array.mean(), means, len(array))
     if len(array) < 3 or np.ptp(array) == 0:
         return found
-    limits = bootstrap(
-        (array,), np.mean, n_resamples=RESAMPLES, batch=100, method="BCa", rng=seed
-    ).confidence_interval
+    # Where it isn't defined, as for values equal but for rounding, scipy warns and gives NaN.
+    with np.errstate(all="ignore"), warnings.catch_warnings(action="ignore"):
+        limits = bootstrap(
+            (array,), np.mean, n_resamples=RESAMPLES, batch=100, method="BCa", rng=seed
+        ).confidence_interval
     if np.isnan([limits.low, limits.high]).any():
         return found
     return Difference(found.mean, float(limits.low), float(limits.high), len(array))

@@ -1,6 +1,7 @@
 """Evaluations side by side, for a terminal, for Markdown and for the page."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -10,22 +11,53 @@ from rich.table import Table
 
 from pujax.evaluation.metrics import QUALITY, Shown
 from pujax.evaluation.results import Evaluation, shown_by
-from pujax.evaluation.statistics import FEW, Difference, compare
+from pujax.evaluation.statistics import FEW, Difference, compare, compare_runs
 
 
-def cells(evaluations: Sequence[Evaluation]) -> tuple[list[str], dict[str, list[str | Difference]]]:
+@dataclass(frozen=True)
+class Arm:
+    """One column of a table: an evaluation, or those of runs that differ in their seed alone."""
+
+    model: str
+    runs: tuple[Evaluation, ...]
+
+    def values(self, metric: str) -> list[float]:
+        """The metric's values in all runs."""
+        return [value for run in self.runs for value in run.values(metric)]
+
+
+Column = Evaluation | Arm
+
+
+def difference(first: Column, second: Column) -> dict[str, Difference]:
+    """How far `second` is above `first`, over prompts, and over seeds where there are several."""
+    one, other = _runs(first), _runs(second)
+    if len(one) == len(other) == 1:
+        return compare(one[0], other[0])
+    return compare_runs(one, other)
+
+
+def _runs(column: Column) -> tuple[Evaluation, ...]:
+    return column.runs if isinstance(column, Arm) else (column,)
+
+
+def cells(
+    columns: Sequence[Column], *, against_first: bool = False
+) -> tuple[list[str], dict[str, list[str | Difference]]]:
     """The comparison as a grid: column names, and under each metric's name its cells.
 
-    Columns are the models in the order given, then the difference of each to the one before it.
-    A metric that only some of the models have leaves its other cells empty.
+    Columns are the models in the order given, then the difference of each to the one before it, or
+    of each to the first. A metric that only some of the models have leaves its other cells empty.
     """
-    pairs = list(pairwise(evaluations))
-    header = [evaluation.model for evaluation in evaluations]
+    pairs = [(columns[0], other) for other in columns[1:]]
+    if not against_first:
+        pairs = list(pairwise(columns))
+    header = [column.model for column in columns]
     header += [f"{second.model} - {first.model}" for first, second in pairs]
-    compared = [compare(first, second) for first, second in pairs]
+    compared = [difference(first, second) for first, second in pairs]
     rows: dict[str, list[str | Difference]] = {}
-    for metric, shown in shown_by(evaluations).items():
-        values = [evaluation.values(metric) for evaluation in evaluations]
+    for metric, shown in shown_by(run for column in columns for run in _runs(column)).items():
+        values = [column.values(metric) for column in columns]
         if any(values):
             means: list[str | Difference] = [
                 number(shown, float(np.mean(v))) if v else "" for v in values
@@ -63,24 +95,29 @@ def interval(shown: Shown, difference: Difference) -> str:
     return f"{mean}{'*' if difference.clear else ''} [{low}, {high}]"
 
 
-def note(evaluations: Sequence[Evaluation]) -> str:
+def note(columns: Sequence[Column]) -> str:
     """What a reader of the tables must know."""
-    rows = len(evaluations[0].rows)
-    answers = sum(row.answer is not None for row in evaluations[0].rows)
+    first = _runs(columns[0])[0]
+    rows = len(first.rows)
+    answers = sum(row.answer is not None for row in first.rows)
+    seeds = [len(_runs(column)) for column in columns]
     text = f"{rows} held-out prompts, {answers} with a true answer; greedy decoding."
-    if len(evaluations) > 1:
-        text += " Differences with 95 % intervals (paired bootstrap over prompts); * excludes 0."
+    if max(seeds) > 1:
+        text += f" Means of {', '.join(map(str, seeds))} runs."
+    if len(columns) > 1:
+        over = "seeds and prompts" if max(seeds) > 1 else "prompts"
+        text += f" Differences with 95 % intervals (paired bootstrap over {over}); * excludes 0."
         if rows < FEW:
             text += f" Under {FEW} prompts none is called clear."
     return text
 
 
-def table(evaluations: Sequence[Evaluation]) -> Table:
+def table(columns: Sequence[Column], *, against_first: bool = False) -> Table:
     """The comparison for a terminal; clear gains are green, clear losses red."""
-    header, rows = cells(evaluations)
-    shown = shown_by(evaluations)
+    header, rows = cells(columns, against_first=against_first)
+    shown = shown_by(run for column in columns for run in _runs(column))
     grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    grid.caption, grid.caption_justify = note(evaluations), "left"
+    grid.caption, grid.caption_justify = note(columns), "left"
     grid.add_column("held-out", no_wrap=True)
     for name in header:
         grid.add_column(escape(name), justify="right")
@@ -95,6 +132,17 @@ def table(evaluations: Sequence[Evaluation]) -> Table:
                 colour = {"gain": "green", "loss": "red"}.get(verdict(shown[metric], cell))
                 texts.append(f"[{colour}]{text}[/]" if colour else text)
         grid.add_row(*texts)
+    return grid
+
+
+def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
+    """A table of texts for a terminal."""
+    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    grid.caption, grid.caption_justify = escape(caption), "left"
+    for place, name in enumerate(header):
+        grid.add_column(escape(name), justify="right" if place else "left")
+    for row in rows:
+        grid.add_row(*map(escape, row))
     return grid
 
 

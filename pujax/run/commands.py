@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import hydra
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
-from pujax.errors import PujaxError, StopRequested
+from pujax.errors import PujaxError, StopRequested, require
 from pujax.run.compose import conf_dir, from_hydra, register
 
 T = TypeVar("T")
@@ -112,6 +112,31 @@ def _help(name: str, conf: Path, overrides: list[str]) -> str:
             settings,
         ]
     )
+
+
+def in_new_words(name: str) -> None:
+    """Refuse `pujax NAME DIRECTORY --model PATH`, the form of old, with the command that does it.
+
+    Raises SystemExit.
+    """
+    words, rest = [], iter(sys.argv[1:])
+    for word in rest:
+        if word in ("--model", "--name"):
+            words.append(f"{word[2:]}={next(rest, '...')}")
+        elif "=" in word or word.startswith("-"):
+            words.append(word)
+        else:
+            words.append(f"run={word}")
+    if words != sys.argv[1:]:
+        sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {' '.join(words)}")
+
+
+def listed(key: str, value: Any) -> list[str]:
+    """A setting that is a text or a list of texts, as a list. Raises `ConfigError`."""
+    values = [] if value is None else list(value) if isinstance(value, list) else [value]
+    whole = all(isinstance(each, str) and each for each in values)
+    require(whole, key, value, f"write {key}=A for one, {key}=[A,B] for several")
+    return values
 
 
 def _ending(

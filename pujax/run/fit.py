@@ -84,7 +84,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         say=say,
     )
     recipe, loss_fn = build_recipe(config, chat, train_data)
-    metrics = build_metrics(config.eval)
+    metrics = build_metrics(config.eval, config.trusted)
     checkpoints = Checkpoints(
         directory,
         keep=config.checkpoint.keep,

