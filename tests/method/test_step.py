@@ -258,6 +258,30 @@ def test_a_batch_that_does_not_fit_the_budget_is_computed_whole(model, params, g
             np.testing.assert_allclose(ours, theirs, atol=1e-6)
 
 
+def test_microbatches_have_their_share_of_the_budget(model, params, group):
+    """Of two halves the one that fits is packed; the update is that of the whole batch."""
+    group = group.replace(mask=group.mask.at[7, 0, 3].set(False))
+    halves = [int(group.mask[part].sum()) for part in (slice(0, 4), slice(4, 8))]
+    assert halves[0] > halves[1]
+    lean = model.clone(budget=TokenBudget(400, 2 * halves[1]))
+    optimizer = optax.sgd(1.0)
+    run = jax.jit(
+        lambda model, microbatch, *given: update(
+            model, losses.ldl_grpo, optimizer, *given, microbatch=microbatch
+        ),
+        static_argnums=(0, 1),
+    )
+    state = state_of(params, optimizer)
+    full, _ = run(model, None, state, None, group)
+    parts, metrics = run(lean, 4, state, None, group)
+    assert metrics["samples/packed"] == 0.5
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (parts.params, full.params, params)), strict=True
+    ):
+        scale = np.abs(theirs - start).max()
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-4 * scale)
+
+
 def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group):
     optimizer = optax.adam(1e-2)
     run = jax.jit(partial(update, model, losses.dpo, optimizer))
