@@ -373,12 +373,15 @@ class LanguageModel(nn.Module):
             if P:
                 of_prompt = (y_BS[:, None, :P] for y_BS in (q_BS, k_BS, v_BS))
                 attended.append(attend(*of_prompt, reach=reach)[:, 0])
-                prompt_kv = tuple(y_BS[:, :P].transpose(0, 2, 1, 3) for y_BS in (k_BS, v_BS))
+                k_prompt, v_prompt = (y_BS[:, :P].transpose(0, 2, 1, 3) for y_BS in (k_BS, v_BS))
+                prompt_kv = k_prompt, v_prompt
             if G:
                 of_responses = (
                     y_BS[:, P:].reshape(B, G, T, *y_BS.shape[2:]) for y_BS in (q_BS, k_BS, v_BS)
                 )
-                mixed_BGT = attend(*of_responses, shared=Shared(*prompt_kv, lengths), reach=reach)
+                mixed_BGT = attend(
+                    *of_responses, shared=Shared(prompt_kv[0], prompt_kv[1], lengths), reach=reach
+                )
                 attended.append(mixed_BGT.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(attended, axis=1)))
             if tapped is not None:
