@@ -10,7 +10,8 @@ from itertools import combinations
 from pathlib import Path
 
 import pytest
-from pujax.chat import Chat
+
+from pujax.files.chat import Chat
 
 FOLDER = Path(__file__).parents[1] / "experiments" / "quickstart"
 SCRIPT = runpy.run_path(str(FOLDER / "make_prompts.py"))

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import jax.numpy as jnp
 import pytest
-from test_losses import random_group
+from groups import random_group
 
 from pujax.method import labels, losses
 from pujax.types import Group, LossAndMetrics
