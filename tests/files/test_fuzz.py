@@ -33,9 +33,9 @@ VALUES = st.recursive(
 
 
 def often(slow: Callable[..., Any]) -> Any:
-    """A test with few examples, always the same, and under `slow` with many."""
+    """A test with few examples, always the same, and under `long` with many."""
     return pytest.mark.parametrize(
-        "examples", [25, pytest.param(3000, marks=pytest.mark.slow)], ids=["few", "many"]
+        "examples", [25, pytest.param(3000, marks=pytest.mark.long)], ids=["few", "many"]
     )(slow)
 
 

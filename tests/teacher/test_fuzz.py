@@ -191,21 +191,21 @@ def test_replies(status, headers, data):
     check_reply(status, headers, data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @MANY
 @given(*stores)
 def test_many_store_lines(lines, ending):
     check_store(lines, ending)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @MANY
 @given(*files)
 def test_many_prompt_files(suffix, data):
     check_prompts(suffix, data)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @MANY
 @given(*answers)
 def test_many_replies(status, headers, data):
