@@ -109,7 +109,9 @@ class Collection:
                 await self._keep_rejected()
         finally:
             writer.cancel()
-        return self._tally
+        tally = self._tally
+        tally.unanswered = tally.asked - tally.answered - sum(tally.failed.values())
+        return tally
 
     def stop(self, why: str) -> None:
         """Ask nothing more; what is in flight is waited for and kept."""
@@ -176,7 +178,6 @@ class Collection:
         try:
             answer = await retrying(self._attempt, prompt)
         except Retryable as error:
-            tally.unanswered += 1
             tally.trouble = str(error)
             self._failing += 1
             if isinstance(error, Unreachable) and not self._heard:
@@ -226,13 +227,13 @@ class Collection:
         on_disk = asyncio.get_running_loop().create_future()
         self._queue.put_nowait((self._record(prompt, key, answer, failure), on_disk))
         await on_disk
-        self._store.refresh()
         tally = self._tally
         if failure is None:
             tally.answered += 1
         else:
             tally.failed[failure] = tally.failed.get(failure, 0) + 1
             self._failed_now.add(digest(key))
+        self._store.refresh()
         if self._store.full:
             self._fail(
                 StoreError(

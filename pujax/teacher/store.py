@@ -5,10 +5,12 @@ The anchor store is a JSONL file that only grows, one answer a line. Beside `anc
 used as anchors) and `anchors.jsonl.lock`, which `pujax.teacher.writer` needs.
 """
 
+import contextlib
 import json
 import math
 import os
 import re
+import stat
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,14 +48,27 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """
     end = 0
     try:
+        check_plain(path)
         with path.open("rb") as lines:
             for number, raw in enumerate(lines, 1):
                 if not raw.endswith(b"\n"):
                     return
                 end += len(raw)
+                if raw.isspace():  # as an editor leaves one
+                    continue
                 yield end, parse(raw, f"{path}:{number}")
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
+
+
+def check_plain(path: Path) -> None:
+    """Raise `StoreError` for a folder, a pipe or a device: some of them are read without end."""
+    with contextlib.suppress(FileNotFoundError, NotADirectoryError):
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise StoreError(
+                f"{path}: is a folder, a pipe or a device: move it away, or name a plain file with "
+                "`store`"
+            )
 
 
 def parse(raw: bytes, place: str) -> dict[str, Any]:
@@ -189,6 +204,7 @@ class Contents:
             return True
         if mark.inode not in (None, inode) or found.st_size < mark.end:
             return False
+        check_plain(file)
         known = self.answered if file == self.path else self.failed
         with file.open("rb") as lines:
             if not mark.stands(lines.fileno()):
@@ -198,6 +214,9 @@ class Contents:
             for raw in lines:
                 if not raw.endswith(b"\n"):
                     break
+                if raw.isspace():
+                    mark.passed(raw)
+                    continue
                 record = parse(raw, f"{file}:{mark.line + 1}")
                 mark.passed(raw)
                 known.add(digest(record["key"]))

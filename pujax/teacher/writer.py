@@ -18,7 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from pujax.errors import StoreError
-from pujax.teacher.store import TAIL, Contents, Mark, digest, failures_path, parse
+from pujax.teacher.store import TAIL, Contents, Mark, check_plain, digest, failures_path, parse
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 BALLAST = 1 << 20  # bytes set aside on the disk for the answers in flight when it is full
 
@@ -42,6 +44,8 @@ class AnchorStore:
         self._claims: set[str] = set()
         self._threads = threading.Lock()  # answers are written by a thread of their own
         self._replaced = False
+        self._kept: dict[Path, set[bytes]] = {}  # what is beside the store, or in the temp folder
+        self._journal_kept = False
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._lock = _open(self._lock_path)
@@ -67,15 +71,23 @@ class AnchorStore:
             raise
 
     def close(self) -> None:
-        """Let go of the files and of every claim, once this process's answers are all in place."""
+        """Let go of the files and of every claim, once this process's answers are all in place.
+
+        Raises `StoreError` when they can't be put there, once for a store.
+        """
         try:
             with self._locked():
                 if self._is_replaced():
                     self._put_back()
-        except OSError as error:
-            raise StoreError(f"{self.path}: can't write: {error.strerror}") from error
+        except (OSError, StoreError) as error:
+            if not self._journal_kept:  # or else it has been told
+                raise self._rescued(error, ()) from error
         finally:
             self._let_go()
+        self.repairs += [
+            f"{kept}: has {len(lines)} answers of this run, which the store could not take"
+            for kept, lines in self._kept.items()
+        ]
 
     def _let_go(self) -> None:
         for descriptor in (*self._files.values(), self._lock, self._ballast, self._journal):
@@ -108,13 +120,13 @@ class AnchorStore:
         """End the file with a whole line: under the lock nobody is in the middle of writing one."""
         descriptor = self._descriptor(file)
         size = os.fstat(descriptor).st_size
+        if size == 0 or os.pread(descriptor, 1, size - 1) == b"\n":
+            return
         tail, start = b"", size
         while start and b"\n" not in tail:
             start = max(0, start - 65536)
             tail = os.pread(descriptor, size - start, start)
         torn = tail[tail.rfind(b"\n") + 1 :]
-        if not torn:
-            return
         with contextlib.suppress(StoreError):
             parse(torn, str(file))
             os.write(descriptor, b"\n")
@@ -139,7 +151,10 @@ class AnchorStore:
 
     def claim(self, key: str) -> bool:
         """Whether this process may ask for `key`: False while another one is asking."""
-        self._keep_lock()
+        try:
+            self._keep_lock()
+        except OSError as error:
+            raise StoreError(f"{self._lock_path}: {error.strerror}: {_remedy(error)}") from error
         try:
             _claim(self._lock, key)
         except (BlockingIOError, PermissionError):
@@ -158,9 +173,9 @@ class AnchorStore:
         """Put the records on the disk: a `reason` sends one to the failures. Returns after fsync.
 
         When the disk is full the space set aside for this moment is used, and `full` becomes true.
-        Raises `StoreError` when even that does not help; whole lines stay, nothing torn does.
+        Raises `StoreError` when even that does not help or the store is gone; whole lines stay,
+        nothing torn does, and what the store can't take is kept elsewhere.
         """
-        file = self.path
         try:
             with self._locked():
                 if self._is_replaced():
@@ -174,12 +189,11 @@ class AnchorStore:
                         self._add(file, b"".join(lines))
                 if self._is_replaced():
                     self._put_back()
-        except OSError as error:
-            raise StoreError(
-                f"{file}: can't write: {error.strerror}: make room, run the same command again"
-            ) from error
+        except (OSError, StoreError) as error:
+            raise self._rescued(error, records) from error
 
     def _add(self, file: Path, data: bytes) -> None:
+        self._mend(file)  # another program may have left half a line since
         descriptor = self._descriptor(file)
         self._write(descriptor, data)
         os.fsync(descriptor)
@@ -197,7 +211,7 @@ class AnchorStore:
                 try:
                     written += os.write(descriptor, data[written:])
                 except OSError as error:
-                    if error.errno not in (errno.ENOSPC, errno.EDQUOT) or freed:
+                    if error.errno not in FULL or freed:
                         raise
                     freed = True
                     os.ftruncate(self._ballast, 0)
@@ -215,6 +229,7 @@ class AnchorStore:
 
     def _put_back(self) -> None:
         """Take up the files that are there now and add what they lack of this process's answers."""
+        self._replaced = True  # until all of this is done
         _wait_until_still(self.path)
         for descriptor in self._files.values():
             os.close(descriptor)
@@ -225,15 +240,7 @@ class AnchorStore:
             if file.exists():
                 self._mend(file)
         ours = self._written()
-        try:
-            contents = Contents(self.path, self.contents.take)
-        except StoreError as error:
-            kept = self.path.with_name(f"{self.path.stem}.kept{self.path.suffix}")
-            kept.write_bytes(b"".join(raw for raw, _, _ in ours))
-            raise StoreError(
-                f"{error}; another program wrote this while collecting: the {len(ours)} answers of "
-                f"this run are in {kept}"
-            ) from error
+        contents = Contents(self.path, self.contents.take)
         lost = 0
         for raw, key, failed in ours:
             if key not in (contents.failed if failed else contents.answered):
@@ -250,6 +257,49 @@ class AnchorStore:
             "run were lost with that and have been put back"
         )
 
+    def _rescued(
+        self, error: OSError | StoreError, records: Sequence[dict[str, Any]]
+    ) -> StoreError:
+        """The error to raise, once `records` and all that may be lost with the store are safe."""
+        if isinstance(error, StoreError):
+            said = f"{error}; another program wrote this while collecting"
+        else:
+            said = f"{self.path}: can't write: {error.strerror}: {_remedy(error)}"
+        lines = {_line(record): "reason" in record for record in records}
+        if not self._journal_kept and not (isinstance(error, OSError) and error.errno in FULL):
+            lines = {raw: failed for raw, _, failed in self._written()} | lines
+            self._journal_kept = True
+        files = []
+        for store, failed in ((self.path, False), (failures_path(self.path), True)):
+            data = [raw for raw, is_failure in lines.items() if is_failure == failed]
+            if data:
+                files.append(self._keep(store, data))
+        if not files:
+            return StoreError(said)
+        if None in files:
+            return StoreError(f"{said}; the last answers could not be kept anywhere")
+        where = " and ".join(map(str, files))
+        return StoreError(f"{said}; answers of this run are in {where}: append them to the store")
+
+    def _keep(self, store: Path, lines: list[bytes]) -> Path | None:
+        """The file, beside the store or else in the temp folder, that now has the lines too."""
+        stem, suffix = f"{store.stem}.kept", store.suffix
+        for folder in (store.parent, Path(tempfile.gettempdir())):
+            for number in range(1, 1000):
+                file = folder / (f"{stem}{suffix}" if number == 1 else f"{stem}{number}{suffix}")
+                try:
+                    with file.open("ab" if file in self._kept else "xb") as out:
+                        out.write(b"".join(lines))
+                        out.flush()
+                        os.fsync(out.fileno())
+                except FileExistsError:  # of another run
+                    continue
+                except OSError:
+                    break
+                self._kept.setdefault(file, set()).update(lines)
+                return file
+        return None
+
     def _written(self) -> list[tuple[bytes, bytes, bool]]:
         """Each line that this process wrote, with its digest and whether it is a failure."""
         with open(os.dup(self._journal), "rb") as lines:
@@ -264,7 +314,17 @@ class AnchorStore:
 
 
 def _open(path: Path) -> int:
+    check_plain(path)
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o644)
+
+
+def _remedy(error: OSError) -> str:
+    """What to do about it."""
+    if error.errno in FULL:
+        return "make room, run the same command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "mend the permissions, run the same command again"
+    return "see that the folder is there and the store a plain file, run the same command again"
 
 
 def _unnamed(folder: Path) -> int:

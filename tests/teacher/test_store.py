@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -298,6 +299,90 @@ def test_a_store_that_becomes_another_file_stops_and_the_answers_are_kept(server
     with pytest.raises(StoreError, match=r"anchors\.jsonl:1: not a record .*answers of this run"):
         collect_while(server, store, lambda: store.write_text("a list of things\n"))
     assert len(ids(store.with_name("anchors.kept.jsonl"))) >= 20
+
+
+def _folder(store):
+    store.unlink()
+    store.mkdir()
+
+
+def _pipe(store):
+    store.unlink()
+    os.mkfifo(store)
+
+
+def _null(store):
+    store.unlink()
+    store.symlink_to("/dev/null")
+
+
+def _moved(store):
+    os.rename(store.parent, store.parent.with_name("elsewhere"))
+
+
+@pytest.mark.parametrize("change", [_folder, _pipe, _null, _moved])
+def test_a_place_that_vanishes_takes_no_paid_answer_with_it(server, tmp_path, monkeypatch, change):
+    temp, store = tmp_path / "temp", tmp_path / "here" / "anchors.jsonl"
+    temp.mkdir()
+    store.parent.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(temp))
+    said, tallies = [], []
+
+    def tick(plan, tally):
+        if tally.answered >= 9 and not tallies:
+            tallies.append(tally)
+            change(store)
+
+    settings = CollectConfig(concurrency=3)
+    with pytest.raises(StoreError) as caught:
+        collect(lambda: many(40), at(server), store, settings, say=said.append, tick=tick)
+    assert "make room" not in str(caught.value)
+    kept = (temp if change is _moved else store.parent) / "anchors.kept.jsonl"
+    assert change is _moved or str(kept) in str(caught.value)
+    assert len(ids(kept)) == server.delivered.total() >= 9
+    assert any(f"{kept}: has {len(ids(kept))} answers" in line for line in said)
+    (tally,) = tallies
+    failed = sum(tally.failed.values())
+    assert tally.asked == tally.answered + failed + tally.unanswered == server.delivered.total()
+
+
+def test_what_another_run_kept_is_not_written_over(server, store):
+    kept = store.with_name("anchors.kept.jsonl")
+    kept.write_text("paid before\n")
+    with pytest.raises(StoreError, match=r"anchors\.kept2\.jsonl"):
+        collect_while(server, store, lambda: _folder(store))
+    assert kept.read_text() == "paid before\n"
+
+
+def test_half_a_line_of_another_program_is_not_glued_to_a_record(server, store):
+    def tear():
+        with store.open("a") as out:
+            out.write('{"key": "ab')
+
+    said = collect_while(server, store, tear)
+    assert len(ids(store)) == 60
+    assert any("cut off a torn last line of 11 bytes" in line for line in said)
+
+
+def test_blank_lines_are_passed_over_and_counted(server, store):
+    run(many(2), server, store)
+    first, second = store.read_text().splitlines()
+    store.write_text(f"{first}\n\n \n{second}\n\n")
+    assert len(ids(store)) == len(read_anchors(store)) == 2
+    contents = Contents(store)
+    assert len(contents.answered) == 2
+    with store.open("a") as out:
+        out.write("\nx\n")
+    with pytest.raises(StoreError, match=r"anchors\.jsonl:7: not a record"):
+        contents.refresh()
+
+
+@pytest.mark.parametrize("device", ["/dev/full", "/dev/null"])
+def test_a_device_is_no_store(store, device):
+    store.symlink_to(device)
+    for read in (Contents, AnchorStore, lambda path: list(read_records(path))):
+        with pytest.raises(StoreError, match=r"is a folder, a pipe or a device: move it away"):
+            read(store)
 
 
 # --- fields of other types ------------------------------------------------------------------------
