@@ -2,6 +2,7 @@
 
 import os
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
@@ -48,6 +49,11 @@ def surrogate_at(text: str) -> int | None:
 def well_formed(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair."""
     return _SURROGATES.sub("\ufffd", text)
+
+
+def blank(text: str) -> bool:
+    """Whether nothing of `text` shows: spaces, and what has no width."""
+    return all(one.isspace() or unicodedata.category(one) in ("Cf", "Cc") for one in text)
 
 
 def printable(text: str, limit: int = 300) -> str:

@@ -11,6 +11,7 @@ import urllib.request
 import zlib
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
+from dataclasses import replace
 from importlib.util import find_spec
 from typing import Any
 from urllib.parse import SplitResult, urlsplit, urlunsplit
@@ -144,19 +145,22 @@ class HttpTeacher:
                 raise Unreachable(f"{url}: no connection in {self._timeout:g} s") from error
             raise Retryable(f"no answer in {self._timeout:g} s", billed=True) from error
         except (httpx.ConnectError, httpx.ProxyError) as error:
-            raise Unreachable(clean(f"{url}: can't connect: {error}")) from error
+            raise Unreachable(
+                clean(f"{url}: can't connect: {str(error) or type(error).__name__}")
+            ) from error
         except (httpx.UnsupportedProtocol, httpx.InvalidURL, ValueError) as error:
             raise TeacherError(clean(f"{url}: {error}")) from error
         except httpx.HTTPError as error:
-            reason = clean(f"connection broke: {error or type(error).__name__}")
+            reason = clean(f"connection broke: {str(error) or type(error).__name__}")
             raise Retryable(reason, billed=True) from error
         finally:
             self._idle.put_nowait(client)
         return self._read(response, data)
 
     def _read(self, response: httpx.Response, data: bytes) -> Answer:
+        text = _text(response, data)
         try:
-            body = json.loads(data)
+            body = json.loads(text)
         except (ValueError, RecursionError) as error:
             if response.is_success:
                 raise Retryable("the answer is not JSON", billed=True) from error
@@ -165,9 +169,24 @@ class HttpTeacher:
         if fault or not response.is_success:
             return self._fault(response, fault, data)
         try:
-            return self._answer(body)
+            return self._masked(self._answer(body))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Retryable("the answer is not one of this protocol", billed=True) from error
+
+    def _masked(self, answer: Answer) -> Answer:
+        """The answer; one that quotes a secret can't be an anchor, and is kept without it."""
+        said = (answer.text, answer.finish_reason, answer.model, answer.refusal)
+        text, reason, model, refusal = (one and self._secrets.mask(one) for one in said)
+        if (text, reason, model, refusal) == said:
+            return answer
+        return replace(
+            answer,
+            text=text or "",
+            finish_reason=reason,
+            model=model,
+            refusal=refusal,
+            holds_key=True,
+        )
 
     def _fault(self, response: httpx.Response, fault: Any, data: bytes) -> Answer:
         """What an error means: a failed answer, another try, or the end."""
@@ -216,14 +235,41 @@ async def _whole(response: httpx.Response) -> bytes:
         return data
     if packed not in ("gzip", "x-gzip", "deflate"):
         raise Retryable("the answer is packed in a way that was not asked for", billed=True)
-    unpacking = zlib.decompressobj(zlib.MAX_WBITS | 32)  # gzip's header or zlib's
+    return _unpacked(data)
+
+
+def _unpacked(data: bytes) -> bytes:
+    """The whole of a gzip body, which may have several members, or of a zlib one."""
+    parts, left = [], LONGEST
+    while data:
+        header = zlib.MAX_WBITS | (16 if parts else 32)  # first gzip's or zlib's, then gzip's
+        unpacking = zlib.decompressobj(header)
+        try:
+            parts.append(unpacking.decompress(data, left + 1))
+        except zlib.error as error:
+            raise Retryable("the answer can't be unpacked", billed=True) from error
+        left -= len(parts[-1])
+        if left < 0 or not unpacking.eof:
+            why = f"the answer is torn, or has more than {LONGEST >> 20} MiB"
+            raise Retryable(why, billed=True)
+        data = unpacking.unused_data
+    return b"".join(parts)
+
+
+def _text(response: httpx.Response, data: bytes) -> str | bytes:
+    """The body in the charset that the server names; else as JSON is, in UTF-8."""
+    charset = response.charset_encoding
     try:
-        data = unpacking.decompress(data, LONGEST)
-    except zlib.error as error:
-        raise Retryable("the answer can't be unpacked", billed=True) from error
-    if not unpacking.eof:
-        raise Retryable(f"the answer is torn, or has more than {LONGEST >> 20} MiB", billed=True)
-    return data
+        if charset is not None and not charset.lower().startswith("utf"):
+            return data.decode(charset)
+    except (LookupError, ValueError):  # servers name charsets that aren't, or aren't theirs
+        pass
+    try:
+        return data.decode(json.detect_encoding(data), "surrogatepass")
+    except UnicodeDecodeError as error:
+        if response.is_success:
+            raise Retryable("the answer is not UTF-8", billed=True) from error
+        return data
 
 
 def _joined(base_url: str, path: str) -> str:

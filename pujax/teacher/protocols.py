@@ -13,6 +13,7 @@ from typing import Any, Protocol
 from pujax.errors import ConfigError, TeacherError
 from pujax.records import Messages
 from pujax.teacher.settings import TeacherConfig
+from pujax.text import blank
 
 FILTERED = frozenset(
     {
@@ -28,6 +29,9 @@ FILTERED = frozenset(
     }
 )
 """Finish reasons, in any case, of an answer that the provider took away."""
+
+CALLS = frozenset({"function_call", "tool_calls", "tool_use"})
+"""Finish reasons of an answer that calls a tool, which the prompt did not ask for."""
 
 BROKEN = frozenset(
     {"abort", "aborted", "cancelled", "error", "insufficient_system_resource", "network_error"}
@@ -68,16 +72,22 @@ class Answer:
     model: str | None = None
     usage: Mapping[str, float] | None = None
     refusal: str | None = None
+    calls_tools: bool = False
+    holds_key: bool = False
 
     @property
     def failure(self) -> str | None:
-        """Why this can't be an anchor: refusal, content_filter or empty; None when it can."""
+        """Why this can't be an anchor: such as "refusal" or "empty"; None when it can."""
         word = (self.finish_reason or "").casefold()
+        if self.holds_key:
+            return "holds a key"
+        if self.calls_tools or word in CALLS:
+            return "tool_calls"
         if self.refusal or word == "refusal":
             return "refusal"
         if word in FILTERED:
             return "content_filter"
-        return None if self.text.strip() else "empty"
+        return "empty" if blank(self.text) else None
 
 
 class Teacher(Protocol):
@@ -117,6 +127,7 @@ def openai_answer(body: Any) -> Answer:
         model=_optional(body.get("model")),
         usage=_usage(body.get("usage"), "prompt_tokens", "completion_tokens"),
         refusal=_optional(message.get("refusal")),
+        calls_tools=bool(message.get("tool_calls") or message.get("function_call")),
     )
 
 

@@ -49,6 +49,13 @@ class Secrets:
             for name, value in settings.items()
         }
 
+    def mask(self, text: str) -> str:
+        """The whole of `text`, with *** for each secret in it; a short one could be any word."""
+        long = (form for form in self._forms if len(form) >= LEAST_PART)
+        for form in sorted(long, key=len, reverse=True):
+            text = text.replace(form, MASKED)
+        return text
+
     def clean(self, text: str) -> str:
         """One short printable line of `text`, without secrets, whole, escaped or in parts."""
         text = text[:4000]

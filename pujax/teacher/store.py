@@ -19,13 +19,15 @@ from typing import Any
 from pujax.errors import StoreError
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.settings import TeacherConfig
-from pujax.text import well_formed
+from pujax.text import blank, well_formed
 
 FORMAT = 1
 
 TAIL = 256  # bytes at the end of what is known of a file, to see whether they are still there
 
-THOUGHT = re.compile(r"\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL)
+THOUGHT = re.compile(
+    r"\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL | re.IGNORECASE
+)
 
 # --- records --------------------------------------------------------------------------------------
 
@@ -314,9 +316,9 @@ def said(response: str, thoughts: str) -> str | None:
     `thoughts` is strip, keep (it is part of the answer) or fail (an answer with one is none). A
     thought may lack its opening tag, where the template has written that.
     """
-    if thoughts == "keep" or "think" not in response:
+    if thoughts == "keep" or "think" not in response.casefold():
         return response
     thought = THOUGHT.fullmatch(response)
-    if thought is None or "<think" in thought[1]:
-        return None if re.match(r"\s*<think(ing)?>", response) else response
-    return (thought[2] or None) if thoughts == "strip" else None
+    if thought is None or "<think" in thought[1].casefold():
+        return None if re.match(r"\s*<think(ing)?>", response, re.IGNORECASE) else response
+    return (None if blank(thought[2]) else thought[2]) if thoughts == "strip" else None

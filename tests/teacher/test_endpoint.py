@@ -81,6 +81,11 @@ def _choice(**message):
         ((200, {}, completion("half", finish_reason="content_filter")), "content_filter"),
         ((200, {}, completion(" \n")), "empty"),
         ((200, {}, completion(None)), "empty"),
+        ((200, {}, completion("\u200b\ufeff \u2060")), "empty"),
+        ((200, {}, completion("Let me look.", finish_reason="tool_calls")), "tool_calls"),
+        ((200, {}, completion("Let me look.", finish_reason="function_call")), "tool_calls"),
+        ((200, {}, completion("Let me look.", tool_calls=[{"id": "1"}])), "tool_calls"),
+        ((200, {}, completion("No tool.", tool_calls=[])), None),
         (error(400, code="content_filter"), "content_filter"),
         ((200, {}, completion("cut", finish_reason="length")), None),
     ],
@@ -360,6 +365,56 @@ def test_a_packed_answer_is_unpacked(server):
     for packed in (gzip.compress(body), zlib.compress(body)):
         server.reply = lambda request, packed=packed: (200, {"content-encoding": "gzip"}, packed)
         assert ask(at(server)).text == "packed"
+
+
+def test_a_packed_answer_may_have_several_members_but_nothing_after_them(server, monkeypatch):
+    body = json.dumps(completion("packed")).encode()
+    packed = gzip.compress(body[:9]) + gzip.compress(body[9:])
+    server.reply = lambda request: (200, {"content-encoding": "gzip"}, packed)
+    assert ask(at(server)).text == "packed"
+    for more, said in ((b"junk", "can't be unpacked"), (gzip.compress(b"x" * 99), "more than")):
+        monkeypatch.setattr(endpoint, "LONGEST", len(body) + 90)
+        server.reply = lambda request, more=more: (200, {"content-encoding": "gzip"}, packed + more)
+        with pytest.raises(Retryable, match=said):
+            ask(at(server))
+
+
+def test_an_answer_is_read_in_the_charset_that_it_names(server):
+    body = json.dumps(completion("café"), ensure_ascii=False)
+    latin = body.encode("latin-1")
+    named = {"content-type": "application/json; charset=ISO-8859-1"}
+    server.reply = lambda request: (200, named, latin)
+    assert ask(at(server)).text == "café"
+    server.reply = lambda request: (200, {"content-type": "a/b; charset=utf-8"}, b"\xef\xbb\xbf{}")
+    with pytest.raises(Retryable, match="not one of this protocol"):
+        ask(at(server))
+    server.reply = lambda request: (200, {"content-type": "application/json"}, latin)
+    with pytest.raises(Retryable, match="not UTF-8"):
+        ask(at(server))
+
+
+def test_an_answer_that_quotes_a_secret_is_a_failure_without_it(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", KEY)
+    for reply in (completion(f"You sent {KEY}."), completion("x", finish_reason=KEY)):
+        server.reply = lambda request, reply=reply: (200, {}, reply)
+        answer = ask(at(server, api_key_env="MY_KEY"))
+        assert answer.failure == "holds a key"
+        assert KEY not in repr(answer)
+        assert "***" in repr(answer)
+    monkeypatch.setenv("MY_KEY", "EMPTY")  # as local servers have it
+    server.reply = lambda request: (200, {}, completion("EMPTY set"))
+    assert ask(at(server, api_key_env="MY_KEY")) == Answer(
+        "EMPTY set", "stop", "served-model", {"prompt_tokens": 10, "completion_tokens": 5}
+    )
+
+
+def test_a_connection_that_breaks_without_a_word_names_what_broke(server, monkeypatch):
+    async def broken(response):
+        raise endpoint.httpx.ReadError("")
+
+    monkeypatch.setattr(endpoint, "_whole", broken)
+    with pytest.raises(Retryable, match="connection broke: ReadError"):
+        ask(at(server))
 
 
 @pytest.mark.parametrize(
