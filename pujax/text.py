@@ -5,7 +5,7 @@ import re
 import unicodedata
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, unquote, urlsplit
 
 MASKED = "***"
 
@@ -84,7 +84,17 @@ def secret_value(text: str) -> str | None:
 def secret_query(url: str) -> str | None:
     """The name of the first part of a URL's query that looks secret."""
     query = parse_qsl(urlsplit(url).query, keep_blank_values=True)
-    return next((name for name, _ in query if secret_name(name) or name == "code"), None)
+    return next((name for name, value in query if _secret_part(name, value)), None)
+
+
+def secret_segment(url: str) -> bool:
+    """Whether a part of a URL's path has the form of a key."""
+    return any(map(_SECRET_VALUE.fullmatch, map(unquote, urlsplit(url).path.split("/"))))
+
+
+def _secret_part(name: str, value: str) -> bool:
+    plain = unquote(name)
+    return secret_name(plain) or plain == "code" or bool(_SECRET_VALUE.fullmatch(unquote(value)))
 
 
 def mask(value: Any, name: str = "") -> Any:
@@ -111,7 +121,14 @@ def mask(value: Any, name: str = "") -> Any:
         value = _USER.sub(f"{MASKED}@", value)
         value = re.sub(
             r"([?&])([^=&#\s]+)=([^&#\s]+)",
-            lambda found: f"{found[1]}{found[2]}={MASKED if secret_name(found[2]) else found[3]}",
+            lambda found: (
+                f"{found[1]}{found[2]}={MASKED if _secret_part(found[2], found[3]) else found[3]}"
+            ),
+            value,
+        )
+        value = re.sub(
+            r"(?<=/)[^/?#\s]+",
+            lambda found: MASKED if _SECRET_VALUE.fullmatch(unquote(found[0])) else found[0],
             value,
         )
     return value

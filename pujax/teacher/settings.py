@@ -9,7 +9,7 @@ from typing import Any
 from omegaconf import MISSING
 
 from pujax.errors import ConfigError, one_of, require
-from pujax.text import HARMLESS_HEADERS, secret_name, secret_query, secret_value
+from pujax.text import HARMLESS_HEADERS, secret_name, secret_query, secret_segment, secret_value
 
 
 @dataclass(frozen=True)
@@ -147,15 +147,26 @@ class TeacherConfig:
                 raise ConfigError(f"teacher.base_url is not an address: {error}") from error
             if "@" in self.base_url:
                 raise ConfigError("teacher.base_url holds a password: use teacher.api_key_env")
-            if name is not None or secret_value(self.base_url):
+            segment = secret_segment(self.base_url)
+            if name is not None or segment or secret_value(self.base_url):
+                shown = "from the environment"
+                if name is not None or segment:
+                    shown = "in its path" if name is None else name
+                if secret_value(shown):
+                    shown = "in its query"
                 raise ConfigError(
-                    f"teacher.base_url holds a secret ({name or 'from the environment'}): use "
+                    f"teacher.base_url holds a secret ({shown}): use "
                     "teacher.api_key_env, or a header as in +teacher.headers.NAME=env:VARIABLE"
                 )
         for name, value in self.headers.items():
             harmless = name.casefold() in HARMLESS_HEADERS and not secret_value(value)
             if not re.fullmatch(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+", name):
                 raise ConfigError("teacher.headers: a header's name has letters, digits and -")
+            if value.startswith("env:") and not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", value[4:]):
+                raise ConfigError(  # someone may have put the key itself here
+                    f"teacher.headers.{name}: after env: comes an environment variable's name "
+                    "(printable ASCII letters, digits, underscores), never the key itself"
+                )
             if not value.startswith("env:") and not harmless:
                 raise ConfigError(
                     f"teacher.headers.{name}: put the value into an environment variable and write "
@@ -170,8 +181,13 @@ class TeacherConfig:
                     f"{place} looks secret: settings are written to files; send a secret as a "
                     "header, +teacher.headers.NAME=env:VARIABLE"
                 )
-        if self.system is not None and "environment" in (secret_value(self.system) or ""):
-            raise ConfigError("teacher.system holds an environment's secret: take it out")
+        for setting, text in (("system", self.system), ("model", self.model)):
+            why = secret_value(text) if text is not None else None
+            prose = setting == "system" and re.match("(?i:bearer|basic) ", text or "")
+            if why is not None and "environment" in why:
+                raise ConfigError(f"teacher.{setting} holds an environment's secret: take it out")
+            if why is not None and not prose:
+                raise ConfigError(f"teacher.{setting} holds what looks like a key: take it out")
 
     @property
     def asks(self) -> bool:

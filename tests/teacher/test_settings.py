@@ -7,6 +7,7 @@ from pujax.errors import ConfigError
 from pujax.teacher.settings import TeacherConfig
 
 SECRET = "sk-secret-4242-of-mine"
+FAKE = "sk-fake-4242-0123456789"
 
 
 def at(**settings):
@@ -36,6 +37,14 @@ def environment(monkeypatch):
         ({"base_url": f"http://h/v1?a=b&api-key={SECRET}"}, r"base_url holds a secret \(api-key\)"),
         ({"base_url": f"http://h/v1?sig={SECRET}"}, r"base_url holds a secret \(sig\)"),
         ({"base_url": "http://h/hush-hush-9/v1"}, r"base_url holds a secret \(from the env"),
+        ({"base_url": f"http://h/{FAKE}/v1"}, r"base_url holds a secret \(in its path\)"),
+        ({"base_url": f"http://h/v1?x={FAKE}"}, r"base_url holds a secret \(x\)"),
+        ({"base_url": "http://h/v1?code=4242"}, r"base_url holds a secret \(code\)"),
+        ({"headers": {"x-key": f"env:{FAKE}"}}, r"headers\.x-key: after env: comes an env"),
+        ({"model": FAKE}, r"teacher\.model holds what looks like a key"),
+        ({"model": "m-hush-hush-9"}, r"teacher\.model holds an environment's secret"),
+        ({"system": FAKE}, r"teacher\.system holds what looks like a key"),
+        ({"extra_body": {"user": FAKE}}, r"extra_body\.user looks secret"),
         ({"base_url": f"http://u:{SECRET}@h/v1"}, r"base_url holds a password"),
         ({"base_url": f"http://u:{SECRET}/x@h/v1"}, r"base_url holds a password"),
         ({"base_url": "http://[::1"}, r"base_url is not an address"),
