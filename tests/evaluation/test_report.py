@@ -232,6 +232,28 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys,
 
 
 @pytest.mark.parametrize(
+    ("settings", "stage", "message"),
+    [
+        (None, "train", r"config\.yaml is not there: is .* a run's directory"),
+        ("epochs: 3\nmodel: resnet\n", "sft", r"config\.yaml: not the settings of a run \(no loss"),
+        ("model: {}\nloss: {}\n", "train", r"metrics\.jsonl:1: 'train' is no stage of a run"),
+        ("model: {}\nloss: {}\n", [1], r"metrics\.jsonl:1: '\[1\]' is no stage of a run"),
+    ],
+)
+def test_what_another_program_left_in_a_folder_is_not_written_over(
+    tmp_path, settings, stage, message
+):
+    if settings is not None:
+        (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": stage, "step": 1}) + "\n")
+    for name in ("report.html", "curves.png"):
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(EvaluationError, match=message):
+        report.run(report.ReportConfig(run=str(tmp_path)))
+    assert {(tmp_path / name).read_text() for name in ("report.html", "curves.png")} == {"theirs"}
+
+
+@pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("metrics.jsonl", b'{"stage": "sft"}\n', "step is no number"),
