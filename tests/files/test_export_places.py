@@ -361,12 +361,40 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path):
         finished_run(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b", b"", b"{}\n"),
+        *(b"data: [1, 2]\n", b"model: 5\n", b"data: {system: 5}\n"),
+    ],
+)
 def test_settings_that_cannot_be_read_are_named_in_one_line(content, chat, model, tmp_path):
     (ended(tmp_path / "r", model, chat) / "config.yaml").write_bytes(content)
     with pytest.raises(WeightsError, match=r"config\.yaml: .*restore it") as caught:
         finished_run(tmp_path / "r")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["", "export", "more/export", "x.gguf"])
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "done"])
+def test_nothing_is_exported_into_a_runs_directory(mark, where, chat, model, tmp_path):
+    run = ended(tmp_path / "a", model, chat, seed=0)
+    other = ended(tmp_path / "b", model, chat, seed=1)
+    for directory in (run, other):
+        (directory / mark).write_bytes(b"")
+    (tmp_path / "link").symlink_to(other)
+    before = tree(tmp_path)
+    for place in (run, other, tmp_path / "link"):
+        for format in ("hf", "gguf", "peft"):
+            with pytest.raises(ConfigError, match=r"lies in the directory of a run, .*outside"):
+                export(run=run, out=place / where, format=format)
+    assert tree(tmp_path) == before
+
+
+def test_a_run_without_its_settings_is_not_exported(chat, model, tmp_path):
+    (ended(tmp_path / "r", model, chat, seed=0) / "config.yaml").unlink()
+    with pytest.raises(WeightsError, match=r"config\.yaml: can't be read .*restore it"):
+        export(run=tmp_path / "r", out=tmp_path / "out")
 
 
 def test_the_system_message_goes_with_the_model(chat, model, tmp_path):
