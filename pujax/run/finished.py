@@ -70,6 +70,8 @@ def _finished(directory: Path) -> Finished:
 
 def _settings(path: Path) -> dict[str, Any]:
     """The settings of a run, of the right form as far as a model made of it depends on them."""
+    if not path.is_file():
+        return {}
     try:
         settings = OmegaConf.to_container(OmegaConf.load(path))
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:

@@ -391,12 +391,6 @@ def test_nothing_is_exported_into_a_runs_directory(mark, where, chat, model, tmp
     assert tree(tmp_path) == before
 
 
-def test_a_run_without_its_settings_is_not_exported(chat, model, tmp_path):
-    (ended(tmp_path / "r", model, chat, seed=0) / "config.yaml").unlink()
-    with pytest.raises(WeightsError, match=r"config\.yaml: can't be read .*restore it"):
-        export(run=tmp_path / "r", out=tmp_path / "out")
-
-
 def test_the_system_message_goes_with_the_model(chat, model, tmp_path):
     run = ended(tmp_path / "r", model, chat, data={"system": "Answer in French."})
     said = []
