@@ -127,6 +127,40 @@ def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
     assert "sk-1234" not in shown.out + shown.err
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        "+teacher.headers.Cookie=session=hush4",
+        "+teacher.headers.Cookie='hush4'",
+        "teacher.headers={Cookie: hush4}",
+        "teacher.base_url=http://h/v1?sig=hush4",
+        "teacher.base_url='http://h/v1?anything=hush4'",
+        "teacher.base_url='http://me:hush4@h/v1'",
+        "teacher.base_url='http://me:x/hush4@h/v1'",
+        'teacher.api_key=a"hush4=b',
+        "collect.retries=${oc.env:SECOND}",
+        "+teacher.base_url=${oc.env:SECOND}/v1=",
+        "data.on_too_long=${oc.env:SECOND}",
+        "align.steps=${model.path}",
+        "align.steps=of-the-house-hush4",
+    ],
+)
+def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypatch, capsys, given):
+    monkeypatch.setenv("SECOND", "hush4")
+    monkeypatch.setenv("HOUSE_TOKEN", "of-the-house-hush4")
+    override = ["model.path=${oc.env:SECOND}"] if "model.path" in given else []
+    status = called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given)
+    shown = capsys.readouterr()
+    assert "hush4" not in shown.out + shown.err
+    if "teacher.headers.Cookie='" not in given and "base_url='" not in given:
+        assert status == 1
+        assert given.lstrip("+").split("=")[0] in shown.err
+    called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given, "align.steps=-1")
+    called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given, "--help")
+    shown = capsys.readouterr()
+    assert "hush4" not in shown.out + shown.err
+
+
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
     assert masked(" ".join(given), given) == " ".join(given)
