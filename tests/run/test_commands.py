@@ -44,6 +44,8 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("data.system=Hi, you", "data.system: a value with a comma: write 'data.system=\"Hi, you"),
         ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
         ("align.steps=-1", "align.steps=-1: must not be negative"),
+        ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),
+        ("eval.temperature=inf", "eval.temperature=inf: must be positive and finite"),
     ],
 )
 def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
