@@ -25,6 +25,7 @@ PAGE = 4  # cards of a browser shown at once; page.js has the number from the pa
 CHANGE = 0.05  # in ROUGE-L, from which an answer without a truth has gained or lost
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a sum beyond float64 is shown as inf or nan
 def write(directory: Path) -> Path:
     """Write `curves.png` and `report.html` into a run's directory; returns the page's path.
 

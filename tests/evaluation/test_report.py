@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from html import unescape
 
@@ -191,6 +192,17 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     html = page(tmp_path)
     assert "<dd>1 steps, 1 s</dd>" in html
     assert "Held-out" not in html
+
+
+def test_values_too_large_to_add_up_give_no_warnings(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "eval", "step": 0, "model": "base"}\n')
+    for model, value in (("base", 1e308), ("aligned", -1e308)):
+        found = evaluation(model, 0.5)
+        rows = tuple(replace(row, values={"rouge_l": value}) for row in found.rows)
+        save(replace(found, rows=rows), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "<h1>" in page(tmp_path)
 
 
 def test_a_run_without_a_step_has_a_report(tmp_path):
