@@ -39,7 +39,8 @@ class GenerateConfig:
             "set either run=DIRECTORY or model=PATH",
         )
         require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
-        require(self.temperature >= 0, "temperature", self.temperature, "0 is greedy, or positive")
+        finite = 0 <= self.temperature < float("inf")
+        require(finite, "temperature", self.temperature, "0 is greedy, or positive and finite")
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
         require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")

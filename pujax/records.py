@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,12 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(self.candidates >= 2, "sampling.candidates", self.candidates, "needs at least 2")
-        require(self.temperature > 0, "sampling.temperature", self.temperature, "must be positive")
+        require(
+            0 < self.temperature < math.inf,
+            "sampling.temperature",
+            self.temperature,
+            "must be positive and finite",
+        )
         require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or positive")
         require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must lie in (0, 1]")
 

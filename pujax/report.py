@@ -27,10 +27,12 @@ class ReportConfig:
 
 def run(settings: ReportConfig) -> None:
     """Write the report of each run, and print where."""
-    from pujax.evaluation.page import write
+    from pujax.evaluation.page import refuse_foreign, write
 
-    for directory in settings.runs:
-        print(write(Path(directory).expanduser()))
+    for run in settings.runs:
+        directory = Path(run).expanduser()
+        refuse_foreign(directory)
+        print(write(directory))
 
 
 _main = command("report", ReportConfig, run, folder="tools")

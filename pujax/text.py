@@ -34,6 +34,9 @@ _SECRET_NAME = re.compile(
 _SECRET_VALUE = re.compile(
     r"(?i:bearer|basic) \S{8,}|(sk-|ghp_|gho_|github_pat_|hf_|xox[abp]-|AIza|eyJ)[\w.-]{16,}"
 )
+_BEGINS_AS_KEYS = re.compile(r"(sk|hf|gh[a-z])[-_]|(bearer|basic) ", re.IGNORECASE)
+"""What is typed with such a beginning is not said, though it be too short for a key."""
+
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 _SURROGATES = re.compile("[\ud800-\udfff]")
 LEAST_SECRET = 8
@@ -95,6 +98,47 @@ def secret_segment(url: str) -> bool:
 def _secret_part(name: str, value: str) -> bool:
     plain = unquote(name)
     return secret_name(plain) or plain == "code" or bool(_SECRET_VALUE.fullmatch(unquote(value)))
+
+
+def secrets_in(key: str, value: str) -> list[str]:
+    """What may not be said of a setting that was typed as `key=value`; `key` is dotted.
+
+    That is all of it under a secret's name, among headers, and where it begins as keys do; a URL's
+    user and password and what is secret in its query, of a base_url all the query; and what
+    `${oc.env:NAME}` in it stands for.
+
+    >>> secrets_in("teacher.base_url", "http://me:pw@h/v1?sig=1")
+    ['me:pw', 'sig=1', '1']
+    """
+    *above, name = key.split(".")
+    bare = value.strip("'\"")
+    if not bare:
+        return []
+    if above[-1:] == ["headers"]:
+        whole = not bare.startswith("env:") and name.casefold() not in HARMLESS_HEADERS
+    else:
+        whole = name == "headers" or secret_name(name)
+    found = [value, bare] if whole or _BEGINS_AS_KEYS.match(bare) else []
+    if "://" in value:
+        found += re.findall(r"://(\S*)@", value)
+        if name == "base_url":
+            found += re.findall(r"\?([^\s'\"]+)", value)
+        for part, secret in re.findall(r"[?&]([^=&#\s]+)=([^&#\s'\"]+)", value):
+            found += [secret] if secret_name(part) or part == "code" else []
+    for variable in re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", value):
+        found += [os.environ[variable]] if os.environ.get(variable) else []
+    return list(dict.fromkeys(found))
+
+
+def hide(text: str, secret: str) -> str:
+    """`text` without `secret`, as it stands, as Python shows it or with its quotes escaped."""
+    forms = {secret, repr(secret)[1:-1], secret.replace('"', '\\"')}
+    for form in sorted(forms, key=len, reverse=True):
+        if len(form) < 4:  # inside of a word it would be found in any text
+            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASKED, text)
+        else:
+            text = text.replace(form, MASKED)
+    return text
 
 
 def mask(value: Any, name: str = "") -> Any:

@@ -25,6 +25,7 @@ PAGE = 4  # cards of a browser shown at once; page.js has the number from the pa
 CHANGE = 0.05  # in ROUGE-L, from which an answer without a truth has gained or lost
 
 
+@np.errstate(over="ignore", invalid="ignore")  # a sum beyond float64 is shown as inf or nan
 def write(directory: Path) -> Path:
     """Write `curves.png` and `report.html` into a run's directory; returns the page's path.
 
@@ -49,15 +50,38 @@ def write(directory: Path) -> Path:
     return page
 
 
+def refuse_foreign(directory: Path) -> None:
+    """Raise `EvaluationError` unless `directory` is a run's, by its settings.
+
+    For who gives a directory by hand: a file of one of this page's names may be another program's.
+    """
+    path = directory / "config.yaml"
+    if not path.is_file():
+        raise EvaluationError(f"{path} is not there: is {directory} a run's directory?")
+    _, settings = _settings(path)
+    missing = [key for key in ("model", "loss") if key not in settings]
+    if missing:
+        raise EvaluationError(
+            f"{path}: not the settings of a run (no {missing[0]}): is {directory} a run's "
+            "directory?"
+        )
+
+
 # Reading what the run left.
 
 
 def _steps(path: Path) -> list[Line]:
     """The lines of the stages' steps; each number is one, or null where it wasn't finite."""
     lines = []
-    for line in read_jsonl(path):
-        if line.get("stage") not in STAGES:
+    for number, line in enumerate(read_jsonl(path), 1):
+        stage = line.get("stage")
+        if stage == "eval":
             continue
+        if stage not in STAGES:
+            raise EvaluationError(
+                f"{path}:{number}: {str(stage)[:80]!r} is no stage of a run: is {path.parent} a "
+                "run's directory? If so, remove this line"
+            )
         numbers = {name: value for name, value in line.items() if name != "stage"}
         wrong = [
             name

@@ -2,13 +2,15 @@
 
 import html
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pujax.models.decoder import DecoderConfig
 
 _TAG = "tags: [pujax]"
+
+_TOKENIZER_FILES = "pujax_tokenizer_files: "
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -23,9 +25,13 @@ _PRIVATE = re.compile(r"key|secret|password|authorization|header|url|path", re.I
 
 
 def model_card(
-    config: DecoderConfig, card: Mapping[str, Any], *, library: str = "transformers"
+    config: DecoderConfig,
+    card: Mapping[str, Any],
+    *,
+    library: str = "transformers",
+    tokenizer_files: Iterable[str] = (),
 ) -> str:
-    """A README.md with the front matter of the model hub.
+    """A README.md with the front matter of the model hub, and in it the `tokenizer_files`.
 
     `card` has the run's settings, or for a model without a run `student`, where it came from.
     What made the model is listed; the teacher's settings, paths and headers are not.
@@ -34,6 +40,8 @@ def model_card(
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", _TAG]
     if _HUB_ID.fullmatch(origin) and not Path(origin).exists():
         front.append(f"base_model: {origin}")
+    if library == "transformers":
+        front.append(f"{_TOKENIZER_FILES}[{', '.join(tokenizer_files)}]")
     parts = [
         "\n".join([*front, "---"]),
         f"A {config.family} model of {config.layers} layers, written by pujax. The licence of the "
@@ -61,6 +69,14 @@ def is_card(path: Path) -> bool:
         return False
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return lines[:1] == ["---"] and "---" in lines[1:] and _TAG in lines[: lines.index("---", 1)]
+
+
+def tokenizer_files(path: Path) -> list[str] | None:
+    """The tokenizer's files that a card lists; None for a card of before there was such a list."""
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if line.startswith(_TOKENIZER_FILES):
+            return re.findall(r"[\w.-]+", line.removeprefix(_TOKENIZER_FILES))
+    return None
 
 
 def student(card: Mapping[str, Any]) -> str:

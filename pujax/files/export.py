@@ -16,7 +16,7 @@ import numpy as np
 
 from pujax.errors import ConfigError, WeightsError
 from pujax.files import gguf, safetensors
-from pujax.files.card import is_card, model_card, student
+from pujax.files.card import is_card, model_card, student, tokenizer_files
 from pujax.files.chat import Chat
 from pujax.files.durable import flush, on_disk, write_whole
 from pujax.models import lora
@@ -56,7 +56,9 @@ def export_hf(
         if lora.split(params)[1]["layers"]:
             _write_adapter(config, params, fresh / ADAPTER, card)
         chat.save(fresh)
-        write_whole(fresh / "README.md", model_card(config, card).encode())
+        listed = [name for name in _CHAT_FILES if (fresh / name).is_file()]
+        told = model_card(config, card, tokenizer_files=listed)
+        write_whole(fresh / "README.md", told.encode())
         safetensors.save(fresh, config, _merged(config, params), dtype=dtype)
 
 
@@ -226,6 +228,7 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
     """
     if directory.suffix == ".gguf":
         raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
+    _refuse_dangling(directory)
     if not directory.exists():
         return
     if not directory.is_dir():
@@ -237,12 +240,26 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
             f"out={directory}: holds files that no such export wrote ({held[0]} and "
             f"{len(held) - 1} more): move them away, or choose an empty or a new directory"
         )
+    ours = tokenizer_files(directory / "README.md") if held else None
+    theirs = [name for name in _CHAT_FILES if ours is not None and name in set(held) - set(ours)]
+    if theirs and last == "config.json":
+        raise ConfigError(
+            f"out={directory}: the export there did not write {theirs[0]}, which would count as "
+            "part of the tokenizer: move it away, or choose an empty or a new directory"
+        )
 
 
 def refuse_foreign_file(path: Path) -> None:
     """Raise `ConfigError` unless the name is free or an export's GGUF file has it."""
     if path.is_dir():
         raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
+    _refuse_dangling(path.parent)
+    _refuse_dangling(path)
+    if path.is_symlink():
+        raise ConfigError(
+            f"out={path}: is a symbolic link to {path.readlink()}: name that, or choose another "
+            "name"
+        )
     if not path.exists():
         return
     try:
@@ -253,4 +270,12 @@ def refuse_foreign_file(path: Path) -> None:
         raise ConfigError(
             f"out={path}: a file that this export did not write: move it away, or choose another "
             "name"
+        )
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"out={path}: is a symbolic link to {path.readlink()}, which is not there: make that, "
+            "or remove the link"
         )

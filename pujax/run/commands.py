@@ -18,10 +18,9 @@ from omegaconf.errors import OmegaConfBaseException
 from pujax import __version__
 from pujax.errors import PujaxError, StopRequested, require
 from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.text import MASKED, hide, mask, secrets_in
 
 T = TypeVar("T")
-
-SECRET = re.compile(r"(^|[._-])(key|secret|password|passwd|authorization|auth|token|bearer)$", re.I)
 
 REMEDIES = {
     errno.ENOSPC: "make room and start the same command again",
@@ -73,7 +72,8 @@ def command(
             where = f"{conf_dir()}/{folder}".rstrip("/")
             flags = {given for given in overrides if given.startswith("-")}
             if flags and flags <= {"--help", "-h"}:
-                print(_help(name, Path(where), [o for o in overrides if o not in flags]))
+                told = _help(name, Path(where), [o for o in overrides if o not in flags])
+                print(masked(told, overrides))
                 return
             hydra.main(config_path=where, config_name=name, version_base="1.3")(job)()
         except (KeyboardInterrupt, Exception, _Ended) as error:
@@ -128,7 +128,8 @@ def in_new_words(name: str) -> None:
         else:
             words.append(f"run={word}")
     if words != sys.argv[1:]:
-        sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {' '.join(words)}")
+        told = masked(" ".join(words), sys.argv[1:])
+        sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {told}")
 
 
 def listed(key: str, value: Any) -> list[str]:
@@ -181,8 +182,12 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type, conf:
         why = (cause or text).splitlines()[0]
         if "Environment variable" in why:
             why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
+        why = _plain(why)
         given = [o for o in overrides if o.lstrip("+~").split("=")[0] == found[1]]
-        return f"{given[0] if given else found[1]}: {_plain(why)}"
+        # What was not typed came from a file or an interpolation, and may be anything.
+        if (value := re.search(r"Value '(.*)'", why)) and not any(value[1] in o for o in given):
+            why = why.replace(value[1], MASKED)
+        return f"{given[0] if given else found[1]}: {why}"
     if "Ambiguous value" in text:
         key, _, value = text.split("'")[1].partition("=")
         return (
@@ -218,11 +223,9 @@ def _plain(text: str) -> str:
 
 
 def masked(text: str, overrides: Iterable[str]) -> str:
-    """`text` with three stars for each value of `overrides` that looks like a secret."""
+    """`text` with three stars for what is secret of `overrides` and of the environment."""
     for given in overrides:
-        key, _, value = given.partition("=")
-        if value and (SECRET.search(key) or re.match(r"(sk|hf|gh[a-z])[-_]|Bearer ", value)):
-            text = text.replace(value, "***").replace(value.strip("'\""), "***")
-        for secret in re.findall(r"[?&][\w-]*(?:key|token|secret)=([^&\s]+)", value, re.I):
-            text = text.replace(secret, "***")
-    return text
+        key, _, value = given.lstrip("+~").partition("=")
+        for secret in secrets_in(key, value):
+            text = hide(text, secret)
+    return mask(text)

@@ -65,17 +65,27 @@ def _finished(directory: Path) -> Finished:
             f"{directory}: this run has not ended: it has not come to its end with a whole export/ "
             "in it; start the command that made it again, and it goes on"
         )
-    path = directory / "config.yaml"
-    settings: Any = {}
-    if path.is_file():
-        try:
-            settings = OmegaConf.to_container(OmegaConf.load(path))
-        except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-            told = " ".join(str(error).split())
-            raise WeightsError(f"{path}: can't be read ({told}): restore it") from error
-    if not isinstance(settings, dict):
+    return Finished(directory / "export", _settings(directory / "config.yaml"))
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    """The settings of a run, of the right form as far as a model made of it depends on them."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = OmegaConf.to_container(OmegaConf.load(path))
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
+        told = " ".join(str(error).split())
+        raise WeightsError(f"{path}: can't be read ({told}): restore it") from error
+    if not isinstance(settings, dict) or not settings:
         raise WeightsError(f"{path}: holds no settings: restore it")
-    return Finished(directory / "export", {str(key): value for key, value in settings.items()})
+    for key in ("data", "model"):
+        if not isinstance(settings.get(key, {}), dict):
+            raise WeightsError(f"{path}: {key}={settings[key]!r} holds no settings: restore it")
+    system = settings.get("data", {}).get("system")
+    if not isinstance(system, str | None):
+        raise WeightsError(f"{path}: data.system={system!r} is no text: restore it")
+    return {str(key): value for key, value in settings.items()}
 
 
 def export(
@@ -103,6 +113,7 @@ def export(
         refuse_foreign_file,
     )
 
+    _refuse_run(out)
     if format == "gguf" and out.suffix != ".gguf":
         if out.is_file():
             raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
@@ -125,3 +136,18 @@ def export(
         return out
     export_hf(config, params, chat, out, card, dtype=dtype)
     return out
+
+
+def _refuse_run(out: Path) -> None:
+    """Raise `ConfigError` where `out` is a run's directory or lies in one: its files are results.
+
+    A run's own end writes its export/ without asking here.
+    """
+    place = out.resolve()
+    for directory in (place, *place.parents):
+        begun = (directory / "metrics.jsonl").exists() or (directory / "done").exists()
+        if begun and (directory / "config.yaml").exists():
+            raise ConfigError(
+                f"out={out}: lies in the directory of a run, {directory}, whose files are its "
+                "results: choose a place outside of it"
+            )

@@ -267,7 +267,12 @@ class EvalConfig:
             "must be positive",
         )
         require(self.samples >= 0, "eval.samples", self.samples, "must not be negative")
-        require(self.temperature > 0, "eval.temperature", self.temperature, "must be positive")
+        require(
+            0 < self.temperature < math.inf,
+            "eval.temperature",
+            self.temperature,
+            "must be positive and finite",
+        )
 
 
 @dataclass(frozen=True)

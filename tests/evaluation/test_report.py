@@ -4,6 +4,7 @@ import shutil
 import struct
 import subprocess
 import sys
+import warnings
 from dataclasses import replace
 from html import unescape
 
@@ -193,6 +194,17 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     assert "Held-out" not in html
 
 
+def test_values_too_large_to_add_up_give_no_warnings(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"stage": "eval", "step": 0, "model": "base"}\n')
+    for model, value in (("base", 1e308), ("aligned", -1e308)):
+        found = evaluation(model, 0.5)
+        rows = tuple(replace(row, values={"rouge_l": value}) for row in found.rows)
+        save(replace(found, rows=rows), tmp_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert "<h1>" in page(tmp_path)
+
+
 def test_a_run_without_a_step_has_a_report(tmp_path):
     with RunLog(tmp_path) as log:
         log.evaluation("base", 0, {"eval/exact": 0.0})
@@ -229,6 +241,28 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys,
         status(str(directory))
         == f"pujax.report: write it as: python -m pujax.report run={directory}"
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "message"),
+    [
+        (None, "train", r"config\.yaml is not there: is .* a run's directory"),
+        ("epochs: 3\nmodel: resnet\n", "sft", r"config\.yaml: not the settings of a run \(no loss"),
+        ("model: {}\nloss: {}\n", "train", r"metrics\.jsonl:1: 'train' is no stage of a run"),
+        ("model: {}\nloss: {}\n", [1], r"metrics\.jsonl:1: '\[1\]' is no stage of a run"),
+    ],
+)
+def test_what_another_program_left_in_a_folder_is_not_written_over(
+    tmp_path, settings, stage, message
+):
+    if settings is not None:
+        (tmp_path / "config.yaml").write_text(settings)
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": stage, "step": 1}) + "\n")
+    for name in ("report.html", "curves.png"):
+        (tmp_path / name).write_text("theirs")
+    with pytest.raises(EvaluationError, match=message):
+        report.run(report.ReportConfig(run=str(tmp_path)))
+    assert {(tmp_path / name).read_text() for name in ("report.html", "curves.png")} == {"theirs"}
 
 
 @pytest.mark.parametrize(

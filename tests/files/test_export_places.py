@@ -117,6 +117,33 @@ def test_a_template_of_the_export_before_does_not_outlive_it(model, tmp_path):
     assert not Chat.load(tmp_path).tokenizer.chat_template
 
 
+def test_a_tokenizers_file_that_no_export_wrote_is_left(chat, model, tmp_path):
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    fill(tmp_path, "added_tokens.json")
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=r"did not write added_tokens\.json.*move it away"):
+        export_hf(model[0], model[1], chat, tmp_path, {})
+    assert tree(tmp_path) == before
+
+
+def test_links_are_named_and_not_written_through(chat, model, tmp_path):
+    export_gguf(model[0], model[1], chat, tmp_path / "real.gguf")
+    (tmp_path / "to.gguf").symlink_to(tmp_path / "real.gguf")
+    for name in ("gone", "gone.gguf"):
+        (tmp_path / name).symlink_to(tmp_path / "nowhere")
+    for write, out, message in (
+        (export_hf, "gone", "nowhere, which is not there"),
+        (export_gguf, "gone.gguf", "nowhere, which is not there"),
+        (export_gguf, "gone/x.gguf", "nowhere, which is not there"),
+        (export_gguf, "to.gguf", r"to\.gguf: is a symbolic link to .*real\.gguf: name that"),
+    ):
+        extra = ({},) if write is export_hf else ()
+        with pytest.raises(ConfigError, match=message):
+            write(model[0], model[1], chat, tmp_path / out, *extra)
+    assert (tmp_path / "to.gguf").is_symlink()
+
+
 def test_an_export_of_the_version_before_is_known_by_its_card(chat, model, tmp_path):
     safetensors.save(tmp_path, model[0], model[1])
     (tmp_path / "README.md").write_text(OLD_CARD)
@@ -361,12 +388,34 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path):
         finished_run(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b", b"", b"{}\n"),
+        *(b"data: [1, 2]\n", b"model: 5\n", b"data: {system: 5}\n"),
+    ],
+)
 def test_settings_that_cannot_be_read_are_named_in_one_line(content, chat, model, tmp_path):
     (ended(tmp_path / "r", model, chat) / "config.yaml").write_bytes(content)
     with pytest.raises(WeightsError, match=r"config\.yaml: .*restore it") as caught:
         finished_run(tmp_path / "r")
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("where", ["", "export", "more/export", "x.gguf"])
+@pytest.mark.parametrize("mark", ["metrics.jsonl", "done"])
+def test_nothing_is_exported_into_a_runs_directory(mark, where, chat, model, tmp_path):
+    run = ended(tmp_path / "a", model, chat, seed=0)
+    other = ended(tmp_path / "b", model, chat, seed=1)
+    for directory in (run, other):
+        (directory / mark).write_bytes(b"")
+    (tmp_path / "link").symlink_to(other)
+    before = tree(tmp_path)
+    for place in (run, other, tmp_path / "link"):
+        for format in ("hf", "gguf", "peft"):
+            with pytest.raises(ConfigError, match=r"lies in the directory of a run, .*outside"):
+                export(run=run, out=place / where, format=format)
+    assert tree(tmp_path) == before
 
 
 def test_the_system_message_goes_with_the_model(chat, model, tmp_path):

@@ -44,6 +44,8 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("data.system=Hi, you", "data.system: a value with a comma: write 'data.system=\"Hi, you"),
         ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
         ("align.steps=-1", "align.steps=-1: must not be negative"),
+        ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),
+        ("eval.temperature=inf", "eval.temperature=inf: must be positive and finite"),
     ],
 )
 def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
@@ -125,6 +127,40 @@ def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
     assert called(monkeypatch, lambda _: None, "+experiment=smoke", given) == 1
     shown = capsys.readouterr()
     assert "sk-1234" not in shown.out + shown.err
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "+teacher.headers.Cookie=session=hush4",
+        "+teacher.headers.Cookie='hush4'",
+        "teacher.headers={Cookie: hush4}",
+        "teacher.base_url=http://h/v1?sig=hush4",
+        "teacher.base_url='http://h/v1?anything=hush4'",
+        "teacher.base_url='http://me:hush4@h/v1'",
+        "teacher.base_url='http://me:x/hush4@h/v1'",
+        'teacher.api_key=a"hush4=b',
+        "collect.retries=${oc.env:SECOND}",
+        "+teacher.base_url=${oc.env:SECOND}/v1=",
+        "data.on_too_long=${oc.env:SECOND}",
+        "align.steps=${model.path}",
+        "align.steps=of-the-house-hush4",
+    ],
+)
+def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypatch, capsys, given):
+    monkeypatch.setenv("SECOND", "hush4")
+    monkeypatch.setenv("HOUSE_TOKEN", "of-the-house-hush4")
+    override = ["model.path=${oc.env:SECOND}"] if "model.path" in given else []
+    status = called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given)
+    shown = capsys.readouterr()
+    assert "hush4" not in shown.out + shown.err
+    if "teacher.headers.Cookie='" not in given and "base_url='" not in given:
+        assert status == 1
+        assert given.lstrip("+").split("=")[0] in shown.err
+    called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given, "align.steps=-1")
+    called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given, "--help")
+    shown = capsys.readouterr()
+    assert "hush4" not in shown.out + shown.err
 
 
 def test_a_value_that_is_none_is_said():
