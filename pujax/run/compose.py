@@ -6,7 +6,8 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -85,7 +86,8 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
 
     Nothing is called, so a node says `_partial_: true`; entries that are nodes themselves are built
     first. Only functions of pujax and of the packages in `trusted` are looked for. Raises
-    `ConfigError` naming `key` for anything else, an unknown keyword or a missing one.
+    `ConfigError` naming `key` for anything else, an unknown keyword, a missing one, or a value of
+    another type than the function's signature says.
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
@@ -168,3 +170,48 @@ def _check_bound(target: str, function: Any, keywords: Mapping[str, Any], key: s
     ]
     if unset:
         raise ConfigError(f"{key}: {name} also needs {unset}")
+    try:
+        wanted = get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    except Exception:  # an annotation that can't be read says nothing about the value
+        return
+    for name, value in keywords.items():
+        if not _fits(value, wanted.get(name, Any)):
+            what = _described(wanted[name])
+            raise ConfigError(f"{key}.{name}={value!r}: write {what}")
+
+
+TYPES: Mapping[Any, str] = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    NoneType: "null",
+}
+"""The annotations that a setting's value is held against, and what each asks for."""
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a keyword's value is of the annotated type; any is where that is none we know."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Callable:
+        return callable(value)
+    if origin in (Sequence, list):
+        return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
+    if wanted in (int, float):
+        numbers = int if wanted is int else int | float
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return wanted not in TYPES or isinstance(value, wanted)
+
+
+def _described(wanted: Any) -> str:
+    """What an annotation asks for, in a person's words."""
+    origin, parts = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return " or ".join(_described(part) for part in parts)
+    if origin is Callable:
+        return "a function, by _target_ with _partial_: true"
+    if origin in (Sequence, list):
+        return f"a list, each {_described(parts[0])}"
+    return TYPES.get(wanted, str(wanted))

@@ -40,10 +40,11 @@ def load_data(
     A configured teacher is asked for the anchors that the store lacks, before anything else.
     Raises `DataError`, and what reading prompts and asking raise.
     """
+    teacher = with_protocol(config.teacher, config.trusted)
     parts = [list(load_prompts(source)) for source in (config.data.prompts, config.data.heldout)]
     anchors = anchors_for(
         [*parts[0], *parts[1]],
-        with_protocol(config.teacher, config.trusted),
+        teacher,
         Path(config.data.anchors),
         config.collect,
         say=say,

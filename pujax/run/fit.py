@@ -70,6 +70,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     chat = Chat.load(config.model.path)
+    # What is wrong in these shows before anything is read, and before a teacher is paid.
+    recipe, loss_fn = build_recipe(config, chat)
+    metrics = build_metrics(config.eval, config.trusted)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
@@ -83,8 +86,6 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         begun=(directory / "metrics.jsonl").exists(),
         say=say,
     )
-    recipe, loss_fn = build_recipe(config, chat, train_data)
-    metrics = build_metrics(config.eval, config.trusted)
     checkpoints = Checkpoints(
         directory,
         keep=config.checkpoint.keep,
@@ -364,7 +365,7 @@ def check_positions(model: DecoderConfig, data: Dataset) -> None:
     )
 
 
-def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe, LossFn]:
+def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
     """The functions that the settings name, tried on shapes so that a wrong value fails now.
 
     Raises `ConfigError`.
@@ -374,7 +375,7 @@ def build_recipe(config: TrainConfig, chat: Chat, data: Dataset) -> tuple[Recipe
     loss_fn, said = build_loss(config.loss, trusted)
     recipe = Recipe(
         sampling=config.sampling,
-        response_size=data.response_size,
+        response_size=config.data.max_response_tokens,
         scorer=build(config.scorer.score, "scorer.score", trusted),
         by_policy=config.scorer.by == "policy",
         labels=labels,

@@ -1,3 +1,4 @@
+import re
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -216,6 +217,58 @@ def test_build_refuses_unknown_functions_and_keywords(bad, message):
 def test_build_runs_nothing_and_looks_where_it_may_alone(bad, message):
     with pytest.raises(ConfigError, match=message):
         build(bad, "loss")
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (
+            node("losses.ipo", pairs=node("labels.best_vs_worst"), beta="abc"),
+            "loss.beta='abc': write a number",
+        ),
+        (node("labels.softmax_labels", tau="abc"), "loss.tau='abc': write a number"),
+        (node("labels.softmax_labels", tau=True), "loss.tau=True: write a number"),
+        (node("labels.softmax_labels", tau=None), "loss.tau=None: write a number"),
+        (
+            node("labels.softmax_labels", tau=1, standardized=1),
+            "loss.standardized=1: write true or false",
+        ),
+        (
+            node("scoring.blend", scores=[node("scoring.rouge")], weights=["a", "b"]),
+            "loss.weights=['a', 'b']: write a list, each a number",
+        ),
+        (
+            node("scoring.blend", scores=[node("scoring.rouge")], weights=1.0),
+            "loss.weights=1.0: write a list, each a number",
+        ),
+        (
+            node("losses.ipo", beta=0.1, pairs="best"),
+            "loss.pairs='best': write a function, by _target_ with _partial_: true",
+        ),
+    ],
+)
+def test_a_value_of_another_type_than_the_function_takes_is_named(bad, message):
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        build(bad, "loss")
+
+
+def test_a_value_is_held_against_the_types_that_are_known(tmp_path, monkeypatch):
+    (tmp_path / "my_typed.py").write_text(
+        "def typed(x, *, size: int | None = 1, name: str = '', mean: float = 0.0,"
+        " other: 'NotThere' = 0):\n    return x\n"
+        "def known(x, *, size: int | None = 1, mean: float = 0.0, other: dict = {}):\n"
+        "    return x\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def built(name, **keywords):
+        given = {"_target_": f"my_typed.{name}", "_partial_": True} | keywords
+        return build(given, "loss", ["my_typed"]).keywords
+
+    assert built("known", size=None, mean=2, other=5) == {"size": None, "mean": 2, "other": 5}
+    assert built("typed", size="unread", other=[1]) == {"size": "unread", "other": [1]}
+    with pytest.raises(ConfigError, match=r"loss\.size=1\.5: write a whole number or null"):
+        built("known", size=1.5)
 
 
 def test_a_function_of_a_trusted_package_is_taken(tmp_path, monkeypatch):

@@ -70,21 +70,40 @@ def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(c
 
 
 def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
-    data = dataset(chat, ["Yes"], 4)
     with pytest.raises(ConfigError, match=r"loss\.beta=-1"):
-        build_recipe(config_of("loss.beta=-1"), chat, data)
+        build_recipe(config_of("loss.beta=-1"), chat)
     with pytest.raises(ConfigError, match=r"labels\.tau=0"):
-        build_recipe(config_of("labels.tau=0"), chat, data)
+        build_recipe(config_of("labels.tau=0"), chat)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("loss.beta=abc", r"loss\.beta='abc'"),
+        ("scorer.score.weights=[a,b]", r"scorer\.score\.weights=\['a', 'b'\]"),
+        ("eval.metrics.exact.function._target_=os.getcwd", r"trusted=\[os\]"),
+        ("+teacher.protocol._target_=os.getcwd", r"teacher\.protocol"),
+    ],
+)
+def test_what_settings_name_is_built_before_prompts_and_weights_are_read(
+    tmp_path, monkeypatch, wrong, said
+):
+    def read(*_):
+        pytest.fail("read")
+
+    monkeypatch.setattr("pujax.run.data.load_prompts", read)
+    monkeypatch.setattr("pujax.run.fit.load_student", read)
+    with pytest.raises(ConfigError, match=said):
+        fit(config_of(wrong), tmp_path)
 
 
 def test_a_loss_can_say_what_it_needs(chat):
-    data = dataset(chat, ["Yes"], 4)
-    plain, _ = build_recipe(config_of("loss=grpo"), chat, data)
+    plain, _ = build_recipe(config_of("loss=grpo"), chat)
     assert not plain.needs.anchor
-    said, _ = build_recipe(config_of("loss=grpo", "+loss.needs.anchor=true"), chat, data)
+    said, _ = build_recipe(config_of("loss=grpo", "+loss.needs.anchor=true"), chat)
     assert said.needs.anchor
     with pytest.raises(ConfigError, match=r"loss\.needs\.ancor=True"):
-        build_recipe(config_of("loss=grpo", "+loss.needs.ancor=true"), chat, data)
+        build_recipe(config_of("loss=grpo", "+loss.needs.ancor=true"), chat)
 
 
 def test_prompts_that_are_in_both_files_are_refused(chat):
