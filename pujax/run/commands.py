@@ -1,5 +1,6 @@
 """What every command is: settings composed and checked, one function called, errors in one line."""
 
+import argparse
 import difflib
 import errno
 import os
@@ -11,16 +12,34 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
-from pujax.errors import PujaxError, StopRequested, require
+from pujax.errors import ConfigError, PujaxError, StopRequested, require
 from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.text import MASKED, hide, mask, secrets_in
 
 T = TypeVar("T")
+
+# Hydra's options that have a value as their next word; --info may have one.
+VALUED = frozenset(
+    {
+        "--cfg",
+        "-c",
+        "--package",
+        "-p",
+        "--config-path",
+        "-cp",
+        "--config-name",
+        "-cn",
+        "--config-dir",
+        "-cd",
+        "--experimental-rerun",
+    }
+)
 
 REMEDIES = {
     errno.ENOSPC: "make room and start the same command again",
@@ -65,11 +84,14 @@ def command(
             return
         # An experiment is no group of the defaults list, so Hydra wants a plus before it.
         overrides = [re.sub(r"^(?=experiment=)", "+", given) for given in sys.argv[1:]]
+        overrides = _in_order(name, overrides)
         sys.argv = [sys.argv[0], *overrides]
         whole = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what is said is said here
         try:
             where = f"{conf_dir()}/{folder}".rstrip("/")
+            if name != "train" and any(given.startswith("+experiment=") for given in overrides):
+                raise ConfigError("experiment: train alone takes one: name what it sets by itself")
             flags = {given for given in overrides if given.startswith("-")}
             if flags and flags <= {"--help", "-h"}:
                 told = _help(name, Path(where), [o for o in overrides if o not in flags])
@@ -91,6 +113,42 @@ def command(
     return main
 
 
+def _in_order(name: str, words: Sequence[str]) -> list[str]:
+    """The options with their values, then the overrides: Hydra's parser takes no other order.
+
+    Raises SystemExit with status 2 and one line for an option that it does not know.
+    """
+    parser = get_args_parser()
+    parser.exit_on_error = False
+    options, overrides, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("-"):
+            overrides.append(word)
+            continue
+        options.append(word)
+        if rest and (word in VALUED or (word in ("--info", "-i") and "=" not in rest[0])):
+            options.append(rest.pop(0))
+    try:
+        _, unknown = parser.parse_known_args(options)
+    except argparse.ArgumentError as error:
+        unknown, said = [], str(error)
+    else:
+        said = f"no option {' '.join(unknown)}" if unknown else ""
+    if said:
+        print(f"pujax.{name}: {masked(said, words)}: --hydra-help tells of all", file=sys.stderr)
+        sys.exit(2)
+    return [*options, *overrides]
+
+
+def _groups(name: str, conf: Path) -> list[str]:
+    """The groups that a command takes: those of its defaults list, and train's experiments."""
+    defaults = OmegaConf.to_container(OmegaConf.load(conf / f"{name}.yaml"))["defaults"]
+    keys = [key for entry in defaults if isinstance(entry, dict) for key in entry]
+    keys = [key for key in keys if not key.startswith("override ")]
+    return [*keys, "experiment"] if name == "train" else keys
+
+
 def _help(name: str, conf: Path, overrides: list[str]) -> str:
     """Every setting of a command with its value, and the groups to choose from.
 
@@ -98,10 +156,12 @@ def _help(name: str, conf: Path, overrides: list[str]) -> str:
     """
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         settings = OmegaConf.to_yaml(hydra.compose(name, overrides=overrides))
+    taken = _groups(name, conf)
     groups = [
         f"  {path.relative_to(conf)}={'|'.join(sorted(file.stem for file in path.glob('*.yaml')))}"
         for path in sorted(conf.rglob("*"))
-        if any(path.glob("*.yaml")) and path.name not in ("tools", "base")
+        if any(path.glob("*.yaml")) and path.name != "base"
+        if path.relative_to(conf).parts[0] in taken
     ]
     return "\n".join(
         [
@@ -179,7 +239,9 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type, conf:
         listed = f" ({group} has {', '.join(choices)})" if choices else ""
         return f"{group}={choice}: no such choice{_nearest(choice, choices)}{listed}"
     if found := re.search(r"full_key: (\S+)", cause or text):
-        why = (cause or text).splitlines()[0]
+        lines = (cause or text).splitlines()
+        # Of a file that does not fit, the first line says which and the next one why.
+        why = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         if "Environment variable" in why:
             why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
         why = _plain(why)
@@ -199,11 +261,12 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type, conf:
 
 def _unknown_key(key: str, error: Exception, schema: type, conf: Path) -> str:
     """A key that the settings don't have, with the nearest that they have."""
-    known = [*_keys(schema), *(path.name for path in conf.iterdir() if path.is_dir())]
+    known = list(_keys(schema))
     node = getattr(error.__cause__, "parent_node", None)
     if isinstance(node, DictConfig):  # inside of a function's node, which no schema describes
         known += [f"{key.rpartition('.')[0]}.{name}" for name in node if "_target_" in node]
-    return f"{key}: no such setting{_nearest(key, known)}"
+    near = _nearest(key, [other for other in known if other != key])
+    return f"{key}: no such setting{near or ': take it out'}"
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -1,7 +1,9 @@
 """The wrapper of every command: what it says, and with which exit status."""
 
 import errno
+import importlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -9,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pujax import __version__
+from pujax import __version__, benchmark, generate
 from pujax.__main__ import COMMANDS
 from pujax.errors import DataError, StopRequested
 from pujax.run import commands
@@ -94,6 +96,72 @@ def test_an_experiment_needs_no_plus_and_its_settings_arrive(monkeypatch):
         assert called(monkeypatch, seen.append, spelling, "align.steps=7") == 0
     assert seen[0] == seen[1]
     assert (seen[0].run.name, seen[0].align.steps) == ("smoke", 7)
+
+
+def test_options_may_stand_anywhere(monkeypatch, tmp_path):
+    (tmp_path / "loss").mkdir()
+    (tmp_path / "loss" / "hinge.yaml").write_text("_target_: mine.hinge\n_partial_: true\n")
+    seen = []
+    words = ("+experiment=smoke", "--config-dir", str(tmp_path), "loss=hinge")
+    assert called(monkeypatch, seen.append, *words) == 0
+    assert seen[0].loss["_target_"] == "mine.hinge"
+    sweep = ("+experiment=smoke", f"run.root={tmp_path}", "-m", "seed=0,1")
+    assert called(monkeypatch, seen.append, *sweep) == 0
+    assert [config.seed for config in seen[1:]] == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("--foo", "align.steps=1"), "no option --foo"),
+        (("align.steps=1", "--config-dir"), "argument --config-dir/-cd: expected one argument"),
+        (("--cfg", "all-of-it"), "argument --cfg/-c: invalid choice: 'all-of-it'"),
+    ],
+)
+def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", *words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {said}")
+
+
+def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nalign: {speed: 1}\n")
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pujax.train: align.speed: In 'experiment/mine': ")
+    assert "Key 'speed' not in 'AlignConfig'" in said
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        ("train", "eval experiment labels loss model scorer teacher teacher/protocol"),
+        ("benchmark", "labels loss model scorer"),
+        ("collect", "teacher teacher/protocol"),
+        ("evaluate", "suite"),
+        ("generate", ""),
+        ("report", ""),
+    ],
+)
+def test_help_lists_the_groups_that_the_command_takes(monkeypatch, capsys, name, groups):
+    monkeypatch.setattr(sys, "argv", ["pujax", "--help"])
+    importlib.import_module(f"pujax.{name}").main()
+    said = capsys.readouterr().out.partition("Settings")[0]
+    assert re.findall(r"^  ([a-z/]+)=", said, re.M) == groups.split()
+
+
+def test_what_a_command_does_not_take_is_not_proposed(monkeypatch, capsys):
+    for main, given, said in (
+        (generate.main, "suite=signal", "suite: no such setting: take it out"),
+        (benchmark.main, "experiment=smoke", "experiment: train alone takes one"),
+        (benchmark.main, "teacher=openai", "teacher: no such setting"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["pujax", given])
+        with pytest.raises(SystemExit):
+            main()
+        assert said in capsys.readouterr().err
 
 
 def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
