@@ -1,12 +1,14 @@
 """Evaluations side by side, for a terminal, for Markdown and for the page."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.console import Console, ConsoleOptions
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.table import Table
 
 from pujax.evaluation.metrics import QUALITY, Shown
@@ -112,27 +114,58 @@ def note(columns: Sequence[Column]) -> str:
     return text
 
 
-def table(columns: Sequence[Column], *, against_first: bool = False) -> Table:
-    """The comparison for a terminal; clear gains are green, clear losses red."""
+def table(columns: Sequence[Column], *, against_first: bool = False) -> "Wide":
+    """The comparison for a terminal; clear gains are green, clear losses red.
+
+    What is too wide for it goes on in a further table: no number is ever cut.
+    """
     header, rows = cells(columns, against_first=against_first)
     shown = shown_by(run for column in columns for run in _runs(column))
-    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    grid.caption, grid.caption_justify = note(columns), "left"
-    grid.add_column("held-out", no_wrap=True)
-    for name in header:
-        grid.add_column(escape(name), justify="right")
+    texts = {}
     for metric, row in rows.items():
-        texts = [escape(shown[metric].title)]
+        texts[escape(shown[metric].title)] = written = []
         for cell in row:
             if isinstance(cell, str):
-                texts.append(cell)
+                written.append(cell)
             else:
                 # Without the space, so that a narrow terminal breaks the line before the bracket.
                 text = escape(interval(shown[metric], cell).replace(", ", ","))
                 colour = {"gain": "green", "loss": "red"}.get(verdict(shown[metric], cell))
-                texts.append(f"[{colour}]{text}[/]" if colour else text)
-        grid.add_row(*texts)
-    return grid
+                written.append(f"[{colour}]{text}[/]" if colour else text)
+    return Wide(header, texts, note(columns))
+
+
+@dataclass(frozen=True)
+class Wide:
+    """Named rows of texts, as one table where that fits, and else as several below each other."""
+
+    header: Sequence[str]
+    rows: Mapping[str, Sequence[str]]
+    caption: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
+        """The tables for a console of that width."""
+        places: list[int] = []
+        for place in range(len(self.header)):
+            grid = self._grid([*places, place])
+            least = Measurement.get(console, options.update(width=10_000), grid).minimum
+            if places and least > options.max_width:
+                yield self._grid(places)
+                places = []
+            places.append(place)
+        last = self._grid(places)
+        last.caption, last.caption_justify = self.caption, "left"
+        yield last
+
+    def _grid(self, places: Sequence[int]) -> Table:
+        grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        title = max(map(len, self.rows), default=0)
+        grid.add_column("held-out", no_wrap=True, overflow="fold", min_width=title)
+        for place in places:
+            grid.add_column(escape(self.header[place]), justify="right", overflow="fold")
+        for name, row in self.rows.items():
+            grid.add_row(name, *(row[place] for place in places))
+        return grid
 
 
 def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
@@ -140,7 +173,7 @@ def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) ->
     grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     grid.caption, grid.caption_justify = escape(caption), "left"
     for place, name in enumerate(header):
-        grid.add_column(escape(name), justify="right" if place else "left")
+        grid.add_column(escape(name), justify="right" if place else "left", overflow="fold")
     for row in rows:
         grid.add_row(*map(escape, row))
     return grid

@@ -222,6 +222,26 @@ def test_the_table_fits_into_eighty_columns_and_shows_every_number():
     assert losses == ["-0.125"]
 
 
+@pytest.mark.parametrize("width", [40, 50, 60, 80])
+def test_a_table_that_is_too_wide_goes_on_in_another_and_cuts_no_number(width):
+    more = [evaluation(f"mine-{i}", [0.1 * i] * 40, [0.0] * 40) for i in range(3)]
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as capture:
+        console.print(tables.table([*three(), *more]))
+    text = capture.get()
+    assert "…" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= width
+    header, rows = tables.cells([*three(), *more])
+    shown = tables.shown_by(three())
+    for metric, row in rows.items():
+        for cell in row:
+            whole = cell if isinstance(cell, str) else tables.interval(shown[metric], cell)
+            for part in whole.replace(", ", ",").split():
+                assert part in text.split()
+    for word in " ".join(header).split():
+        assert word in text.split()
+
+
 def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_difference():
     lines = tables.markdown(three()).splitlines()
     assert lines[0] == "| held-out | base | sft | aligned | sft - base | aligned - sft |"
