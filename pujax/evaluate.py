@@ -33,7 +33,10 @@ class EvaluateConfig:
             return
         wanted = len(self.models) or (len(self.names) and len(self.runs))
         what = "model" if self.models else "run"
-        require(len(self.names) == wanted, "name", self.name, f"give one a {what}, {wanted} in all")
+        remedy = f"give one a {what}, {wanted} in all"
+        if self.models and not self.names:
+            remedy = f"give each model a name: name={'NAME' if wanted == 1 else '[A,B]'}"
+        require(len(self.names) == wanted, "name", self.name, remedy)
         one = not self.models or len(self.runs) == 1
         require(one, "run", self.run, "give one run whose held-out prompts the models answer")
 
@@ -60,10 +63,11 @@ def run(settings: EvaluateConfig) -> None:
     from pujax.evaluation.findings import told
     from pujax.evaluation.results import save
     from pujax.evaluation.tables import plain, table
+    from pujax.run.finished import newest_run
     from pujax.run.heldout import answered, arms, evaluate_other, evaluations_of
 
     console = Console()
-    directories = [Path(run).expanduser() for run in settings.runs]
+    directories = [newest_run(Path(run).expanduser()) for run in settings.runs]
     if settings.suite is not None:
         (directory,) = directories
         (path,) = settings.models or [str(directory)]

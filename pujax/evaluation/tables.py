@@ -1,15 +1,16 @@
 """Evaluations side by side, for a terminal, for Markdown and for the page."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions
 from rich.markup import escape
-from rich.measure import Measurement
 from rich.table import Table
+from rich.text import Text
 
 from pujax.evaluation.metrics import QUALITY, Shown
 from pujax.evaluation.results import Evaluation, shown_by
@@ -147,25 +148,42 @@ class Wide:
         """The tables for a console of that width."""
         places: list[int] = []
         for place in range(len(self.header)):
-            grid = self._grid([*places, place])
-            least = Measurement.get(console, options.update(width=10_000), grid).minimum
+            least = (
+                sum(self._widths([*places, place], str.split)) + 2 * len(places) + 4
+            )  # as in _grid
             if places and least > options.max_width:
-                yield self._grid(places)
+                yield self._grid(places, options.max_width)
                 places = []
             places.append(place)
-        last = self._grid(places)
+        last = self._grid(places, options.max_width)
         last.caption, last.caption_justify = self.caption, "left"
         yield last
 
-    def _grid(self, places: Sequence[int]) -> Table:
-        grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        title = max(map(len, self.rows), default=0)
-        grid.add_column("held-out", no_wrap=True, overflow="fold", min_width=title)
+    def _widths(self, places: Sequence[int], split: Callable[[str], Iterable[str]]) -> list[int]:
+        """The columns' widths, that of the names first, where `split` says how texts break."""
+        widths = [max(map(cell_len, map(_shown, ["held-out", *self.rows])))]
         for place in places:
-            grid.add_column(escape(self.header[place]), justify="right", overflow="fold")
+            texts = [self.header[place], *(_shown(row[place]) for row in self.rows.values())]
+            widths.append(max(cell_len(part) for text in texts for part in split(text) or [""]))
+        return widths
+
+    def _grid(self, places: Sequence[int], room: int) -> Table:
+        # Between two columns stand two spaces, and at both edges as much.
+        widths = self._widths(places, lambda text: [text])
+        if sum(widths) + 2 * len(widths) + 2 > room:
+            widths = self._widths(places, str.split)
+        grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+        grid.add_column("held-out", overflow="fold", width=widths[0])
+        for place, width in zip(places, widths[1:], strict=True):
+            title = escape(self.header[place])
+            grid.add_column(title, justify="right", overflow="fold", width=width)
         for name, row in self.rows.items():
             grid.add_row(name, *(row[place] for place in places))
         return grid
+
+
+def _shown(marked: str) -> str:
+    return Text.from_markup(marked).plain
 
 
 def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import hydra
+import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from omegaconf import DictConfig, OmegaConf
@@ -143,7 +144,7 @@ def _in_order(name: str, words: Sequence[str]) -> list[str]:
 
 def _groups(name: str, conf: Path) -> list[str]:
     """The groups that a command takes: those of its defaults list, and train's experiments."""
-    defaults = OmegaConf.to_container(OmegaConf.load(conf / f"{name}.yaml"))["defaults"]
+    defaults = yaml.safe_load((conf / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     keys = [key for entry in defaults if isinstance(entry, dict) for key in entry]
     keys = [key for key in keys if not key.startswith("override ")]
     return [*keys, "experiment"] if name == "train" else keys

@@ -42,6 +42,13 @@ def finished_run(directory: Path) -> Finished:
     return _finished(ended[-1])  # they are named by the time
 
 
+def newest_run(directory: Path) -> Path:
+    """`directory`, or where that is a folder of runs its newest one that is finished."""
+    if _is_run(directory) or any(directory.glob("eval-*.jsonl")):
+        return directory
+    return max((path for path in directory.glob("*") if _has_ended(path)), default=directory)
+
+
 def model_path(path: str) -> str:
     """Where the model lies that `path` means: a finished run's, or the model at the path itself.
 

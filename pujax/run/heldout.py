@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,8 +65,10 @@ def arms(directories: Sequence[Path], names: Sequence[str]) -> tuple[list[Arm], 
         key = names[place] if names else _all_but_the_seed(directory)
         grouped.setdefault(key, []).append(directory)
     if len(grouped) > 1:
+        firsts = [runs[0] for runs in grouped.values()]
+        titled = {} if names else dict(zip(grouped, _titles(firsts), strict=True))
         columns = [
-            Arm(key if names else runs[0].name, tuple(evaluations_of(run)[-1] for run in runs))
+            Arm(titled.get(key, key), tuple(evaluations_of(run)[-1] for run in runs))
             for key, runs in grouped.items()
         ]
         return columns, True
@@ -75,6 +77,32 @@ def arms(directories: Sequence[Path], names: Sequence[str]) -> tuple[list[Arm], 
         for found in evaluations_of(directory):
             stages.setdefault(found.model, []).append(found)
     return [Arm(model, tuple(runs)) for model, runs in stages.items()], False
+
+
+def _titles(directories: Sequence[Path]) -> list[str]:
+    """What to call runs: their folders' names, or where those are times what sets them apart."""
+    if not all(re.match(r"\d{4}-?\d\d-?\d\d", directory.name) for directory in directories):
+        return [str(directory.name) for directory in directories]
+    settings = [dict(_leaves(_stored(directory))) for directory in directories]
+    keys = [
+        key
+        for key in dict.fromkeys(key for each in settings for key in each)
+        if key.partition(".")[0] not in ("run", "resume")
+        and len({str(each.get(key)) for each in settings}) > 1
+    ]
+    named = [" ".join(f"{k}={each.get(k)}" for k in keys[:2]) for each in settings]
+    return named if len(set(named)) == len(named) else [path.name for path in directories]
+
+
+def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key with its value; a function goes by its group's key and its own name."""
+    for key, value in node.items():
+        if key == "_target_":
+            yield prefix.rstrip("."), str(value).rpartition(".")[2]
+        elif isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _all_but_the_seed(directory: Path) -> str:

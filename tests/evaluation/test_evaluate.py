@@ -481,6 +481,21 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, mo
     assert "choose another" in said
 
 
+def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    for place, (time, ended) in enumerate([("1", True), ("2", True), ("3", False)]):
+        directory = tmp_path / time
+        directory.mkdir()
+        save(evaluation("base", [0.1 * (place + 1)] * 40), directory)
+        (directory / "config.yaml").write_text("{}")
+        if ended:
+            (directory / "export").mkdir()
+            (directory / "export" / "config.json").write_text("{}")
+    status, said = called(evaluate.main, f"run={tmp_path}")
+    assert status == 0
+    assert re.search(r"ROUGE-L +0.200", said)
+
+
 def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
     given = (tmp_path, "--model", "m.gguf", "--name", "x")
     status, said = called(evaluate.main, *given)
@@ -494,7 +509,7 @@ def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
     ("given", "message"),
     [
         ([], "missing value for run"),
-        (["run=a", "model=m"], "name=None: give one a model, 1 in all"),
+        (["run=a", "model=m"], "name=None: give each model a name: name=NAME"),
         (["run=a", "model=[m,n]", "name=[x]"], "give one a model, 2 in all"),
         (["run=[a,b]", "model=m", "name=x"], "give one run whose held-out prompts"),
         (["run=[a,b]", "name=x"], "give one a run, 2 in all"),
@@ -542,6 +557,24 @@ def test_runs_of_other_settings_are_arms_against_the_first(tmp_path, called, mon
     assert re.search(r"ROUGE-L .*\+0.200\* \[0.200,0.200\] +-0.100\* \[-0.100,-0.100\]", said)
     status, said = called(evaluate.main, runs, "name=[a,b,a]")
     assert re.search(r"ROUGE-L +0.150 +0.400 +\+0.250\* \[0.200,0.300\]", said)
+
+
+def test_runs_that_are_named_by_the_time_are_titled_by_what_they_differ_in(
+    tmp_path, called, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", "150")
+    directories = []
+    for second, loss, rouge in ((1, "dpo", 0.2), (2, "grpo", 0.4)):
+        directory = tmp_path / f"2026-01-01_10-00-0{second}"
+        directory.mkdir()
+        save(evaluation("aligned", [rouge] * 40), directory)
+        stored = {"seed": second, "loss": {"_target_": f"pujax.method.losses.{loss}", "beta": 0.1}}
+        (directory / "config.yaml").write_text(json.dumps(stored))
+        directories.append(str(directory))
+    status, said = called(evaluate.main, f"run=[{','.join(directories)}]")
+    assert status == 0
+    assert "seed=1 loss=dpo" in said
+    assert "seed=2 loss=grpo - seed=1 loss=dpo" in said
 
 
 def test_a_note_on_one_model_says_nothing_of_differences():
