@@ -134,6 +134,8 @@ def _fill(template: str, row: Mapping[str, Any], place: str) -> str:
 
 
 def _check_columns(names: list[str], place: str) -> None:
+    if len(names) == 1 and ";" in names[0] and set(COLUMNS) & set(names[0].split(";")):
+        raise PromptError(f"{place}: separated by semicolons: separate by commas, or use a .tsv")
     if not set(COLUMNS) & set(names):
         raise PromptError(
             f"{place}: the columns are {names}: name one `prompt` (and others `answer`, `kind`, "

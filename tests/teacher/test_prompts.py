@@ -225,6 +225,7 @@ def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
             ["question,gold", "Why?,so"],
             r"p\.csv:1: the columns are \['question', 'gold'\]",
         ),
+        ("p.csv", ["prompt;answer", "Hi;x"], r"p\.csv:1: separated by semicolons"),
         ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
         ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
         ("p.csv", ["messages", "no"], r"p\.csv:2: `messages` is not JSON"),
