@@ -9,16 +9,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from pujax.errors import ConfigError, PujaxError
-from pujax.files.durable import write_whole
-from pujax.run.compose import structured
+from pujax.files.settings import SETTINGS, keep_settings, kept_settings
 from pujax.run.settings import TrainConfig
 
-SETTINGS, DONE = "config.yaml", "done"
+DONE = "done"
 
 UNTOUCHED = frozenset(
     ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
@@ -56,39 +51,8 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
     with lock:
         if (directory / SETTINGS).is_file():
             _may_go_on(directory, settings, config.resume)
-        text = OmegaConf.to_yaml(OmegaConf.create(settings))
-        write_whole(directory / SETTINGS, text.encode())
+        keep_settings(directory, settings)
         yield directory
-
-
-def settings_of(directory: Path) -> TrainConfig:
-    """The settings that a run was last started with; what is younger than the run is its default.
-
-    Raises `ConfigError` for a run without settings, or with some that this pujax doesn't know.
-    """
-    stored = directory / SETTINGS
-    try:
-        merged = OmegaConf.merge(structured(TrainConfig), stored_settings(stored))
-        settings = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{stored}: {str(error).splitlines()[0]}: another pujax's?") from error
-    assert isinstance(settings, TrainConfig)
-    return settings
-
-
-def stored_settings(path: Path) -> dict[str, Any]:
-    """What a run's settings file holds. Raises `ConfigError` for one that is torn or missing."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file: is {path.parent} a run's directory?") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: not a run's settings ({str(error).splitlines()[0]}): move {path.parent} away"
-        ) from error
-    if not isinstance(settings, dict) or not settings:
-        raise ConfigError(f"{path}: holds no settings: move {path.parent} away")
-    return settings
 
 
 def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:
@@ -98,7 +62,7 @@ def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> Non
             f"{directory} holds a run and resume=never begins one: move it away, or choose another "
             "run.dir"
         )
-    differing = _differing(stored_settings(directory / SETTINGS), settings)
+    differing = _differing(kept_settings(directory), settings)
     if differing:
         raise ConfigError(
             f"{directory} was begun with other settings ({'; '.join(differing)}): set them back, "
@@ -149,7 +113,7 @@ def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock]
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
         with suppress(PujaxError):  # in use, or not readable: not a run to go on with
             directory = stored.parent
-            if (directory / DONE).exists() or _differing(stored_settings(stored), settings):
+            if (directory / DONE).exists() or _differing(kept_settings(directory), settings):
                 continue
             lock = _lock(directory)
             if not (directory / DONE).exists():

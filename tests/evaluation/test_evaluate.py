@@ -487,7 +487,7 @@ def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, mo
         directory = tmp_path / time
         directory.mkdir()
         save(evaluation("base", [0.1 * (place + 1)] * 40), directory)
-        (directory / "config.yaml").write_text("{}")
+        (directory / "config.yaml").write_text("seed: 0")
         if ended:
             (directory / "export").mkdir()
             (directory / "export" / "config.json").write_text("{}")
