@@ -288,8 +288,8 @@ def test_peft_loads_the_adapter_with_the_same_logits(chat, tmp_path):
     [
         ({}, "set either run=DIRECTORY or model=PATH"),
         ({"run": "a", "model": "b"}, "set either run=DIRECTORY or model=PATH"),
-        ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf, peft"),
-        ({"model": "b", "kind": "Q4_0"}, "kind='Q4_0': choose F16, Q8_0"),
+        ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf or peft"),
+        ({"model": "b", "kind": "Q4_0"}, "kind='Q4_0': choose F16 or Q8_0"),
         ({"model": "b", "format": "peft"}, "an adapter is a LoRA run's"),
     ],
 )
