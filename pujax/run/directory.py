@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -13,7 +14,7 @@ from pujax.errors import ConfigError, PujaxError
 from pujax.files.settings import SETTINGS, keep_settings, kept_settings
 from pujax.run.settings import TrainConfig
 
-DONE = "done"
+DONE, LOCK = "done", ".lock"
 
 UNTOUCHED = frozenset(
     ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
@@ -26,15 +27,18 @@ of `pujax.run.inputs`. A mesh adds in another order, so numbers agree to float32
 
 
 @contextmanager
-def run_directory(config: TrainConfig) -> Iterator[Path]:
+def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
     """The directory of the run to do or to go on with, with `config` in it, locked meanwhile.
+
+    A new one is named by the time and the `label`, and goes away again where the block fails before
+    anything but settings is in it.
 
     `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there.
     """
-    settings = asdict(config)
+    settings, theirs = asdict(config), False
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
@@ -42,17 +46,28 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         lock = _lock(directory)
     elif config.run.dir is not None:
         directory = Path(config.run.dir)
+        theirs = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
     else:
         parent = Path(config.run.root) / config.run.name
         found = _unfinished(parent, settings) if config.resume == "auto" else None
-        directory, lock = found or _fresh(parent)
+        directory, lock = found or _fresh(parent, label)
     with lock:
         if (directory / SETTINGS).is_file():
             _may_go_on(directory, settings, config.resume)
+        begun = (directory / SETTINGS).is_file()
         keep_settings(directory, settings)
-        yield directory
+        try:
+            yield directory
+        except BaseException:
+            if not begun and {path.name for path in directory.iterdir()} <= {SETTINGS, LOCK}:
+                with suppress(OSError):  # something may have come into it just now
+                    (directory / SETTINGS).unlink()
+                    (directory / LOCK).unlink()
+                    if not theirs:
+                        directory.rmdir()
+            raise
 
 
 def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:
@@ -92,7 +107,7 @@ class InUse(ConfigError):
 
 def _lock(directory: Path) -> _Lock:
     """The run in `directory`, for this process. Raises `InUse` while another one has it."""
-    path = directory / ".lock"
+    path = directory / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -105,6 +120,10 @@ def _lock(directory: Path) -> _Lock:
     except OSError as error:  # a file system without locks
         os.close(descriptor)
         raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
+    if os.fstat(descriptor).st_nlink == 0:  # its last owner took it back just now
+        os.close(descriptor)
+        directory.mkdir(parents=True, exist_ok=True)
+        return _lock(directory)
     return _Lock(descriptor)
 
 
@@ -122,10 +141,12 @@ def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock]
     return None
 
 
-def _fresh(parent: Path) -> tuple[Path, _Lock]:
-    """A new directory named by the time, locked; no other process gets the same."""
+def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
+    """A new directory named by time and label, locked; no other process gets the same."""
     parent.mkdir(parents=True, exist_ok=True)
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if label:
+        name += "_" + re.sub(r"[^\w.=+-]+", "-", label)[:80]
     for number in range(1, 10_000):
         directory = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):

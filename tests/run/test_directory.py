@@ -3,6 +3,7 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -183,6 +184,33 @@ def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
     (directory / "config.yaml").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"optim\.max_skipped was 3, is 5"):
         begun(f"run.dir={directory}", "optim.max_skipped=5")
+
+
+def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path):
+    def fails(*overrides, leaves=""):
+        places = []
+        with suppress(KeyError), run_directory(config_of(*overrides), "seed=1") as directory:
+            assert (directory / "config.yaml").exists()
+            places.append(directory)
+            if leaves:
+                (directory / leaves).touch()
+            raise KeyError
+        return places[0]
+
+    assert not fails(f"run.root={tmp_path}").exists()
+    assert not fails(f"run.dir={tmp_path}/run").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    fails(f"run.dir={mine}")
+    assert list(mine.iterdir()) == []
+    begun(f"run.dir={mine}")
+    assert (fails(f"run.dir={mine}") / "config.yaml").exists()  # it was there before
+    assert fails(f"run.root={tmp_path}", leaves="inputs.json").exists()
+
+
+def test_a_label_is_part_of_the_name(tmp_path):
+    with run_directory(config_of(f"run.root={tmp_path}"), "seed=1_data.system=a/b, ç") as directory:
+        assert directory.name[19:] == "_seed=1_data.system=a-b-ç"
 
 
 @pytest.mark.parametrize("text", ["1e3", "null", "été", "a: b", "${HOME}", "cost ${", "\u2028"])
