@@ -4,11 +4,14 @@
 that comes with a model is run.
 """
 
+import ctypes
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -35,6 +38,8 @@ JUDGE = (
     "Rate the other answer from 1 (bad) to 5 (as good as the reference answer). "
     "Reply with one digit."
 )
+
+LONGEST = 10.0  # seconds that a template may take for one conversation; a thousandth is usual
 
 _SLACK = 0.1  # of the model's vocabulary: rows that pad it beyond the tokenizer's
 
@@ -225,6 +230,8 @@ def _endings(source: Path, tokenizer: PreTrainedTokenizerFast, eos: list[int]) -
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         try:
             text = _rendered(tokenizer, str(source), turns, False)
+        except _Endless:
+            raise
         except ChatError:
             text = ""  # a template that refuses this much is refused when it is used
         after = text.rpartition("ANSWER")[2]
@@ -259,16 +266,53 @@ def _rendered(
             "put a chat_template.jinja beside its tokenizer.json"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=_dated(template),
-            tokenize=False,
-            add_generation_prompt=prompted,
-        )
+        with _at_most(LONGEST):
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=_dated(template),
+                tokenize=False,
+                add_generation_prompt=prompted,
+            )
+    except TimeoutError as error:
+        raise _Endless(
+            f"{source}: the chat template takes more than {LONGEST:g} s for one conversation: mend "
+            "its loops, or use another"
+        ) from error
     except Exception as error:  # a template is a program: it may raise anything
         raise ChatError(f"{source}: the chat template refuses this: {_line(error)}") from error
     assert isinstance(text, str)
     return text
+
+
+class _Endless(ChatError):
+    """A template that was stopped: it is not worth another try."""
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` within the block, in any thread, when it takes longer.
+
+    One call into C is not interrupted. Jinja's sandbox bounds one range, not loops inside loops.
+    """
+    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
+    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(seconds):  # again and again: what it runs may swallow one
+            with lock:
+                if ended:
+                    return
+                raise_in(thread, ctypes.py_object(TimeoutError))
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        ended = True  # first, and by an assignment: a call could be interrupted
+        with lock:
+            raise_in(thread, None)  # what has been asked for and not been raised yet
+        done.set()
 
 
 def _checked(chat: Chat) -> Chat:
@@ -283,6 +327,8 @@ def _checked(chat: Chat) -> Chat:
         )
     try:
         opened = chat.render_text([{"role": "user", "content": "Q"}])
+    except _Endless:
+        raise
     except ChatError:
         return chat  # refused when it is used
     if re.search(r"<think>\s*$", opened):
