@@ -146,7 +146,8 @@ def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
     parent.mkdir(parents=True, exist_ok=True)
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if label:
-        name += "_" + re.sub(r"[^\w.=+-]+", "-", label)[:80]
+        plain = re.sub(r"[^\w.=+-]+", "-", label)
+        name += "_" + plain.encode()[:150].decode(errors="ignore")  # of 255 that a name may have
     for number in range(1, 10_000):
         directory = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):

@@ -154,9 +154,9 @@ class AnchorStore:
         """
         try:
             with self._locked():
-                self.refresh()
                 for file in (self.path, failures_path(self.path)):
                     for kept in kept_beside(file):
+                        self.refresh()  # the one before may have had the same answers
                         self._take_up(kept, file)
             self.refresh()
         except OSError as error:

@@ -211,6 +211,8 @@ def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path)
 def test_a_label_is_part_of_the_name(tmp_path):
     with run_directory(config_of(f"run.root={tmp_path}"), "seed=1_data.system=a/b, ç") as directory:
         assert directory.name[19:] == "_seed=1_data.system=a-b-ç"
+    with run_directory(config_of(f"run.root={tmp_path}", "seed=1"), "ç" * 300) as directory:
+        assert directory.name[19:] == "_" + "ç" * 75
 
 
 @pytest.mark.parametrize("text", ["1e3", "null", "été", "a: b", "${HOME}", "cost ${", "\u2028"])
