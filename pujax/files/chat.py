@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import threading
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -288,31 +289,46 @@ class _Endless(ChatError):
     """A template that was stopped: it is not worth another try."""
 
 
+_UNTIL: dict[int, float] = {}  # by thread, when what it renders must be done
+_LOCK = threading.Lock()
+
+
 @contextmanager
 def _at_most(seconds: float) -> Iterator[None]:
     """Raise `TimeoutError` within the block, in any thread, when it takes longer.
 
     One call into C is not interrupted. Jinja's sandbox bounds one range, not loops inside loops.
     """
-    raise_in = ctypes.pythonapi.PyThreadState_SetAsyncExc
-    thread, lock, ended = ctypes.c_ulong(threading.get_ident()), threading.Lock(), False
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(seconds):  # again and again: what it runs may swallow one
-            with lock:
-                if ended:
-                    return
-                raise_in(thread, ctypes.py_object(TimeoutError))
-
-    threading.Thread(target=watch, daemon=True).start()
+    _watched()
+    thread = threading.get_ident()
     try:
+        _UNTIL[thread] = time.monotonic() + seconds
         yield
     finally:
-        ended = True  # first, and by an assignment: a call could be interrupted
-        with lock:
-            raise_in(thread, None)  # what has been asked for and not been raised yet
-        done.set()
+        _UNTIL.pop(thread, None)  # first: what comes next could be interrupted
+        with _LOCK:
+            _raise_in(thread, None)  # what has been asked for and not been raised yet
+
+
+@lru_cache
+def _watched() -> None:
+    """Have one thread look after all that render: one for each would take longer than rendering."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            for thread, until in list(_UNTIL.items()):
+                with _LOCK:
+                    if time.monotonic() > until and _UNTIL.get(thread) == until:
+                        _raise_in(thread, TimeoutError)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    """Have a thread raise `error` at its next line; with None, have it forget that."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
 
 
 def _checked(chat: Chat) -> Chat:

@@ -513,7 +513,7 @@ def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
         (["run=a", "model=[m,n]", "name=[x]"], "give one a model, 2 in all"),
         (["run=[a,b]", "model=m", "name=x"], "give one run whose held-out prompts"),
         (["run=[a,b]", "name=x"], "give one a run, 2 in all"),
-        (["run=3"], "run=3: write run=A for one, run=[A,B] for several"),
+        (["run={a: 3}"], "run={'a': 3}: write run=A for one, run=[A,B] for several"),
         (["run=a", "modell=m"], "modell: no such setting, did you mean model?"),
     ],
 )

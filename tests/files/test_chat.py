@@ -350,10 +350,10 @@ def test_a_template_that_loops_for_ever_is_stopped(template, in_thread, tmp_path
 
 
 def test_what_ends_in_time_is_not_disturbed_later():
-    with chat_module._at_most(0.02):
+    with chat_module._at_most(0.4):
         pass
     begun = time.monotonic()
-    while time.monotonic() - begun < 0.1:
+    while time.monotonic() - begun < 1.1:
         sum(range(100))
 
 
