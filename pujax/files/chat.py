@@ -133,8 +133,14 @@ class Chat:
             judge_middle=np.array(self.encode(middle), np.int32),
             judge_tail=np.array(self.encode(judge_tail), np.int32),
             # The last id: some tokenizers open every text with a token for the space before it.
-            rating_ids=np.array([self.encode(digit)[-1] for digit in "12345"], np.int32),
+            rating_ids=np.array([self._digit(digit) for digit in "12345"], np.int32),
         )
+
+    def _digit(self, digit: str) -> int:
+        ids = self.encode(digit)
+        if not ids:
+            raise ChatError(f"{self.source}: the tokenizer has no token for {digit}: use another")
+        return ids[-1]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer and its chat template so that `AutoTokenizer` loads them.
@@ -179,10 +185,7 @@ class Chat:
         backend = self.tokenizer.backend_tokenizer
         # The backend remembers this choice from call to call, so every call makes it.
         backend.encode_special_tokens = specials_are_text
-        try:
-            ids = backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half a pair of surrogates, which UTF-8 can't hold
-            raise ChatError(f"text that is not Unicode: {ascii(text)[:80]}: mend it") from error
+        ids = _encoded(self.tokenizer, self.source, text)
         if ids and max(ids) >= self.vocab:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise ChatError(
@@ -206,6 +209,17 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     tokenizer.backend_tokenizer.no_truncation()
     tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def _encoded(tokenizer: PreTrainedTokenizerFast, source: str, text: str) -> list[int]:
+    try:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError as error:  # half a pair of surrogates, which UTF-8 can't hold
+        raise ChatError(f"text that is not Unicode: {ascii(text)[:80]}: mend it") from error
+    except Exception as error:  # the library has no type of its own for a damaged vocabulary
+        raise ChatError(
+            f"{source}: the tokenizer can't take {ascii(text)[:80]} ({_line(error)}): mend it"
+        ) from error
 
 
 def _check_vocab(source: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
@@ -236,7 +250,7 @@ def _endings(source: Path, tokenizer: PreTrainedTokenizerFast, eos: list[int]) -
         except ChatError:
             text = ""  # a template that refuses this much is refused when it is used
         after = text.rpartition("ANSWER")[2]
-        ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
+        ids = _encoded(tokenizer, str(source), after)
         known = [*(i for i in ids if i in known), *known]
     return tuple(dict.fromkeys(known))
 

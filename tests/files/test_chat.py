@@ -349,6 +349,25 @@ def test_a_template_that_loops_for_ever_is_stopped(template, in_thread, tmp_path
     assert failed == [True]
 
 
+@pytest.mark.parametrize(
+    ("unknown", "says"),
+    [
+        ("", "can't take .* not found in the vocabulary.*: mend"),
+        (None, "no token for 1"),
+    ],
+)
+def test_a_vocabulary_that_lacks_a_piece_is_one_line(tmp_path, unknown, says):
+    toy_chat("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}").save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": unknown}
+    settings["pre_tokenizer"] = None
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ChatError, match=says) as caught:
+        print(Chat.load(tmp_path).frames)
+    assert "\n" not in str(caught.value)
+
+
 def test_what_ends_in_time_is_not_disturbed_later():
     with chat_module._at_most(0.4):
         pass
