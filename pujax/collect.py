@@ -29,6 +29,7 @@ from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.prompts import load_prompts, warn
 from pujax.teacher.settings import CollectRun, TeacherConfig
 from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
+from pujax.teacher.writer import kept_beside
 from pujax.text import printable
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
@@ -37,6 +38,9 @@ REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 def run(settings: CollectRun) -> int:
     """The exit status of collecting, planning or describing, as the settings ask."""
     store, teacher = Path(settings.store), with_protocol(settings.teacher)
+    if settings.stats or settings.collect.dry_run:
+        for kept in kept_beside(store):
+            warn(f"{kept} has answers that a run could not store: the next collection puts them in")
     if settings.stats:
         print(describe(store))
         return 0

@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from pujax.errors import require
 from pujax.run.commands import command, in_new_words, listed
+from pujax.run.compilation import compile_once
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,12 @@ class EvaluateConfig:
     `model` names what is evaluated on the run's held-out prompts, `name` what each is called.
     Without a model, `name` says what each of several runs is called; those of one name are an arm.
     A `suite` asks more of one model: `model`, or what the run ended with.
+
+    Attributes:
+        run: a run's directory, a folder of runs (its newest finished one), or a list: [A,B].
+        model: evaluate this too, or a list: a run, a Hugging Face directory, a GGUF file, a hub id.
+        name: what to call it, one a model; without a model one a run, runs of a name are an arm.
+        suite: larger questions to one model, by name, such as signal.
     """
 
     run: Any = MISSING
@@ -58,6 +65,8 @@ class EvaluateConfig:
 
 def run(settings: EvaluateConfig) -> None:
     """Evaluate the models that are named, then print the table and what to know of it."""
+    if settings.models or settings.suite is not None:
+        compile_once()
     from rich.console import Console
 
     from pujax.evaluation.findings import told

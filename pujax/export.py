@@ -6,16 +6,22 @@ from pathlib import Path
 
 from omegaconf import MISSING
 
-from pujax.errors import require
-from pujax.run.commands import command
+from pujax.errors import one_of, require
+from pujax.run.commands import command, one_source
 
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """Everything `python -m pujax.export` is told: a `run`'s directory or a `model`'s path.
+    """Everything `python -m pujax.export` is told: a `run` or a `model`, and where it goes.
 
-    `format` is hf (a directory for transformers and vLLM), gguf (a file for llama.cpp, its matrices
-    in `kind`) or peft (the adapter of a LoRA run). `dtype` is what hf's tensors are stored in.
+    Attributes:
+        run: a run's directory, or a folder of runs: its newest finished one; or
+        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        out: a new or empty directory, or an earlier export's; for gguf a file's name.
+        format: hf (a directory, for transformers and vLLM), gguf (a file, for llama.cpp) or peft
+            (the adapter of a LoRA run).
+        kind: how gguf stores matrices: F16 or Q8_0.
+        dtype: how hf stores tensors: float32, bfloat16 or float16.
     """
 
     run: str | None = None
@@ -26,19 +32,10 @@ class ExportConfig:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        require(
-            (self.run is None) != (self.model is None),
-            "run",
-            self.run,
-            "set either run=DIRECTORY or model=PATH",
-        )
-        for key, choices in (
-            ("format", ("hf", "gguf", "peft")),
-            ("kind", ("F16", "Q8_0")),
-            ("dtype", ("float32", "bfloat16", "float16")),
-        ):
-            value = getattr(self, key)
-            require(value in choices, key, value, f"choose {', '.join(choices)}")
+        one_source(self.run, self.model)
+        one_of("format", self.format, ("hf", "gguf", "peft"))
+        one_of("kind", self.kind, ("F16", "Q8_0"))
+        one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require(
             self.format != "peft" or self.run is not None,
             "format",

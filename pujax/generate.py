@@ -8,7 +8,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from pujax.errors import ConfigError, require
-from pujax.run.commands import command
+from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
 
 BATCH = 8  # prompts of standard input that are answered at once
@@ -16,9 +16,20 @@ BATCH = 8  # prompts of standard input that are answered at once
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Everything `python -m pujax.generate` is told; prompts come from stdin without `prompt`.
+    """Everything `python -m pujax.generate` is told.
 
-    Without `system` a run's model gets the system message that it was trained with.
+    Attributes:
+        run: a run's directory, or a folder of runs: its newest finished one; or
+        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        prompt: what to answer, or @FILE, a file that holds it (@@ begins a text with @); null
+            answers standard input, a prompt a line.
+        system: the system message, or @FILE; null is the one that the run was trained with, or else
+            the chat template's own.
+        max_tokens: the longest answer, in tokens.
+        temperature: of sampling; 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens; 0 is from all.
+        top_p: sample from the likeliest tokens that make up this share; 1 is all.
+        seed: of sampling.
     """
 
     run: str | None = None
@@ -32,12 +43,7 @@ class GenerateConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        require(
-            (self.run is None) != (self.model is None),
-            "run",
-            self.run,
-            "set either run=DIRECTORY or model=PATH",
-        )
+        one_source(self.run, self.model)
         require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
         finite = 0 <= self.temperature < float("inf")
         require(finite, "temperature", self.temperature, "0 is greedy, or positive and finite")
@@ -61,13 +67,14 @@ def answer(settings: GenerateConfig) -> None:
     from pujax.run.finished import finished_run
     from pujax.run.generator import Generator  # jax with it: --help does not need that
 
-    source, system = str(settings.model), settings.system
+    source, system = str(settings.model), told("system", settings.system)
     if settings.run is not None:
         run = finished_run(Path(settings.run).expanduser())
         source = str(run.model)
         system = run.system if system is None else system
-    if settings.prompt is not None:
-        prompts, size = iter([settings.prompt]), 1
+    prompt = told("prompt", settings.prompt)
+    if prompt is not None:
+        prompts, size = iter([prompt]), 1
     else:
         # Who types waits for the answer; a file is answered by the batch.
         prompts, size = lines(), 1 if sys.stdin.isatty() else BATCH
@@ -91,6 +98,24 @@ def answer(settings: GenerateConfig) -> None:
             print(reply.text, flush=True)
             if not reply.finished:
                 print(f"[cut at max_tokens={settings.max_tokens}]", file=sys.stderr)
+
+
+def told(key: str, value: str | None) -> str | None:
+    """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
+
+    Raises `ConfigError`.
+    """
+    if value is None or not value.startswith("@"):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    try:
+        return Path(value[1:]).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
+        raise ConfigError(
+            f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
+        ) from error
 
 
 def lines() -> Iterator[str]:

@@ -103,7 +103,14 @@ def canonical(value: Any) -> bytes:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the student samples its candidates. `top_k=0` and `top_p=1` switch those filters off."""
+    """How the student samples its candidates.
+
+    Attributes:
+        candidates: responses to each prompt, at least 2.
+        temperature: of the softmax, above 0.
+        top_k: sample from the k likeliest tokens; 0 is from all.
+        top_p: sample from the likeliest tokens that make up this share; 1 is all.
+    """
 
     candidates: int = 4
     temperature: float = 0.7

@@ -12,7 +12,11 @@ from pujax.run.commands import command, in_new_words, listed
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """Everything `python -m pujax.report` is told."""
+    """Everything `python -m pujax.report` is told.
+
+    Attributes:
+        run: a run's directory, or a list of them: [A,B].
+    """
 
     run: Any = MISSING
 

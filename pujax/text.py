@@ -70,6 +70,15 @@ def printable(text: str, limit: int = 300) -> str:
     return "".join(shown)[:limit]
 
 
+def counted(count: int, one: str, several: str | None = None) -> str:
+    """A number of things, in their right form; `several` is `one` with an s where it isn't given.
+
+    >>> counted(1, "answer"), counted(2000, "answer"), counted(2, "prompt has", "prompts have")
+    ('1 answer', '2000 answers', '2 prompts have')
+    """
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 def secret_name(name: str) -> bool:
     """Whether what has this name is secret: OPENAI_API_KEY is, max_tokens and key_env are not."""
     return bool(_SECRET_NAME.search(name)) and not name.lower().endswith("_env")
@@ -125,9 +134,13 @@ def secrets_in(key: str, value: str) -> list[str]:
             found += re.findall(r"\?([^\s'\"]+)", value)
         for part, secret in re.findall(r"[?&]([^=&#\s]+)=([^&#\s'\"]+)", value):
             found += [secret] if secret_name(part) or part == "code" else []
-    for variable in re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", value):
-        found += [os.environ[variable]] if os.environ.get(variable) else []
-    return list(dict.fromkeys(found))
+    return list(dict.fromkeys(found + from_environment(value)))
+
+
+def from_environment(text: str) -> list[str]:
+    """What each `${oc.env:NAME}` in `text` stands for, where the environment has it."""
+    names = re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", text)
+    return [os.environ[name] for name in names if os.environ.get(name)]
 
 
 def hide(text: str, secret: str) -> str:

@@ -1,14 +1,17 @@
 """`pujax train`: SFT on the anchors, then alignment, evaluated and resumable."""
 
-from pujax.run.commands import command
+from pujax.run.commands import command, swept
 from pujax.run.compilation import compile_once
 from pujax.run.directory import run_directory
 from pujax.run.settings import TrainConfig
 
 
 def run(config: TrainConfig) -> None:
-    """Train as told, in a directory of the run's own or in the one to go on with."""
-    with run_directory(config) as directory:
+    """Train as told, in a directory of the run's own or in the one to go on with.
+
+    What a sweep goes through is in the directories' names.
+    """
+    with run_directory(config, swept()) as directory:
         compile_once()
         from pujax.run.fit import fit
 

@@ -13,13 +13,14 @@ from typing import ClassVar
 
 import pytest
 
+from pujax.collect import run as describe_and_tell
 from pujax.errors import ConfigError, TeacherError
 from pujax.records import Anchor, messages_key
 from pujax.run.generator import Generator, Reply
 from pujax.run.local_teacher import LocalTeacher
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.settings import CollectConfig, CollectRun, TeacherConfig
 from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
@@ -131,6 +132,19 @@ def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tm
         assert line in done.stdout.splitlines()
     ids = re.findall(r"^ +\d+  (p\d+)", done.stdout, re.MULTILINE)
     assert ids == [f"p{n}" for n in range(1, 11)] + [f"p{n}" for n in range(19, 9, -1)]
+
+
+def test_what_waits_beside_a_store_is_told_by_stats(tmp_path, capsys):
+    store = tmp_path / "anchors.jsonl"
+    for name in ("anchors.jsonl", "anchors.kept.jsonl", "anchors.kept-by-me.jsonl"):
+        (tmp_path / name).touch()
+    describe_and_tell(CollectRun(store=str(store), stats=True))
+    told = capsys.readouterr()
+    assert told.out.startswith("answers        0")
+    assert told.err.splitlines() == [
+        f"{tmp_path / 'anchors.kept.jsonl'} has answers that a run could not store: the next "
+        "collection puts them in"
+    ]
 
 
 def test_replay_needs_no_teacher_and_names_what_is_missing(server, prompts, tmp_path):

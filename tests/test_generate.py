@@ -167,6 +167,18 @@ def test_conf_is_found_inside_an_installed_package(tmp_path):
     assert "name: smoke" in done.stdout
 
 
+def test_a_text_may_stand_in_a_file(tmp_path):
+    (tmp_path / "long é.txt").write_text("one\n\ntwo\n", encoding="utf-8")
+    assert generate.told("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
+    assert generate.told("prompt", "@@me hello") == "@me hello"
+    assert generate.told("prompt", "a@b") == "a@b"
+    assert generate.told("system", None) is None
+    (tmp_path / "bytes").write_bytes(b"\xff")
+    for place, why in (("nowhere", "No such file"), ("bytes", "not UTF-8"), ("", "Is a directory")):
+        with pytest.raises(ConfigError, match=rf"prompt=@.*{why}.*: name a file of text, or write"):
+            generate.told("prompt", f"@{tmp_path}/{place}")
+
+
 # ---------------------------------------------------------------------- the system message
 
 

@@ -1,7 +1,7 @@
 """All that a run left behind on one page, `report.html`, that needs nothing from elsewhere."""
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from importlib.resources import files
@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from omegaconf import DictConfig, OmegaConf
 
 from pujax.errors import EvaluationError
 from pujax.evaluation import findings, tables, text
@@ -17,6 +16,7 @@ from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves,
 from pujax.evaluation.results import Evaluation, Row, load_all, shown_by
 from pujax.evaluation.statistics import Difference
 from pujax.files.durable import Line, read_jsonl, write_whole
+from pujax.files.settings import SETTINGS, kept_settings
 from pujax.method import labels as rules
 from pujax.records import STAGES
 
@@ -31,7 +31,7 @@ def write(directory: Path) -> Path:
 
     Files that an unfinished run doesn't have yet are left out. Raises `EvaluationError` naming the
     file, and the line where there is one, for a log that can't be read or a page that can't be
-    written.
+    written, and `ConfigError` for settings that can't be read.
     """
     path = directory / "metrics.jsonl"
     if not path.is_file():
@@ -53,12 +53,13 @@ def write(directory: Path) -> Path:
 def refuse_foreign(directory: Path) -> None:
     """Raise `EvaluationError` unless `directory` is a run's, by its settings.
 
-    For who gives a directory by hand: a file of one of this page's names may be another program's.
+    Raises `ConfigError` for settings that can't be read. For who gives a directory by hand: a file
+    of one of this page's names may be another program's.
     """
-    path = directory / "config.yaml"
+    path = directory / SETTINGS
     if not path.is_file():
         raise EvaluationError(f"{path} is not there: is {directory} a run's directory?")
-    _, settings = _settings(path)
+    settings = kept_settings(directory)
     missing = [key for key in ("model", "loss") if key not in settings]
     if missing:
         raise EvaluationError(
@@ -133,28 +134,15 @@ def _samples(path: Path) -> list[_Group]:
     return groups
 
 
-def _settings(path: Path) -> tuple[str, DictConfig]:
-    """The run's settings as text and as a tree; empty for a run that has none."""
-    if not path.is_file():
-        return "", OmegaConf.create()
-    try:
-        told = path.read_text(encoding="utf-8")
-        tree = OmegaConf.create(told)
-    except Exception as error:  # YAML's errors, OmegaConf's and UTF-8's have no base in common
-        reason = str(error).split("\n")[0]
-        raise EvaluationError(f"{path}: not settings ({reason}): put the file right") from error
-    if not isinstance(tree, DictConfig):
-        raise EvaluationError(f"{path}: not settings by name: put the file right")
-    return told, tree
-
-
 # The page.
 
 
 def _page(directory: Path, lines: Sequence[Line]) -> str:
     """The whole HTML page; needs nothing from anywhere else, follows the reader's colour scheme."""
     evaluations = load_all(directory)
-    config, settings = _settings(directory / "config.yaml")
+    path = directory / SETTINGS
+    config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+    settings = kept_settings(directory) if path.is_file() else {}
     groups = _samples(directory / "samples.jsonl")
     name = escape("/".join(directory.resolve().parts[-2:]))
     sections = [
@@ -191,7 +179,7 @@ def _findings(evaluations: Sequence[Evaluation]) -> str:
     )
 
 
-def _facts(settings: DictConfig, lines: Sequence[Line]) -> str:
+def _facts(settings: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The run in one row: the settings that tell runs apart, and the steps and time it took."""
     facts: dict[str, Any] = {}
     for title, key in {
@@ -219,11 +207,11 @@ def _facts(settings: DictConfig, lines: Sequence[Line]) -> str:
     return f'<dl class="facts">{items}</dl>' if items else ""
 
 
-def _select(settings: DictConfig, key: str) -> Any:
+def _select(settings: Mapping[str, Any], key: str) -> Any:
     """A setting, or None where the tree has no such branch."""
     node: Any = settings
     for part in key.split("."):
-        node = node.get(part) if isinstance(node, DictConfig) else None
+        node = node.get(part) if isinstance(node, Mapping) else None
     return node
 
 
@@ -408,7 +396,7 @@ def _teacher_mark(row: Row) -> tuple[str, str]:
     return ("contains it", "") if text.contains(prompt, row.anchor) else ("wrong", "loss")
 
 
-def _groups(groups: Sequence[_Group], settings: DictConfig) -> str:
+def _groups(groups: Sequence[_Group], settings: Mapping[str, Any]) -> str:
     """Every training group, responses by what the loss prefers."""
     rule = str(_select(settings, "loss.pairs._target_")).split(".")[-1]
     pairs = getattr(rules, rule, None) if "pairs" in (_select(settings, "loss") or {}) else None

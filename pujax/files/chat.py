@@ -4,11 +4,15 @@
 that comes with a model is run.
 """
 
+import ctypes
 import json
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+import threading
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property, lru_cache
@@ -35,6 +39,8 @@ JUDGE = (
     "Rate the other answer from 1 (bad) to 5 (as good as the reference answer). "
     "Reply with one digit."
 )
+
+LONGEST = 10.0  # seconds that a template may take for one conversation; a thousandth is usual
 
 _SLACK = 0.1  # of the model's vocabulary: rows that pad it beyond the tokenizer's
 
@@ -127,8 +133,14 @@ class Chat:
             judge_middle=np.array(self.encode(middle), np.int32),
             judge_tail=np.array(self.encode(judge_tail), np.int32),
             # The last id: some tokenizers open every text with a token for the space before it.
-            rating_ids=np.array([self.encode(digit)[-1] for digit in "12345"], np.int32),
+            rating_ids=np.array([self._digit(digit) for digit in "12345"], np.int32),
         )
+
+    def _digit(self, digit: str) -> int:
+        ids = self.encode(digit)
+        if not ids:
+            raise ChatError(f"{self.source}: the tokenizer has no token for {digit}: use another")
+        return ids[-1]
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the tokenizer and its chat template so that `AutoTokenizer` loads them.
@@ -173,10 +185,7 @@ class Chat:
         backend = self.tokenizer.backend_tokenizer
         # The backend remembers this choice from call to call, so every call makes it.
         backend.encode_special_tokens = specials_are_text
-        try:
-            ids = backend.encode(text, add_special_tokens=False).ids
-        except TypeError as error:  # half a pair of surrogates, which UTF-8 can't hold
-            raise ChatError(f"text that is not Unicode: {ascii(text)[:80]}: mend it") from error
+        ids = _encoded(self.tokenizer, self.source, text)
         if ids and max(ids) >= self.vocab:
             token = self.tokenizer.convert_ids_to_tokens(max(ids))
             raise ChatError(
@@ -202,6 +211,17 @@ def _from_directory(directory: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
+def _encoded(tokenizer: PreTrainedTokenizerFast, source: str, text: str) -> list[int]:
+    try:
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    except TypeError as error:  # half a pair of surrogates, which UTF-8 can't hold
+        raise ChatError(f"text that is not Unicode: {ascii(text)[:80]}: mend it") from error
+    except Exception as error:  # the library has no type of its own for a damaged vocabulary
+        raise ChatError(
+            f"{source}: the tokenizer can't take {ascii(text)[:80]} ({_line(error)}): mend it"
+        ) from error
+
+
 def _check_vocab(source: Path, tokenizer: PreTrainedTokenizerFast, vocab: int) -> None:
     """Hold the tokenizer's size against the model's.
 
@@ -225,10 +245,12 @@ def _endings(source: Path, tokenizer: PreTrainedTokenizerFast, eos: list[int]) -
         turns = [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "ANSWER"}]
         try:
             text = _rendered(tokenizer, str(source), turns, False)
+        except _Endless:
+            raise
         except ChatError:
             text = ""  # a template that refuses this much is refused when it is used
         after = text.rpartition("ANSWER")[2]
-        ids = tokenizer.backend_tokenizer.encode(after, add_special_tokens=False).ids
+        ids = _encoded(tokenizer, str(source), after)
         known = [*(i for i in ids if i in known), *known]
     return tuple(dict.fromkeys(known))
 
@@ -259,16 +281,68 @@ def _rendered(
             "put a chat_template.jinja beside its tokenizer.json"
         )
     try:
-        text = tokenizer.apply_chat_template(
-            list(messages),
-            chat_template=_dated(template),
-            tokenize=False,
-            add_generation_prompt=prompted,
-        )
+        with _at_most(LONGEST):
+            text = tokenizer.apply_chat_template(
+                list(messages),
+                chat_template=_dated(template),
+                tokenize=False,
+                add_generation_prompt=prompted,
+            )
+    except TimeoutError as error:
+        raise _Endless(
+            f"{source}: the chat template takes more than {LONGEST:g} s for one conversation: mend "
+            "its loops, or use another"
+        ) from error
     except Exception as error:  # a template is a program: it may raise anything
         raise ChatError(f"{source}: the chat template refuses this: {_line(error)}") from error
     assert isinstance(text, str)
     return text
+
+
+class _Endless(ChatError):
+    """A template that was stopped: it is not worth another try."""
+
+
+_UNTIL: dict[int, float] = {}  # by thread, when what it renders must be done
+_LOCK = threading.Lock()
+
+
+@contextmanager
+def _at_most(seconds: float) -> Iterator[None]:
+    """Raise `TimeoutError` within the block, in any thread, when it takes longer.
+
+    One call into C is not interrupted. Jinja's sandbox bounds one range, not loops inside loops.
+    """
+    _watched()
+    thread = threading.get_ident()
+    try:
+        _UNTIL[thread] = time.monotonic() + seconds
+        yield
+    finally:
+        _UNTIL.pop(thread, None)  # first: what comes next could be interrupted
+        with _LOCK:
+            _raise_in(thread, None)  # what has been asked for and not been raised yet
+
+
+@lru_cache
+def _watched() -> None:
+    """Have one thread look after all that render: one for each would take longer than rendering."""
+
+    def watch() -> None:
+        while True:
+            time.sleep(0.5)
+            for thread, until in list(_UNTIL.items()):
+                with _LOCK:
+                    if time.monotonic() > until and _UNTIL.get(thread) == until:
+                        _raise_in(thread, TimeoutError)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def _raise_in(thread: int, error: type[Exception] | None) -> None:
+    """Have a thread raise `error` at its next line; with None, have it forget that."""
+    what = None if error is None else ctypes.py_object(error)
+    ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread), what)
 
 
 def _checked(chat: Chat) -> Chat:
@@ -283,6 +357,8 @@ def _checked(chat: Chat) -> Chat:
         )
     try:
         opened = chat.render_text([{"role": "user", "content": "Q"}])
+    except _Endless:
+        raise
     except ChatError:
         return chat  # refused when it is used
     if re.search(r"<think>\s*$", opened):

@@ -14,14 +14,19 @@ from typing import Any, TypeVar
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
 from pujax.errors import ConfigError, PujaxError, StopRequested, require
 from pujax.run.compose import conf_dir, from_hydra, register
-from pujax.text import MASKED, hide, mask, secrets_in
+from pujax.run.help import help_of
+from pujax.run.overrides import in_hydra_words
+from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
 
@@ -51,7 +56,14 @@ REMEDIES = {
 
 
 class _Ended(BaseException):
-    """What a command raised, carried past Hydra, which would print all that it was given."""
+    """What a command raised, carried past Hydra, which would print all that it was given.
+
+    `hidden` is what its settings took from the environment, and no message may say.
+    """
+
+    def __init__(self, hidden: Sequence[str]) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 def command(
@@ -70,7 +82,7 @@ def command(
         try:
             status = act(from_hydra(schema, composed))
         except Exception as error:
-            raise _Ended from error
+            raise _Ended(_hidden_in(composed)) from error
         if status:
             raise SystemExit(status)
 
@@ -84,28 +96,33 @@ def command(
             print(f"pujax {__version__}")
             return
         # An experiment is no group of the defaults list, so Hydra wants a plus before it.
-        overrides = [re.sub(r"^(?=experiment=)", "+", given) for given in sys.argv[1:]]
-        overrides = _in_order(name, overrides)
-        sys.argv = [sys.argv[0], *overrides]
+        typed = [re.sub(r"^(?=experiment=)", "+", given) for given in sys.argv[1:]]
+        options, typed = _in_order(name, typed)
         whole = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what is said is said here
+        overrides: list[str] = []
         try:
-            where = f"{conf_dir()}/{folder}".rstrip("/")
-            if name != "train" and any(given.startswith("+experiment=") for given in overrides):
+            where = Path(conf_dir(), folder)
+            groups = _groups(name, where)
+            if name != "train" and any(given.startswith("+experiment=") for given in typed):
                 raise ConfigError("experiment: train alone takes one: name what it sets by itself")
-            flags = {given for given in overrides if given.startswith("-")}
-            if flags and flags <= {"--help", "-h"}:
-                told = _help(name, Path(where), [o for o in overrides if o not in flags])
-                print(masked(told, overrides))
+            sweep = not {"-m", "--multirun"}.isdisjoint(options)
+            overrides = in_hydra_words(typed, schema, groups, sweep=sweep)
+            if options and set(options) <= {"--help", "-h"}:
+                told = help_of(name, where, schema, groups, overrides)
+                print(masked(told, [*typed, *overrides]))
                 return
-            hydra.main(config_path=where, config_name=name, version_base="1.3")(job)()
+            sys.argv = [sys.argv[0], *options, *overrides]
+            hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
-            status, line = _ending(cause, overrides, schema, Path(where))
+            status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__
-            print(f"pujax.{name}: {masked(line, overrides)}", file=sys.stderr)
+            for secret in error.hidden if isinstance(error, _Ended) else ():
+                line = hide(line, secret)
+            print(f"pujax.{name}: {masked(line, [*typed, *overrides])}", file=sys.stderr)
             sys.exit(status)
         finally:
             if not whole:
@@ -114,8 +131,25 @@ def command(
     return main
 
 
-def _in_order(name: str, words: Sequence[str]) -> list[str]:
-    """The options with their values, then the overrides: Hydra's parser takes no other order.
+def swept() -> str:
+    """What sets this job of a sweep apart, as in `seed=0_loss=dpo`; nothing outside of a sweep."""
+    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
+        return ""
+    parse = OverridesParser.create().parse_overrides
+    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
+    several = {each.key_or_group for each in parse(given) if each.is_sweep_override()}
+    job = parse(HydraConfig.get().overrides.task)
+    apart = [f"{e.key_or_group}={e.value()}" for e in job if e.key_or_group in several]
+    return masked("_".join(apart), given)
+
+
+def _hidden_in(composed: DictConfig) -> list[str]:
+    """What the settings hold by `${oc.env:NAME}`, in a file as well as on the command line."""
+    return from_environment(OmegaConf.to_yaml(composed, resolve=False))
+
+
+def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The options with their values, and the overrides: Hydra's parser takes no other order.
 
     Raises SystemExit with status 2 and one line for an option that it does not know.
     """
@@ -139,7 +173,7 @@ def _in_order(name: str, words: Sequence[str]) -> list[str]:
     if said:
         print(f"pujax.{name}: {masked(said, words)}: --hydra-help tells of all", file=sys.stderr)
         sys.exit(2)
-    return [*options, *overrides]
+    return options, overrides
 
 
 def _groups(name: str, conf: Path) -> list[str]:
@@ -148,31 +182,6 @@ def _groups(name: str, conf: Path) -> list[str]:
     keys = [key for entry in defaults if isinstance(entry, dict) for key in entry]
     keys = [key for key in keys if not key.startswith("override ")]
     return [*keys, "experiment"] if name == "train" else keys
-
-
-def _help(name: str, conf: Path, overrides: list[str]) -> str:
-    """Every setting of a command with its value, and the groups to choose from.
-
-    Hydra's own help reads every file of every group, twice.
-    """
-    with hydra.initialize_config_dir(str(conf), version_base="1.3"):
-        settings = OmegaConf.to_yaml(hydra.compose(name, overrides=overrides))
-    taken = _groups(name, conf)
-    groups = [
-        f"  {path.relative_to(conf)}={'|'.join(sorted(file.stem for file in path.glob('*.yaml')))}"
-        for path in sorted(conf.rglob("*"))
-        if any(path.glob("*.yaml")) and path.name != "base"
-        if path.relative_to(conf).parts[0] in taken
-    ]
-    return "\n".join(
-        [
-            f"pujax {name} KEY=VALUE ...   (--hydra-help tells of more; -m runs each of A,B)",
-            *(["", "Choices:", *groups] if groups else []),
-            "",
-            "Settings, with the values that they have:",
-            settings,
-        ]
-    )
 
 
 def in_new_words(name: str) -> None:
@@ -193,6 +202,11 @@ def in_new_words(name: str) -> None:
         sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {told}")
 
 
+def one_source(run: str | None, model: str | None) -> None:
+    """Refuse both a run and a model, and neither. Raises `ConfigError`."""
+    require((run is None) != (model is None), "run", run, "set either run=DIRECTORY or model=PATH")
+
+
 def listed(key: str, value: Any) -> list[str]:
     """A setting that is a text or a list of texts, as a list. Raises `ConfigError`."""
     values = [] if value is None else list(value) if isinstance(value, list) else [value]
@@ -201,16 +215,14 @@ def listed(key: str, value: Any) -> list[str]:
     return values
 
 
-def _ending(
-    error: BaseException, overrides: Sequence[str], schema: type, conf: Path
-) -> tuple[int, str | None]:
+def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tuple[int, str | None]:
     """The exit status and the one line for what ended a command; no line for a fault of ours."""
     if isinstance(error, StopRequested):
         return 128 + error.number, str(error)
     if isinstance(error, KeyboardInterrupt):
         return 130, "interrupted"
     if isinstance(error, HydraException | OmegaConfBaseException):
-        return 1, _composition(error, overrides, schema, conf)
+        return 1, _composition(error, overrides, schema)
     if isinstance(error, PujaxError):
         return 1, str(error)
     if isinstance(error, BrokenPipeError):
@@ -223,7 +235,7 @@ def _ending(
     return 1, None
 
 
-def _composition(error: Exception, overrides: Sequence[str], schema: type, conf: Path) -> str:
+def _composition(error: Exception, overrides: Sequence[str], schema: type) -> str:
     """What Hydra or OmegaConf could not take, as one line without their internals."""
     text, cause = str(error), str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
@@ -233,7 +245,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type, conf:
         quoted = value.replace('"', '\\"')
         return f"{key}: can't read its value: quote it twice, as in '{key}=\"{quoted}\"'"
     if found := re.search(r"Could not override '([^']*)'|could not delete.*'([^']*)'", text, re.I):
-        return _unknown_key(found[1] or found[2], error, schema, conf)
+        return _unknown_key(found[1] or found[2], error, schema)
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = list(error.options or ())
@@ -260,7 +272,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type, conf:
     return _plain(" ".join(text.split("\nSee https")[0].split()))
 
 
-def _unknown_key(key: str, error: Exception, schema: type, conf: Path) -> str:
+def _unknown_key(key: str, error: Exception, schema: type) -> str:
     """A key that the settings don't have, with the nearest that they have."""
     known = list(_keys(schema))
     node = getattr(error.__cause__, "parent_node", None)

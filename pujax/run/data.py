@@ -16,6 +16,7 @@ from pujax.run.compose import with_protocol
 from pujax.run.settings import DataConfig, TrainConfig
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
+from pujax.text import counted
 from pujax.types import Batch, Tokens
 
 
@@ -32,41 +33,51 @@ class Dataset:
     anchors_cut: int
 
 
+@dataclass(frozen=True)
+class _Fitted:
+    """A prompt as tokens, before it has an anchor."""
+
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    reference_ids: tuple[int, ...]
+    truncated: bool
+
+
 def load_data(
     config: TrainConfig, chat: Chat, say: Callable[[str], None]
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out examples of the same static shape.
 
-    A configured teacher is asked for the anchors that the store lacks, before anything else.
-    Raises `DataError`, and what reading prompts and asking raise.
+    A configured teacher is asked for the anchors that the store lacks, once it is known that their
+    prompts can be used. Raises `DataError`, and what reading prompts and asking raise.
     """
     teacher = with_protocol(config.teacher, config.trusted)
-    parts = [list(load_prompts(source)) for source in (config.data.prompts, config.data.heldout)]
+    sources = (config.data.prompts, config.data.heldout)
+    parts = [_fit(load_prompts(source), chat, config.data) for source in sources]
+    shared = {f.prompt_ids for f in parts[0][0]} & {f.prompt_ids for f in parts[1][0]}
+    if shared:
+        raise DataError(
+            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {config.data.prompts} and "
+            f"{config.data.heldout}: take out of one what is in both, or the evaluation means "
+            "nothing"
+        )
     anchors = anchors_for(
-        [*parts[0], *parts[1]],
+        [fitted.prompt for part, _ in parts for fitted in part],
         teacher,
         Path(config.data.anchors),
         config.collect,
         say=say,
     )
-    train_data, heldout = (_answered(part, anchors, chat, config.data) for part in parts)
-    shared = {e.prompt_ids for e in train_data.examples} & {e.prompt_ids for e in heldout.examples}
-    if shared:
-        raise DataError(
-            f"{len(shared)} prompts are in both {config.data.prompts} and {config.data.heldout}: "
-            "take them out of one, or the evaluation means nothing"
-        )
-    for name, data in (("training", train_data), ("held-out", heldout)):
+    made = [_answered(part, dropped, anchors, chat, config.data) for part, dropped in parts]
+    for name, data in zip(("training", "held-out"), made, strict=True):
+        cut = counted(data.anchors_cut, "anchor")
         notes = [
-            f"{count} {what}"
-            for count, what in (
-                (data.dropped, "dropped as too long"),
-                (data.truncated, "truncated"),
-                (data.anchors_cut, f"anchors cut at {data.response_size} tokens"),
-            )
-            if count
+            *([f"{data.dropped} dropped as too long"] if data.dropped else []),
+            *([f"{data.truncated} truncated"] if data.truncated else []),
+            *([f"{cut} cut at {data.response_size} tokens"] if data.anchors_cut else []),
         ]
-        say(f"{len(data.examples)} {name} prompts" + "".join(f", {n}" for n in notes))
+        say(", ".join([counted(len(data.examples), f"{name} prompt"), *notes]))
+    train_data, heldout = made
     return train_data, heldout
 
 
@@ -76,15 +87,15 @@ def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
     Nobody is asked. Raises `DataError` where the store lacks what the run had, and what reading
     prompts and anchors raises.
     """
-    prompts = list(load_prompts(config.data.heldout))
+    fitted, dropped = _fit(load_prompts(config.data.heldout), chat, config.data)
     anchors = anchors_for(
-        prompts,
+        [each.prompt for each in fitted],
         replace(config.teacher, protocol=_ask_nobody),
         Path(config.data.anchors),
         config.collect,
         say=lambda line: None,
     )
-    return _answered(prompts, anchors, chat, config.data)
+    return _answered(fitted, dropped, anchors, chat, config.data)
 
 
 def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:
@@ -95,11 +106,15 @@ def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:
 
 
 def _answered(
-    prompts: Iterable[Prompt], anchors: Mapping[str, Anchor], chat: Chat, config: DataConfig
+    fitted: Sequence[_Fitted],
+    dropped: int,
+    anchors: Mapping[str, Anchor],
+    chat: Chat,
+    config: DataConfig,
 ) -> Dataset:
     """The prompts that have an anchor: the teacher refused the others, and that has been said."""
-    kept = [prompt for prompt in prompts if messages_key(prompt.messages) in anchors]
-    return make_dataset(kept, anchors, chat, config)
+    kept = [each for each in fitted if messages_key(each.prompt.messages) in anchors]
+    return _with_anchors(kept, dropped, anchors, chat, config)
 
 
 def make_dataset(
@@ -113,42 +128,60 @@ def make_dataset(
 
     Raises `DataError` for a prompt without an anchor, a prompt that is too long, or no prompts.
     """
-    examples, dropped, truncated, anchors_cut = [], 0, 0, 0
-    P, T = config.max_prompt_tokens, config.max_response_tokens
-    extra = 0
+    return _with_anchors(*_fit(prompts, chat, config), anchors, chat, config)
+
+
+def _fit(prompts: Iterable[Prompt], chat: Chat, config: DataConfig) -> tuple[list[_Fitted], int]:
+    """The prompts that `config.on_too_long` leaves, as tokens, and how many were dropped."""
+    P, fitted, dropped = config.max_prompt_tokens, [], 0
     for prompt in prompts:
+        messages = with_system(prompt.messages, config.system)
+        prompt_ids = chat.render(messages)
+        truncated = len(prompt_ids) > P
+        if truncated and config.on_too_long == "error":
+            raise DataError(
+                f"prompt {prompt.id!r} has {len(prompt_ids)} tokens, data.max_prompt_tokens is "
+                f"{P}: raise it, or set data.on_too_long=drop or truncate"
+            )
+        if truncated and config.on_too_long == "drop":
+            dropped += 1
+            continue
+        if truncated:
+            messages = _shortened(prompt.id, messages, chat, P)
+            prompt_ids = chat.render(messages)
+        reference_ids = chat.reference_head(messages)
+        fitted.append(_Fitted(prompt, tuple(prompt_ids), tuple(reference_ids), truncated))
+    return fitted, dropped
+
+
+def _with_anchors(
+    fitted: Sequence[_Fitted],
+    dropped: int,
+    anchors: Mapping[str, Anchor],
+    chat: Chat,
+    config: DataConfig,
+) -> Dataset:
+    P, T = config.max_prompt_tokens, config.max_response_tokens
+    examples, extra, anchors_cut = [], 0, 0
+    for each in fitted:
+        prompt = each.prompt
         anchor = anchors.get(messages_key(prompt.messages))
         if anchor is None:
             raise DataError(
                 f"prompt {prompt.id!r} has no anchor in {config.anchors}: "
                 "collect it with `python -m pujax.collect`, or set teacher=..."
             )
-        messages = with_system(prompt.messages, config.system)
-        prompt_ids = chat.render(messages)
-        reference_ids = chat.reference_head(messages)
-        if len(prompt_ids) > P:
-            if config.on_too_long == "error":
-                raise DataError(
-                    f"prompt {prompt.id!r} has {len(prompt_ids)} tokens, data.max_prompt_tokens is "
-                    f"{P}: raise it, or set data.on_too_long=drop or truncate"
-                )
-            if config.on_too_long == "drop":
-                dropped += 1
-                continue
-            truncated += 1
-            messages = _shortened(prompt.id, messages, chat, P)
-            prompt_ids, reference_ids = chat.render(messages), chat.reference_head(messages)
         finished = anchor.finished
         anchor_ids = chat.encode_response(anchor.response, finished)
         if len(anchor_ids) > T:
             anchor_ids, finished = anchor_ids[:T], False
             anchors_cut += 1
-        extra = max(extra, len(reference_ids) - len(prompt_ids))
+        extra = max(extra, len(each.reference_ids) - len(each.prompt_ids))
         examples.append(
             Example(
                 prompt=prompt,
-                prompt_ids=tuple(prompt_ids),
-                reference_ids=tuple(reference_ids),
+                prompt_ids=each.prompt_ids,
+                reference_ids=each.reference_ids,
                 anchor=anchor.response,
                 anchor_ids=tuple(anchor_ids),
                 anchor_finished=finished,
@@ -156,6 +189,7 @@ def make_dataset(
         )
     if not examples:
         raise DataError(f"no prompts left to use ({dropped} dropped as too long)")
+    truncated = sum(each.truncated for each in fitted)
     return Dataset(tuple(examples), P, P + extra, T, dropped, truncated, anchors_cut)
 
 

@@ -2,6 +2,7 @@
 
 import fcntl
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
@@ -9,16 +10,11 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
 from pujax.errors import ConfigError, PujaxError
-from pujax.files.durable import write_whole
-from pujax.run.compose import structured
+from pujax.files.settings import SETTINGS, keep_settings, kept_settings
 from pujax.run.settings import TrainConfig
 
-SETTINGS, DONE = "config.yaml", "done"
+DONE, LOCK = "done", ".lock"
 
 UNTOUCHED = frozenset(
     ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
@@ -31,15 +27,18 @@ of `pujax.run.inputs`. A mesh adds in another order, so numbers agree to float32
 
 
 @contextmanager
-def run_directory(config: TrainConfig) -> Iterator[Path]:
+def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
     """The directory of the run to do or to go on with, with `config` in it, locked meanwhile.
+
+    A new one is named by the time and the `label`, and goes away again where the block fails before
+    anything but settings is in it.
 
     `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there.
     """
-    settings = asdict(config)
+    settings, theirs = asdict(config), False
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
@@ -47,48 +46,28 @@ def run_directory(config: TrainConfig) -> Iterator[Path]:
         lock = _lock(directory)
     elif config.run.dir is not None:
         directory = Path(config.run.dir)
+        theirs = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
         lock = _lock(directory)
     else:
         parent = Path(config.run.root) / config.run.name
         found = _unfinished(parent, settings) if config.resume == "auto" else None
-        directory, lock = found or _fresh(parent)
+        directory, lock = found or _fresh(parent, label)
     with lock:
         if (directory / SETTINGS).is_file():
             _may_go_on(directory, settings, config.resume)
-        text = OmegaConf.to_yaml(OmegaConf.create(settings))
-        write_whole(directory / SETTINGS, text.encode())
-        yield directory
-
-
-def settings_of(directory: Path) -> TrainConfig:
-    """The settings that a run was last started with; what is younger than the run is its default.
-
-    Raises `ConfigError` for a run without settings, or with some that this pujax doesn't know.
-    """
-    stored = directory / SETTINGS
-    try:
-        merged = OmegaConf.merge(structured(TrainConfig), stored_settings(stored))
-        settings = OmegaConf.to_object(merged)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{stored}: {str(error).splitlines()[0]}: another pujax's?") from error
-    assert isinstance(settings, TrainConfig)
-    return settings
-
-
-def stored_settings(path: Path) -> dict[str, Any]:
-    """What a run's settings file holds. Raises `ConfigError` for one that is torn or missing."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise ConfigError(f"{path}: no such file: is {path.parent} a run's directory?") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"{path}: not a run's settings ({str(error).splitlines()[0]}): move {path.parent} away"
-        ) from error
-    if not isinstance(settings, dict) or not settings:
-        raise ConfigError(f"{path}: holds no settings: move {path.parent} away")
-    return settings
+        begun = (directory / SETTINGS).is_file()
+        keep_settings(directory, settings)
+        try:
+            yield directory
+        except BaseException:
+            if not begun and {path.name for path in directory.iterdir()} <= {SETTINGS, LOCK}:
+                with suppress(OSError):  # something may have come into it just now
+                    (directory / SETTINGS).unlink()
+                    (directory / LOCK).unlink()
+                    if not theirs:
+                        directory.rmdir()
+            raise
 
 
 def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:
@@ -98,7 +77,7 @@ def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> Non
             f"{directory} holds a run and resume=never begins one: move it away, or choose another "
             "run.dir"
         )
-    differing = _differing(stored_settings(directory / SETTINGS), settings)
+    differing = _differing(kept_settings(directory), settings)
     if differing:
         raise ConfigError(
             f"{directory} was begun with other settings ({'; '.join(differing)}): set them back, "
@@ -128,7 +107,7 @@ class InUse(ConfigError):
 
 def _lock(directory: Path) -> _Lock:
     """The run in `directory`, for this process. Raises `InUse` while another one has it."""
-    path = directory / ".lock"
+    path = directory / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -141,6 +120,10 @@ def _lock(directory: Path) -> _Lock:
     except OSError as error:  # a file system without locks
         os.close(descriptor)
         raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
+    if os.fstat(descriptor).st_nlink == 0:  # its last owner took it back just now
+        os.close(descriptor)
+        directory.mkdir(parents=True, exist_ok=True)
+        return _lock(directory)
     return _Lock(descriptor)
 
 
@@ -149,7 +132,7 @@ def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock]
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
         with suppress(PujaxError):  # in use, or not readable: not a run to go on with
             directory = stored.parent
-            if (directory / DONE).exists() or _differing(stored_settings(stored), settings):
+            if (directory / DONE).exists() or _differing(kept_settings(directory), settings):
                 continue
             lock = _lock(directory)
             if not (directory / DONE).exists():
@@ -158,10 +141,13 @@ def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock]
     return None
 
 
-def _fresh(parent: Path) -> tuple[Path, _Lock]:
-    """A new directory named by the time, locked; no other process gets the same."""
+def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
+    """A new directory named by time and label, locked; no other process gets the same."""
     parent.mkdir(parents=True, exist_ok=True)
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
+    if label:
+        plain = re.sub(r"[^\w.=+-]+", "-", label)
+        name += "_" + plain.encode()[:150].decode(errors="ignore")  # of 255 that a name may have
     for number in range(1, 10_000):
         directory = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):

@@ -5,11 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
-
 from pujax.errors import ConfigError, WeightsError
+from pujax.files.settings import SETTINGS, kept_settings
 
 
 @dataclass(frozen=True)
@@ -29,7 +26,8 @@ class Finished:
 def finished_run(directory: Path) -> Finished:
     """The run in `directory`, or of a folder of runs the newest that is finished.
 
-    Raises `WeightsError` when there is none, or the run has not come to its end.
+    Raises `WeightsError` when there is none, or the run has not come to its end, and `ConfigError`
+    for settings that can't be read.
     """
     if _is_run(directory):
         return _finished(directory)
@@ -46,7 +44,8 @@ def newest_run(directory: Path) -> Path:
     """`directory`, or where that is a folder of runs its newest one that is finished."""
     if _is_run(directory) or any(directory.glob("eval-*.jsonl")):
         return directory
-    return max((path for path in directory.glob("*") if _has_ended(path)), default=directory)
+    ended = (path for path in directory.glob("*") if _is_run(path) and _has_ended(path))
+    return max(ended, default=directory)
 
 
 def model_path(path: str) -> str:
@@ -59,7 +58,8 @@ def model_path(path: str) -> str:
 
 
 def _is_run(directory: Path) -> bool:
-    return (directory / "config.yaml").is_file() or (directory / "export").is_dir()
+    # A model's directory may have a file of that name too.
+    return (directory / SETTINGS).is_file() and not (directory / "config.json").is_file()
 
 
 def _has_ended(directory: Path) -> bool:
@@ -72,27 +72,19 @@ def _finished(directory: Path) -> Finished:
             f"{directory}: this run has not ended: it has not come to its end with a whole export/ "
             "in it; start the command that made it again, and it goes on"
         )
-    return Finished(directory / "export", _settings(directory / "config.yaml"))
+    return Finished(directory / "export", _settings(directory))
 
 
-def _settings(path: Path) -> dict[str, Any]:
+def _settings(directory: Path) -> dict[str, Any]:
     """The settings of a run, of the right form as far as a model made of it depends on them."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError) as error:
-        told = " ".join(str(error).split())
-        raise WeightsError(f"{path}: can't be read ({told}): restore it") from error
-    if not isinstance(settings, dict) or not settings:
-        raise WeightsError(f"{path}: holds no settings: restore it")
+    settings, path = kept_settings(directory), directory / SETTINGS
     for key in ("data", "model"):
         if not isinstance(settings.get(key, {}), dict):
-            raise WeightsError(f"{path}: {key}={settings[key]!r} holds no settings: restore it")
+            raise ConfigError(f"{path}: {key}={settings[key]!r} holds no settings: restore it")
     system = settings.get("data", {}).get("system")
     if not isinstance(system, str | None):
-        raise WeightsError(f"{path}: data.system={system!r} is no text: restore it")
-    return {str(key): value for key, value in settings.items()}
+        raise ConfigError(f"{path}: data.system={system!r} is no text: restore it")
+    return settings
 
 
 def export(
@@ -153,7 +145,7 @@ def _refuse_run(out: Path) -> None:
     place = out.resolve()
     for directory in (place, *place.parents):
         begun = (directory / "metrics.jsonl").exists() or (directory / "done").exists()
-        if begun and (directory / "config.yaml").exists():
+        if begun and (directory / SETTINGS).exists():
             raise ConfigError(
                 f"out={out}: lies in the directory of a run, {directory}, whose files are its "
                 "results: choose a place outside of it"

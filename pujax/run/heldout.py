@@ -7,8 +7,6 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import METRICS, Metric, Shown
@@ -18,6 +16,7 @@ from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
+from pujax.files.settings import kept_settings
 from pujax.models.decoder import LanguageModel
 from pujax.run.compose import build
 from pujax.run.data import collate, load_heldout
@@ -58,7 +57,7 @@ def arms(directories: Sequence[Path], names: Sequence[str]) -> tuple[list[Arm], 
 
     Runs of one name, or without names those whose settings differ in the seed alone, are an arm.
     Several arms stand side by side with the model that each ended with; of a single one each stage
-    is a column. Raises `EvaluationError`.
+    is a column. Raises `EvaluationError`, and `ConfigError` for settings that can't be read.
     """
     grouped: dict[str, list[Path]] = {}
     for place, directory in enumerate(directories):
@@ -83,7 +82,7 @@ def _titles(directories: Sequence[Path]) -> list[str]:
     """What to call runs: their folders' names, or where those are times what sets them apart."""
     if not all(re.match(r"\d{4}-?\d\d-?\d\d", directory.name) for directory in directories):
         return [str(directory.name) for directory in directories]
-    settings = [dict(_leaves(_stored(directory))) for directory in directories]
+    settings = [dict(_leaves(kept_settings(directory))) for directory in directories]
     keys = [
         key
         for key in dict.fromkeys(key for each in settings for key in each)
@@ -106,32 +105,18 @@ def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _all_but_the_seed(directory: Path) -> str:
-    settings = _stored(directory)
+    settings = kept_settings(directory)
     kept = {key: value for key, value in settings.items() if key not in ("seed", "run", "resume")}
     return json.dumps(kept, sort_keys=True, default=str)
-
-
-def _stored(directory: Path) -> dict[str, Any]:
-    """The settings that a run's directory keeps. Raises `EvaluationError`."""
-    path = directory / "config.yaml"
-    if not path.is_file():
-        raise EvaluationError(f"{path} is not there: is {directory} a run's directory?")
-    try:
-        settings = OmegaConf.to_container(OmegaConf.load(path))
-    except Exception as error:  # YAML's errors, OmegaConf's and UTF-8's have no base in common
-        reason = str(error).split("\n")[0]
-        raise EvaluationError(f"{path}: not settings ({reason}): put the file right") from error
-    if not isinstance(settings, dict):
-        raise EvaluationError(f"{path}: not settings by name: put the file right")
-    return {str(key): value for key, value in settings.items()}
 
 
 def run_config(directory: Path) -> TrainConfig:
     """The settings of a run as far as its held-out prompts go, whichever version stored them.
 
-    Raises `EvaluationError`, and `ConfigError` for a value that is out of its range.
+    Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value that is
+    out of its range.
     """
-    stored = _stored(directory)
+    stored = kept_settings(directory)
     try:
         return TrainConfig(
             data=_record(DataConfig, stored["data"]),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from pujax.errors import ConfigError, TeacherError
 from pujax.records import Messages
+from pujax.run.compilation import compile_once
 from pujax.teacher.protocols import Answer, asked_turns
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
@@ -26,6 +27,7 @@ class LocalTeacher:
                 f"teacher.path: a local teacher needs teacher.max_tokens={settings.max_tokens} to "
                 f"be a number and takes top_k, top_p and seed alone in extra_body, not {unknown}"
             )
+        compile_once()
         from pujax.run.generator import Generator
 
         self._settings = settings

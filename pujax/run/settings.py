@@ -14,7 +14,13 @@ from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where a run is kept: `root`/`name`/<time>, unless `dir` says otherwise."""
+    """Where a run is kept: `root`/`name`/<time>, unless `dir` says otherwise.
+
+    Attributes:
+        name: what its runs are called, one folder in `root`.
+        root: the folder of all runs.
+        dir: the very directory, of any path; null makes one named by the time.
+    """
 
     name: str = MISSING
     root: str = "runs"
@@ -31,7 +37,15 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class ShapeConfig:
-    """The shape of a random student, for tests and dry runs; 0 layers is none."""
+    """The shape of a random student, for tests and dry runs.
+
+    Attributes:
+        layers: decoder layers; 0 is none: the student is what `path` has.
+        width: of the residual stream, a multiple of `heads`.
+        heads: query heads, a multiple of `kv_heads`.
+        kv_heads: key and value heads.
+        mlp_width: hidden width of the feed-forward layers.
+    """
 
     layers: int = 0
     width: int = 64
@@ -59,9 +73,12 @@ class ShapeConfig:
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """Low-rank adapters (Hu et al., 2021): scale alpha / rank, on the kernels `targets` match.
+    """Low-rank adapters (Hu et al., 2021): scale alpha / rank.
 
-    Rank 0 is none: every parameter is trained.
+    Attributes:
+        rank: of the adapters; 0 is none: every parameter is trained.
+        alpha: the adapters' scale times their rank.
+        targets: which kernels get one, a regular expression of their names.
     """
 
     rank: int = 0
@@ -83,8 +100,14 @@ class LoraConfig:
 class ModelConfig:
     """The student. With a `shape` of some layers its weights are random, its tokenizer `path`'s.
 
-    `path` is a hub id, a Hugging Face directory, a GGUF file, or `package://NAME/FILE`.
-    `dtype` is what the matrices multiply in; `auto` is float32 on CPU and bfloat16 elsewhere.
+    Attributes:
+        path: a hub id, a Hugging Face directory, a GGUF file, or package://NAME/FILE.
+        dtype: what matrices multiply in: float32, bfloat16, or auto (float32 on a CPU, bfloat16
+            elsewhere).
+        remat: what the backward pass computes again: none, full (all), or dots (all but matrix
+            products and attention).
+        shape: of a random student.
+        lora: low-rank adapters.
     """
 
     path: str = MISSING
@@ -110,13 +133,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """Prompts, anchors and the static shapes they are padded to (lengths in tokens).
+    """Prompts, anchors and the static shapes they are padded to.
 
-    `prompts` and `heldout` are each a file, a list of files, or a mapping with the keys of
-    `DatasetConfig`. `anchors` is the store that answers both. `system` is the student's system
-    message where a prompt has none; null leaves it to the chat template. A prompt beyond
-    `max_prompt_tokens` is an `error`, or with `on_too_long` a `drop` or a `truncate`, which cuts
-    the beginning of its last message.
+    Attributes:
+        prompts: what to train on: a file, a list of files, or a dataset as in {dataset: NAME,
+            split: train, slice: "0:100", columns: {prompt: question}, template: "{question}"}.
+        anchors: the store of the teacher's answers to both, a .jsonl file.
+        heldout: what to evaluate on, as `prompts`.
+        system: the student's system message where a prompt has none; null leaves it to the chat
+            template.
+        max_prompt_tokens: the longest prompt, in tokens.
+        max_response_tokens: the longest answer, in tokens.
+        on_too_long: what a prompt beyond that is: an error, to drop, or to truncate (at the
+            beginning of its last message).
     """
 
     prompts: Any = MISSING
@@ -140,7 +169,12 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class ScorerConfig:
-    """Whose scores rank the candidates: the frozen reference's or the current policy's."""
+    """How the candidates are ranked.
+
+    Attributes:
+        score: the function, by `_target_`.
+        by: whose scores they are: the frozen reference's or the current policy's.
+    """
 
     score: Any = MISSING
     by: str = "reference"
@@ -153,7 +187,13 @@ class ScorerConfig:
 
 @dataclass(frozen=True)
 class SftConfig:
-    """The first stage: `steps` of `batch` anchors at peak learning rate `lr`; 0 steps skip it."""
+    """The first stage.
+
+    Attributes:
+        steps: updates; 0 skips the stage.
+        batch: anchors a step.
+        lr: peak learning rate, in [0, 1].
+    """
 
     steps: int = 100
     batch: int = 8
@@ -167,9 +207,14 @@ class SftConfig:
 
 @dataclass(frozen=True)
 class AlignConfig:
-    """The second stage: `steps` groups of `prompts`, each learnt from `inner_epochs` times.
+    """The second stage.
 
-    `microbatch` prompts at a time go through the gradient (all of them when null).
+    Attributes:
+        steps: groups of `prompts` to learn from; 0 skips the stage.
+        prompts: prompts a step.
+        lr: peak learning rate, in [0, 1].
+        inner_epochs: how often each is learnt from.
+        microbatch: prompts that go through the gradient at a time, for memory; null is all.
     """
 
     steps: int = 100
@@ -194,9 +239,16 @@ class AlignConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW with global-norm clipping; linear warm-up over a share of the steps, then `schedule`.
+    """AdamW with global-norm clipping.
 
-    `max_skipped` non-finite updates in a row stop the run.
+    Attributes:
+        b1: decay of the gradient's mean.
+        b2: decay of the gradient's square.
+        weight_decay: a share of the learning rate.
+        clip_norm: the largest global norm of a gradient.
+        warmup: the share of a stage's steps with a rising learning rate.
+        schedule: of the learning rate after that: cosine (to 0) or constant.
+        max_skipped: how many non-finite updates in a row stop the run.
     """
 
     b1: float = 0.9
@@ -231,7 +283,12 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """A checkpoint `every` so many steps and at each stage's end; the newest `keep` stay."""
+    """When the state is saved, beside the end of each stage.
+
+    Attributes:
+        every: steps.
+        keep: how many of the newest stay.
+    """
 
     every: int = 50
     keep: int = 2
@@ -243,11 +300,15 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    """Held-out evaluation: `prompts` of them (null: all), `batch` at once, greedily decoded.
+    """Held-out evaluation.
 
-    `every` alignment steps apart in the run; 0 evaluates between the stages alone. Beside the
-    greedy answer, `samples` answers are drawn at `temperature`. `metrics` are what is measured, by
-    name as in `conf/eval/`; none at all stands for `evaluation.metrics.METRICS`.
+    Attributes:
+        every: steps of alignment; 0 evaluates between the stages alone.
+        prompts: how many of the held-out prompts; null is all.
+        batch: prompts at once.
+        samples: answers a prompt that are drawn beside the greedy one.
+        temperature: at which they are drawn.
+        metrics: what is measured, by name as in conf/eval/; none at all stands for the usual ones.
     """
 
     every: int = 0
@@ -277,7 +338,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis. `data=-1` takes all that `fsdp` and `tensor` leave."""
+    """Devices along each mesh axis.
+
+    Attributes:
+        data: devices that part a batch; -1 takes all that the others leave.
+        fsdp: devices that part parameters, and a batch too.
+        tensor: devices that part matrices.
+    """
 
     data: int = -1
     fsdp: int = 1
@@ -293,7 +360,27 @@ class MeshConfig:
 class TrainConfig:
     """Everything `pujax train` is told.
 
-    `trusted` are packages beside pujax whose functions may be named as loss, scorer or label rule.
+    Attributes:
+        run: where it is kept.
+        seed: of all that is random, in [0, 2**63).
+        resume: auto (go on with the newest unfinished run of these settings), never, or a run's
+            directory.
+        trusted: packages beside pujax whose functions may be named by `_target_`: their code runs
+            here.
+        model: the student.
+        data: prompts, anchors and lengths.
+        teacher: whom to ask for the anchors that the store lacks; teacher=replay asks nobody.
+        collect: how to ask.
+        sampling: of candidates.
+        scorer: how candidates are ranked.
+        labels: from scores to labels: a function, by `_target_`, and its keywords.
+        loss: a function, by `_target_`, and its keywords.
+        sft: the first stage: supervised fine-tuning on the anchors.
+        align: the second stage: learning from ranked candidates.
+        optim: AdamW, of both stages.
+        checkpoint: when the state is saved.
+        eval: held-out evaluation.
+        mesh: devices.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -328,10 +415,16 @@ def check_seed(seed: int) -> None:
 class ShapesConfig:
     """The work that a benchmark times; every prompt and response has its full length.
 
-    `offline` takes the responses as given, so that a step is the reference's pass and the update:
-    with one candidate, a DPO step on pairs. `steps` are timed after a first one. `sweep` times
-    other numbers of candidates and other lengths too, each for itself, and writes table and plot
-    to `out`.
+    Attributes:
+        prompts: how many in a step.
+        candidates: responses to each prompt.
+        prompt_tokens: how long each prompt is.
+        response_tokens: how long each response is.
+        offline: take the responses as given, so that a step is the reference's pass and the update:
+            with one candidate, a DPO step on pairs.
+        steps: how many are timed, after a first one.
+        sweep: time other numbers of candidates and other lengths too, each for itself.
+        out: the folder for a sweep's table and plot.
     """
 
     prompts: int = 4
@@ -357,7 +450,19 @@ class ShapesConfig:
 
 @dataclass(frozen=True)
 class BenchmarkRun:
-    """Everything `pujax benchmark` is told; `trusted` as for `pujax train`."""
+    """Everything `pujax benchmark` is told.
+
+    Attributes:
+        seed: of all that is random, in [0, 2**63).
+        trusted: packages beside pujax whose functions may be named by `_target_`: their code runs
+            here.
+        model: the student.
+        scorer: how candidates are ranked.
+        labels: from scores to labels: a function, by `_target_`, and its keywords.
+        loss: a function, by `_target_`, and its keywords.
+        mesh: devices.
+        benchmark: the work.
+    """
 
     seed: int = 0
     trusted: list[str] = field(default_factory=list)

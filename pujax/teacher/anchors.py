@@ -9,8 +9,8 @@ from pujax.teacher.asking import Tally, ask_all
 from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import Anchors, Contents
-from pujax.teacher.writer import AnchorStore
-from pujax.text import printable
+from pujax.teacher.writer import AnchorStore, kept_beside, take_up
+from pujax.text import counted, printable
 
 
 def collect(
@@ -30,9 +30,11 @@ def collect(
     everything that was answered by then is in the store.
     """
     contents = contents or Contents(store)
+    take_up(store, contents, say)
     plan = make_plan(prompts(), teacher, contents, retry_failed=settings.retry_failed)
     if not plan.to_ask:
-        say(f"{plan.prompts} prompts: had {plan.cached}, asked 0{_left_out(plan.failed)}")
+        had = f"{counted(plan.prompts, 'prompt')}: had {plan.cached}"
+        say(f"{had}, asked 0{_left_out(plan.failed)}")
         return Tally(passed=plan.prompts)
     if settings.budget.money is not None and plan.cost is None:
         raise ConfigError(
@@ -52,11 +54,11 @@ def collect(
     failed = sum(tally.failed.values())
     money = "unknown" if tally.cost is None else f"{tally.cost:.4f}"
     say(
-        f"{plan.prompts} prompts: had {plan.cached}, asked {tally.asked}: {tally.answered} answered"
-        f", {failed} failed {tally.failed or ''}".rstrip()
-        + f", {tally.unanswered} without an answer; {tally.requests} requests ({tally.retried} "
-        f"failed); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} tokens; cost {money}"
-        + _left_out(plan.failed)
+        f"{counted(plan.prompts, 'prompt')}: had {plan.cached}, asked {tally.asked}: "
+        + f"{tally.answered} answered, {failed} failed {tally.failed or ''}".rstrip()
+        + f", {tally.unanswered} without an answer; {counted(tally.requests, 'request')} "
+        f"({tally.retried} failed); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} "
+        f"tokens; cost {money}" + _left_out(plan.failed)
     )
     if tally.stopped:
         left = plan.to_ask - tally.answered - failed
@@ -66,8 +68,9 @@ def collect(
         raise tally.error
     if tally.unanswered and not tally.stopped:
         raise TeacherError(
-            f"{tally.unanswered} prompts have no answer after {settings.retries} retries each (the "
-            f"last: {tally.trouble}): run the same command again"
+            f"{counted(tally.unanswered, 'prompt has', 'prompts have')} no answer after "
+            f"{counted(settings.retries, 'retry', 'retries')} each (the last: {tally.trouble}): "
+            "run the same command again"
         )
     return tally
 
@@ -103,16 +106,18 @@ def anchors_for(
         collect(lambda: prompts, teacher, store, settings, say=say, contents=contents)
     else:
         had = sum(messages_key(prompt.messages) in found for prompt in prompts)
-        say(f"{len(prompts)} prompts: had {had}, asked 0")
+        say(f"{counted(len(prompts), 'prompt')}: had {had}, asked 0")
     lacking = [prompt for prompt in prompts if messages_key(prompt.messages) not in found]
     missing = [p.id for p in lacking if messages_key(p.messages) not in anchors.failed]
     if missing:
         some = printable(", ".join(missing[:5])) + (", ..." if len(missing) > 5 else "")
-        raise StoreError(
-            f"{store}: {len(missing)} of {len(prompts)} prompts have no anchor ({some}): {remedy}"
-        )
+        if kept := kept_beside(store):
+            remedy += f"; {kept[0]} has answers that a collection puts into the store"
+        total = counted(len(prompts), "prompt has", "prompts have")
+        raise StoreError(f"{store}: {len(missing)} of {total} no anchor ({some}): {remedy}")
     if lacking:
-        say(f"{len(lacking)} prompts are left out: the teacher gave no usable answer")
+        left_out = counted(len(lacking), "prompt is", "prompts are")
+        say(f"{left_out} left out: the teacher gave no usable answer")
     _tell_endings(found.values(), say)
     return found
 
@@ -124,6 +129,7 @@ def _tell_endings(anchors: Iterable[Anchor], say: Callable[[str], None]) -> None
         words = sorted({printable(str(anchor.finish_reason), 40) for anchor in untold})
         ended = sum(anchor.finished for anchor in untold)
         say(
-            f"{len(untold)} anchors end with the reason {', '.join(words[:5])}, which is unknown: "
-            f"{ended} count as finished, by their number of tokens, the others as cut off"
+            f"{counted(len(untold), 'anchor ends', 'anchors end')} with the reason "
+            f"{', '.join(words[:5])}, which is unknown: {counted(ended, 'counts', 'count')} as "
+            "finished, by the number of tokens, the others as cut off"
         )

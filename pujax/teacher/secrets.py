@@ -4,13 +4,20 @@ import base64
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from itertools import groupby
 from urllib.parse import quote, quote_plus
 
 from pujax.errors import ConfigError
 from pujax.text import MASKED, printable
 
 LEAST_PART = 8  # characters of a secret that are enough to be kept out of a message
+
+LEAST_QUOTED = 16
+"""Characters of a secret that are enough to be kept out of an answer.
+
+An answer may speak of keys and name how they begin (sk-ant-api03-), which has fewer.
+"""
 
 
 class Secrets:
@@ -50,23 +57,35 @@ class Secrets:
         }
 
     def mask(self, text: str) -> str:
-        """The whole of `text`, with *** for each secret in it; a short one could be any word."""
-        long = (form for form in self._forms if len(form) >= LEAST_PART)
-        for form in sorted(long, key=len, reverse=True):
-            text = text.replace(form, MASKED)
-        return text
+        """The whole of `text`, with *** for each secret in it or long part of one.
+
+        A short secret could be any word, and stays.
+        """
+        forms = [form for form in self._forms if len(form) >= LEAST_PART]
+        # Any part of that length holds one of these: with none in it, as ever, that is all.
+        half = LEAST_QUOTED // 2
+        starts = (
+            (form, at) for form in forms for at in range(0, max(1, len(form) - half + 1), half)
+        )
+        if not any(form[at : at + half] in text for form, at in starts):
+            return text
+        return _without(text, forms, LEAST_QUOTED)
 
     def clean(self, text: str) -> str:
         """One short printable line of `text`, without secrets, whole, escaped or in parts."""
-        text = text[:4000]
-        hidden = [False] * len(text)
-        for form in self._forms:
-            size = min(LEAST_PART, len(form))
-            for start in range(len(form) - size + 1):
-                part = form[start : start + size]
-                at = text.find(part)
-                while at >= 0:
-                    hidden[at : at + size] = [True] * size
-                    at = text.find(part, at + 1)
-        shown = "".join("\0" if hide else c for c, hide in zip(text, hidden, strict=True))
-        return printable(re.sub("\0+", MASKED, shown))
+        return printable(_without(text[:4000], self._forms, LEAST_PART))
+
+
+def _without(text: str, forms: Iterable[str], least: int) -> str:
+    """`text` with *** for each form in it and each part of one that has `least` characters."""
+    hidden = [False] * len(text)
+    for form in forms:
+        size = min(least, len(form))
+        for start in range(len(form) - size + 1):
+            part = form[start : start + size]
+            at = text.find(part)
+            while at >= 0:
+                hidden[at : at + size] = [True] * size
+                at = text.find(part, at + 1)
+    runs = groupby(zip(hidden, text, strict=True), key=lambda pair: pair[0])
+    return "".join(MASKED if hide else "".join(c for _, c in run) for hide, run in runs)

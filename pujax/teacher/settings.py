@@ -17,8 +17,8 @@ class PriceConfig:
     """What a million tokens cost, in any one currency; null when unknown.
 
     Attributes:
-        input: a million tokens of prompts.
-        output: a million tokens of answers.
+        input: of a million tokens of prompts; null when unknown.
+        output: of a million tokens of answers; null when unknown.
     """
 
     input: float | None = None
@@ -47,7 +47,7 @@ class TeacherConfig:
         api_key: never set; it is here to be refused without being shown.
         system: a system message before each prompt's own.
         temperature: sampling temperature; null leaves it to the server.
-        max_tokens: the longest answer; null leaves it to the server.
+        max_tokens: the longest answer, in tokens; null leaves it to the server.
         extra_body: more of the request's body, such as {top_p: 0.9}.
         headers: more headers; a value `env:NAME` is read from the environment.
         thoughts: what becomes of a leading <think> block: strip, keep, or fail the answer.
@@ -313,7 +313,8 @@ class PromptsConfig:
     """Where prompts are.
 
     Attributes:
-        prompts: a file, a list of files, or a mapping with the keys of `DatasetConfig`.
+        prompts: a file, a list of files, or a dataset as in {dataset: NAME, split: train,
+            slice: "0:100", columns: {prompt: question}, template: "{question}"}.
     """
 
     prompts: Any = None

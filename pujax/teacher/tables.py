@@ -40,9 +40,20 @@ def csv_rows(path: Path) -> Rows:
                         filled[name] = _json(filled[name], name, place)
                 yield place, filled
     except UnicodeDecodeError as error:
-        raise PromptError(f"{path}: not UTF-8 after line {line}: save it as UTF-8") from error
+        raise PromptError(f"{_not_utf8(path)}: save it as UTF-8") from error
     except csv.Error as error:
         raise PromptError(f"{path}:{line + 1}: not a table ({error}): mend it") from error
+
+
+def _not_utf8(path: Path) -> str:
+    """Where a file is not UTF-8: what reads it by blocks says no line."""
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError as error:
+                return f"{path}:{number}: not UTF-8 (byte {error.start})"
+    return f"{path}: not UTF-8"
 
 
 def parquet_rows(path: Path) -> Rows:

@@ -10,15 +10,17 @@ import errno
 import fcntl
 import json
 import os
+import re
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pujax.errors import StoreError
 from pujax.teacher.store import TAIL, Contents, Mark, check_plain, digest, failures_path, parse
+from pujax.text import counted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -84,10 +86,11 @@ class AnchorStore:
                 raise self._rescued(error, ()) from error
         finally:
             self._let_go()
-        self.repairs += [
-            f"{kept}: has {len(lines)} answers of this run, which the store could not take"
-            for kept, lines in self._kept.items()
-        ]
+        for kept, lines in self._kept.items():
+            answers = counted(len(lines), "answer")
+            self.repairs.append(
+                f"{kept}: has {answers} of this run, which the store could not take"
+            )
 
     def _let_go(self) -> None:
         for descriptor in (*self._files.values(), self._lock, self._ballast, self._journal):
@@ -143,6 +146,48 @@ class AnchorStore:
             self._files[file] = _open(file)
             _sync_folder(file.parent)
         return self._files[file]
+
+    def take_up(self) -> None:
+        """Put in what earlier runs kept beside the store, and remove those files.
+
+        Each answer once. A file with a line that is no record stays; `repairs` tells of each.
+        """
+        try:
+            with self._locked():
+                for file in (self.path, failures_path(self.path)):
+                    for kept in kept_beside(file):
+                        self.refresh()  # the one before may have had the same answers
+                        self._take_up(kept, file)
+            self.refresh()
+        except OSError as error:
+            raise StoreError(
+                f"{self.path}: can't write: {error.strerror}: {_remedy(error)}"
+            ) from error
+
+    def _take_up(self, kept: Path, file: Path) -> None:
+        known = self.contents.answered if file == self.path else self.contents.failed
+        with kept.open("rb") as lines:
+            # A run that keeps more in it now does so before this, or in a file of its own.
+            fcntl.flock(lines, fcntl.LOCK_EX)
+            if not _is_at(lines.fileno(), kept):
+                return
+            new: dict[bytes, bytes] = {}
+            try:
+                for number, raw in enumerate(lines, 1):
+                    if not raw.isspace():
+                        key = digest(parse(raw, f"{kept}:{number}")["key"])
+                        if key not in known:
+                            new[key] = raw if raw.endswith(b"\n") else raw + b"\n"
+            except StoreError as error:
+                self.repairs.append(f"{error}; until then the answers in it wait")
+                return
+            if new:
+                self._add(file, b"".join(new.values()))
+            kept.unlink()
+        _sync_folder(kept.parent)
+        self.repairs.append(
+            f"{kept}: {counted(len(new), 'answer')} in it that the store lacked, put into {file}"
+        )
 
     def refresh(self) -> None:
         """Take in what this process and others have written since the last time."""
@@ -253,9 +298,12 @@ class AnchorStore:
         with self._threads:
             self.contents, self._replaced = contents, False
         self.repairs.append(
-            f"{self.path}: another program replaced it while collecting; {lost} answers of this "
-            "run were lost with that and have been put back"
+            f"{self.path}: another program replaced it while collecting; "
+            f"{counted(lost, 'answer')} of this run, lost with that, put back"
         )
+
+    def _unwritten(self, error: OSError) -> StoreError:
+        return StoreError(f"{self.path}: can't write: {error.strerror}: {_remedy(error)}")
 
     def _rescued(
         self, error: OSError | StoreError, records: Sequence[dict[str, Any]]
@@ -264,7 +312,7 @@ class AnchorStore:
         if isinstance(error, StoreError):
             said = f"{error}; another program wrote this while collecting"
         else:
-            said = f"{self.path}: can't write: {error.strerror}: {_remedy(error)}"
+            said = str(self._unwritten(error))
         lines = {_line(record): "reason" in record for record in records}
         if not self._journal_kept and not (isinstance(error, OSError) and error.errno in FULL):
             lines = {raw: failed for raw, _, failed in self._written()} | lines
@@ -279,7 +327,11 @@ class AnchorStore:
         if None in files:
             return StoreError(f"{said}; the last answers could not be kept anywhere")
         where = " and ".join(map(str, files))
-        return StoreError(f"{said}; answers of this run are in {where}: append them to the store")
+        home = self.path.parent
+        remedy = "the next collection puts them into the store"
+        if any(file is not None and file.parent != home for file in files):
+            remedy = f"move that beside the store, and {remedy}"
+        return StoreError(f"{said}; answers of this run are in {where}: {remedy}")
 
     def _keep(self, store: Path, lines: list[bytes]) -> Path | None:
         """The file, beside the store or else in the temp folder, that now has the lines too."""
@@ -289,6 +341,9 @@ class AnchorStore:
                 file = folder / (f"{stem}{suffix}" if number == 1 else f"{stem}{number}{suffix}")
                 try:
                     with file.open("ab" if file in self._kept else "xb") as out:
+                        fcntl.flock(out, fcntl.LOCK_EX)
+                        if not _is_at(out.fileno(), file):  # taken up just now
+                            continue
                         out.write(b"".join(lines))
                         out.flush()
                         os.fsync(out.fileno())
@@ -311,6 +366,34 @@ class AnchorStore:
                     found.append((raw, digest(record["key"]), "reason" in record))
         os.lseek(self._journal, 0, os.SEEK_END)
         return found
+
+
+def kept_beside(store: Path) -> list[Path]:
+    """The files with answers that a run could not put into `store`, or into its failures."""
+    name = re.compile(rf"{re.escape(store.stem)}\.kept\d*{re.escape(store.suffix)}")
+    with contextlib.suppress(OSError):
+        return sorted(path for path in store.parent.iterdir() if name.fullmatch(path.name))
+    return []
+
+
+def take_up(store: Path, contents: Contents, say: Callable[[str], None]) -> None:
+    """Put into `store` what runs before kept beside it, as `AnchorStore.take_up` does, and say so.
+
+    Where it can't be written that is said, and all stays as it is.
+    """
+    if not kept_beside(store) and not kept_beside(failures_path(store)):
+        return
+    try:
+        book = AnchorStore(store, contents)
+        try:
+            book.take_up()
+        finally:
+            book.close()
+    except StoreError as error:
+        say(f"{kept_beside(store)[0]} has answers that {store} lacks: {error}")
+        return
+    for repair in book.repairs:
+        say(repair)
 
 
 def _open(path: Path) -> int:

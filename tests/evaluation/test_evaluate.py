@@ -487,7 +487,7 @@ def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, mo
         directory = tmp_path / time
         directory.mkdir()
         save(evaluation("base", [0.1 * (place + 1)] * 40), directory)
-        (directory / "config.yaml").write_text("{}")
+        (directory / "config.yaml").write_text("seed: 0")
         if ended:
             (directory / "export").mkdir()
             (directory / "export" / "config.json").write_text("{}")
@@ -513,7 +513,7 @@ def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
         (["run=a", "model=[m,n]", "name=[x]"], "give one a model, 2 in all"),
         (["run=[a,b]", "model=m", "name=x"], "give one run whose held-out prompts"),
         (["run=[a,b]", "name=x"], "give one a run, 2 in all"),
-        (["run=3"], "run=3: write run=A for one, run=[A,B] for several"),
+        (["run={a: 3}"], "run={'a': 3}: write run=A for one, run=[A,B] for several"),
         (["run=a", "modell=m"], "modell: no such setting, did you mean model?"),
     ],
 )

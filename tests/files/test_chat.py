@@ -2,6 +2,8 @@ import io
 import json
 import os
 import re
+import threading
+import time
 import unicodedata
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from toy_gguf import toy_chat, toy_file
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from pujax.errors import ChatError
+from pujax.files import chat as chat_module
 from pujax.files import gguf
 from pujax.files.chat import JUDGE, REFERENCE, Chat
 from pujax.files.export import export_gguf
@@ -314,6 +317,63 @@ def test_whatever_a_template_raises_is_one_error(template):
     chat = toy_chat(template)
     with pytest.raises(ChatError, match=r"toy\.gguf: the chat template refuses this: ."):
         chat.render(TURNS["single"])
+
+
+ENDLESS = (
+    "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
+    "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+)
+
+
+@pytest.mark.parametrize("template", ENDLESS)
+@pytest.mark.parametrize("in_thread", [False, True])
+def test_a_template_that_loops_for_ever_is_stopped(template, in_thread, tmp_path, monkeypatch):
+    monkeypatch.setattr("pujax.files.chat.LONGEST", 0.2)
+    chat = toy_chat(template + "{{ messages[0].content }}")
+    failed = []
+
+    def render():
+        with pytest.raises(ChatError, match=r"toy\.gguf: .* takes more than 0\.2 s for one conv"):
+            chat.render(TURNS["single"])
+        failed.append(True)
+
+    if in_thread:
+        thread = threading.Thread(target=render)
+        thread.start()
+        thread.join()
+    else:
+        render()
+        chat.save(tmp_path)
+        with pytest.raises(ChatError, match=r"takes more than 0\.2 s"):
+            Chat.load(tmp_path)
+    assert failed == [True]
+
+
+@pytest.mark.parametrize(
+    ("unknown", "says"),
+    [
+        ("", "can't take .* not found in the vocabulary.*: mend"),
+        (None, "no token for 1"),
+    ],
+)
+def test_a_vocabulary_that_lacks_a_piece_is_one_line(tmp_path, unknown, says):
+    toy_chat("{% for m in messages %}<|im_start|>{{ m.content }}{% endfor %}").save(tmp_path)
+    path = tmp_path / "tokenizer.json"
+    settings = json.loads(path.read_text())
+    settings["model"] = {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": unknown}
+    settings["pre_tokenizer"] = None
+    path.write_text(json.dumps(settings))
+    with pytest.raises(ChatError, match=says) as caught:
+        print(Chat.load(tmp_path).frames)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_ends_in_time_is_not_disturbed_later():
+    with chat_module._at_most(0.4):
+        pass
+    begun = time.monotonic()
+    while time.monotonic() - begun < 1.1:
+        sum(range(100))
 
 
 def test_a_date_in_a_template_is_one_date_for_the_process_and_is_spoken_of(tmp_path, capsys):

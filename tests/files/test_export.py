@@ -288,8 +288,8 @@ def test_peft_loads_the_adapter_with_the_same_logits(chat, tmp_path):
     [
         ({}, "set either run=DIRECTORY or model=PATH"),
         ({"run": "a", "model": "b"}, "set either run=DIRECTORY or model=PATH"),
-        ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf, peft"),
-        ({"model": "b", "kind": "Q4_0"}, "kind='Q4_0': choose F16, Q8_0"),
+        ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf or peft"),
+        ({"model": "b", "kind": "Q4_0"}, "kind='Q4_0': choose F16 or Q8_0"),
         ({"model": "b", "format": "peft"}, "an adapter is a LoRA run's"),
     ],
 )
@@ -356,6 +356,7 @@ def test_a_lora_runs_adapter_and_settings_are_exported(chat, tmp_path):
 def test_a_run_without_an_adapter_has_no_peft_export(chat, tmp_path):
     config, params = _model("qwen2", chat)
     export_hf(config, params, chat, tmp_path / "export", {})
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
     with pytest.raises(WeightsError, match="no adapter in it"):
         export(run=tmp_path, out=tmp_path / "out", format="peft")
 
@@ -363,5 +364,6 @@ def test_a_run_without_an_adapter_has_no_peft_export(chat, tmp_path):
 def test_a_run_that_has_not_ended_is_not_exported(tmp_path):
     (tmp_path / "export").mkdir()
     (tmp_path / "export" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "config.yaml").write_text("seed: 3\n")
     with pytest.raises(WeightsError, match="has not come to its end"):
         export(run=tmp_path, out=Path(tmp_path) / "out")

@@ -18,7 +18,7 @@ from pujax.files.card import is_card, model_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.models import lora
-from pujax.run.finished import export, finished_run
+from pujax.run.finished import export, finished_run, model_path
 
 # As the version before wrote it.
 OLD_CARD = """---
@@ -377,6 +377,14 @@ def test_of_a_folder_of_runs_the_newest_finished_one_is_taken(chat, model, tmp_p
     assert weights.read_config(out) == model[0]
 
 
+def test_an_export_without_settings_is_no_run(chat, model, tmp_path):
+    export_hf(model[0], model[1], chat, tmp_path / "export", {})
+    with pytest.raises(WeightsError, match=r"no run there: give the directory"):
+        finished_run(tmp_path)
+    (tmp_path / "export" / "config.yaml").write_text("model_type: llama\n")  # as some hubs have one
+    assert model_path(str(tmp_path / "export")) == str(tmp_path / "export")
+
+
 def test_a_folder_without_a_finished_run_says_so(tmp_path):
     with pytest.raises(WeightsError, match=r"no run there: give the directory"):
         finished_run(tmp_path)
@@ -391,13 +399,13 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path):
 @pytest.mark.parametrize(
     "content",
     [
-        *(b"a: [", b"\xff\xfe", b"- 1\n", b"a: ${b", b"", b"{}\n"),
+        *(b"a: [", b"\xff\xfe", b"- 1\n", b"", b"{}\n"),
         *(b"data: [1, 2]\n", b"model: 5\n", b"data: {system: 5}\n"),
     ],
 )
 def test_settings_that_cannot_be_read_are_named_in_one_line(content, chat, model, tmp_path):
     (ended(tmp_path / "r", model, chat) / "config.yaml").write_bytes(content)
-    with pytest.raises(WeightsError, match=r"config\.yaml: .*restore it") as caught:
+    with pytest.raises(ConfigError, match=r"config\.yaml: .*restore it") as caught:
         finished_run(tmp_path / "r")
     assert "\n" not in str(caught.value)
 

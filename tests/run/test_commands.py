@@ -15,7 +15,7 @@ from pujax import __version__, benchmark, generate
 from pujax.__main__ import COMMANDS
 from pujax.errors import DataError, StopRequested
 from pujax.run import commands
-from pujax.run.commands import command, masked
+from pujax.run.commands import command, masked, swept
 from pujax.run.settings import TrainConfig
 
 
@@ -42,8 +42,8 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("align.steps=many", "align.steps=many: Value 'many' could not be converted to Integer"),
         ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
         ("align", "'align': write it as KEY=VALUE"),
-        ("run.name=étude", "run.name: can't read its value: quote it twice, as in 'run.name=\"ét"),
-        ("data.system=Hi, you", "data.system: a value with a comma: write 'data.system=\"Hi, you"),
+        ("+loss.x=étude", "+loss.x: can't read its value: quote it twice, as in '+loss.x=\"ét"),
+        ("data.prompts=a,b", "data.prompts: a value with a comma: write 'data.prompts=\"a,b\"'"),
         ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
         ("align.steps=-1", "align.steps=-1: must not be negative"),
         ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),
@@ -96,6 +96,26 @@ def test_an_experiment_needs_no_plus_and_its_settings_arrive(monkeypatch):
         assert called(monkeypatch, seen.append, spelling, "align.steps=7") == 0
     assert seen[0] == seen[1]
     assert (seen[0].run.name, seen[0].align.steps) == ("smoke", 7)
+
+
+def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
+    seen = []
+
+    def act(config):
+        seen.append((config.seed, config.data.system, swept()))
+
+    sweep = ("-m", "experiment=smoke", f"run.root={tmp_path}", "seed=0,1", "data.system=Be brief.")
+    assert called(monkeypatch, act, *sweep) == 0
+    assert seen == [(0, "Be brief.", "seed=0"), (1, "Be brief.", "seed=1")]
+    assert called(monkeypatch, act, "-m", "experiment=smoke", "loss=dpo,grpo", "seed=3,4") == 0
+    assert [apart for *_, apart in seen[2:]] == [
+        "loss=dpo_seed=3",
+        "loss=dpo_seed=4",
+        "loss=grpo_seed=3",
+        "loss=grpo_seed=4",
+    ]
+    assert called(monkeypatch, act, "experiment=smoke", "seed=5") == 0
+    assert seen[-1] == (5, None, "")
 
 
 def test_options_may_stand_anywhere(monkeypatch, tmp_path):
@@ -229,6 +249,18 @@ def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypat
     called(monkeypatch, lambda _: None, "+experiment=smoke", *override, given, "--help")
     shown = capsys.readouterr()
     assert "hush4" not in shown.out + shown.err
+
+
+def test_no_message_holds_what_a_file_took_from_the_environment(monkeypatch, capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\ndata: {on_too_long: '${oc.env:SECOND}'}\n"
+    )
+    monkeypatch.setenv("SECOND", "hush4")
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: None, *words) == 1
+    said = capsys.readouterr().err
+    assert said.startswith("pujax.train: data.on_too_long='***': choose error, drop or truncate")
 
 
 def test_a_value_that_is_none_is_said():

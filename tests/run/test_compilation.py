@@ -11,6 +11,9 @@ import jax
 import jax.monitoring
 import pytest
 
+from pujax import evaluate, generate
+from pujax.evaluate import EvaluateConfig
+from pujax.generate import GenerateConfig
 from pujax.run import compilation
 from pujax.run.compilation import (
     COMPILED,
@@ -19,6 +22,8 @@ from pujax.run.compilation import (
     keep_compiled,
     release_compiler_memory,
 )
+from pujax.run.local_teacher import LocalTeacher
+from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
 @pytest.fixture
@@ -131,3 +136,28 @@ def test_a_process_after_a_torn_program_finds_it_whole_again(tmp_path):
         path.write_bytes(path.read_bytes()[:40])
     assert run() == ""
     assert {path: path.stat().st_size for path in entries} == whole
+
+
+class Called(Exception):
+    """In place of what would compile."""
+
+
+@pytest.mark.parametrize(
+    ("place", "act"),
+    [
+        ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", model="m", name="n"))),
+        ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", suite={"a": 1}))),
+        ("pujax.generate", lambda: generate.answer(GenerateConfig(model="m", prompt="p"))),
+        (
+            "pujax.run.local_teacher",
+            lambda: LocalTeacher(TeacherConfig(max_tokens=1), CollectConfig()),
+        ),
+    ],
+)
+def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, act):
+    def compile_once():
+        raise Called
+
+    monkeypatch.setattr(f"{place}.compile_once", compile_once)
+    with pytest.raises(Called):
+        act()

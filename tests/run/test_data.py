@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from pujax.errors import ConfigError, DataError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
-from pujax.run.data import batch_at, collate, make_dataset, picks, with_system
-from pujax.run.settings import DataConfig
+from pujax.run import data as data_module
+from pujax.run.data import batch_at, collate, load_data, make_dataset, picks, with_system
+from pujax.run.settings import DataConfig, TrainConfig
 
 
 class Letters:
@@ -114,6 +115,56 @@ def test_a_rendered_prompt_that_was_cut_fits_and_has_all_that_the_template_write
     assert list(example.prompt_ids[:at]) == whole[:at]
     assert list(example.prompt_ids[at + 1 - len(whole) :]) == whole[at + 1 :]
     assert chat.decode(example.prompt_ids[: at + 1 - len(whole)]).endswith(" end")
+
+
+def loaded(tmp_path, monkeypatch, texts, heldout=("z",), **settings):
+    """The datasets of `load_data`, and the texts of the prompts that anchors were asked for."""
+    for name, lines in (("train.txt", texts), ("heldout.txt", heldout)):
+        (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))
+    asked = []
+
+    def anchors_for(prompts, *_, **__):
+        asked.extend(p.messages[0]["content"] for p in prompts)
+        return {messages_key(p.messages): Anchor("x", "stop", "t") for p in prompts}
+
+    monkeypatch.setattr(data_module, "anchors_for", anchors_for)
+    data = DataConfig(
+        prompts=str(tmp_path / "train.txt"),
+        heldout=str(tmp_path / "heldout.txt"),
+        anchors="s",
+        max_prompt_tokens=settings.pop("max_prompt_tokens", 8),
+        max_response_tokens=5,
+        **settings,
+    )
+    said = []
+    try:
+        parts = load_data(TrainConfig(data=data), cast(Any, Letters()), said.append)
+    except DataError as error:
+        return str(error), asked, said
+    return parts, asked, said
+
+
+@pytest.mark.parametrize(
+    ("texts", "settings", "message"),
+    [
+        (["abc", "abcdefgh"], {}, "has 10 tokens, data.max_prompt_tokens is 8"),
+        (["z"], {}, "1 prompt is in both "),
+        (["abc"], {"on_too_long": "truncate", "max_prompt_tokens": 2}, "leave no room"),
+    ],
+)
+def test_prompts_that_can_not_be_used_are_named_before_anyone_is_asked(
+    tmp_path, monkeypatch, texts, settings, message
+):
+    said, asked, _ = loaded(tmp_path, monkeypatch, texts, **settings)
+    assert message in said
+    assert asked == []
+
+
+def test_nobody_is_asked_for_the_anchor_of_a_prompt_that_is_dropped(tmp_path, monkeypatch):
+    (train, _), asked, said = loaded(tmp_path, monkeypatch, ["abc", "abcdefgh"], on_too_long="drop")
+    assert asked == ["abc", "z"]
+    assert (len(train.examples), train.dropped) == (1, 1)
+    assert said == ["1 training prompt, 1 dropped as too long", "1 held-out prompt"]
 
 
 def test_dropping_every_prompt_is_an_error():

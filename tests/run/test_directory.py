@@ -3,6 +3,8 @@ import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ import yaml
 from hydra import compose, initialize_config_dir
 
 from pujax.errors import ConfigError
+from pujax.files.settings import keep_settings, kept_settings
 from pujax.run.compose import conf_dir, from_hydra, register
-from pujax.run.directory import run_directory, settings_of
+from pujax.run.directory import run_directory
 from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
@@ -89,10 +92,10 @@ def test_what_changes_no_number_may_change_and_is_recorded(tmp_path, override):
     directory = begun(f"run.dir={tmp_path}/run")
     begun(f"run.dir={tmp_path}/run", override)
     key, _, value = override.partition("=")
-    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    stored = kept_settings(directory)
     group, name = key.split(".")
     assert stored[group][name] == int(value)
-    assert settings_of(directory) == config_of(f"run.dir={tmp_path}/run", override)
+    assert stored == asdict(config_of(f"run.dir={tmp_path}/run", override))
 
 
 def test_a_run_in_use_is_refused_by_process_and_passed_over_by_auto(tmp_path):
@@ -181,12 +184,39 @@ def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
     (directory / "config.yaml").write_text(json.dumps(stored))
     with pytest.raises(ConfigError, match=r"optim\.max_skipped was 3, is 5"):
         begun(f"run.dir={directory}", "optim.max_skipped=5")
-    assert settings_of(directory).optim.max_skipped == 3
 
 
-def test_settings_of_another_pujax_are_one_line(tmp_path):
-    directory = begun(f"run.dir={tmp_path}/run")
-    stored = yaml.safe_load((directory / "config.yaml").read_text())
-    (directory / "config.yaml").write_text(json.dumps(stored | {"bananas": 1}))
-    with pytest.raises(ConfigError, match=r"config\.yaml: Key 'bananas' not in 'TrainConfig'"):
-        settings_of(directory)
+def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path):
+    def fails(*overrides, leaves=""):
+        places = []
+        with suppress(KeyError), run_directory(config_of(*overrides), "seed=1") as directory:
+            assert (directory / "config.yaml").exists()
+            places.append(directory)
+            if leaves:
+                (directory / leaves).touch()
+            raise KeyError
+        return places[0]
+
+    assert not fails(f"run.root={tmp_path}").exists()
+    assert not fails(f"run.dir={tmp_path}/run").exists()
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    fails(f"run.dir={mine}")
+    assert list(mine.iterdir()) == []
+    begun(f"run.dir={mine}")
+    assert (fails(f"run.dir={mine}") / "config.yaml").exists()  # it was there before
+    assert fails(f"run.root={tmp_path}", leaves="inputs.json").exists()
+
+
+def test_a_label_is_part_of_the_name(tmp_path):
+    with run_directory(config_of(f"run.root={tmp_path}"), "seed=1_data.system=a/b, ç") as directory:
+        assert directory.name[19:] == "_seed=1_data.system=a-b-ç"
+    with run_directory(config_of(f"run.root={tmp_path}", "seed=1"), "ç" * 300) as directory:
+        assert directory.name[19:] == "_" + "ç" * 75
+
+
+@pytest.mark.parametrize("text", ["1e3", "null", "été", "a: b", "${HOME}", "cost ${", "\u2028"])
+def test_settings_are_read_as_they_were_kept(tmp_path, text):
+    settings = {"lr": 1e-5, "data": {"system": text, "prompts": [text, 1.5e38]}, "none": None}
+    keep_settings(tmp_path, settings)
+    assert kept_settings(tmp_path) == settings

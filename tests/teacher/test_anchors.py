@@ -43,7 +43,7 @@ def test_replay_answers_from_the_store_without_a_socket(stored, no_sockets):
     }
     assert said == [
         "3 prompts: had 2, asked 0",
-        "1 prompts are left out: the teacher gave no usable answer",
+        "1 prompt is left out: the teacher gave no usable answer",
     ]
 
 

@@ -120,7 +120,7 @@ def test_retry_after_holds_every_worker_back(server, store):
 
 def test_retries_end_and_the_prompt_is_asked_again_next_time(server, store):
     server.reply = lambda request: error(500) if request.prompt == "b" else echo(request)
-    with pytest.raises(TeacherError, match=r"1 prompts have no answer after 2 retries each .*500"):
+    with pytest.raises(TeacherError, match=r"1 prompt has no answer after 2 retries each .*500"):
         run(user("a", "b"), server, store, retries=2, concurrency=8)
     server.reply = echo
     assert run(user("a", "b"), server, store).asked == 1

@@ -408,6 +408,19 @@ def test_an_answer_that_quotes_a_secret_is_a_failure_without_it(server, monkeypa
     )
 
 
+def test_a_long_part_of_a_secret_in_an_answer_counts_as_the_secret(server, monkeypatch):
+    key = "sk-ant-api03-" + "".join(f"{n:02x}" for n in range(40))
+    monkeypatch.setenv("MY_KEY", key)
+    for start in range(0, len(key) - 15, 5):
+        part = key[start : start + 16]
+        server.reply = lambda request, part=part: (200, {}, completion(f"It is {part}..."))
+        answer = ask(at(server, api_key_env="MY_KEY"))
+        assert (answer.failure, answer.text) == ("holds a key", "It is ***...")
+    for harmless in ("Keys begin with sk-ant-api03- here.", f"It ends in {key[-15:]}."):
+        server.reply = lambda request, text=harmless: (200, {}, completion(text))
+        assert ask(at(server, api_key_env="MY_KEY")).text == harmless
+
+
 def test_a_connection_that_breaks_without_a_word_names_what_broke(server, monkeypatch):
     async def broken(response):
         raise endpoint.httpx.ReadError("")

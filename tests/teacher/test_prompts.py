@@ -99,6 +99,10 @@ def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
     (tmp_path / "p.txt").write_bytes(b"One\n\xff\n")
     with pytest.raises(PromptError, match=r"p\.txt:2: not UTF-8"):
         list(load_prompts(str(tmp_path / "p.txt")))
+    # Not the line that had been reached when a whole block could not be decoded.
+    (tmp_path / "p.csv").write_bytes(b"prompt\n" + b"caf\xc3\xa9\n" * 5000 + b"caf\xe9\n")
+    with pytest.raises(PromptError, match=r"p\.csv:5002: not UTF-8 \(byte 3\): save it as UTF-8"):
+        list(load_prompts(str(tmp_path / "p.csv")))
 
 
 def test_a_missing_file_and_an_empty_list_are_named(tmp_path):

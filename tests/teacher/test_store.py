@@ -22,7 +22,7 @@ from pujax.teacher.store import (
     read_records,
     said,
 )
-from pujax.teacher.writer import AnchorStore
+from pujax.teacher.writer import AnchorStore, take_up
 from tests.teacher_client import TURN, at, many, run, user
 from tests.teacher_server import completion
 
@@ -174,7 +174,7 @@ def test_text_that_utf8_can_not_hold_is_stored(server, store):
 HOLD = """
 import sys
 from pathlib import Path
-from pujax.teacher.writer import AnchorStore
+from pujax.teacher.writer import AnchorStore, take_up
 store = AnchorStore(Path(sys.argv[1]))
 print(store.claim(sys.argv[2]), flush=True)
 sys.stdin.read()
@@ -352,6 +352,86 @@ def test_what_another_run_kept_is_not_written_over(server, store):
     with pytest.raises(StoreError, match=r"anchors\.kept2\.jsonl"):
         collect_while(server, store, lambda: _folder(store))
     assert kept.read_text() == "paid before\n"
+
+
+# --- what a run could not store -------------------------------------------------------------------
+
+
+def kept_by_a_run(server, store, count=9):
+    """The file with the `count` answers of a run whose store vanished."""
+    with pytest.raises(StoreError, match=r"the next collection puts them into the store"):
+        collect_while(server, store, lambda: _folder(store), at_answer=count, count=count)
+    store.rmdir()
+    kept = store.with_name("anchors.kept.jsonl")
+    assert len(ids(kept)) == count
+    return kept
+
+
+def test_what_a_run_kept_is_put_into_the_store_by_the_next_one_and_not_asked_again(server, store):
+    kept = kept_by_a_run(server, store)
+    said = []
+    run(many(20), server, store, said)
+    assert said[0] == f"{kept}: 9 answers in it that the store lacked, put into {store}"
+    assert said[1].startswith("20 prompts: had 9, asked 11: 11 answered")
+    assert len(ids(store)) == len(set(ids(store))) == server.delivered.total() == 20
+    assert not kept.exists()
+
+
+def test_what_a_run_kept_comes_even_where_nothing_is_left_to_ask_and_once(server, store):
+    kept = kept_by_a_run(server, store)
+    copy = kept.read_bytes()
+    kept.with_name("anchors.kept2.jsonl").write_bytes(copy.removesuffix(b"\n"))
+    said = []
+    found = anchors_for(many(9), at(server), store, CollectConfig(), say=said.append)
+    assert len(found) == len(ids(store)) == 9
+    assert said[2:] == ["9 prompts: had 9, asked 0"]
+    kept.write_bytes(copy)
+    anchors_for(many(9), at(server), store, CollectConfig(), say=said.append)
+    assert said[3] == f"{kept}: 0 answers in it that the store lacked, put into {store}"
+    assert len(ids(store)) == 9
+    assert not kept.exists()
+
+
+def test_failures_that_a_run_kept_stay_failures(server, store):
+    server.reply = lambda request: (200, {}, completion(""))
+    run(many(2), server, store)
+    failed = failures_path(store)
+    failed.rename(failed.with_name("anchors.failed.kept.jsonl"))
+    said = []
+    run(many(2), server, store, said)
+    assert said[-1].startswith("2 prompts: had 0, asked 0; 2 failed before")
+    assert len(ids(failed)) == server.delivered.total() == 2
+
+
+def test_what_a_run_kept_stays_where_it_can_not_be_read_or_stored(server, store, monkeypatch):
+    kept = kept_by_a_run(server, store)
+    with kept.open("a") as out:
+        out.write('{"torn')
+    said = []
+    run(many(1), server, store, said)
+    assert said[0].startswith(f"{kept}:10: not a record")
+    assert kept.exists()
+    kept.write_bytes(kept.read_bytes().removesuffix(b'{"torn'))
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(AnchorStore, "_write", full)
+        anchors_for(many(1), at(server), store, CollectConfig(), say=said.append)
+    assert f"{kept} has answers that {store} lacks: " in said[-2]
+    assert len(ids(kept)) == 9
+    take_up(store, Contents(store), said.append)
+    assert len(ids(store)) == 9
+    with pytest.raises(StoreError, match="1 of 10 prompts have no anchor"):
+        anchors_for(many(10), TeacherConfig(), store, CollectConfig(), say=said.append)
+
+
+def test_a_replay_names_what_waits_beside_the_store(server, store):
+    kept = kept_by_a_run(server, store)
+    store.touch()
+    with pytest.raises(StoreError, match=rf"9 of 9 prompts have no anchor .*{kept} has answers"):
+        anchors_for(many(9), TeacherConfig(), store, CollectConfig(), say=[].append)
 
 
 def test_half_a_line_of_another_program_is_not_glued_to_a_record(server, store):

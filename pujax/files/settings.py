@@ -1,0 +1,43 @@
+"""A run's settings, as its directory keeps them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pujax.errors import ConfigError
+from pujax.files.durable import write_whole
+
+SETTINGS = "config.yaml"
+
+
+def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Write a run's resolved settings into its directory. Raises `DiskError`."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    write_whole(directory / SETTINGS, text.encode())
+
+
+def kept_settings(directory: Path) -> dict[str, Any]:
+    """The settings that a run's directory keeps, by name, as they stand: nothing is resolved.
+
+    Raises `ConfigError` where there are none, or they are torn or of another form.
+    """
+    path = directory / SETTINGS
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise ConfigError(f"{path} is not there: is {directory} a run's directory?") from error
+    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
+        raise _not_settings(path, f" ({str(error).splitlines()[0]})") from error
+    if not isinstance(settings, dict):
+        raise _not_settings(path, " by name")
+    if not settings:
+        raise _not_settings(path, ": there are none in it")
+    return {str(key): value for key, value in settings.items()}
+
+
+def _not_settings(path: Path, why: str) -> ConfigError:
+    return ConfigError(
+        f"{path}: not settings{why}: restore it, or begin another run: move {path.parent} away"
+    )

@@ -1,0 +1,82 @@
+"""What was typed as KEY=VALUE, in Hydra's words: a text stays the text that it is.
+
+Hydra reads a value by a grammar of its own, in which commas, colons, quotes, brackets and letters
+with accents mean something or are not allowed, and 1e3 is a number. Which settings are texts, their
+records say: what was typed for those is quoted here. What Hydra has words for is left to it: null,
+a value in quotes of its own, `${...}` of a setting or of the environment, and with -m a list of
+values to go through.
+"""
+
+import re
+from collections.abc import Collection, Sequence
+from dataclasses import is_dataclass
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
+
+from hydra.core.override_parser.types import Quote, QuotedString
+
+_TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
+_QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
+_LIST = re.compile(r"\[([^][{}'\"]+)\]", re.DOTALL)
+_SEVERAL = re.compile(r"[^'\"]*,.*|(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
+
+
+def in_hydra_words(
+    overrides: Sequence[str], schema: type, groups: Collection[str], *, sweep: bool = False
+) -> list[str]:
+    """The overrides as Hydra is to read them, of a command with the settings `schema`.
+
+    `groups` are its configuration groups, whose values name files. A setting that the schema leaves
+    open, to take a text or a list of texts, is a text unless it stands in brackets or braces or has
+    a comma. With `sweep`, commas part the values to go through.
+    """
+    return [_in_hydra_words(given, schema, groups, sweep) for given in overrides]
+
+
+def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bool) -> str:
+    found = _TYPED.fullmatch(given)
+    if found is None or found[1].lstrip("+") in groups:
+        return given
+    key, value = found.groups()
+    kind = _type_of(schema, key.lstrip("+"))
+    if value.lower() == "null" or _QUOTED.fullmatch(value) or (sweep and _SEVERAL.fullmatch(value)):
+        return given
+    references = _references(schema)
+    listed = _LIST.fullmatch(value)
+    if listed and kind in (Any, list[str]):
+        each = (_quoted(text.strip(), references) for text in listed[1].split(","))
+        return f"{key}=[{','.join(each)}]"
+    if kind is str or (kind is Any and not re.search(r"^[\[{]|,", value)):
+        return f"{key}={_quoted(value, references)}"
+    return given
+
+
+def _quoted(text: str, references: re.Pattern[str]) -> str:
+    """`text` as a quoted value; `${` in it is two characters, unless it begins a reference."""
+    return QuotedString(references.sub(r"\\${", text), Quote.single).with_quotes()
+
+
+def _references(schema: type) -> re.Pattern[str]:
+    """Every `${` that refers to nothing: neither a setting, the environment nor Hydra."""
+    names = "|".join(map(re.escape, [*get_type_hints(schema), "hydra", "now", "oc"]))
+    return re.compile(rf"(?<!\\)\$\{{(?!\s*({names})\b)")
+
+
+def _type_of(schema: Any, key: str) -> Any:
+    """What a dotted key of a settings record holds, null aside; None for a key that it has not."""
+    for name in key.split("."):
+        if is_dataclass(schema):
+            schema = _given(get_type_hints(schema).get(name))
+        elif get_origin(schema) is dict:
+            schema = get_args(schema)[1] if get_args(schema)[1] is not Any else None
+        else:
+            return None
+    return schema
+
+
+def _given(annotation: Any) -> Any:
+    """A type without its null."""
+    if get_origin(annotation) in (Union, UnionType):
+        kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
+        return kinds[0] if len(kinds) == 1 else None
+    return annotation

@@ -1,0 +1,66 @@
+"""`--help` says what every setting means."""
+
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import get_type_hints
+
+import pytest
+
+from pujax.evaluate import EvaluateConfig
+from pujax.export import ExportConfig
+from pujax.generate import GenerateConfig
+from pujax.report import ReportConfig
+from pujax.run.compose import conf_dir, register
+from pujax.run.help import COLUMN, WIDTH, help_of, meanings
+from pujax.run.settings import BenchmarkRun, TrainConfig
+from pujax.teacher.settings import CollectRun, DatasetConfig
+
+COMMANDS = (
+    *(TrainConfig, BenchmarkRun, CollectRun, GenerateConfig, ExportConfig),
+    *(EvaluateConfig, ReportConfig, DatasetConfig),
+)
+
+
+def records(schema):
+    yield schema
+    for kind in get_type_hints(schema).values():
+        if is_dataclass(kind):
+            yield from records(kind)
+
+
+@pytest.mark.parametrize("schema", {record for command in COMMANDS for record in records(command)})
+def test_every_setting_has_a_meaning_and_no_meaning_is_left_over(schema):
+    assert set(meanings(schema)) == {field.name for field in fields(schema)}
+
+
+def test_a_meaning_may_take_several_lines():
+    @dataclass
+    class Record:
+        """A record.
+
+        Attributes:
+            one: the first,
+                and more of it.
+            two: the second: with a colon.
+        """
+
+        one: int = 1
+        two: int = 2
+
+    assert meanings(Record) == {
+        "one": "the first, and more of it.",
+        "two": "the second: with a colon.",
+    }
+
+
+def test_help_shows_each_setting_with_its_value_and_what_it_means():
+    register("generate_schema", GenerateConfig)
+    conf, given = Path(conf_dir(), "tools"), ["max_tokens=7", "system='a: b'"]
+    lines = help_of("generate", conf, GenerateConfig, [], given).splitlines()
+    assert "max_tokens: 7".ljust(COLUMN) + "# the longest answer, in tokens." in lines
+    (system,) = (line for line in lines if line.startswith("system: 'a: b' "))
+    rest = lines[lines.index(system) + 1]
+    assert (system.partition("# ")[2] + " " + rest.strip(" #")) == meanings(GenerateConfig)[
+        "system"
+    ]
+    assert max(map(len, lines)) <= WIDTH
