@@ -1,6 +1,8 @@
 import json
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -167,6 +169,12 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
     order = walked(profile, lambda run: 0.5)
     lengths = {t.run.steps("sft") for t in order if t.run.arm.name == "sft_continued"}
     assert lengths == {600}  # 200 steps of 4.5 s are 600 of 1.5 s, for every seed
+    # Where the wall's clock decides: 200 steps of 30 s are 2000 of 3 s.
+    found = Found(profile.metric, {task.key: result_of(task) for task in order})
+    aligned = found.results["grpo-lr1e-05", 0, "validation"]
+    aligned["step_s"]["align"]["wall"] = 30.0
+    _, run = plan.way_to(replace(profile, clock="wall"), found, "sft_continued", 1)
+    assert run.steps("sft") == 2000
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():
@@ -414,3 +422,71 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     tables.build(tmp_path)
     for name in ("curves", "kl", "seeds", "anchors"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+WHOLE = """
+data:
+  train: [experiments/quickstart/train.jsonl]
+  validation: {folder}/validation.jsonl
+  test: {folder}/test.jsonl
+  store: experiments/quickstart/anchors.jsonl
+metric: rouge_l
+profiles:
+  smoke:
+    prompts: 8
+    results: results
+    runs: runs
+    guess: {{sft: 1, align: 1, prompt: 1}}
+    settings:
+      model.shape.layers: 2
+      data.max_prompt_tokens: 80
+      data.max_response_tokens: 8
+      sampling.candidates: 2
+      sft.batch: 2
+      align.prompts: 2
+      align.steps: 2
+      checkpoint.every: 1
+      eval.batch: 4
+arms:
+  sft: {{title: SFT, group: main, set: {{align.steps: 0, sft.steps: 2}}}}
+  grpo:
+    title: GRPO
+    group: main
+    from: sft
+    set: {{sft.steps: 0, loss: grpo, model.shape.layers: 0}}
+"""
+
+
+@pytest.mark.long
+def test_a_driver_that_is_stopped_goes_on_to_the_same_tables(tmp_path):
+    quickstart = reproduce.HERE.parent / "quickstart"
+    rows = (quickstart / "heldout.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "validation.jsonl").write_text("".join(rows[:4]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[4:8]))
+
+    def started(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "arms.yaml").write_text(WHOLE.format(folder=tmp_path))
+        words = ["-m", "experiments.paper.reproduce", "--profile", "smoke"]
+        return lambda: subprocess.Popen(
+            [sys.executable, *words, "--arms", str(folder / "arms.yaml")], cwd=reproduce.ROOT
+        )
+
+    assert started("whole")().wait() == 0
+    go = started("stopped")
+    log = tmp_path / "stopped" / "runs" / "grpo" / "0" / "metrics.jsonl"
+    first = go()
+    while not (log.exists() and '"align"' in log.read_text()):
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM
+    assert go().wait() == 0
+    whole, stopped = (raw.read_all(tmp_path / name / "results") for name in ("whole", "stopped"))
+    assert len(whole) == 4
+    assert whole.keys() == stopped.keys()
+    for key, result in whole.items():
+        for part in ("values", "response", "steps"):
+            assert result[part] == stopped[key][part]

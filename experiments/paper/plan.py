@@ -46,7 +46,10 @@ class Arm:
 
 @dataclass(frozen=True)
 class Profile:
-    """A size of the whole: what all its runs share, its arms in order, and where it is kept."""
+    """A size of the whole: what all its runs share, its arms in order, and where it is kept.
+
+    `clock` is what `as_long_as` goes by, wall or processor seconds.
+    """
 
     name: str
     data: Mapping[str, Any]
@@ -57,6 +60,7 @@ class Profile:
     guess: Mapping[str, float]
     settings: Mapping[str, Any]
     arms: Mapping[str, Arm]
+    clock: str = "processor"
     accelerator: bool = False
 
 
@@ -243,8 +247,8 @@ def made(
         needs = (*needs, sft, aligned)
         settings["sft.steps"] = equal_steps(
             aligned.steps("align"),
-            _processor_seconds(found.of(aligned), "align", profile.guess),
-            _processor_seconds(found.of(sft), "sft", profile.guess),
+            _step_seconds(profile, found.of(aligned), "align"),
+            _step_seconds(profile, found.of(sft), "sft"),
         )
     prompts = next((each.prompts for each in line if each.prompts), profile.prompts)
     run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, needs)
@@ -256,9 +260,9 @@ def equal_steps(steps: int, align_s: float, sft_s: float) -> int:
     return max(1, round(steps * align_s / sft_s))
 
 
-def _processor_seconds(result: raw.Raw | None, stage: str, guess: Mapping[str, float]) -> float:
+def _step_seconds(profile: Profile, result: raw.Raw | None, stage: str) -> float:
     """A step's, as measured; guessed while there is no result."""
-    return guess[stage] if result is None else result["step_s"][stage]["processor"]
+    return profile.guess[stage] if result is None else result["step_s"][stage][profile.clock]
 
 
 def shown(path: Path) -> Path:
