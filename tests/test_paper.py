@@ -214,10 +214,10 @@ def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
     assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text
 
 
-@pytest.mark.parametrize("name", ["cpu", "paper"])
-def test_the_arms_of_the_experiment_compose(name, capsys):
+@pytest.mark.parametrize(("name", "only"), [("cpu", None), ("paper", "sft_continued")])
+def test_the_arms_of_the_experiment_compose(name, only, capsys):
     profile = load_profile(reproduce.HERE / "arms.yaml", name)
-    reproduce.check(profile, tasks_of(profile, Found(profile.metric, {})))
+    reproduce.check(profile, tasks_of(profile, Found(profile.metric, {}), only))
     assert "compose" in capsys.readouterr().out
 
 

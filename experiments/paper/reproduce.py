@@ -135,10 +135,12 @@ def locked(folder: Path) -> TextIO:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        file.seek(0)
+        with file:
+            file.seek(0)
+            process = file.read() or "?"
         raise ConfigError(
-            f"{folder}: process {file.read() or '?'}, or a run that it left behind, is at work "
-            "here: wait for it, or stop it with SIGTERM"
+            f"{folder}: process {process}, or a run that it left behind, is at work here: wait for "
+            "it, or stop it with SIGTERM"
         ) from error
     file.truncate(0)
     file.write(str(os.getpid()))
