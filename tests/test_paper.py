@@ -344,7 +344,7 @@ def made(arm, title, place, seed, values, split="test", **changed):
     first, second = values
     return {
         **{"name": arm, "seed": seed, "split": split, "arm": arm, "title": title, "group": "main"},
-        **{"place": place, "like": None, "origin": "sft", "chosen": {}},
+        **{"metric": "sampled_exact", "place": place, "like": None, "origin": "sft", "chosen": {}},
         "settings": {"align.steps": 100, "align.prompts": 4, "sampling.candidates": 8},
         "prompts": {"training": 10, "evaluated": 40, "with an answer": 40},
         "steps": {"sft": 0, "align": 100},

@@ -10,8 +10,6 @@ from matplotlib.figure import Figure
 
 from experiments.paper import raw
 
-METRIC, TITLE = "sampled_exact", "exact answer (sampled)"
-
 # Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X"
@@ -29,7 +27,7 @@ def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
     started = {
         name: runs
         for name, runs in final.items()
-        if runs[0]["origin"] and runs[0]["group"] in ("main", "others")
+        if runs[0]["origin"] and runs[0]["group"] in ("main", "others") and all(map(_course, runs))
     }
     if started:
         yield "curves.png", curves(started)
@@ -58,6 +56,13 @@ def _style(place: int) -> dict[str, str]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
+def _title(arms: Arms) -> str:
+    """What the metric that decides is called."""
+    (first, *_), *_ = arms.values()
+    told = first["shown"].get(first["metric"])
+    return told["title"] if told else first["metric"]
+
+
 def curves(arms: Arms) -> bytes:
     """The metric on validation over an arm's steps, and over its processor minutes."""
     figure = _figure(11, 4.2)
@@ -73,9 +78,9 @@ def curves(arms: Arms) -> bytes:
             courses = [_course(run) for run in runs]
             points = [each for each in zip(*courses, strict=False) if each]
             x = [fmean(at(point) for point in each) for each in points]
-            y = [fmean(point[f"eval/{METRIC}"] for point in each) for each in points]
+            y = [fmean(_value(runs[0], point) for point in each) for each in points]
             axes.plot(x, y, label=f"{runs[0]['title']} ({len(runs)})", **_style(place), ms=4)
-        _label(axes, label, TITLE)
+        _label(axes, label, _title(arms))
     figure.axes[0].legend(frameon=False, fontsize=8)
     return _png(figure)
 
@@ -86,8 +91,13 @@ def _course(run: raw.Raw) -> list[raw.Raw]:
     return [
         point
         for point in run["course"]
-        if point["model"] in ("base", last) and f"eval/{METRIC}" in point
+        if point["model"] in ("base", last) and f"eval/{run['metric']}" in point
     ]
+
+
+def _value(run: raw.Raw, point: raw.Raw) -> float:
+    """The metric that decides, at an evaluation of a run's course."""
+    return point[f"eval/{run['metric']}"]
 
 
 def kl_against_gain(arms: Arms) -> bytes:
@@ -96,10 +106,10 @@ def kl_against_gain(arms: Arms) -> bytes:
     axes = figure.add_subplot()
     for place, runs in enumerate(arms.values()):
         x = [_last(run)["kl"] for run in runs]
-        y = [_course(run)[-1][f"eval/{METRIC}"] - _course(run)[0][f"eval/{METRIC}"] for run in runs]
+        y = [_value(run, _course(run)[-1]) - _value(run, _course(run)[0]) for run in runs]
         axes.plot(x, y, linestyle="none", label=runs[0]["title"], **_style(place), ms=6)
     axes.axhline(0, color="#999999", linewidth=0.8)
-    _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {TITLE}")
+    _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {_title(arms)}")
     axes.legend(frameon=False, fontsize=8)
     return _png(figure)
 
@@ -109,11 +119,11 @@ def seeds(arms: Arms) -> bytes:
     figure = _figure(8, 0.42 * len(arms) + 1.2)
     axes = figure.add_subplot()
     for place, runs in enumerate(reversed(arms.values())):
-        values = [raw.mean(run, METRIC) for run in runs]
+        values = [raw.mean(run, run["metric"]) for run in runs]
         axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6, ms=6)
         axes.plot([fmean(values)], [place], "|", color=COLOURS[1], ms=18, mew=2)
     axes.set_yticks(range(len(arms)), [runs[0]["title"] for runs in reversed(arms.values())])
-    _label(axes, f"{TITLE}, test; a point a seed, a bar their mean", "")
+    _label(axes, f"{_title(arms)}, test; a point a seed, a bar their mean", "")
     axes.grid(axis="x", linewidth=0.6, color="#dddddd")
     return _png(figure)
 
@@ -128,13 +138,13 @@ def anchors(tested: Arms) -> bytes:
         whole = [runs for runs in tested.values() if runs[0]["arm"] == name]
         own = [r for r in small if r[0]["arm"].rpartition("-")[0] == name] + whole
         points = sorted(
-            (runs[0]["prompts"]["training"], fmean(raw.mean(run, METRIC) for run in runs))
+            (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
             for runs in own
         )
         title = (whole or own)[0][0]["title"].partition(",")[0]
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
     axes.set_xscale("log")
-    _label(axes, "anchors", TITLE)
+    _label(axes, "anchors", _title(tested))
     axes.legend(frameon=False)
     return _png(figure)
 

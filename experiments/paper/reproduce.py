@@ -157,7 +157,8 @@ def work(profile: Profile, found: Found, only: str | None, children: Children) -
         if done(profile, task, children):
             found.results = raw.read_all(profile.results)
             make_room(profile, found)
-            children.call(["-m", "experiments.paper.tables", str(shown(profile.results))])
+            if children.call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
+                print("no tables: the runs go on, and make them again")
         else:
             found.failed.add(task.key)
             print(f"failed: the others go on without {task.run.name}", flush=True)
@@ -240,6 +241,7 @@ def done(profile: Profile, task: Task, children: Children) -> bool:
             "group": run.arm.group,
             "place": list(profile.arms).index(run.arm.name),
             "profile": profile.name,
+            "metric": profile.metric,
             "like": run.arm.like,
             "origin": run.origin and run.origin.name,
             "chosen": dict(run.point),

@@ -158,17 +158,16 @@ def against(lines: Sequence[Line], base: Callable[[Line], Line | None]) -> str:
 
 
 def by_kind(lines: Sequence[Line]) -> str:
-    """The deciding metric by kind of prompt, and ROUGE-L of the kinds without a true answer."""
+    """The metric that decides by kind of prompt, and ROUGE-L of the kinds that haven't it."""
     kinds = sorted({kind for kind in lines[0].first["kind"] if kind is not None})
     rows = []
     for line in lines:
         cells = []
         for kind in kinds:
             of_kind = [_only(run, kind) for run in line.runs]
-            metric = next(
-                (m for m in ("sampled_exact", "exact") if any(_values(r, m) for r in of_kind)),
-                "rouge_l",
-            )
+            metric = line.first["metric"]
+            if not any(_values(run, metric) for run in of_kind):
+                metric = "rouge_l"
             means = [fmean(_values(run, metric)) for run in of_kind if _values(run, metric)]
             cells.append(spread(Shown("", 3), means) + ("" if metric != "rouge_l" else " (R-L)"))
         rows.append([line.title, *cells])
