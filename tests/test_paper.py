@@ -57,8 +57,7 @@ arms:
     set: {{scorer: random}}
   oracle: {{title: oracle, group: main, like: grpo, needs: scorer/nobody-has-it.yaml}}
 curve:
-  prompts: [4]
-  arms: {{sft: {{seeds: 1, choose: {{}}, set: {{align.steps: 0, sft.steps: 10}}}}}}
+  4: {{sft: {{seeds: 1, choose: {{}}, set: {{align.steps: 0, sft.steps: 10}}}}}}
 """
 
 
@@ -101,9 +100,13 @@ def result_of(task, score=0.5, sft_s=1.5, align_s=4.5):
     }
 
 
+def known(profile, results=None, prompts=10_000, tests=True):
+    return Found(profile.metric, results or {}, prompts, tests)
+
+
 def walked(profile, score, failing=()):
     """The tasks in the order in which they are done, with the results that `score` gives."""
-    found, order = Found(profile.metric, {}), []
+    found, order = known(profile), []
     while (task := next_task(tasks_of(profile, found), found)) is not None:
         order.append(task)
         if task.run.name in failing:
@@ -170,7 +173,7 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
     lengths = {t.run.steps("sft") for t in order if t.run.arm.name == "sft_continued"}
     assert lengths == {600}  # 200 steps of 4.5 s are 600 of 1.5 s, for every seed
     # Where the wall's clock decides: 200 steps of 30 s are 2000 of 3 s.
-    found = Found(profile.metric, {task.key: result_of(task) for task in order})
+    found = known(profile, {task.key: result_of(task) for task in order})
     aligned = found.results["grpo-lr1e-05", 0, "validation"]
     aligned["step_s"]["align"]["wall"] = 30.0
     _, run = plan.way_to(replace(profile, clock="wall"), found, "sft_continued", 1)
@@ -186,7 +189,7 @@ def test_a_step_that_compiled_is_no_measure_of_a_step():
 
 
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
-    found = Found(profile.metric, {})
+    found = known(profile)
     tasks = tasks_of(profile, found)
     found.results[tasks[0].key] = result_of(tasks[0])
     assert next_task(tasks_of(profile, found), found) == tasks[1]
@@ -198,17 +201,23 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
 
 
 def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
-    found = Found(profile.metric, {})
+    found = known(profile)
     first, *_ = tasks = tasks_of(profile, found, only="grpo")
-    # 400 steps of SFT, two evaluations of two prompts; the guesses of the profile.
-    assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 2 * 2 * 0.5
+    # 400 steps of SFT, and of two prompts three evaluations; the guesses of the profile.
+    assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 3 * 2 * 0.5
     first.run.directory.mkdir(parents=True)
     (first.run.directory / "metrics.jsonl").write_text('{"stage": "sft", "step": 100}\n')
-    assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 2 * 2 * 0.5
+    assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 3 * 2 * 0.5
     # Measured: 3 s of the wall's a step, 1 s for two prompts.
     found.results[first.key] = result_of(first)
     assert plan.seconds_left(profile, found, first) == 0
-    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 2 * 2 * 0.5
+    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 3 * 2 * 0.5
+    # What GRPO begins with has been evaluated; it is on the way, every 80 of 200 steps.
+    aligned = next(task for task in tasks if task.run.arm.name == "grpo")
+    aligned = replace(
+        aligned, run=replace(aligned.run, settings={"align.steps": 200, "eval.every": 80})
+    )
+    assert plan.seconds_left(profile, found, aligned) == 200 * 9.0 + 3 * 2 * 0.5
     text = "\n".join(plan.told(profile, found, tasks_of(profile, found)))
     assert "oracle" in text
     assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text
@@ -217,7 +226,7 @@ def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
 @pytest.mark.parametrize(("name", "only"), [("cpu", None), ("paper", "sft_continued")])
 def test_the_arms_of_the_experiment_compose(name, only, capsys):
     profile = load_profile(reproduce.HERE / "arms.yaml", name)
-    reproduce.check(profile, tasks_of(profile, Found(profile.metric, {}), only))
+    reproduce.check(profile, tasks_of(profile, known(profile), only))
     assert "compose" in capsys.readouterr().out
 
 
@@ -225,7 +234,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(profile):
     wrong = replace(profile.arms["grpo"], settings={"loss": "grpo", "align.stepps": 3})
     profile = replace(profile, arms={**profile.arms, "grpo": wrong})
     with pytest.raises(ConfigError, match=r"arms\.grpo: .*stepps"):
-        reproduce.check(profile, tasks_of(profile, Found(profile.metric, {}), "grpo"))
+        reproduce.check(profile, tasks_of(profile, known(profile), "grpo"))
 
 
 # --- doing it -------------------------------------------------------------------------------------
@@ -271,7 +280,7 @@ class Stub:
 
 def test_every_arm_is_run_once_and_its_result_kept(profile, capsys):
     stub = Stub()
-    assert reproduce.work(profile, Found(profile.metric, {}), "random", stub) == 0
+    assert reproduce.work(profile, "random", stub) == 0
     # Two choices of SFT's rate and one more of its steps, GRPO, the arm itself, and its test.
     assert stub.called.count("train") == 5
     assert stub.called.count("evaluate") == 1
@@ -291,16 +300,26 @@ def test_every_arm_is_run_once_and_its_result_kept(profile, capsys):
     assert (run / "eval-base.jsonl").exists()  # the evaluation of what it started from
     assert not (run / "checkpoints").exists()
     again = Stub()
-    assert reproduce.work(profile, Found(profile.metric, found), "random", again) == 0
+    assert reproduce.work(profile, "random", again) == 0
     assert again.called == []
 
 
-def test_prompts_without_an_answer_are_refused_before_anything_runs(profile):
+def test_what_has_no_answer_yet_is_left_out(profile):
     store = profile.runs.parent / "anchors.jsonl"
+    train, validation, test = (6, 2, 3)
     lines = store.read_text().splitlines(keepends=True)
-    store.write_text("".join(lines[1:]))
-    with pytest.raises(ConfigError, match=r"prompts=6: .* answers 5 of them"):
-        reproduce.work(profile, Found(profile.metric, {}), None, Stub())
+    assert len(lines) == train + validation + test
+    found = reproduce.look(profile)
+    assert (found.prompts, found.tests) == (6, True)
+    store.write_text("".join(lines[:4] + lines[5:-1]))  # not the fifth, nor the last test prompt
+    found = reproduce.look(profile)
+    assert (found.prompts, found.tests) == (4, False)
+    tasks = tasks_of(profile, found)
+    assert named(tasks) == ["sft-4 0 validation"]
+    assert "the first 4 are answered" in "\n".join(plan.told(profile, found, tasks))
+    store.write_text("".join(lines[:6]))
+    with pytest.raises(ConfigError, match=r"anchors.jsonl answers 0 of 2"):
+        reproduce.work(profile, None, Stub())
 
 
 def test_a_signal_is_passed_on_and_ends_all_cleanly(tmp_path, monkeypatch):

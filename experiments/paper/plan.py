@@ -38,11 +38,6 @@ class Arm:
     settings: Mapping[str, Any] = field(default_factory=dict)
     choose: Mapping[str, list[Any]] = field(default_factory=dict)
 
-    @property
-    def lacking(self) -> bool:
-        """Whether pujax does not have what the arm needs."""
-        return self.needs is not None and not (ROOT / "conf" / self.needs).is_file()
-
 
 @dataclass(frozen=True)
 class Profile:
@@ -108,10 +103,16 @@ class Task:
 
 @dataclass
 class Found:
-    """What is known: the results by their keys, and the tasks that failed in this process."""
+    """What is known: the results by their keys, and the tasks that failed in this process.
+
+    `prompts` is how many training prompts are answered, up to the first that isn't, and `tests`
+    whether all test prompts are; what needs more is left out.
+    """
 
     metric: str
     results: dict[raw.Key, raw.Raw]
+    prompts: int
+    tests: bool
     failed: set[raw.Key] = field(default_factory=set)
 
     def of(self, run: Run) -> raw.Raw | None:
@@ -158,7 +159,7 @@ def load_profile(path: Path, name: str) -> Profile:
 
 
 def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
-    """The arms of `curve`, one for each of its numbers of prompts."""
+    """The arms of `curve`, which has some arms with changes for each number of prompts."""
     return {
         f"{arm}-{count}": {
             **arms[arm],
@@ -168,8 +169,8 @@ def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
             **({"from": f"{arms[arm]['from']}-{count}"} if "from" in arms[arm] else {}),
             **changed,
         }
-        for count in curve.get("prompts", ())
-        for arm, changed in curve["arms"].items()
+        for count, some in curve.items()
+        for arm, changed in some.items()
     }
 
 
@@ -183,15 +184,41 @@ def tasks_of(profile: Profile, found: Found, only: str | None = None) -> list[Ta
         one_of("--only", only, profile.arms)
     tasks: dict[raw.Key, Task] = {}
     for group in GROUPS:
-        arms = [arm for arm in profile.arms.values() if arm.group == group and not arm.lacking]
+        arms = [arm for arm in profile.arms.values() if arm.group == group]
+        arms = [arm for arm in arms if not left_out(profile, found, arm)]
         for seed in range(max((arm.seeds for arm in arms), default=0)):
             for arm in arms:
                 if seed < arm.seeds and only in (None, arm.name):
                     before, run = way_to(profile, found, arm.name, seed)
-                    some = [*(Task(each, "validation") for each in (*before, run))]
-                    for task in (*some, Task(run, "test")):
-                        tasks.setdefault(task.key, task)
+                    some = [Task(each, "validation") for each in (*before, run)]
+                    if found.tests:
+                        some.append(Task(run, "test"))
+                    tasks |= {task.key: task for task in some if task.key not in tasks}
     return list(tasks.values())
+
+
+def line_of(profile: Profile, name: str) -> list[Arm]:
+    """An arm, the one that it is `like`, and so on."""
+    line = [profile.arms[name]]
+    while line[-1].like:
+        line.append(profile.arms[line[-1].like])
+    return line
+
+
+def prompts_of(profile: Profile, name: str) -> int:
+    """How many training prompts an arm has."""
+    return next((arm.prompts for arm in line_of(profile, name) if arm.prompts), profile.prompts)
+
+
+def left_out(profile: Profile, found: Found, arm: Arm) -> str:
+    """Why an arm can't be run yet; nothing where it can."""
+    for each in line_of(profile, arm.name):
+        if each.needs is not None and not (ROOT / "conf" / each.needs).is_file():
+            return f"there is no conf/{each.needs}"
+    wanted = prompts_of(profile, arm.name)
+    if wanted > found.prompts:
+        return f"of its {wanted} training prompts the first {found.prompts} are answered"
+    return ""
 
 
 def way_to(profile: Profile, found: Found, name: str, seed: int) -> tuple[list[Run], Run]:
@@ -225,9 +252,7 @@ def made(
     profile: Profile, found: Found, name: str, seed: int, point: Mapping[str, Any]
 ) -> tuple[list[Run], Run]:
     """What has to be done before an arm's run with the settings `point`, in order, and that run."""
-    line = [profile.arms[name]]
-    while line[-1].like:
-        line.append(profile.arms[line[-1].like])
+    line = line_of(profile, name)
     settings = dict(profile.settings)
     for each in reversed(line):
         settings |= each.settings
@@ -250,7 +275,7 @@ def made(
             _step_seconds(profile, found.of(aligned), "align"),
             _step_seconds(profile, found.of(sft), "sft"),
         )
-    prompts = next((each.prompts for each in line if each.prompts), profile.prompts)
+    prompts = prompts_of(profile, name)
     run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, needs)
     return before, run
 
@@ -320,8 +345,11 @@ def seconds_left(profile: Profile, found: Found, task: Task) -> float:
         max(0, task.run.steps(stage) - at[stage]) * _pace(found, task.run, stage, profile.guess)
         for stage in ("sft", "align")
     )
-    every = task.run.settings.get("eval.every") or task.run.steps("align") or 1
-    evaluations = 2 + max(0, task.run.steps("align") - 1) // every
+    every = task.run.settings.get("eval.every")
+    # Of what it begins with, unless that has been evaluated; after each stage; and on the way.
+    evaluations = 1 + (task.run.origin is None) + (task.run.steps("sft") > 0)
+    if every:
+        evaluations += sum(max(0, task.run.steps(stage) - 1) // every for stage in at)
     return training + evaluations * prompt * lines_in(ROOT / profile.data["validation"])
 
 
@@ -345,13 +373,14 @@ def told(profile: Profile, found: Found, tasks: list[Task]) -> Iterator[str]:
     yield (
         f"profile {profile.name}: {profile.prompts} training prompts, {sizes['validation']} to "
         f"choose by, {sizes['test']} for the tables"
+        + ("" if found.tests else ", which are not all answered yet: they are read later")
     )
     minutes = {task.key: seconds_left(profile, found, task) / 60 for task in tasks}
     yield f"{'':<10} {'arm':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
     for arm in profile.arms.values():
         own = [task for task in tasks if task.run.arm == arm]
-        if arm.lacking:
-            yield f"{arm.group:<10} {arm.title:<38} left out: there is no conf/{arm.needs}"
+        if why := left_out(profile, found, arm):
+            yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
         if own:
             count = f"{sum(task.key in found.results for task in own)} of {len(own)}"
             steps = f"{own[-1].run.steps('sft')} + {own[-1].run.steps('align')}"

@@ -4,7 +4,7 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from statistics import fmean, median
@@ -102,12 +102,12 @@ def teacher(prompts: Path, store: Path) -> Raw:
     return total
 
 
-def answered(prompts: Path, store: Path) -> tuple[int, int]:
-    """How many prompts a file has, and of how many the store has an answer or a refusal."""
-    keys = [messages_key(prompt.messages) for prompt in load_prompts(str(prompts))]
+def answered(prompts: Sequence[Path], store: Path) -> list[bool]:
+    """Of each prompt in these files, whether the store has an answer to it, or a refusal."""
     records = [*(read_records(store) if store.exists() else ()), *read_failures(store)]
     known = {messages_key(record["messages"]) for _, record in records}
-    return len(keys), sum(key in known for key in keys)
+    asked = load_prompts([str(path) for path in prompts])
+    return [messages_key(prompt.messages) in known for prompt in asked]
 
 
 def result(

@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -89,14 +89,14 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         profile = load_profile(options.arms.resolve(), options.profile)
-        found = Found(profile.metric, raw.read_all(profile.results))
+        found = look(profile)
         tasks = tasks_of(profile, found, options.only)
         print("\n".join(told(profile, found, tasks)), flush=True)
         check(profile, tasks)
         if options.plan or (profile.accelerator and not has_accelerator()):
             return 0
         with locked(profile.runs) as held:
-            return work(profile, found, options.only, Children(held.fileno()))
+            return work(profile, options.only, Children(held.fileno()))
     except PujaxError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -148,50 +148,50 @@ def locked(folder: Path) -> TextIO:
     return file
 
 
-def work(profile: Profile, found: Found, only: str | None, children: Children) -> int:
+def look(profile: Profile) -> Found:
+    """What is known by now."""
+    store = ROOT / profile.data["store"]
+    train = raw.answered([ROOT / path for path in profile.data["train"]], store)
+    tests = raw.answered([ROOT / profile.data["test"]], store)
+    answered = [*train, False].index(False)
+    return Found(profile.metric, raw.read_all(profile.results), answered, all(tests))
+
+
+def require_validation(profile: Profile) -> None:
+    """Raise `ConfigError` unless the prompts that decide are all answered."""
+    path, store = profile.data["validation"], ROOT / profile.data["store"]
+    known = raw.answered([ROOT / path], store)
+    require(
+        all(known),
+        "data.validation",
+        path,
+        f"{shown(store)} answers {sum(known)} of {len(known)}: collect the others "
+        "(experiments/quickstart/collect.sh)",
+    )
+
+
+def work(profile: Profile, only: str | None, children: Children) -> int:
     """Do one task after another; what failed, and what needs it, is left out and told of."""
-    check_answers(profile, tasks_of(profile, found, only))
-    while (task := next_task(tasks := tasks_of(profile, found, only), found)) is not None:
+    require_validation(profile)
+    failed: set[raw.Key] = set()
+    while True:
+        found = replace(look(profile), failed=failed)
+        tasks = tasks_of(profile, found, only)
+        task = next_task(tasks, found)
+        if task is None:
+            break
         left = sum(other.key not in found.results for other in tasks)
         print(f"\n== {task.run.name}, seed {task.run.seed}, {task.split}: {left} left", flush=True)
-        if done(profile, task, children):
-            found.results = raw.read_all(profile.results)
-            make_room(profile, found)
-            if children.call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
-                print("no tables: the runs go on, and make them again")
-        else:
-            found.failed.add(task.key)
+        if not done(profile, task, children):
+            failed.add(task.key)
             print(f"failed: the others go on without {task.run.name}", flush=True)
-    for name, seed, split in sorted(found.failed):
+            continue
+        make_room(profile, look(profile))
+        if children.call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
+            print("no tables: the runs go on, and make them again")
+    for name, seed, split in sorted(failed):
         print(f"failed: {name}, seed {seed}, {split}")
-    return 1 if found.failed else 0
-
-
-def check_answers(profile: Profile, tasks: list[Task]) -> None:
-    """Write the files of training prompts, and refuse prompts that have no answer yet.
-
-    Raises `ConfigError`.
-    """
-    lines = [
-        line
-        for path in profile.data["train"]
-        for line in (ROOT / path).read_bytes().splitlines(keepends=True)
-    ]
-    profile.runs.mkdir(parents=True, exist_ok=True)
-    for count in sorted({task.run.prompts for task in tasks}):
-        require(count <= len(lines), "prompts", count, f"there are {len(lines)}")
-        write_whole(prompts_file(profile, count), b"".join(lines[:count]))
-    store = ROOT / profile.data["store"]
-    most = prompts_file(profile, max(task.run.prompts for task in tasks))
-    for path, key in ((most, "prompts"), (ROOT / profile.data["validation"], "data.validation")):
-        count, known = raw.answered(path, store)
-        require(
-            known == count,
-            key,
-            count,
-            f"{shown(store)} answers {known} of them: collect the others "
-            "(experiments/quickstart/collect.sh), or lower it in arms.yaml",
-        )
+    return 1 if failed else 0
 
 
 def command_of(profile: Profile, task: Task) -> list[str]:
@@ -218,6 +218,14 @@ def prompts_file(profile: Profile, count: int) -> Path:
     return profile.runs / f"prompts-{count}.jsonl"
 
 
+def write_prompts(profile: Profile, count: int) -> None:
+    """Write that file."""
+    lines = b"".join((ROOT / path).read_bytes() for path in profile.data["train"])
+    path = prompts_file(profile, count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, b"".join(lines.splitlines(keepends=True)[:count]))
+
+
 def done(profile: Profile, task: Task, children: Children) -> bool:
     """Do a task and keep its result; False when its command failed."""
     run, words = task.run, command_of(profile, task)
@@ -228,6 +236,7 @@ def done(profile: Profile, task: Task, children: Children) -> bool:
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
         run.directory.mkdir(parents=True, exist_ok=True)
         shutil.copy(run.origin.directory / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
+    write_prompts(profile, run.prompts)
     if not whole.exists():
         begun = time.monotonic()
         if children.call(words):
