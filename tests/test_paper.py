@@ -404,10 +404,10 @@ def test_tables_are_made_of_the_results_alone_the_same_each_time(tmp_path):
     assert "| GRPO | 0 | 100 | 10.0 | 18.0 | 10 | – |" in text
     # Ten queries of 200 and 100 tokens at 0.5 and 1.5 a million are 0.00025; 100 x 4 x 8
     # candidates are judged with 20 + 2 x 10 tokens in and one out: 0.064 and 0.0048.
-    assert "| one anchor a prompt | 10 | 200 | 100 | 0 | 0.00 |" in text
+    assert "| one anchor a prompt | 10 | 200 | 100 | 0 | 0.0003 |" in text
     assert (
         "| the teacher judges every candidate beside the anchor | 3,200 | 128,000 | 3,200 | 0 "
-        "| 0.07 |" in text
+        "| 0.0688 |" in text
     )
     # 30 s at 20 an hour are a sixth: 400 pairs 66.67, 10,000 pairs 1,666.67.
     assert "| 400 | 66.67 |" in text

@@ -65,7 +65,7 @@ def _title(arms: Arms) -> str:
 
 def curves(arms: Arms) -> bytes:
     """The metric on validation over an arm's steps, and over its processor minutes."""
-    figure = _figure(11, 4.2)
+    figure = _figure(13, 4.2)
     for column, (label, at) in enumerate(
         (
             ("steps after the model that it starts from", lambda point: point["step"]),
@@ -81,7 +81,8 @@ def curves(arms: Arms) -> bytes:
             y = [fmean(_value(runs[0], point) for point in each) for each in points]
             axes.plot(x, y, label=f"{runs[0]['title']} ({len(runs)})", **_style(place), ms=4)
         _label(axes, label, _title(arms))
-    figure.axes[0].legend(frameon=False, fontsize=8)
+    handles, titles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -102,7 +103,7 @@ def _value(run: raw.Raw, point: raw.Raw) -> float:
 
 def kl_against_gain(arms: Arms) -> bytes:
     """Every run's gain on validation over what it started from, against its KL to that."""
-    figure = _figure(6.5, 4.2)
+    figure = _figure(8.5, 4.2)
     axes = figure.add_subplot()
     for place, runs in enumerate(arms.values()):
         x = [_last(run)["kl"] for run in runs]
@@ -110,7 +111,7 @@ def kl_against_gain(arms: Arms) -> bytes:
         axes.plot(x, y, linestyle="none", label=runs[0]["title"], **_style(place), ms=6)
     axes.axhline(0, color="#999999", linewidth=0.8)
     _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {_title(arms)}")
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -134,6 +135,7 @@ def anchors(tested: Arms) -> bytes:
     axes = figure.add_subplot()
     small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
     names = list(dict.fromkeys(runs[0]["arm"].rpartition("-")[0] for runs in small))
+    whole: list[list[raw.Raw]] = []
     for place, name in enumerate(names):
         whole = [runs for runs in tested.values() if runs[0]["arm"] == name]
         own = [r for r in small if r[0]["arm"].rpartition("-")[0] == name] + whole
@@ -144,6 +146,9 @@ def anchors(tested: Arms) -> bytes:
         title = (whole or own)[0][0]["title"].partition(",")[0]
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
     axes.set_xscale("log")
+    counts = sorted({runs[0]["prompts"]["training"] for runs in [*small, *whole]})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
     _label(axes, "anchors", _title(tested))
     axes.legend(frameon=False)
     return _png(figure)

@@ -159,19 +159,18 @@ def against(lines: Sequence[Line], base: Callable[[Line], Line | None]) -> str:
 
 def by_kind(lines: Sequence[Line]) -> str:
     """The metric that decides by kind of prompt, and ROUGE-L of the kinds that haven't it."""
-    kinds = sorted({kind for kind in lines[0].first["kind"] if kind is not None})
+    first = lines[0].first
+    metrics = {}
+    for kind in sorted({kind for kind in first["kind"] if kind is not None}):
+        known = _values(_only(first, kind), first["metric"])
+        metrics[kind] = first["metric"] if known else "rouge_l"
     rows = []
     for line in lines:
-        cells = []
-        for kind in kinds:
-            of_kind = [_only(run, kind) for run in line.runs]
-            metric = line.first["metric"]
-            if not any(_values(run, metric) for run in of_kind):
-                metric = "rouge_l"
-            means = [fmean(_values(run, metric)) for run in of_kind if _values(run, metric)]
-            cells.append(spread(Shown("", 3), means) + ("" if metric != "rouge_l" else " (R-L)"))
-        rows.append([line.title, *cells])
-    return grid(["arm", *kinds], rows)
+        columns = [[_values(_only(run, k), m) for run in line.runs] for k, m in metrics.items()]
+        means = [[fmean(values) for values in column if values] for column in columns]
+        rows.append([line.title, *(spread(Shown("", 3), column) for column in means)])
+    shown = lines[0].shown
+    return grid(["arm", *(f"{kind}: {shown[m].title}" for kind, m in metrics.items())], rows)
 
 
 def _only(run: raw.Raw, kind: str) -> dict[str, list[float | None]]:
@@ -248,7 +247,13 @@ def cost(line: Line) -> str:
     for what, queries, spent, pairs in rows:
         money = sum(spent.get(key, 0) * price for key, price in PRICE.items()) + pairs * person
         counts = [round(spent.get(key, 0)) for key in PRICE]
-        made.append([what, *(f"{n:,}" for n in (queries, *counts, pairs)), f"{money:,.2f}"])
+        made.append(
+            [
+                what,
+                *(f"{n:,}" for n in (queries, *counts, pairs)),
+                f"{money:,.2f}" if money > 1 else f"{money:.4f}",
+            ]
+        )
     header = ["labels", "queries", "tokens in", "tokens out", "pairs by people", "money"]
     return grid(header, made)
 
@@ -271,8 +276,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     if arms and (base := by_arm.get(BASELINE)) is not None:
         yield (
             f"## Against {base.title}\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
-            "10,000 resamples), bold where they exclude 0. With one seed a side they are over "
-            "prompts alone.\n\n" + against(arms, lambda line: base)
+            "10,000 resamples; bold where they exclude 0, which one in twenty does by chance. With "
+            "one seed a side they are over prompts alone.\n\n" + against(arms, lambda line: base)
         )
     if arms:
         yield "## By kind of prompt\n\n" + by_kind(arms)
