@@ -203,16 +203,16 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
 def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
     found = known(profile)
     first, *_ = tasks = tasks_of(profile, found, only="grpo")
-    # 400 steps of SFT, and of two prompts three evaluations; the guesses of the profile.
-    assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 3 * 2 * 0.5
+    # 400 steps of SFT, and of two prompts an evaluation; the guesses of the profile.
+    assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 2 * 0.5
     first.run.directory.mkdir(parents=True)
     (first.run.directory / "metrics.jsonl").write_text('{"stage": "sft", "step": 100}\n')
-    assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 3 * 2 * 0.5
+    assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 2 * 0.5
     # Measured: 3 s of the wall's a step, 1 s for two prompts.
     found.results[first.key] = result_of(first)
     assert plan.seconds_left(profile, found, first) == 0
-    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 3 * 2 * 0.5
-    # What GRPO begins with has been evaluated; it is on the way, every 80 of 200 steps.
+    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 2 * 0.5
+    # On the way too, every 80 of 200 steps.
     aligned = next(task for task in tasks if task.run.arm.name == "grpo")
     aligned = replace(
         aligned, run=replace(aligned.run, settings={"align.steps": 200, "eval.every": 80})

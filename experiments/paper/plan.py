@@ -346,8 +346,8 @@ def seconds_left(profile: Profile, found: Found, task: Task) -> float:
         for stage in ("sft", "align")
     )
     every = task.run.settings.get("eval.every")
-    # Of what it begins with, unless that has been evaluated; after each stage; and on the way.
-    evaluations = 1 + (task.run.origin is None) + (task.run.steps("sft") > 0)
+    # After each stage, and on the way; what it begins with has been evaluated.
+    evaluations = max(1, sum(task.run.steps(stage) > 0 for stage in at))
     if every:
         evaluations += sum(max(0, task.run.steps(stage) - 1) // every for stage in at)
     return training + evaluations * prompt * lines_in(ROOT / profile.data["validation"])

@@ -232,10 +232,12 @@ def done(profile: Profile, task: Task, children: Children) -> bool:
     whole, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
     if task.split == "test":
         whole = answers = run.directory / "test" / "eval-aligned.jsonl"
-    elif run.origin is not None and not (run.directory / "eval-base.jsonl").exists():
+    elif not (run.directory / "eval-base.jsonl").exists():
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
-        run.directory.mkdir(parents=True, exist_ok=True)
-        shutil.copy(run.origin.directory / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
+        origin = profile.runs / "base" / "0" if run.origin is None else run.origin.directory
+        if (origin / "eval-aligned.jsonl").exists():
+            run.directory.mkdir(parents=True, exist_ok=True)
+            shutil.copy(origin / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
     write_prompts(profile, run.prompts)
     if not whole.exists():
         begun = time.monotonic()
