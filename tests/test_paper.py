@@ -280,7 +280,7 @@ class Stub:
 
 def test_every_arm_is_run_once_and_its_result_kept(profile, capsys):
     stub = Stub()
-    assert reproduce.work(profile, "random", stub) == 0
+    assert reproduce.work(profile, "random", stub.call) == 0
     # Two choices of SFT's rate and one more of its steps, GRPO, the arm itself, and its test.
     assert stub.called.count("train") == 5
     assert stub.called.count("evaluate") == 1
@@ -300,7 +300,7 @@ def test_every_arm_is_run_once_and_its_result_kept(profile, capsys):
     assert (run / "eval-base.jsonl").exists()  # the evaluation of what it started from
     assert not (run / "checkpoints").exists()
     again = Stub()
-    assert reproduce.work(profile, "random", again) == 0
+    assert reproduce.work(profile, "random", again.call) == 0
     assert again.called == []
 
 
@@ -319,7 +319,7 @@ def test_what_has_no_answer_yet_is_left_out(profile):
     assert "the first 4 are answered" in "\n".join(plan.told(profile, found, tasks))
     store.write_text("".join(lines[:6]))
     with pytest.raises(ConfigError, match=r"anchors.jsonl answers 0 of 2"):
-        reproduce.work(profile, None, Stub())
+        reproduce.work(profile, None, Stub().call)
 
 
 def test_a_signal_is_passed_on_and_ends_all_cleanly(tmp_path, monkeypatch):

@@ -145,7 +145,8 @@ def load_profile(path: Path, name: str) -> Profile:
     entries = merged["arms"] | _curve(merged["arms"], own.pop("curve", told.get("curve") or {}))
     arms = {}
     for arm, entry in entries.items():
-        named = {{"from": "origin", "set": "settings"}.get(k, k): v for k, v in entry.items()}
+        renamed = {"from": "origin", "set": "settings"}
+        named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
         try:
             arms[arm] = Arm(name=arm, **named)
         except TypeError as error:

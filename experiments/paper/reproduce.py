@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TextIO
@@ -39,6 +40,9 @@ from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.settings import TrainConfig
 
 HERE = Path(__file__).resolve().parent
+
+Call = Callable[[list[str]], int]
+"""Runs python with these words and returns its exit status."""
 
 
 @dataclass
@@ -96,7 +100,7 @@ def main(words: list[str] | None = None) -> int:
         if options.plan or (profile.accelerator and not has_accelerator()):
             return 0
         with locked(profile.runs) as held:
-            return work(profile, options.only, Children(held.fileno()))
+            return work(profile, options.only, Children(held.fileno()).call)
     except PujaxError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -170,7 +174,7 @@ def require_validation(profile: Profile) -> None:
     )
 
 
-def work(profile: Profile, only: str | None, children: Children) -> int:
+def work(profile: Profile, only: str | None, call: Call) -> int:
     """Do one task after another; what failed, and what needs it, is left out and told of."""
     require_validation(profile)
     failed: set[raw.Key] = set()
@@ -182,12 +186,12 @@ def work(profile: Profile, only: str | None, children: Children) -> int:
             break
         left = sum(other.key not in found.results for other in tasks)
         print(f"\n== {task.run.name}, seed {task.run.seed}, {task.split}: {left} left", flush=True)
-        if not done(profile, task, children):
+        if not done(profile, task, call):
             failed.add(task.key)
             print(f"failed: the others go on without {task.run.name}", flush=True)
             continue
         make_room(profile, look(profile))
-        if children.call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
+        if call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
             print("no tables: the runs go on, and make them again")
     for name, seed, split in sorted(failed):
         print(f"failed: {name}, seed {seed}, {split}")
@@ -226,7 +230,7 @@ def write_prompts(profile: Profile, count: int) -> None:
     write_whole(path, b"".join(lines.splitlines(keepends=True)[:count]))
 
 
-def done(profile: Profile, task: Task, children: Children) -> bool:
+def done(profile: Profile, task: Task, call: Call) -> bool:
     """Do a task and keep its result; False when its command failed."""
     run, words = task.run, command_of(profile, task)
     whole, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
@@ -241,7 +245,7 @@ def done(profile: Profile, task: Task, children: Children) -> bool:
     write_prompts(profile, run.prompts)
     if not whole.exists():
         begun = time.monotonic()
-        if children.call(words):
+        if call(words):
             return False
         seconds = time.monotonic() - begun if task.split == "test" else None
     result = raw.result(
