@@ -278,7 +278,7 @@ class Stub:
         (directory / "eval-aligned.jsonl").write_text(text)
 
 
-def test_every_arm_is_run_once_and_its_result_kept(profile, capsys):
+def test_every_arm_is_run_once_and_its_result_kept(profile):
     stub = Stub()
     assert reproduce.work(profile, "random", stub.call) == 0
     # Two choices of SFT's rate and one more of its steps, GRPO, the arm itself, and its test.
