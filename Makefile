@@ -1,4 +1,5 @@
-# Each target does its own set-up. `make train` runs the main job, `make test` the tests.
+# Each target does its own set-up. `make train` runs the main job, `make test` the tests,
+# `make reproduce` the experiments of experiments/paper (PROFILE=cpu|paper, ONLY=arm, PLAN=1).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -7,7 +8,9 @@ TORCH_READY := $(VENV)/.torch-ready
 
 TOKENIZERS := .tokenizers
 
-.PHONY: setup train test check format torch tokenizers clean
+PROFILE ?= cpu
+
+.PHONY: setup train test reproduce check format torch tokenizers clean
 
 setup: $(READY)
 
@@ -24,6 +27,10 @@ train: setup
 
 test: setup
 	$(BIN)/python -m pytest --numprocesses 2 --dist worksteal
+
+reproduce: setup
+	$(BIN)/python -m experiments.paper.reproduce --profile $(PROFILE) \
+		$(if $(ONLY),--only $(ONLY)) $(if $(PLAN),--plan)
 
 # The oracles of the parity tests; without them those tests skip.
 torch: setup $(TORCH_READY)

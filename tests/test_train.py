@@ -85,6 +85,8 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
         *(("align", step) for step in (1, 2, 3, 4)),
     ]
     assert [row["model"] for row in rows if row["stage"] == "eval"] == ["base", "sft", "aligned"]
+    steps = [json.loads(row) for row in (directory / "metrics.jsonl").read_text().splitlines()]
+    assert all(row["time/cpu_s"] > 0 for row in steps if row["stage"] != "eval")
     samples = (directory / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 4 * 2  # steps x prompts
     assert "aligned" in output

@@ -43,7 +43,7 @@ from jaxtyping import Array, Bool, Float
 
 from pujax.errors import require
 from pujax.method.labels import anchor_vs_all, best_vs_worst, candidates, extremes, standardize
-from pujax.types import Advantage, Group, LossAndMetrics, Metrics, PairRule
+from pujax.types import Advantage, Group, LossAndMetrics, LossFn, Metrics, PairRule
 
 Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
 """Token terms and their mask to one value a prompt."""
@@ -60,6 +60,17 @@ _NO_SIGNAL = 1e-6
 def sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
     """Mean negative log-prob of the anchor's tokens."""
     return -_mean(_masked(logps, group.mask)[:, 0], group.mask[:, 0]), {}
+
+
+def weighted_sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
+    """Mean negative log-prob of the responses' tokens, weighted by the labels.
+
+    As `labels.tau` goes to 0 it is SFT on the best of the student's own candidates (RAFT: Dong et
+    al., 2023, with one kept a prompt), which is the simplest use of a ranking; with soft labels it
+    is the weighted regression of Peters and Schaal (2007). A valid anchor takes part.
+    """
+    nll_BG = -_mean(_masked(logps, group.mask), group.mask)
+    return jnp.sum(group.labels * nll_BG, axis=-1, where=group.valid), {}
 
 
 def dpo(
@@ -307,6 +318,19 @@ def ldl_grpo(
     return loss_B, _label_metrics(logps, group, rewards_BG, valid) | {
         "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean()
     }
+
+
+def beside_anchor(
+    logps: Float[Array, "B G T"], group: Group, *, loss: LossFn = grpo, weight: float = 1.0
+) -> LossAndMetrics:
+    """Another `loss` plus `weight` times the anchor's mean negative log-prob: both in one step.
+
+    What `dpo` has as `nll_weight` (Pang et al., 2024), for a loss of candidates alone (ours).
+    """
+    require(weight > 0, "loss.weight", weight, "must be positive")
+    loss_B, metrics = loss(logps, group)
+    nll_B, _ = sft(logps, group)
+    return loss_B + weight * nll_B, metrics | {"loss/anchor": stop_gradient(nll_B).mean()}
 
 
 def kl_terms(

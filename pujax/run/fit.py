@@ -287,7 +287,7 @@ class Run:
         with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
             for step in steps:
                 examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
-                begun = time.monotonic()
+                begun, worked = time.monotonic(), time.process_time()
                 placed = put_batch(self.mesh, batch, stage.prompts)
                 state, metrics, group = stage.advance(state, placed)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
@@ -298,6 +298,8 @@ class Run:
                     group = jax.device_get(group)
                     tokens += int(group.mask.sum())
                 seconds = time.monotonic() - begun
+                # Of all threads: how long a step took on a machine that does other work too.
+                metrics["time/cpu_s"] = time.process_time() - worked
                 show(self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens))
                 if group is not None:
                     self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))

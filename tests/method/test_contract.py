@@ -12,7 +12,7 @@ from pujax.method import labels, losses
 from pujax.types import Group, LossAndMetrics
 
 LOSSES = [losses.sft, losses.dpo, losses.ipo, losses.nnpu, losses.listwise, losses.grpo]
-LOSSES += [losses.ldl_grpo]
+LOSSES += [losses.ldl_grpo, losses.weighted_sft, losses.beside_anchor]
 
 
 @pytest.mark.parametrize("module", [labels, losses])

@@ -43,6 +43,8 @@ VARIANTS: dict[str, Callable] = {
         mask_unfinished=True,
     ),
     "ldl_grpo": losses.ldl_grpo,
+    "weighted_sft": losses.weighted_sft,
+    "beside_anchor": functools.partial(losses.beside_anchor, loss=losses.ldl_grpo),
     "ldl_grpo_finished": functools.partial(losses.ldl_grpo, mask_unfinished=True),
 }
 every_loss = pytest.mark.parametrize("name", VARIANTS)
@@ -90,6 +92,9 @@ STALE = replace(
     ("loss", "group", "settings", "expected"),
     [
         (losses.sft, GROUP, {}, 1.0),  # (1 + 1) / 2
+        (losses.weighted_sft, GROUP, {}, 1.7),  # 0.2 * 1 + 0.6 * 1.5 + 0.2 * 3
+        # GRPO's -0.35 + 0.04 / 2, see below, and twice the anchor's 1.
+        (losses.beside_anchor, STALE, {"weight": 2.0}, 1.67),
         # beta margin = 0.5 (2 + 1) = 1.5; log(1 + exp(-1.5)) = 0.2014133.
         (losses.dpo, GROUP, {"beta": 0.5}, 0.2014133),
         # 0.9 * 0.2014133 + 0.1 * (0.2014133 + 1.5)
@@ -505,6 +510,15 @@ def test_sft_ends_at_the_anchor():
     assert jnp.exp(logps[2]) > 0.99
 
 
+def test_sharp_labels_make_weighted_sft_the_likelihood_of_the_best_candidate():
+    logps, group = random_group(17)
+    q, valid = labels.softmax_labels(group.scores, tau=1e-3)
+    loss_B, _ = losses.weighted_sft(logps, replace(group, labels=q, valid=valid))
+    best = group.scores[:, 1:].argmax(axis=1) + 1
+    means = jnp.mean(logps, axis=-1, where=group.mask)
+    np.testing.assert_allclose(loss_B, -means[jnp.arange(2), best], rtol=1e-5)
+
+
 def test_cdpo_ends_at_the_log_odds_of_its_label_smoothing():
     group = bandit(ALL_WORDS, scores=[[0.0, 1.0, 4.0, 3.0, 2.0]])  # word 1 over word 0
     loss = functools.partial(losses.dpo, beta=0.5, label_smoothing=0.2)
@@ -673,6 +687,7 @@ def test_losses_are_float32_when_log_probs_are_bfloat16(name):
         (losses.ldl_grpo, {"beta": 0.0}),
         (losses.grpo, {"clip_low": 1.0}),
         (losses.ldl_grpo, {"clip_high": 0.0}),
+        (losses.beside_anchor, {"weight": 0.0}),
     ],
 )
 def test_a_loss_setting_out_of_range_is_named(loss, setting):

@@ -1,0 +1,173 @@
+"""The figures of the results: held-out curves, KL against gain, seeds, and few anchors."""
+
+import io
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from experiments.paper import raw
+
+# Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
+MARKERS = "osD^vP*X"
+
+Arms = dict[str, list[raw.Raw]]
+
+
+def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
+    """Each figure that there is something for, as a file's name and a PNG."""
+    validated, tested = (
+        _by_name([run for (_, _, of), run in sorted(results.items()) if of == split])
+        for split in ("validation", "test")
+    )
+    final = {name: runs for name, runs in validated.items() if name in tested} or validated
+    started = {
+        name: runs
+        for name, runs in final.items()
+        if runs[0]["origin"] and runs[0]["group"] in ("main", "others") and all(map(_course, runs))
+    }
+    if started:
+        yield "curves.png", curves(started)
+    moved = {name: runs for name, runs in started.items() if _last(runs[0]).get("kl") is not None}
+    if moved:
+        yield "kl.png", kl_against_gain(moved)
+    arms = {n: runs for n, runs in tested.items() if runs[0]["group"] in ("main", "others")}
+    if arms:
+        yield "seeds.png", seeds(arms)
+    if any(runs[0]["group"] == "anchors" for runs in tested.values()):
+        yield "anchors.png", anchors(tested)
+
+
+def _by_name(runs: Sequence[raw.Raw]) -> Arms:
+    found: Arms = {}
+    for run in sorted(runs, key=lambda run: (run["place"], run["name"], run["seed"])):
+        found.setdefault(run["name"], []).append(run)
+    return found
+
+
+def _last(run: raw.Raw) -> raw.Raw:
+    return run["course"][-1]
+
+
+def _style(place: int) -> dict[str, Any]:
+    return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
+
+
+def _title(arms: Arms) -> str:
+    """What the metric that decides is called."""
+    (first, *_), *_ = arms.values()
+    told = first["shown"].get(first["metric"])
+    return told["title"] if told else first["metric"]
+
+
+def curves(arms: Arms) -> bytes:
+    """The metric on validation over an arm's steps, and over its processor minutes."""
+    figure = _figure(13, 4.2)
+    for column, (label, at) in enumerate(
+        (
+            ("steps after the model that it starts from", lambda point: point["step"]),
+            ("processor minutes", lambda point: point["seconds"]["processor"] / 60),
+        ),
+        1,
+    ):
+        axes = figure.add_subplot(1, 2, column)
+        for place, runs in enumerate(arms.values()):
+            courses = [_course(run) for run in runs]
+            points = [each for each in zip(*courses, strict=False) if each]
+            x = [fmean(at(point) for point in each) for each in points]
+            y = [fmean(_value(runs[0], point) for point in each) for each in points]
+            axes.plot(x, y, label=f"{runs[0]['title']} ({len(runs)})", **_style(place), ms=4)
+        _label(axes, label, _title(arms))
+    handles, titles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, titles, loc="outside right upper", frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def _course(run: raw.Raw) -> list[raw.Raw]:
+    """The evaluations of a run's one stage, from the model that it starts with on."""
+    last = "aligned" if run["steps"]["align"] else "sft"
+    return [
+        point
+        for point in run["course"]
+        if point["model"] in ("base", last) and f"eval/{run['metric']}" in point
+    ]
+
+
+def _value(run: raw.Raw, point: raw.Raw) -> float:
+    """The metric that decides, at an evaluation of a run's course."""
+    return point[f"eval/{run['metric']}"]
+
+
+def kl_against_gain(arms: Arms) -> bytes:
+    """Every run's gain on validation over what it started from, against its KL to that."""
+    figure = _figure(8.5, 4.2)
+    axes = figure.add_subplot()
+    for place, runs in enumerate(arms.values()):
+        x = [_last(run)["kl"] for run in runs]
+        y = [_value(run, _course(run)[-1]) - _value(run, _course(run)[0]) for run in runs]
+        axes.plot(x, y, linestyle="none", label=runs[0]["title"], **_style(place), ms=6)
+    axes.axhline(0, color="#999999", linewidth=0.8)
+    _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {_title(arms)}")
+    figure.legend(loc="outside right upper", frameon=False, fontsize=8)
+    return _png(figure)
+
+
+def seeds(arms: Arms) -> bytes:
+    """Every seed of every arm on the test prompts, and the arms' means."""
+    figure = _figure(8, 0.42 * len(arms) + 1.2)
+    axes = figure.add_subplot()
+    for place, runs in enumerate(reversed(arms.values())):
+        values = [raw.mean(run, run["metric"]) for run in runs]
+        axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6, ms=6)
+        axes.plot([fmean(values)], [place], "|", color=COLOURS[1], ms=18, mew=2)
+    axes.set_yticks(range(len(arms)), [runs[0]["title"] for runs in reversed(arms.values())])
+    _label(axes, f"{_title(arms)}, test; a point a seed, a bar their mean", "")
+    axes.grid(axis="x", linewidth=0.6, color="#dddddd")
+    return _png(figure)
+
+
+def anchors(tested: Arms) -> bytes:
+    """The arms of the curve on the test prompts over the number of anchors."""
+    figure = _figure(6.5, 4.2)
+    axes = figure.add_subplot()
+    small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
+    names = list(dict.fromkeys(runs[0]["arm"].rpartition("-")[0] for runs in small))
+    whole: list[list[raw.Raw]] = []
+    for place, name in enumerate(names):
+        whole = [runs for runs in tested.values() if runs[0]["arm"] == name]
+        own = [r for r in small if r[0]["arm"].rpartition("-")[0] == name] + whole
+        points = sorted(
+            (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
+            for runs in own
+        )
+        title = (whole or own)[0][0]["title"].partition(",")[0]
+        axes.plot(*zip(*points, strict=True), label=title, **_style(place))
+    axes.set_xscale("log")
+    counts = sorted({runs[0]["prompts"]["training"] for runs in [*small, *whole]})
+    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.minorticks_off()
+    _label(axes, "anchors", _title(tested))
+    axes.legend(frameon=False)
+    return _png(figure)
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _label(axes: Axes, x: str, y: str) -> None:
+    axes.set_xlabel(x)
+    axes.set_ylabel(y)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _png(figure: Figure) -> bytes:
+    image = io.BytesIO()
+    figure.savefig(image, format="png", dpi=140)
+    return image.getvalue()

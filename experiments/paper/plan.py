@@ -1,0 +1,400 @@
+"""What there is to do: the arms of arms.yaml as runs, each after what it needs."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from experiments.paper import raw
+from pujax.errors import ConfigError, one_of, require
+from pujax.files.durable import read_jsonl
+
+ROOT = Path(__file__).resolve().parents[2]
+
+GROUPS = ("main", "others", "anchors", "ablations")
+
+# Settings that don't touch a result's numbers, so that results made with others stand.
+FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """An arm as arms.yaml has it, where it is said what each field means."""
+
+    name: str
+    title: str
+    group: str
+    seeds: int = 1
+    origin: str | None = None
+    like: str | None = None
+    as_long_as: str | None = None
+    prompts: int | None = None
+    needs: str | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    choose: Mapping[str, list[Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A size of the whole: what all its runs share, its arms in order, and where it is kept.
+
+    `clock` is what `as_long_as` goes by, wall or processor seconds.
+    """
+
+    name: str
+    data: Mapping[str, Any]
+    metric: str
+    prompts: int
+    results: Path
+    runs: Path
+    guess: Mapping[str, float]
+    settings: Mapping[str, Any]
+    arms: Mapping[str, Arm]
+    clock: str = "processor"
+    accelerator: bool = False
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training run; `needs` have to be done before it, `origin` is the one it starts from."""
+
+    arm: Arm
+    seed: int
+    point: Mapping[str, Any]
+    settings: Mapping[str, Any]
+    prompts: int
+    folder: Path
+    origin: "Run | None" = None
+    needs: "tuple[Run, ...]" = ()
+
+    @cached_property
+    def name(self) -> str:
+        """The arm's name, with what was chosen for it."""
+        chosen = [f"{key.rpartition('.')[2]}{value}" for key, value in self.point.items()]
+        return "-".join([self.arm.name, *chosen])
+
+    @property
+    def directory(self) -> Path:
+        """The run's directory."""
+        return self.folder / self.name / str(self.seed)
+
+    def steps(self, stage: str) -> int:
+        """How many steps a stage, sft or align, has."""
+        return int(self.settings.get(f"{stage}.steps", 0))
+
+
+@dataclass(frozen=True)
+class Task:
+    """A run to do and to read on `validation`, or one that is done to be read on `test`."""
+
+    run: Run
+    split: str
+
+    @property
+    def key(self) -> raw.Key:
+        """What names the task's result."""
+        return self.run.name, self.run.seed, self.split
+
+
+@dataclass
+class Found:
+    """What is known: the results by their keys, and the tasks that failed in this process.
+
+    `prompts` is how many training prompts are answered, up to the first that isn't, and `tests`
+    whether all test prompts are; what needs more is left out.
+    """
+
+    metric: str
+    results: dict[raw.Key, raw.Raw]
+    prompts: int
+    tests: bool
+    failed: set[raw.Key] = field(default_factory=set)
+
+    def of(self, run: Run) -> raw.Raw | None:
+        """A run's result on validation, None as long as there is none."""
+        return self.results.get((run.name, run.seed, "validation"))
+
+    def score(self, run: Run) -> float | None:
+        """What decides over a run; the worst for one that failed, as one that diverges does."""
+        if (run.name, run.seed, "validation") in self.failed:
+            return float("-inf")
+        result = self.of(run)
+        return None if result is None else raw.mean(result, self.metric)
+
+    def blocked(self, task: Task) -> bool:
+        """Whether the task failed, or something that it needs."""
+        needed = [Task(run, "validation") for run in task.run.needs]
+        if task.split == "test":
+            needed.append(Task(task.run, "validation"))
+        return task.key in self.failed or any(map(self.blocked, needed))
+
+
+def load_profile(path: Path, name: str) -> Profile:
+    """A profile of an arms.yaml. Raises `ConfigError` for one that isn't there, or is wrong."""
+    told: Any = OmegaConf.to_container(OmegaConf.load(path))
+    one_of("profile", name, told["profiles"])
+    own = told["profiles"][name]
+    merged: Any = OmegaConf.to_container(
+        OmegaConf.merge({"arms": told["arms"]}, {"arms": own.pop("arms", {})})
+    )
+    entries = merged["arms"] | _curve(merged["arms"], own.pop("curve", told.get("curve") or {}))
+    arms = {}
+    for arm, entry in entries.items():
+        renamed = {"from": "origin", "set": "settings"}
+        named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
+        try:
+            arms[arm] = Arm(name=arm, **named)
+        except TypeError as error:
+            raise ConfigError(f"{path}: arms.{arm}: {error}") from error
+        one_of(f"arms.{arm}.group", arms[arm].group, GROUPS)
+        for other in (arms[arm].origin, arms[arm].like, arms[arm].as_long_as):
+            require(other is None or other in entries, f"arms.{arm}", other, "there is no such arm")
+    folders = {key: path.parent / own.pop(key) for key in ("results", "runs")}
+    shared = {"data": told["data"], "metric": told["metric"]}
+    return Profile(name=name, arms=arms, **folders, **shared, **own)
+
+
+def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
+    """The arms of `curve`, which has some arms with changes for each number of prompts."""
+    return {
+        f"{arm}-{count}": {
+            **arms[arm],
+            "title": f"{arms[arm]['title']}, {count} anchors",
+            "group": "anchors",
+            "prompts": count,
+            **({"from": f"{arms[arm]['from']}-{count}"} if "from" in arms[arm] else {}),
+            **changed,
+        }
+        for count, some in curve.items()
+        for arm, changed in some.items()
+    }
+
+
+def tasks_of(profile: Profile, found: Found, only: str | None = None) -> list[Task]:
+    """All that there is to do, done or not, each after what it needs.
+
+    What depends on a choice that isn't made yet stands there with the first of its values; so the
+    first task that isn't done never does.
+    """
+    if only is not None:
+        one_of("--only", only, profile.arms)
+    tasks: dict[raw.Key, Task] = {}
+    for group in GROUPS:
+        arms = [arm for arm in profile.arms.values() if arm.group == group]
+        arms = [arm for arm in arms if not left_out(profile, found, arm)]
+        for seed in range(max((arm.seeds for arm in arms), default=0)):
+            for arm in arms:
+                if seed < arm.seeds and only in (None, arm.name):
+                    before, run = way_to(profile, found, arm.name, seed)
+                    some = [Task(each, "validation") for each in (*before, run)]
+                    if found.tests:
+                        some.append(Task(run, "test"))
+                    tasks |= {task.key: task for task in some if task.key not in tasks}
+    return list(tasks.values())
+
+
+def line_of(profile: Profile, name: str) -> list[Arm]:
+    """An arm, the one that it is `like`, and so on."""
+    line = [profile.arms[name]]
+    while line[-1].like:
+        line.append(profile.arms[line[-1].like])
+    return line
+
+
+def prompts_of(profile: Profile, name: str) -> int:
+    """How many training prompts an arm has."""
+    return next((arm.prompts for arm in line_of(profile, name) if arm.prompts), profile.prompts)
+
+
+def left_out(profile: Profile, found: Found, arm: Arm) -> str:
+    """Why an arm can't be run yet; nothing where it can."""
+    for each in line_of(profile, arm.name):
+        if each.needs is not None and not (ROOT / "conf" / each.needs).is_file():
+            return f"there is no conf/{each.needs}"
+    wanted = prompts_of(profile, arm.name)
+    if wanted > found.prompts:
+        return f"of its {wanted} training prompts the first {found.prompts} are answered"
+    return ""
+
+
+def way_to(profile: Profile, found: Found, name: str, seed: int) -> tuple[list[Run], Run]:
+    """What has to be done before an arm's run with its chosen settings, in order, and that run."""
+    tried, point = choice(profile, found, name)
+    before, run = made(profile, found, name, seed, point)
+    return [*tried, *before], run
+
+
+def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[str, Any]]:
+    """The runs that are compared to choose an arm's settings, and what validation chooses.
+
+    One setting after another, with seed 0; of equals the first stays.
+    """
+    arm = profile.arms[name]
+    tried, point = choice(profile, found, arm.like) if arm.like else ([], {})
+    point |= {key: values[0] for key, values in arm.choose.items()}
+    for key, values in arm.choose.items():
+        scores = []
+        for value in values:
+            before, run = made(profile, found, name, 0, {**point, key: value})
+            tried = [*tried, *before, run]
+            scores.append(found.score(run))
+        known = [score for score in scores if score is not None]
+        if len(known) == len(scores):
+            point[key] = values[known.index(max(known))]
+    return tried, point
+
+
+def made(
+    profile: Profile, found: Found, name: str, seed: int, point: Mapping[str, Any]
+) -> tuple[list[Run], Run]:
+    """What has to be done before an arm's run with the settings `point`, in order, and that run."""
+    line = line_of(profile, name)
+    settings = dict(profile.settings)
+    for each in reversed(line):
+        settings |= each.settings
+    settings |= point
+    before: list[Run] = []
+    origin = sft = None
+    if from_ := next((each.origin for each in line if each.origin), None):
+        more, origin = way_to(profile, found, from_, seed)
+        before += [*more, origin]
+        settings["model.path"] = str(shown(origin.directory / "export"))
+    needs = () if origin is None else (origin,)
+    if longer := line[0].as_long_as:
+        require(from_ is not None, f"arms.{name}.as_long_as", longer, "say what it starts `from`")
+        more, aligned = way_to(profile, found, longer, 0)
+        _, sft = way_to(profile, found, str(from_), 0)
+        before += [*more, aligned]
+        needs = (*needs, sft, aligned)
+        settings["sft.steps"] = equal_steps(
+            aligned.steps("align"),
+            _step_seconds(profile, found.of(aligned), "align"),
+            _step_seconds(profile, found.of(sft), "sft"),
+        )
+    prompts = prompts_of(profile, name)
+    run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, needs)
+    return before, run
+
+
+def equal_steps(steps: int, align_s: float, sft_s: float) -> int:
+    """How many SFT steps of `sft_s` seconds take as long as `steps` of alignment of `align_s`."""
+    return max(1, round(steps * align_s / sft_s))
+
+
+def _step_seconds(profile: Profile, result: raw.Raw | None, stage: str) -> float:
+    """A step's, as measured; guessed while there is no result."""
+    return profile.guess[stage] if result is None else result["step_s"][stage][profile.clock]
+
+
+def shown(path: Path) -> Path:
+    """A path as the commands are given it: from the repository's root where it lies within."""
+    return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+
+
+def next_task(tasks: list[Task], found: Found) -> Task | None:
+    """The first task that isn't done and can be.
+
+    Raises `ConfigError` for a result before it that was made with other settings than now.
+    """
+    for task in tasks:
+        result = found.results.get(task.key)
+        if result is not None:
+            _refuse_stale(task, result)
+        elif not found.blocked(task):
+            return task
+    return None
+
+
+def _refuse_stale(task: Task, result: raw.Raw) -> None:
+    before, now = (
+        {key: value for key, value in each.items() if not key.startswith(FREE)}
+        for each in (result["settings"], task.run.settings)
+    )
+    differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
+    if result["prompts"]["training"] != task.run.prompts:
+        differing.append("prompts")
+    require(
+        not differing,
+        "results",
+        raw.file_name(task.key),
+        f"was made with other settings ({', '.join(differing)}): set them back, or move it and "
+        f"{shown(task.run.directory)} away to do it again",
+    )
+
+
+# --- how long it will take ------------------------------------------------------------------------
+
+
+def seconds_left(profile: Profile, found: Found, task: Task) -> float:
+    """A forecast by the paces measured so far, guessed where there are none."""
+    if task.key in found.results:
+        return 0.0
+    prompt = _pace(found, task.run, "prompt", profile.guess)
+    if task.split == "test":
+        return prompt * lines_in(ROOT / profile.data["test"])
+    at = {"sft": 0, "align": 0}
+    metrics = task.run.directory / "metrics.jsonl"
+    at |= {
+        line["stage"]: line["step"] for line in (read_jsonl(metrics) if metrics.exists() else [])
+    }
+    training = sum(
+        max(0, task.run.steps(stage) - at[stage]) * _pace(found, task.run, stage, profile.guess)
+        for stage in ("sft", "align")
+    )
+    every = task.run.settings.get("eval.every")
+    # After each stage, and on the way; what it begins with has been evaluated.
+    evaluations = max(1, sum(task.run.steps(stage) > 0 for stage in at))
+    if every:
+        evaluations += sum(max(0, task.run.steps(stage) - 1) // every for stage in at)
+    return training + evaluations * prompt * lines_in(ROOT / profile.data["validation"])
+
+
+def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> float:
+    """Seconds a step of a stage, or a prompt evaluated: as in the arm's runs, else in all."""
+    own, others = [], []
+    for result in found.results.values():
+        if what == "prompt":
+            whole = result["evaluation_s"]
+            pace = whole and whole / result["prompts"]["evaluated"]
+        else:
+            pace = result["step_s"][what]["wall"]
+        if pace is not None:
+            (own if result["arm"] == run.arm.name else others).append(pace)
+    return fmean(own or others or [guess[what]])
+
+
+def told(profile: Profile, found: Found, tasks: list[Task]) -> Iterator[str]:
+    """The plan, a line an arm: what is done, what is left, and for how long."""
+    sizes = {split: lines_in(ROOT / profile.data[split]) for split in ("validation", "test")}
+    yield (
+        f"profile {profile.name}: {profile.prompts} training prompts, {sizes['validation']} to "
+        f"choose by, {sizes['test']} for the tables"
+        + ("" if found.tests else ", which are not all answered yet: they are read later")
+    )
+    minutes = {task.key: seconds_left(profile, found, task) / 60 for task in tasks}
+    yield f"{'':<10} {'arm':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
+    for arm in profile.arms.values():
+        own = [task for task in tasks if task.run.arm == arm]
+        if why := left_out(profile, found, arm):
+            yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
+        if own:
+            count = f"{sum(task.key in found.results for task in own)} of {len(own)}"
+            steps = f"{own[-1].run.steps('sft')} + {own[-1].run.steps('align')}"
+            left = sum(minutes[task.key] for task in own)
+            yield f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
+    for count, group in enumerate(GROUPS, 1):
+        some = [task for task in tasks if task.run.arm.group in GROUPS[:count]]
+        if any(task.run.arm.group == group for task in some):
+            left = sum(minutes[task.key] for task in some)
+            when = time.strftime("%a %H:%M", time.localtime(time.time() + 60 * left))
+            yield f"{', '.join(GROUPS[:count])}: {left / 60:.1f} hours left, until {when}"
+
+
+def lines_in(path: Path) -> int:
+    """How many lines a file has."""
+    return path.read_bytes().count(b"\n")

@@ -1,0 +1,201 @@
+"""Results as they are kept: a JSON file a run and split, of which tables and figures are made."""
+
+import json
+import os
+import platform
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any
+
+from pujax.errors import EvaluationError
+from pujax.evaluation import results
+from pujax.files.durable import read_jsonl, write_whole
+from pujax.records import messages_key
+from pujax.teacher.prompts import load_prompts
+from pujax.teacher.store import read_failures, read_records
+
+Raw = dict[str, Any]
+
+Key = tuple[str, int, str]
+"""A run's name, its seed, and the split that it was read on."""
+
+PACKAGES = ("pujax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def file_name(key: Key) -> str:
+    """The name of a result's file."""
+    name, seed, split = key
+    return f"{name}-seed{seed}-{split}.json"
+
+
+def read_all(folder: Path) -> dict[Key, Raw]:
+    """Every result in `folder`/raw, in the order of the files' names. Raises `EvaluationError`."""
+    found = {}
+    for path in sorted((folder / "raw").glob("*.json")):
+        try:
+            # The first results were made when this was not kept yet.
+            result = {"metric": "sampled_exact", **json.loads(path.read_text(encoding="utf-8"))}
+            found[result["name"], result["seed"], result["split"]] = result
+        except (ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(f"{path}: not a result ({error!r}): restore it") from error
+    return found
+
+
+def write(folder: Path, result: Raw) -> Path:
+    """Write a result to `folder`/raw, one entry a line, and return its path."""
+    lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]
+    path = folder / "raw" / file_name((result["name"], result["seed"], result["split"]))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
+    return path
+
+
+def mean(result: Raw, metric: str) -> float:
+    """A metric's mean over the prompts that have it. Raises `EvaluationError` when none has."""
+    values = [value for value in result["values"].get(metric, []) if value is not None]
+    if not values:
+        raise EvaluationError(f"{result['name']}: no prompt has the metric {metric}")
+    return fmean(values)
+
+
+def step_seconds(lines: Iterable[Mapping[str, Any]], stage: str, key: str) -> float | None:
+    """The mean of a stage's steps, without those that compiled: over three times the median."""
+    values = [line[key] for line in lines if line["stage"] == stage and line.get(key) is not None]
+    if not values:
+        return None
+    limit = 3 * median(values)
+    return fmean(value for value in values if value <= limit)
+
+
+def course(lines: Iterable[Mapping[str, Any]]) -> list[Raw]:
+    """The evaluations of a run in order: stage, step, seconds of training before it, KL, means.
+
+    The KL is the mean over the last ten steps.
+    """
+    spent, kls, found = {"wall": 0.0, "processor": 0.0}, [], []
+    for line in lines:
+        if line["stage"] == "eval":
+            means = {k: v for k, v in line.items() if k.startswith("eval/")}
+            told = {"model": line["model"], "step": line["step"], "seconds": _rounded(spent)}
+            recent = [kl for kl in kls[-10:] if kl is not None]
+            found.append(told | {"kl": _round(fmean(recent)) if recent else None} | means)
+            continue
+        spent["wall"] += line["time/step_s"]
+        spent["processor"] += line.get("time/cpu_s") or 0.0
+        kls.append(line.get("kl/ref"))
+    return found
+
+
+def teacher(prompts: Path, store: Path) -> Raw:
+    """What the training prompts' anchors took of the teacher: queries, and tokens in and out."""
+    wanted = {messages_key(prompt.messages) for prompt in load_prompts(str(prompts))}
+    used = {}
+    for _, record in read_records(store):
+        name = messages_key(record["messages"])
+        if name in wanted:
+            used[name] = record["usage"] or {}
+    total = {"queries": len(used)}
+    for key in ("prompt_tokens", "completion_tokens"):
+        total[key] = sum(int(usage.get(key, 0)) for usage in used.values())
+    return total
+
+
+def answered(prompts: Sequence[Path], store: Path) -> list[bool]:
+    """Of each prompt in these files, whether the store has an answer to it, or a refusal."""
+    records = [*(read_records(store) if store.exists() else ()), *read_failures(store)]
+    known = {messages_key(record["messages"]) for _, record in records}
+    asked = load_prompts([str(path) for path in prompts])
+    return [messages_key(prompt.messages) in known for prompt in asked]
+
+
+def result(
+    *,
+    key: Key,
+    about: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    directory: Path,
+    answers: Path,
+    prompts: Path,
+    store: Path,
+    evaluation_s: float | None,
+) -> Raw:
+    """A run's result on a split, from what its `directory` and the evaluation `answers` hold."""
+    evaluation = results.load(answers)
+    lines = read_jsonl(directory / "metrics.jsonl")
+    steps = {stage: sum(line["stage"] == stage for line in lines) for stage in ("sft", "align")}
+    keys = {"wall": "time/step_s", "processor": "time/cpu_s"}
+    paces = {
+        stage: {kind: _round(step_seconds(lines, stage, key)) for kind, key in keys.items()}
+        for stage in steps
+    }
+    rows = evaluation.rows
+    shown = {name: told for name, told in evaluation.shown.items() if evaluation.values(name)}
+    return {
+        "name": key[0],
+        "seed": key[1],
+        "split": key[2],
+        **about,
+        "settings": dict(settings),
+        "prompts": {
+            "training": sum(1 for _ in load_prompts(str(prompts))),
+            "evaluated": len(rows),
+            "with an answer": sum(row.answer is not None for row in rows),
+        },
+        "steps": steps,
+        "step_s": paces,
+        "seconds": {
+            stage: {kind: _round((paces[stage][kind] or 0.0) * count) for kind in keys}
+            for stage, count in steps.items()
+        },
+        "evaluation_s": _round(evaluation_s),
+        "teacher": teacher(prompts, store),
+        "machine": machine(),
+        "versions": {name: version(name) for name in PACKAGES},
+        "course": course(lines) if key[2] == "validation" else [],
+        "shown": {name: vars(told) for name, told in shown.items()},
+        "id": [row.id for row in rows],
+        "kind": [row.kind for row in rows],
+        "answer": [row.answer for row in rows],
+        "response": [row.response for row in rows],
+        "values": {name: [_round(row.values.get(name)) for row in rows] for name in shown},
+    }
+
+
+def machine() -> Raw:
+    """The processor, its cores, and the language's version."""
+    named = Path("/proc/cpuinfo")
+    lines = named.read_text().splitlines() if named.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return {
+        "processor": models[0] if models else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "system": platform.system(),
+        "python": platform.python_version(),
+    }
+
+
+def commit(root: Path) -> str | None:
+    """The commit that is checked out, and whether the code differs from it; None without git."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(
+            ["git", *words], cwd=root, capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--", "pujax", "conf")
+        return git("rev-parse", "--short=12", "HEAD") + (" and changes" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
+def _rounded(numbers: Mapping[str, float]) -> dict[str, float | None]:
+    return {name: _round(value) for name, value in numbers.items()}
+
+
+def _round(value: float | None) -> float | None:
+    """Six significant digits."""
+    return None if value is None else float(f"{value:.6g}")

@@ -1,0 +1,300 @@
+"""Run the arms of arms.yaml one after another, until none is left to do.
+
+python -m experiments.paper.reproduce [--profile cpu] [--only ARM] [--plan]
+
+Every run is a command of pujax's own in a directory of its own, so one that was cut off goes on
+where it was; one whose JSON is in results/raw is done and never run again. SIGTERM and Ctrl-C go to
+the command at work, which saves its state, and then all ends.
+"""
+
+import argparse
+import fcntl
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TextIO
+
+import hydra
+
+from experiments.paper import raw
+from experiments.paper.plan import (
+    ROOT,
+    Found,
+    Profile,
+    Task,
+    load_profile,
+    next_task,
+    shown,
+    tasks_of,
+    told,
+)
+from pujax.errors import ConfigError, PujaxError, require
+from pujax.files.durable import write_whole
+from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.settings import TrainConfig
+
+HERE = Path(__file__).resolve().parent
+
+Call = Callable[[list[str]], int]
+"""Runs python with these words and returns its exit status."""
+
+
+@dataclass
+class Children:
+    """Runs commands one at a time and passes on the signals that come meanwhile.
+
+    They keep the file `held` open, and so locked, should this process be killed.
+    """
+
+    held: int
+    wished: int = 0
+    at_work: "subprocess.Popen[bytes] | None" = None
+
+    def __post_init__(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._pass_on)
+
+    def _pass_on(self, number: int, _: object) -> None:
+        self.wished = number
+        if self.at_work is not None:
+            self.at_work.send_signal(number)
+
+    def call(self, words: list[str]) -> int:
+        """The exit status of `python WORDS`; SystemExit once a signal has asked to stop."""
+        print(f"\n$ python {' '.join(words)}", flush=True)
+        status = 0
+        if not self.wished:
+            # In a session of its own, so that a Ctrl-C reaches it once, through here.
+            self.at_work = subprocess.Popen(
+                [sys.executable, *words], cwd=ROOT, pass_fds=[self.held], start_new_session=True
+            )
+            if self.wished:  # between the question and now
+                self.at_work.send_signal(self.wished)
+            status, self.at_work = self.at_work.wait(), None
+        if self.wished:
+            print("stopped: the same command goes on from here", flush=True)
+            raise SystemExit(128 + self.wished)
+        return status
+
+
+def main(words: list[str] | None = None) -> int:
+    """The command; its exit status is 1 when something failed."""
+    parser = argparse.ArgumentParser(prog="reproduce", description="Run the arms of arms.yaml.")
+    parser.add_argument("--profile", default="cpu")
+    parser.add_argument("--only", metavar="ARM", help="this arm alone, and what it needs")
+    parser.add_argument("--plan", action="store_true", help="say what there is to do, and end")
+    parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
+    options = parser.parse_args(words)
+    try:
+        profile = load_profile(options.arms.resolve(), options.profile)
+        found = look(profile)
+        tasks = tasks_of(profile, found, options.only)
+        print("\n".join(told(profile, found, tasks)), flush=True)
+        check(profile, tasks)
+        if options.plan or (profile.accelerator and not has_accelerator()):
+            return 0
+        with locked(profile.runs) as held:
+            return work(profile, options.only, Children(held.fileno()).call)
+    except PujaxError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 1
+
+
+def check(profile: Profile, tasks: list[Task]) -> None:
+    """Compose every arm's settings, so that what is wrong with one shows before all the others run.
+
+    Raises `ConfigError`.
+    """
+    register("train_schema", TrainConfig)
+    runs = {task.run.arm.name: task.run for task in tasks}
+    with hydra.initialize_config_dir(conf_dir(), version_base="1.3"):
+        for name, run in runs.items():
+            words = command_of(profile, Task(run, "validation"))[2:]
+            try:
+                from_hydra(TrainConfig, hydra.compose("train", overrides=words))
+            except Exception as error:  # Hydra's and OmegaConf's have no base in common
+                raise ConfigError(f"arms.{name}: {' '.join(str(error).split())}") from error
+    print(f"the settings of {len(runs)} arms compose")
+
+
+def has_accelerator() -> bool:
+    """Whether jax finds one; says so where it doesn't."""
+    code = "import jax; print(jax.default_backend())"
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    if (backend := asked.stdout.strip()) == "cpu":
+        print("this profile is for accelerators and there is none here: that was its plan")
+    return backend != "cpu"
+
+
+def locked(folder: Path) -> TextIO:
+    """A file in `folder`, open and locked for this process and its children."""
+    folder.mkdir(parents=True, exist_ok=True)
+    file = (folder / ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        with file:
+            file.seek(0)
+            process = file.read() or "?"
+        raise ConfigError(
+            f"{folder}: process {process}, or a run that it left behind, is at work here: wait for "
+            "it, or stop it with SIGTERM"
+        ) from error
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    return file
+
+
+def look(profile: Profile) -> Found:
+    """What is known by now."""
+    store = ROOT / profile.data["store"]
+    train = raw.answered([ROOT / path for path in profile.data["train"]], store)
+    tests = raw.answered([ROOT / profile.data["test"]], store)
+    answered = [*train, False].index(False)
+    return Found(profile.metric, raw.read_all(profile.results), answered, all(tests))
+
+
+def require_validation(profile: Profile) -> None:
+    """Raise `ConfigError` unless the prompts that decide are all answered."""
+    path, store = profile.data["validation"], ROOT / profile.data["store"]
+    known = raw.answered([ROOT / path], store)
+    require(
+        all(known),
+        "data.validation",
+        path,
+        f"{shown(store)} answers {sum(known)} of {len(known)}: collect the others "
+        "(experiments/quickstart/collect.sh)",
+    )
+
+
+def work(profile: Profile, only: str | None, call: Call) -> int:
+    """Do one task after another; what failed, and what needs it, is left out and told of."""
+    require_validation(profile)
+    failed: set[raw.Key] = set()
+    while True:
+        found = replace(look(profile), failed=failed)
+        tasks = tasks_of(profile, found, only)
+        task = next_task(tasks, found)
+        if task is None:
+            break
+        left = sum(other.key not in found.results for other in tasks)
+        print(f"\n== {task.run.name}, seed {task.run.seed}, {task.split}: {left} left", flush=True)
+        if not done(profile, task, call):
+            failed.add(task.key)
+            print(f"failed: the others go on without {task.run.name}", flush=True)
+            continue
+        make_room(profile, look(profile))
+        if call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
+            print("no tables: the runs go on, and make them again")
+    for name, seed, split in sorted(failed):
+        print(f"failed: {name}, seed {seed}, {split}")
+    return 1 if failed else 0
+
+
+def command_of(profile: Profile, task: Task) -> list[str]:
+    """What does a task, after `python`."""
+    run, directory = task.run, shown(task.run.directory)
+    if task.split == "test":
+        words = ["-m", "pujax.evaluate", f"run={directory}"]
+        words += [f"data.heldout={profile.data['test']}", f"out={directory / 'test'}"]
+        return words
+    settings = {
+        "run.name": "paper",
+        "run.dir": directory,
+        "seed": run.seed,
+        "data.prompts": shown(prompts_file(profile, run.prompts)),
+        "data.heldout": profile.data["validation"],
+        "data.anchors": profile.data["store"],
+        **run.settings,
+    }
+    return ["-m", "pujax.train", *(f"{key}={value}" for key, value in settings.items())]
+
+
+def prompts_file(profile: Profile, count: int) -> Path:
+    """The file of the first `count` training prompts."""
+    return profile.runs / f"prompts-{count}.jsonl"
+
+
+def write_prompts(profile: Profile, count: int) -> None:
+    """Write that file."""
+    lines = b"".join((ROOT / path).read_bytes() for path in profile.data["train"])
+    path = prompts_file(profile, count)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, b"".join(lines.splitlines(keepends=True)[:count]))
+
+
+def done(profile: Profile, task: Task, call: Call) -> bool:
+    """Do a task and keep its result; False when its command failed."""
+    run, words = task.run, command_of(profile, task)
+    whole, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
+    if task.split == "test":
+        whole = answers = run.directory / "test" / "eval-aligned.jsonl"
+    elif not (run.directory / "eval-base.jsonl").exists():
+        # What it starts from has been evaluated, and a run reads what it finds on the disk.
+        origin = profile.runs / "base" / "0" if run.origin is None else run.origin.directory
+        if (origin / "eval-aligned.jsonl").exists():
+            run.directory.mkdir(parents=True, exist_ok=True)
+            shutil.copy(origin / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
+    write_prompts(profile, run.prompts)
+    if not whole.exists():
+        begun = time.monotonic()
+        if call(words):
+            return False
+        seconds = time.monotonic() - begun if task.split == "test" else None
+    result = raw.result(
+        key=task.key,
+        about={
+            "arm": run.arm.name,
+            "title": run.arm.title,
+            "group": run.arm.group,
+            "place": list(profile.arms).index(run.arm.name),
+            "profile": profile.name,
+            "metric": profile.metric,
+            "like": run.arm.like,
+            "origin": run.origin and run.origin.name,
+            "chosen": dict(run.point),
+            "commit": raw.commit(ROOT),
+            "command": " ".join(["python", *words]),
+        },
+        settings=run.settings,
+        directory=run.directory,
+        answers=answers,
+        prompts=prompts_file(profile, run.prompts),
+        store=ROOT / profile.data["store"],
+        evaluation_s=seconds,
+    )
+    raw.write(profile.results, result)
+    return True
+
+
+def make_room(profile: Profile, found: Found) -> None:
+    """Remove what no run needs any more: three gigabytes each while it is at work.
+
+    The models stay that others start from, and those of the main table.
+    """
+    tasks = tasks_of(profile, found)
+    origins = {arm.origin for arm in profile.arms.values()}
+    read = {key for key in found.results if key[2] == "test"}
+    final = {task.key[:2] for task in tasks if task.split == "test"}
+    settled = {task.run.arm.name for task in tasks if task.key in read}
+    for run in (task.run for task in tasks if task.split == "validation"):
+        if found.of(run) is None:
+            continue
+        spare = ["checkpoints", "reference"]
+        lost = (run.name, run.seed) not in final and run.arm.name in settled
+        kept = run.arm.group == "main" or run.arm.name in origins
+        if lost or ((run.name, run.seed, "test") in read and not kept):
+            spare.append("export")
+        for name in spare:
+            shutil.rmtree(run.directory / name, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

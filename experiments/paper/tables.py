@@ -1,0 +1,340 @@
+"""Tables and figures from the raw JSON alone: python -m experiments.paper.tables RESULTS."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+
+from experiments.paper import figures, raw
+from experiments.paper.plan import GROUPS
+from pujax.errors import PujaxError
+from pujax.evaluation.metrics import Shown
+from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.statistics import Difference, compare_runs
+from pujax.evaluation.tables import number
+from pujax.files.durable import write_whole
+
+BASELINE = "sft_continued"
+
+# Columns of the tables, as far as the results have them.
+METRICS = (
+    "sampled_exact",
+    "sampled_contains",
+    "exact",
+    "contains",
+    "rouge_l",
+    "anchor_logp",
+    "length",
+    "finished",
+)
+
+COMPARED = ("sampled_exact", "sampled_contains", "rouge_l", "anchor_logp")
+
+# What the cost table assumes, in one currency.
+PRICE = {"prompt_tokens": 0.5e-6, "completion_tokens": 1.5e-6}
+HOUR, PAIR_S, REWARD_PAIRS = 20.0, 30.0, 10_000
+
+
+@dataclass(frozen=True)
+class Line:
+    """The runs of one arm with one choice of settings, on one split: a line of a table."""
+
+    title: str
+    runs: tuple[raw.Raw, ...]
+
+    @property
+    def first(self) -> raw.Raw:
+        """What all the runs share, as the first one has it."""
+        return self.runs[0]
+
+    @property
+    def shown(self) -> dict[str, Shown]:
+        """How the metrics are shown that the runs have."""
+        return {name: Shown(**told) for name, told in self.first["shown"].items()}
+
+    def means(self, metric: str) -> list[float]:
+        """A metric's mean in each run that has it."""
+        known = [
+            run for run in self.runs if any(v is not None for v in run["values"].get(metric, []))
+        ]
+        return [raw.mean(run, metric) for run in known]
+
+    def evaluations(self, metrics: Sequence[str] = COMPARED) -> list[Evaluation]:
+        """The runs' values as the statistics take them."""
+        shown = {name: told for name, told in self.shown.items() if name in metrics}
+        return [Evaluation(run["name"], tuple(_rows(run, shown)), shown) for run in self.runs]
+
+
+def _rows(run: raw.Raw, metrics: Iterable[str]) -> Iterator[Row]:
+    for i, (name, kind, answer) in enumerate(
+        zip(run["id"], run["kind"], run["answer"], strict=True)
+    ):
+        values = {metric: run["values"][metric][i] for metric in metrics}
+        yield Row(name, kind, "", answer, "", run["response"][i], values)
+
+
+def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
+    """The results on a split as lines, in the order of the arms; each choice of an arm is one."""
+    runs: dict[str, list[raw.Raw]] = {}
+    for (name, _, of), result in sorted(results.items()):
+        if of == split:
+            runs.setdefault(name, []).append(result)
+    groups = sorted(
+        runs.values(), key=lambda some: (GROUPS.index(some[0]["group"]), some[0]["place"])
+    )
+    arms = [some[0]["arm"] for some in groups]
+    return [
+        Line(
+            some[0]["title"] + (f" ({_chosen(some[0])})" if arms.count(some[0]["arm"]) > 1 else ""),
+            tuple(some),
+        )
+        for some in groups
+    ]
+
+
+def _chosen(result: raw.Raw) -> str:
+    return ", ".join(f"{key} {value}" for key, value in result["chosen"].items())
+
+
+def of_group(lines: Iterable[Line], *groups: str) -> list[Line]:
+    """The lines of some groups of arms."""
+    return [line for line in lines if line.first["group"] in groups]
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def grid(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table whose first column is text and whose others are numbers."""
+    lines = [header, ["---", *["---:"] * (len(header) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def spread(shown: Shown, values: Sequence[float]) -> str:
+    """Mean ± standard error over seeds; the mean alone of one."""
+    if not values:
+        return "–"
+    mean = number(shown, fmean(values))
+    if len(values) == 1:
+        return mean
+    return f"{mean} ± {number(shown, float(np.std(values, ddof=1)) / len(values) ** 0.5)}"
+
+
+def interval(shown: Shown, found: Difference | None) -> str:
+    """A difference with its interval, bold where that excludes 0."""
+    if found is None:
+        return "–"
+    low, high = number(shown, found.low), number(shown, found.high)
+    text = f"{number(shown, found.mean, sign=True)} [{low}, {high}]"
+    return f"**{text}**" if found.clear else text
+
+
+def quality(lines: Sequence[Line]) -> str:
+    """Each arm's metrics, mean ± standard error over seeds."""
+    shown = lines[0].shown
+    metrics = [metric for metric in METRICS if metric in shown]
+    rows = [
+        [line.title, str(len(line.runs)), *(spread(shown[m], line.means(m)) for m in metrics)]
+        for line in lines
+    ]
+    return grid(["arm", "seeds", *(shown[metric].title for metric in metrics)], rows)
+
+
+def against(lines: Sequence[Line], base: Callable[[Line], Line | None]) -> str:
+    """How far each arm is above its `base`, with intervals over seeds and prompts."""
+    shown = lines[0].shown
+    metrics = [metric for metric in COMPARED if metric in shown]
+    rows = []
+    for line in lines:
+        other = base(line)
+        if other is not None and other is not line:
+            found = compare_runs(other.evaluations(), line.evaluations())
+            cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
+            rows.append([f"{line.title} − {other.title}", *cells])
+    return grid(["difference", *(shown[metric].title for metric in metrics)], rows)
+
+
+def by_kind(lines: Sequence[Line]) -> str:
+    """The metric that decides by kind of prompt, and ROUGE-L of the kinds that haven't it."""
+    first = lines[0].first
+    metrics = {}
+    for kind in sorted({kind for kind in first["kind"] if kind is not None}):
+        known = _values(_only(first, kind), first["metric"])
+        metrics[kind] = first["metric"] if known else "rouge_l"
+    rows = []
+    for line in lines:
+        columns = [[_values(_only(run, k), m) for run in line.runs] for k, m in metrics.items()]
+        means = [[fmean(values) for values in column if values] for column in columns]
+        rows.append([line.title, *(spread(Shown("", 3), column) for column in means)])
+    shown = lines[0].shown
+    return grid(["arm", *(f"{kind}: {shown[m].title}" for kind, m in metrics.items())], rows)
+
+
+def _only(run: raw.Raw, kind: str) -> dict[str, list[float | None]]:
+    at = [i for i, each in enumerate(run["kind"]) if each == kind]
+    return {metric: [values[i] for i in at] for metric, values in run["values"].items()}
+
+
+def _values(columns: Mapping[str, Sequence[float | None]], metric: str) -> list[float]:
+    return [value for value in columns.get(metric, []) if value is not None]
+
+
+def training(lines: Sequence[Line]) -> str:
+    """What the arms' last stages took: steps, seconds, and what was chosen."""
+    rows = []
+    for line in lines:
+        cells = []
+        for stage in ("sft", "align"):
+            cells.append(str(max(run["steps"][stage] for run in line.runs)))
+        for kind in ("wall", "processor"):
+            spent = [sum((s[kind] or 0) for s in run["seconds"].values()) for run in line.runs]
+            cells.append(f"{fmean(spent) / 60:.1f}")
+        prompts = str(line.first["teacher"]["queries"])
+        rows.append([line.title, *cells, prompts, _chosen(line.first) or "–"])
+    header = ["arm", "SFT steps", "alignment steps", "minutes", "processor minutes"]
+    return grid([*header, "anchors", "chosen"], rows)
+
+
+def anchors_curve(lines: Sequence[Line]) -> str:
+    """The arms of the curve by the number of anchors, each against SFT on as many."""
+    small = of_group(lines, "anchors")
+    names = list(dict.fromkeys(_base(line) for line in small))
+    some = [line for line in lines if _base(line) in names]
+    some.sort(key=lambda line: (line.first["prompts"]["training"], names.index(_base(line))))
+    shown = some[0].shown
+    metrics = [metric for metric in COMPARED if metric in shown]
+    sft = {line.first["prompts"]["training"]: line for line in some if _base(line) == "sft"}
+    rows = []
+    for line in some:
+        base = sft.get(line.first["prompts"]["training"])
+        found = {}
+        if base is not None and base is not line:
+            found = compare_runs(base.evaluations(), line.evaluations())
+        cells = [spread(shown[metric], line.means(metric)) for metric in metrics]
+        gains = interval(shown[metrics[0]], found[metrics[0]]) if found else ""
+        count = str(line.first["prompts"]["training"])
+        rows.append([count, line.title.partition(",")[0], str(len(line.runs)), *cells, gains])
+    titles = [shown[metric].title for metric in metrics]
+    return grid(["anchors", "arm", "seeds", *titles, f"{titles[0]}: above SFT"], rows)
+
+
+def _base(line: Line) -> str:
+    """The arm that a line of the curve is of; of any other its own."""
+    arm = line.first["arm"]
+    return arm.rpartition("-")[0] if line.first["group"] == "anchors" else arm
+
+
+def cost(line: Line) -> str:
+    """What an arm's labels took of the teacher, beside what other ways to them would ask."""
+    result, settings = line.first, line.first["settings"]
+    teacher = result["teacher"]
+    visits = settings["align.steps"] * settings["align.prompts"]
+    judged = visits * settings["sampling.candidates"]
+    words = teacher["prompt_tokens"] / teacher["queries"]
+    answer = teacher["completion_tokens"] / teacher["queries"]
+    tokens = {"prompt_tokens": judged * (words + 2 * answer), "completion_tokens": float(judged)}
+    person = PAIR_S / 3600 * HOUR
+    rows = [
+        ("one anchor a prompt", teacher["queries"], teacher, 0),
+        ("the teacher judges every candidate beside the anchor", judged, tokens, 0),
+        ("people compare one pair a prompt and step", 0, {}, visits),
+        ("people compare pairs for a reward model", 0, {}, REWARD_PAIRS),
+    ]
+    made = []
+    for what, queries, spent, pairs in rows:
+        money = sum(spent.get(key, 0) * price for key, price in PRICE.items()) + pairs * person
+        counts = [round(spent.get(key, 0)) for key in PRICE]
+        made.append(
+            [
+                what,
+                *(f"{n:,}" for n in (queries, *counts, pairs)),
+                f"{money:,.2f}" if money > 1 else f"{money:.4f}",
+            ]
+        )
+    header = ["labels", "queries", "tokens in", "tokens out", "pairs by people", "money"]
+    return grid(header, made)
+
+
+def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
+    """The parts of tables.md."""
+    yield "# Results\n\nMade of `raw/` alone by `python -m experiments.paper.tables`; do not edit."
+    tested, chosen = lines_of(results, "test"), lines_of(results, "validation")
+    arms = of_group(tested, "main", "others")
+    by_arm = {line.first["arm"]: line for line in tested}
+    if arms:
+        size = arms[0].first["prompts"]
+        machines = sorted({run["machine"]["processor"] for line in tested for run in line.runs})
+        yield (
+            f"{size['evaluated']} test prompts, {size['with an answer']} of them with a true "
+            f"answer; {size['training']} training prompts. Sampled: the mean over answers at "
+            f"temperature 0.7. Machine: {'; '.join(machines)}."
+        )
+        yield "## Arms\n\nMean ± standard error over seeds.\n\n" + quality(arms)
+    if arms and (base := by_arm.get(BASELINE)) is not None:
+        yield (
+            f"## Against {base.title}\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
+            "10,000 resamples; bold where they exclude 0, which one in twenty does by chance. With "
+            "one seed a side they are over prompts alone.\n\n" + against(arms, lambda line: base)
+        )
+    if arms:
+        yield "## By kind of prompt\n\n" + by_kind(arms)
+        yield (
+            "## What training took\n\nAfter the model that an arm starts from: steps times the "
+            "mean step, those that compiled left out. Processor minutes are of all cores.\n\n"
+            + training(arms)
+        )
+    if of_group(tested, "anchors"):
+        yield "## Few anchors\n\n" + anchors_curve(tested)
+    if ablations := of_group(tested, "ablations"):
+        likes = {line.first["like"] for line in ablations}
+        shown = [by_arm[like] for like in sorted(likes) if like in by_arm]
+        yield (
+            "## Ablations\n\n"
+            + quality([*shown, *ablations])
+            + "\n\n"
+            + against(ablations, lambda line: by_arm.get(line.first["like"]))
+        )
+    aligned = [line for line in arms if line.first["steps"]["align"]]
+    if aligned:
+        yield (
+            "## What the labels cost\n\n" + cost(aligned[0]) + "\n\nAssumed: "
+            f"{PRICE['prompt_tokens'] * 1e6:g} and {PRICE['completion_tokens'] * 1e6:g} a million "
+            f"tokens in and out; a judge reads prompt, anchor and candidate and answers one token; "
+            f"people are paid {HOUR:g} an hour and take {PAIR_S:g} s a pair; a reward model is "
+            f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on the same machine."
+        )
+    if chosen:
+        yield "## Validation\n\nWhat was compared to choose settings.\n\n" + quality(
+            [Line(_named(line), line.runs) for line in chosen]
+        )
+
+
+def _named(line: Line) -> str:
+    chosen = _chosen(line.first)
+    return line.first["title"] + (f": {chosen}" if chosen else "")
+
+
+def build(folder: Path) -> None:
+    """Write tables.md and the figures of the results in `folder`."""
+    results = raw.read_all(folder)
+    text = "\n\n".join(sections(results)) + "\n"
+    write_whole(folder / "tables.md", text.encode())
+    for name, image in figures.drawn(results):
+        write_whole(folder / name, image)
+
+
+def main() -> int:
+    """The command."""
+    try:
+        build(Path(sys.argv[1]))
+    except PujaxError as error:
+        print(f"tables: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

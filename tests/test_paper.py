@@ -1,0 +1,515 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments.paper import plan, raw, reproduce, tables
+from experiments.paper.plan import Found, load_profile, next_task, tasks_of
+from pujax.errors import ConfigError
+from pujax.records import messages_key
+
+ARMS = """
+data:
+  train: [{folder}/train.jsonl]
+  validation: {folder}/validation.jsonl
+  test: {folder}/test.jsonl
+  store: {folder}/anchors.jsonl
+metric: sampled_exact
+profiles:
+  tiny:
+    prompts: 6
+    results: results
+    runs: runs
+    guess: {{sft: 1.5, align: 4.5, prompt: 0.5}}
+    settings: {{data.max_prompt_tokens: 80, align.steps: 200}}
+arms:
+  sft:
+    title: SFT
+    group: main
+    seeds: 2
+    set: {{align.steps: 0}}
+    choose: {{sft.lr: [1.0e-4, 3.0e-5], sft.steps: [400, 200]}}
+  sft_continued:
+    title: SFT continued
+    group: main
+    seeds: 2
+    from: sft
+    as_long_as: grpo
+    set: {{align.steps: 0, sft.lr: 1.0e-5}}
+  grpo:
+    title: GRPO
+    group: main
+    seeds: 1
+    from: sft
+    set: {{sft.steps: 0, loss: grpo}}
+    choose: {{align.lr: [1.0e-5]}}
+  random:
+    title: random
+    group: ablations
+    like: grpo
+    set: {{scorer: random}}
+  oracle: {{title: oracle, group: main, like: grpo, needs: scorer/nobody-has-it.yaml}}
+curve:
+  4: {{sft: {{seeds: 1, choose: {{}}, set: {{align.steps: 0, sft.steps: 10}}}}}}
+"""
+
+
+@pytest.fixture
+def profile(tmp_path):
+    path = tmp_path / "arms.yaml"
+    path.write_text(ARMS.format(folder=tmp_path))
+    counts = {"train": 6, "validation": 2, "test": 3}
+    store = []
+    for name, count in counts.items():
+        rows = [
+            {"id": f"{name}-{i}", "prompt": f"{name} {i}?", "answer": "4"} for i in range(count)
+        ]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        for row in rows:
+            messages = [{"role": "user", "content": row["prompt"]}]
+            store.append(
+                {"format": 1, "key": messages_key(messages), "id": row["id"], "messages": messages}
+                | {"response": "4", "finish_reason": "stop", "model": "m", "cost": None}
+                | {"usage": {"prompt_tokens": 10, "completion_tokens": 2}, "created": "now"}
+            )
+    (tmp_path / "anchors.jsonl").write_text("".join(json.dumps(row) + "\n" for row in store))
+    return load_profile(path, "tiny")
+
+
+def result_of(task, score=0.5, sft_s=1.5, align_s=4.5):
+    """A result with what a plan looks at."""
+    run = task.run
+    return {
+        "arm": run.arm.name,
+        "settings": dict(run.settings),
+        "prompts": {"training": run.prompts, "evaluated": 2},
+        "step_s": {
+            "sft": {"wall": 2 * sft_s, "processor": sft_s},
+            "align": {"wall": 2 * align_s, "processor": align_s},
+        },
+        "evaluation_s": 1.0,
+        "name": run.name,
+        "values": {"sampled_exact": [score, None]},
+    }
+
+
+def known(profile, results=None, prompts=10_000, tests=True):
+    return Found(profile.metric, results or {}, prompts, tests)
+
+
+def walked(profile, score, failing=()):
+    """The tasks in the order in which they are done, with the results that `score` gives."""
+    found, order = known(profile), []
+    while (task := next_task(tasks_of(profile, found), found)) is not None:
+        order.append(task)
+        if task.run.name in failing:
+            found.failed.add(task.key)
+            continue
+        assert all(found.of(run) for run in task.run.needs)
+        found.results[task.key] = result_of(task, score(task.run))
+    return order
+
+
+def named(tasks):
+    return [f"{t.run.name} {t.run.seed} {t.split}" for t in tasks]
+
+
+# --- the plan -------------------------------------------------------------------------------------
+
+
+def test_what_validation_chooses_is_done_for_every_seed_and_each_task_follows_its_needs(profile):
+    # The lower rate is better, and so are fewer steps: lr first, then steps at the better lr.
+    order = walked(profile, lambda run: 1 - run.point.get("sft.lr", 0) - run.steps("sft") / 1e6)
+    best = "sft-lr3e-05-steps200"
+    assert named(order) == [
+        "sft-lr0.0001-steps400 0 validation",
+        "sft-lr3e-05-steps400 0 validation",
+        f"{best} 0 validation",
+        f"{best} 0 test",
+        "grpo-lr1e-05 0 validation",  # which says how long SFT may continue
+        "sft_continued 0 validation",
+        "sft_continued 0 test",
+        "grpo-lr1e-05 0 test",
+        f"{best} 1 validation",
+        f"{best} 1 test",
+        "sft_continued 1 validation",
+        "sft_continued 1 test",
+        "sft-4 0 validation",
+        "sft-4 0 test",
+        "random-lr1e-05 0 validation",
+        "random-lr1e-05 0 test",
+    ]
+    starts = {t.run.name: t.run.settings.get("model.path", "") for t in order}
+    assert starts["random-lr1e-05"].endswith(f"runs/{best}/0/export")
+    random = next(t.run for t in order if t.run.arm.name == "random")
+    assert random.settings["loss"] == "grpo"
+    assert (random.settings["scorer"], random.settings["align.lr"]) == ("random", 1e-5)
+    small = next(t.run for t in order if t.run.arm.name == "sft-4")
+    assert (small.prompts, small.steps("sft"), small.arm.group) == (4, 10, "anchors")
+
+
+def test_of_equals_the_first_value_stays_and_a_run_that_fails_is_the_worst(profile):
+    order = walked(profile, lambda run: 0.5)
+    assert "sft-lr0.0001-steps400 0 test" in named(order)
+    order = walked(profile, lambda run: 0.5, failing=["sft-lr0.0001-steps400"])
+    assert "sft-lr3e-05-steps400 0 test" in named(order)
+    # Where no value is left, neither is what starts from it; other arms go on.
+    none = ["sft-lr0.0001-steps400", "sft-lr3e-05-steps400", "sft-lr0.0001-steps200"]
+    order = walked(profile, lambda run: 0.5, failing=none)
+    assert {task.run.arm.name for task in order} == {"sft", "sft-4"}
+
+
+def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profile):
+    assert plan.equal_steps(200, 4.5, 1.5) == 600
+    assert plan.equal_steps(1, 0.1, 10.0) == 1
+    order = walked(profile, lambda run: 0.5)
+    lengths = {t.run.steps("sft") for t in order if t.run.arm.name == "sft_continued"}
+    assert lengths == {600}  # 200 steps of 4.5 s are 600 of 1.5 s, for every seed
+    # Where the wall's clock decides: 200 steps of 30 s are 2000 of 3 s.
+    found = known(profile, {task.key: result_of(task) for task in order})
+    aligned = found.results["grpo-lr1e-05", 0, "validation"]
+    aligned["step_s"]["align"]["wall"] = 30.0
+    _, run = plan.way_to(replace(profile, clock="wall"), found, "sft_continued", 1)
+    assert run.steps("sft") == 2000
+
+
+def test_a_step_that_compiled_is_no_measure_of_a_step():
+    lines = [{"stage": "sft", "time/cpu_s": seconds} for seconds in (40.0, 1.0, 2.0, 3.0)]
+    lines += [{"stage": "align", "time/cpu_s": 9.0}, {"stage": "sft", "time/cpu_s": None}]
+    # The median is 2.5: what is over 7.5 compiled.
+    assert raw.step_seconds(lines, "sft", "time/cpu_s") == 2.0
+    assert raw.step_seconds(lines, "align", "time/step_s") is None
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
+    found = known(profile)
+    tasks = tasks_of(profile, found)
+    found.results[tasks[0].key] = result_of(tasks[0])
+    assert next_task(tasks_of(profile, found), found) == tasks[1]
+    found.results[tasks[0].key]["settings"]["eval.every"] = 7  # touches no number
+    assert next_task(tasks_of(profile, found), found) == tasks[1]
+    found.results[tasks[0].key]["settings"]["data.max_prompt_tokens"] = 96
+    with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens.*away"):
+        next_task(tasks_of(profile, found), found)
+
+
+def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
+    found = known(profile)
+    first, *_ = tasks = tasks_of(profile, found, only="grpo")
+    # 400 steps of SFT, and of two prompts an evaluation; the guesses of the profile.
+    assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 2 * 0.5
+    first.run.directory.mkdir(parents=True)
+    (first.run.directory / "metrics.jsonl").write_text('{"stage": "sft", "step": 100}\n')
+    assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 2 * 0.5
+    # Measured: 3 s of the wall's a step, 1 s for two prompts.
+    found.results[first.key] = result_of(first)
+    assert plan.seconds_left(profile, found, first) == 0
+    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 2 * 0.5
+    # On the way too, every 80 of 200 steps.
+    aligned = next(task for task in tasks if task.run.arm.name == "grpo")
+    aligned = replace(
+        aligned, run=replace(aligned.run, settings={"align.steps": 200, "eval.every": 80})
+    )
+    assert plan.seconds_left(profile, found, aligned) == 200 * 9.0 + 3 * 2 * 0.5
+    text = "\n".join(plan.told(profile, found, tasks_of(profile, found)))
+    assert "oracle" in text
+    assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text
+
+
+@pytest.mark.parametrize(("name", "only"), [("cpu", None), ("paper", "sft_continued")])
+def test_the_arms_of_the_experiment_compose(name, only, capsys):
+    profile = load_profile(reproduce.HERE / "arms.yaml", name)
+    reproduce.check(profile, tasks_of(profile, known(profile), only))
+    assert "compose" in capsys.readouterr().out
+
+
+def test_a_wrong_arm_is_named_before_anything_runs(profile):
+    wrong = replace(profile.arms["grpo"], settings={"loss": "grpo", "align.stepps": 3})
+    profile = replace(profile, arms={**profile.arms, "grpo": wrong})
+    with pytest.raises(ConfigError, match=r"arms\.grpo: .*stepps"):
+        reproduce.check(profile, tasks_of(profile, known(profile), "grpo"))
+
+
+# --- doing it -------------------------------------------------------------------------------------
+
+
+class Stub:
+    """Stands for the commands: leaves behind what they do."""
+
+    def __init__(self):
+        self.called = []
+
+    def call(self, words):
+        told = dict(word.split("=", 1) for word in words if "=" in word)
+        self.called.append(words[1].rpartition(".")[2])
+        if "out" in told:
+            self.answers(reproduce.ROOT / told["out"], told["data.heldout"])
+        elif "run.dir" in told:
+            directory = reproduce.ROOT / told["run.dir"]
+            self.answers(directory, told["data.heldout"])
+            lines = [
+                {"stage": "eval", "model": "base", "step": 0, "eval/sampled_exact": 0.25},
+                {"stage": "align", "step": 1, "time/step_s": 9.0, "time/cpu_s": 4.5, "kl/ref": 0.1},
+                {"stage": "sft", "step": 1, "time/step_s": 3.0, "time/cpu_s": 1.5},
+                {"stage": "eval", "model": "aligned", "step": 1, "eval/sampled_exact": 0.5},
+            ]
+            (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+            (directory / "checkpoints").mkdir()
+            (directory / "export").mkdir()
+            (directory / "done").touch()
+        return 0
+
+    def answers(self, directory, heldout):
+        directory.mkdir(parents=True, exist_ok=True)
+        rows = [json.loads(line) for line in Path(heldout).read_text().splitlines()]
+        lines = [
+            {"id": row["id"], "kind": "sum", "prompt": row["prompt"], "answer": "4", "anchor": "4"}
+            | {"response": "4", "values": {"sampled_exact": 0.5, "rouge_l": 1.0}}
+            for row in rows
+        ]
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (directory / "eval-aligned.jsonl").write_text(text)
+
+
+def test_every_arm_is_run_once_and_its_result_kept(profile):
+    stub = Stub()
+    assert reproduce.work(profile, "random", stub.call) == 0
+    # Two choices of SFT's rate and one more of its steps, GRPO, the arm itself, and its test.
+    assert stub.called.count("train") == 5
+    assert stub.called.count("evaluate") == 1
+    found = raw.read_all(profile.results)
+    result = found["random-lr1e-05", 0, "test"]
+    assert result["teacher"] == {"queries": 6, "prompt_tokens": 60, "completion_tokens": 12}
+    assert result["values"] == {"sampled_exact": [0.5] * 3, "rouge_l": [1.0] * 3}
+    assert result["origin"] == "sft-lr0.0001-steps400"
+    assert found["random-lr1e-05", 0, "validation"]["course"][-1] == {
+        "model": "aligned",
+        "step": 1,
+        "seconds": {"wall": 12.0, "processor": 6.0},
+        "kl": 0.1,
+        "eval/sampled_exact": 0.5,
+    }
+    run = profile.runs / "random-lr1e-05" / "0"
+    assert (run / "eval-base.jsonl").exists()  # the evaluation of what it started from
+    assert not (run / "checkpoints").exists()
+    again = Stub()
+    assert reproduce.work(profile, "random", again.call) == 0
+    assert again.called == []
+
+
+def test_what_has_no_answer_yet_is_left_out(profile):
+    store = profile.runs.parent / "anchors.jsonl"
+    train, validation, test = (6, 2, 3)
+    lines = store.read_text().splitlines(keepends=True)
+    assert len(lines) == train + validation + test
+    found = reproduce.look(profile)
+    assert (found.prompts, found.tests) == (6, True)
+    store.write_text("".join(lines[:4] + lines[5:-1]))  # not the fifth, nor the last test prompt
+    found = reproduce.look(profile)
+    assert (found.prompts, found.tests) == (4, False)
+    tasks = tasks_of(profile, found)
+    assert named(tasks) == ["sft-4 0 validation"]
+    assert "the first 4 are answered" in "\n".join(plan.told(profile, found, tasks))
+    store.write_text("".join(lines[:6]))
+    with pytest.raises(ConfigError, match=r"anchors.jsonl answers 0 of 2"):
+        reproduce.work(profile, None, Stub().call)
+
+
+def test_a_signal_is_passed_on_and_ends_all_cleanly(tmp_path, monkeypatch):
+    ready, told = tmp_path / "ready", tmp_path / "told"
+    code = (
+        "import pathlib, signal, sys, time\n"
+        f"def end(*_): pathlib.Path({str(told)!r}).touch(); sys.exit(143)\n"
+        "signal.signal(signal.SIGTERM, end)\n"
+        f"pathlib.Path({str(ready)!r}).touch()\n"
+        "time.sleep(60)\n"
+    )
+
+    def interrupt():
+        while not ready.exists():
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        with reproduce.locked(tmp_path) as held:
+            children = reproduce.Children(held.fileno())
+            threading.Thread(target=interrupt).start()
+            with pytest.raises(SystemExit) as ended:
+                children.call(["-c", code])
+            assert ended.value.code == 143
+            assert told.exists()
+            with pytest.raises(SystemExit):  # and nothing begins after it
+                children.call(["-c", "raise ValueError"])
+            with pytest.raises(ConfigError, match="at work here"):
+                reproduce.locked(tmp_path)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- tables ---------------------------------------------------------------------------------------
+
+
+def made(arm, title, place, seed, values, split="test", **changed):
+    """A result by hand, of forty prompts: `values` of the first half, and of the second."""
+    first, second = values
+    return {
+        **{"name": arm, "seed": seed, "split": split, "arm": arm, "title": title, "group": "main"},
+        **{"metric": "sampled_exact", "place": place, "like": None, "origin": "sft", "chosen": {}},
+        "settings": {"align.steps": 100, "align.prompts": 4, "sampling.candidates": 8},
+        "prompts": {"training": 10, "evaluated": 40, "with an answer": 40},
+        "steps": {"sft": 0, "align": 100},
+        "seconds": {
+            "sft": {"wall": 0.0, "processor": 0.0},
+            "align": {"wall": 600.0, "processor": 1080.0},
+        },
+        "teacher": {"queries": 10, "prompt_tokens": 200, "completion_tokens": 100},
+        "machine": {"processor": "abacus"},
+        "course": [],
+        "shown": {"sampled_exact": {"title": "exact", "digits": 3, "better": "higher"}},
+        "id": [str(i) for i in range(40)],
+        "kind": ["sum"] * 20 + ["copy"] * 20,
+        "answer": ["4"] * 40,
+        "response": ["4"] * 40,
+        "values": {"sampled_exact": [first] * 20 + [second] * 20},
+        **changed,
+    }
+
+
+def test_tables_are_made_of_the_results_alone_the_same_each_time(tmp_path):
+    for result in (
+        made("sft_continued", "SFT continued", 0, 0, (0.25, 0.75)),
+        made("sft_continued", "SFT continued", 0, 1, (0.25, 0.75)),
+        made("grpo", "GRPO", 1, 0, (0.25, 1.0)),
+        made("grpo", "GRPO", 1, 1, (0.75, 1.0)),
+    ):
+        raw.write(tmp_path, result)
+    tables.build(tmp_path)
+    whole = (tmp_path / "tables.md").read_bytes()
+    text = whole.decode()
+    # Means of the seeds: 0.625 and 0.875; their deviation 0.1768, over the root of 2 0.125.
+    assert "| GRPO | 2 | 0.750 ± 0.125 |" in text
+    assert "| SFT continued | 2 | 0.500 ± 0.000 |" in text
+    # By kind: sums 0.25 and 0.75, copies 1 and 1.
+    assert "| GRPO | 1.000 ± 0.000 | 0.500 ± 0.250 |" in text
+    assert "| GRPO − SFT continued | **+0.250 [" in text
+    assert "| GRPO | 0 | 100 | 10.0 | 18.0 | 10 | – |" in text
+    # Ten queries of 200 and 100 tokens at 0.5 and 1.5 a million are 0.00025; 100 x 4 x 8
+    # candidates are judged with 20 + 2 x 10 tokens in and one out: 0.064 and 0.0048.
+    assert "| one anchor a prompt | 10 | 200 | 100 | 0 | 0.0003 |" in text
+    assert (
+        "| the teacher judges every candidate beside the anchor | 3,200 | 128,000 | 3,200 | 0 "
+        "| 0.0688 |" in text
+    )
+    # 30 s at 20 an hour are a sixth: 400 pairs 66.67, 10,000 pairs 1,666.67.
+    assert "| 400 | 66.67 |" in text
+    assert "| 10,000 | 1,666.67 |" in text
+    (tmp_path / "tables.md").unlink()
+    tables.build(tmp_path)
+    assert (tmp_path / "tables.md").read_bytes() == whole
+
+
+def test_a_difference_that_no_seed_or_prompt_changes_has_an_interval_of_no_width(tmp_path):
+    lines = [
+        tables.Line("low", (made("low", "low", 0, 0, (0.25, 0.75)),)),
+        tables.Line("high", (made("high", "high", 1, 0, (0.5, 1.0)),)),
+    ]
+    text = tables.against(lines, lambda line: lines[0])
+    assert "| high − low | **+0.250 [0.250, 0.250]** |" in text
+
+
+def test_figures_are_drawn_of_what_there_is(tmp_path):
+    course = [
+        {"model": "base", "step": 0, "seconds": {"wall": 0, "processor": 0}, "kl": None}
+        | {"eval/sampled_exact": 0.4},
+        {"model": "aligned", "step": 100, "seconds": {"wall": 60, "processor": 99}, "kl": 0.01}
+        | {"eval/sampled_exact": 0.6},
+    ]
+    for split in ("validation", "test"):
+        raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0), split=split, course=course))
+    size = {"training": 4, "evaluated": 40, "with an answer": 40}
+    small = {"group": "anchors", "prompts": size}
+    raw.write(tmp_path, made("sft-4", "SFT, 4 anchors", 2, 0, (0.25, 1.0), **small))
+    tables.build(tmp_path)
+    for name in ("curves", "kl", "seeds", "anchors"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+# --- the whole ------------------------------------------------------------------------------------
+
+WHOLE = """
+data:
+  train: [experiments/quickstart/train.jsonl]
+  validation: {folder}/validation.jsonl
+  test: {folder}/test.jsonl
+  store: experiments/quickstart/anchors.jsonl
+metric: rouge_l
+profiles:
+  smoke:
+    prompts: 8
+    results: results
+    runs: runs
+    guess: {{sft: 1, align: 1, prompt: 1}}
+    settings:
+      model.shape.layers: 2
+      data.max_prompt_tokens: 80
+      data.max_response_tokens: 8
+      sampling.candidates: 2
+      sft.batch: 2
+      align.prompts: 2
+      align.steps: 2
+      checkpoint.every: 1
+      eval.batch: 4
+arms:
+  sft: {{title: SFT, group: main, set: {{align.steps: 0, sft.steps: 2}}}}
+  grpo:
+    title: GRPO
+    group: main
+    from: sft
+    set: {{sft.steps: 0, loss: grpo, model.shape.layers: 0}}
+"""
+
+
+@pytest.mark.long
+def test_a_driver_that_is_stopped_goes_on_to_the_same_tables(tmp_path):
+    quickstart = reproduce.HERE.parent / "quickstart"
+    rows = (quickstart / "heldout.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "validation.jsonl").write_text("".join(rows[:4]))
+    (tmp_path / "test.jsonl").write_text("".join(rows[4:8]))
+
+    alone = {key: value for key, value in os.environ.items() if key != "XLA_FLAGS"}  # one device
+
+    def started(name):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "arms.yaml").write_text(WHOLE.format(folder=tmp_path))
+        words = ["-m", "experiments.paper.reproduce", "--profile", "smoke"]
+        return lambda: subprocess.Popen(
+            [sys.executable, *words, "--arms", str(folder / "arms.yaml")],
+            cwd=reproduce.ROOT,
+            env=alone,
+        )
+
+    assert started("whole")().wait() == 0
+    go = started("stopped")
+    log = tmp_path / "stopped" / "runs" / "grpo" / "0" / "metrics.jsonl"
+    first = go()
+    while not (log.exists() and '"align"' in log.read_text()):
+        time.sleep(0.1)
+    first.send_signal(signal.SIGTERM)
+    assert first.wait() == 128 + signal.SIGTERM
+    assert go().wait() == 0
+    whole, stopped = (raw.read_all(tmp_path / name / "results") for name in ("whole", "stopped"))
+    assert len(whole) == 4
+    assert whole.keys() == stopped.keys()
+    for key, result in whole.items():
+        for part in ("values", "response", "steps"):
+            assert result[part] == stopped[key][part]
