@@ -42,7 +42,9 @@ arms:
     seeds: 2
     from: sft
     as_long_as: grpo
+    paced_by: pace
     set: {{align.steps: 0, sft.lr: 1.0e-5}}
+  pace: {{title: pace, group: pace, seeds: 2, from: sft, set: {{sft.steps: 30, align.steps: 15}}}}
   grpo:
     title: GRPO
     group: main
@@ -133,9 +135,11 @@ def test_what_validation_chooses_is_done_for_every_seed_and_each_task_follows_it
         "sft-lr3e-05-steps400 0 validation",
         f"{best} 0 validation",
         f"{best} 0 test",
-        "grpo-lr1e-05 0 validation",  # which says how long SFT may continue
+        "pace 0 validation",  # which says how long SFT may continue
+        "pace 1 validation",
         "sft_continued 0 validation",
         "sft_continued 0 test",
+        "grpo-lr1e-05 0 validation",
         "grpo-lr1e-05 0 test",
         f"{best} 1 validation",
         f"{best} 1 test",
@@ -172,12 +176,12 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
     order = walked(profile, lambda run: 0.5)
     lengths = {t.run.steps("sft") for t in order if t.run.arm.name == "sft_continued"}
     assert lengths == {600}  # 200 steps of 4.5 s are 600 of 1.5 s, for every seed
-    # Where the wall's clock decides: 200 steps of 30 s are 2000 of 3 s.
+    # Where the wall's clock decides: steps of 30 and 10 s in two runs are 20, of SFT 3 and 3.
     found = known(profile, {task.key: result_of(task) for task in order})
-    aligned = found.results["grpo-lr1e-05", 0, "validation"]
-    aligned["step_s"]["align"]["wall"] = 30.0
+    for number, seconds in enumerate((30.0, 10.0)):
+        found.results["pace", number, "validation"]["step_s"]["align"]["wall"] = seconds
     _, run = plan.way_to(replace(profile, clock="wall"), found, "sft_continued", 1)
-    assert run.steps("sft") == 2000
+    assert run.steps("sft") == round(200 * 20 / 3)
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():

@@ -17,6 +17,7 @@ from pujax.files.durable import read_jsonl
 ROOT = Path(__file__).resolve().parents[2]
 
 GROUPS = ("main", "others", "anchors", "ablations")
+PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
 FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep")
@@ -33,6 +34,7 @@ class Arm:
     origin: str | None = None
     like: str | None = None
     as_long_as: str | None = None
+    paced_by: str | None = None
     prompts: int | None = None
     needs: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
@@ -151,9 +153,12 @@ def load_profile(path: Path, name: str) -> Profile:
             arms[arm] = Arm(name=arm, **named)
         except TypeError as error:
             raise ConfigError(f"{path}: arms.{arm}: {error}") from error
-        one_of(f"arms.{arm}.group", arms[arm].group, GROUPS)
-        for other in (arms[arm].origin, arms[arm].like, arms[arm].as_long_as):
-            require(other is None or other in entries, f"arms.{arm}", other, "there is no such arm")
+        one_of(f"arms.{arm}.group", arms[arm].group, (*GROUPS, PACE))
+        for key in ("origin", "like", "as_long_as", "paced_by"):
+            other = getattr(arms[arm], key)
+            require(other is None or other in entries, f"arms.{arm}.{key}", other, "no such arm")
+        both = (arms[arm].as_long_as is None) == (arms[arm].paced_by is None)
+        require(both, f"arms.{arm}.paced_by", arms[arm].paced_by, "goes with as_long_as")
     folders = {key: path.parent / own.pop(key) for key in ("results", "runs")}
     shared = {"data": told["data"], "metric": told["metric"]}
     return Profile(name=name, arms=arms, **folders, **shared, **own)
@@ -259,36 +264,39 @@ def made(
         settings |= each.settings
     settings |= point
     before: list[Run] = []
-    origin = sft = None
+    needs: list[Run] = []
+    origin = None
     if from_ := next((each.origin for each in line if each.origin), None):
-        more, origin = way_to(profile, found, from_, seed)
-        before += [*more, origin]
+        # What only measures takes the model that is there first.
+        before, origin = way_to(profile, found, from_, 0 if line[0].group == PACE else seed)
+        needs.append(origin)
         settings["model.path"] = str(shown(origin.directory / "export"))
-    needs = () if origin is None else (origin,)
-    if longer := line[0].as_long_as:
-        require(from_ is not None, f"arms.{name}.as_long_as", longer, "say what it starts `from`")
-        more, aligned = way_to(profile, found, longer, 0)
-        _, sft = way_to(profile, found, str(from_), 0)
-        before += [*more, aligned]
-        needs = (*needs, sft, aligned)
-        settings["sft.steps"] = equal_steps(
-            aligned.steps("align"),
-            _step_seconds(profile, found.of(aligned), "align"),
-            _step_seconds(profile, found.of(sft), "sft"),
-        )
+    if line[0].as_long_as:
+        paces, settings["sft.steps"] = paced(profile, found, line[0])
+        needs += paces
     prompts = prompts_of(profile, name)
-    run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, needs)
-    return before, run
+    run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, tuple(needs))
+    return [*before, *needs], run
+
+
+def paced(profile: Profile, found: Found, arm: Arm) -> tuple[list[Run], int]:
+    """The runs that measure, and by them the SFT steps that take as long as another's alignment."""
+    longer, pacer = str(arm.as_long_as), str(arm.paced_by)
+    runs = [way_to(profile, found, pacer, seed)[1] for seed in range(profile.arms[pacer].seeds)]
+    known = [result for result in map(found.of, runs) if result is not None]
+    sft_s, align_s = (
+        fmean(
+            [result["step_s"][stage][profile.clock] for result in known] or [profile.guess[stage]]
+        )
+        for stage in ("sft", "align")
+    )
+    _, aligned = way_to(profile, found, longer, 0)
+    return runs, equal_steps(aligned.steps("align"), align_s, sft_s)
 
 
 def equal_steps(steps: int, align_s: float, sft_s: float) -> int:
     """How many SFT steps of `sft_s` seconds take as long as `steps` of alignment of `align_s`."""
     return max(1, round(steps * align_s / sft_s))
-
-
-def _step_seconds(profile: Profile, result: raw.Raw | None, stage: str) -> float:
-    """A step's, as measured; guessed while there is no result."""
-    return profile.guess[stage] if result is None else result["step_s"][stage][profile.clock]
 
 
 def shown(path: Path) -> Path:
@@ -388,7 +396,7 @@ def told(profile: Profile, found: Found, tasks: list[Task]) -> Iterator[str]:
             left = sum(minutes[task.key] for task in own)
             yield f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
     for count, group in enumerate(GROUPS, 1):
-        some = [task for task in tasks if task.run.arm.group in GROUPS[:count]]
+        some = [task for task in tasks if task.run.arm.group in (PACE, *GROUPS[:count])]
         if any(task.run.arm.group == group for task in some):
             left = sum(minutes[task.key] for task in some)
             when = time.strftime("%a %H:%M", time.localtime(time.time() + 60 * left))

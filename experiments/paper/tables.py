@@ -9,7 +9,7 @@ from statistics import fmean
 import numpy as np
 
 from experiments.paper import figures, raw
-from experiments.paper.plan import GROUPS
+from experiments.paper.plan import GROUPS, PACE
 from pujax.errors import PujaxError
 from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
@@ -80,7 +80,7 @@ def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
     """The results on a split as lines, in the order of the arms; each choice of an arm is one."""
     runs: dict[str, list[raw.Raw]] = {}
     for (name, _, of), result in sorted(results.items()):
-        if of == split:
+        if of == split and result["group"] != PACE:
             runs.setdefault(name, []).append(result)
     groups = sorted(
         runs.values(), key=lambda some: (GROUPS.index(some[0]["group"]), some[0]["place"])
@@ -198,6 +198,22 @@ def training(lines: Sequence[Line]) -> str:
     return grid([*header, "anchors", "chosen"], rows)
 
 
+def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
+    """How long SFT may continue, where that was measured."""
+    found = [result for result in results.values() if result["group"] == PACE]
+    if not found:
+        return ""
+    sft, align = (
+        fmean(result["step_s"][stage]["processor"] for result in found)
+        for stage in ("sft", "align")
+    )
+    return (
+        f"\n\nMeasured side by side in {len(found)} runs, a step of SFT took {sft:.2f} processor "
+        f"seconds and one of alignment {align:.2f}: SFT continued for {align / sft:.2f} times as "
+        "many steps."
+    )
+
+
 def anchors_curve(lines: Sequence[Line]) -> str:
     """The arms of the curve by the number of anchors, each against SFT on as many."""
     small = of_group(lines, "anchors")
@@ -283,8 +299,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         yield "## By kind of prompt\n\n" + by_kind(arms)
         yield (
             "## What training took\n\nAfter the model that an arm starts from: steps times the "
-            "mean step, those that compiled left out. Processor minutes are of all cores.\n\n"
-            + training(arms)
+            "mean step, those that compiled left out. Processor minutes are of all cores; other "
+            "work on the machine lengthens them too.\n\n" + training(arms) + paces(results)
         )
     if of_group(tested, "anchors"):
         yield "## Few anchors\n\n" + anchors_curve(tested)
