@@ -56,6 +56,7 @@ arms:
     title: random
     group: ablations
     like: grpo
+    after: 2
     set: {{scorer: random}}
   oracle: {{title: oracle, group: main, like: grpo, needs: scorer/nobody-has-it.yaml}}
 curve:
@@ -91,7 +92,8 @@ def result_of(task, score=0.5, sft_s=1.5, align_s=4.5):
     return {
         "arm": run.arm.name,
         "settings": dict(run.settings),
-        "prompts": {"training": run.prompts, "evaluated": 2},
+        "prompts": {"training": run.prompts - run.after, "evaluated": 2},
+        "after": run.after,
         "step_s": {
             "sft": {"wall": 2 * sft_s, "processor": sft_s},
             "align": {"wall": 2 * align_s, "processor": align_s},
@@ -290,7 +292,9 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert stub.called.count("evaluate") == 1
     found = raw.read_all(profile.results)
     result = found["random-lr1e-05", 0, "test"]
-    assert result["teacher"] == {"queries": 6, "prompt_tokens": 60, "completion_tokens": 12}
+    # It has the last four of six prompts.
+    assert result["teacher"] == {"queries": 4, "prompt_tokens": 40, "completion_tokens": 8}
+    assert (profile.runs / "prompts-2-6.jsonl").read_text().startswith('{"id": "train-2"')
     assert result["values"] == {"sampled_exact": [0.5] * 3, "rouge_l": [1.0] * 3}
     assert result["origin"] == "sft-lr0.0001-steps400"
     assert found["random-lr1e-05", 0, "validation"]["course"][-1] == {
@@ -367,7 +371,13 @@ def made(arm, title, place, seed, values, split="test", **changed):
     first, second = values
     return {
         **{"name": arm, "seed": seed, "split": split, "arm": arm, "title": title, "group": "main"},
-        **{"metric": "sampled_exact", "place": place, "like": None, "origin": "sft", "chosen": {}},
+        **{
+            "metric": "sampled_exact",
+            "place": place,
+            "against": "sft_continued",
+            "origin": "sft",
+            "chosen": {},
+        },
         "settings": {"align.steps": 100, "align.prompts": 4, "sampling.candidates": 8},
         "prompts": {"training": 10, "evaluated": 40, "with an answer": 40},
         "steps": {"sft": 0, "align": 100},
@@ -426,7 +436,7 @@ def test_a_difference_that_no_seed_or_prompt_changes_has_an_interval_of_no_width
         tables.Line("low", (made("low", "low", 0, 0, (0.25, 0.75)),)),
         tables.Line("high", (made("high", "high", 1, 0, (0.5, 1.0)),)),
     ]
-    text = tables.against(lines, lambda line: lines[0])
+    text = tables.against(lines, {"sft_continued": lines[0]})
     assert "| high − low | **+0.250 [0.250, 0.250]** |" in text
 
 

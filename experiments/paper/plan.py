@@ -16,7 +16,7 @@ from pujax.files.durable import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUPS = ("main", "others", "anchors", "ablations")
+GROUPS = ("main", "fresh", "others", "anchors", "ablations")
 PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
@@ -36,6 +36,8 @@ class Arm:
     as_long_as: str | None = None
     paced_by: str | None = None
     prompts: int | None = None
+    after: int = 0
+    against: str = "sft_continued"
     needs: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     choose: Mapping[str, list[Any]] = field(default_factory=dict)
@@ -63,13 +65,17 @@ class Profile:
 
 @dataclass(frozen=True)
 class Run:
-    """One training run; `needs` have to be done before it, `origin` is the one it starts from."""
+    """One training run; `needs` have to be done before it, `origin` is the one it starts from.
+
+    Its training prompts are those up to number `prompts`, without the first `after`.
+    """
 
     arm: Arm
     seed: int
     point: Mapping[str, Any]
     settings: Mapping[str, Any]
     prompts: int
+    after: int
     folder: Path
     origin: "Run | None" = None
     needs: "tuple[Run, ...]" = ()
@@ -212,7 +218,7 @@ def line_of(profile: Profile, name: str) -> list[Arm]:
 
 
 def prompts_of(profile: Profile, name: str) -> int:
-    """How many training prompts an arm has."""
+    """The number of an arm's last training prompt."""
     return next((arm.prompts for arm in line_of(profile, name) if arm.prompts), profile.prompts)
 
 
@@ -223,7 +229,7 @@ def left_out(profile: Profile, found: Found, arm: Arm) -> str:
             return f"there is no conf/{each.needs}"
     wanted = prompts_of(profile, arm.name)
     if wanted > found.prompts:
-        return f"of its {wanted} training prompts the first {found.prompts} are answered"
+        return f"it needs {wanted} training prompts, and the first {found.prompts} are answered"
     return ""
 
 
@@ -275,7 +281,17 @@ def made(
         paces, settings["sft.steps"] = paced(profile, found, line[0])
         needs += paces
     prompts = prompts_of(profile, name)
-    run = Run(line[0], seed, dict(point), settings, prompts, profile.runs, origin, tuple(needs))
+    run = Run(
+        arm=line[0],
+        seed=seed,
+        point=dict(point),
+        settings=settings,
+        prompts=prompts,
+        after=next((each.after for each in line if each.after), 0),
+        folder=profile.runs,
+        origin=origin,
+        needs=tuple(needs),
+    )
     return [*before, *needs], run
 
 
@@ -324,7 +340,8 @@ def _refuse_stale(task: Task, result: raw.Raw) -> None:
         for each in (result["settings"], task.run.settings)
     )
     differing = [key for key in {**before, **now} if before.get(key) != now.get(key)]
-    if result["prompts"]["training"] != task.run.prompts:
+    count = task.run.prompts - task.run.after
+    if (result["prompts"]["training"], result.get("after", 0)) != (count, task.run.after):
         differing.append("prompts")
     require(
         not differing,

@@ -36,8 +36,9 @@ def read_all(folder: Path) -> dict[Key, Raw]:
     found = {}
     for path in sorted((folder / "raw").glob("*.json")):
         try:
-            # The first results were made when this was not kept yet.
-            result = {"metric": "sampled_exact", **json.loads(path.read_text(encoding="utf-8"))}
+            # The first results were made when these were not kept yet.
+            young = {"metric": "sampled_exact", "against": "sft_continued"}
+            result = young | json.loads(path.read_text(encoding="utf-8"))
             found[result["name"], result["seed"], result["split"]] = result
         except (ValueError, KeyError, TypeError) as error:
             raise EvaluationError(f"{path}: not a result ({error!r}): restore it") from error

@@ -27,6 +27,7 @@ from experiments.paper.plan import (
     ROOT,
     Found,
     Profile,
+    Run,
     Task,
     load_profile,
     next_task,
@@ -209,7 +210,7 @@ def command_of(profile: Profile, task: Task) -> list[str]:
         "run.name": "paper",
         "run.dir": directory,
         "seed": run.seed,
-        "data.prompts": shown(prompts_file(profile, run.prompts)),
+        "data.prompts": shown(prompts_file(run)),
         "data.heldout": profile.data["validation"],
         "data.anchors": profile.data["store"],
         **run.settings,
@@ -217,17 +218,18 @@ def command_of(profile: Profile, task: Task) -> list[str]:
     return ["-m", "pujax.train", *(f"{key}={value}" for key, value in settings.items())]
 
 
-def prompts_file(profile: Profile, count: int) -> Path:
-    """The file of the first `count` training prompts."""
-    return profile.runs / f"prompts-{count}.jsonl"
+def prompts_file(run: Run) -> Path:
+    """The file of a run's training prompts."""
+    numbers = [run.prompts] if not run.after else [run.after, run.prompts]
+    return run.folder / f"prompts-{'-'.join(map(str, numbers))}.jsonl"
 
 
-def write_prompts(profile: Profile, count: int) -> None:
+def write_prompts(profile: Profile, run: Run) -> None:
     """Write that file."""
     lines = b"".join((ROOT / path).read_bytes() for path in profile.data["train"])
-    path = prompts_file(profile, count)
+    path = prompts_file(run)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, b"".join(lines.splitlines(keepends=True)[:count]))
+    write_whole(path, b"".join(lines.splitlines(keepends=True)[run.after : run.prompts]))
 
 
 def done(profile: Profile, task: Task, call: Call) -> bool:
@@ -242,7 +244,7 @@ def done(profile: Profile, task: Task, call: Call) -> bool:
         if (origin / "eval-aligned.jsonl").exists():
             run.directory.mkdir(parents=True, exist_ok=True)
             shutil.copy(origin / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
-    write_prompts(profile, run.prompts)
+    write_prompts(profile, run)
     if not whole.exists():
         begun = time.monotonic()
         if call(words):
@@ -257,7 +259,8 @@ def done(profile: Profile, task: Task, call: Call) -> bool:
             "place": list(profile.arms).index(run.arm.name),
             "profile": profile.name,
             "metric": profile.metric,
-            "like": run.arm.like,
+            "against": run.arm.against,
+            "after": run.after,
             "origin": run.origin and run.origin.name,
             "chosen": dict(run.point),
             "commit": raw.commit(ROOT),
@@ -266,7 +269,7 @@ def done(profile: Profile, task: Task, call: Call) -> bool:
         settings=run.settings,
         directory=run.directory,
         answers=answers,
-        prompts=prompts_file(profile, run.prompts),
+        prompts=prompts_file(run),
         store=ROOT / profile.data["store"],
         evaluation_s=seconds,
     )

@@ -1,7 +1,7 @@
 """Tables and figures from the raw JSON alone: python -m experiments.paper.tables RESULTS."""
 
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
@@ -16,8 +16,6 @@ from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.statistics import Difference, compare_runs
 from pujax.evaluation.tables import number
 from pujax.files.durable import write_whole
-
-BASELINE = "sft_continued"
 
 # Columns of the tables, as far as the results have them.
 METRICS = (
@@ -143,17 +141,19 @@ def quality(lines: Sequence[Line]) -> str:
     return grid(["arm", "seeds", *(shown[metric].title for metric in metrics)], rows)
 
 
-def against(lines: Sequence[Line], base: Callable[[Line], Line | None]) -> str:
-    """How far each arm is above its `base`, with intervals over seeds and prompts."""
+def against(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
+    """How far each arm is above the one that it is against, over seeds and prompts."""
     shown = lines[0].shown
     metrics = [metric for metric in COMPARED if metric in shown]
     rows = []
     for line in lines:
-        other = base(line)
-        if other is not None and other is not line:
+        other = by_arm.get(line.first["against"])
+        if other is not None and other.first["arm"] != line.first["arm"]:
             found = compare_runs(other.evaluations(), line.evaluations())
             cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
             rows.append([f"{line.title} − {other.title}", *cells])
+    if not rows:
+        return "What they are compared with has no results yet."
     return grid(["difference", *(shown[metric].title for metric in metrics)], rows)
 
 
@@ -289,30 +289,35 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"temperature 0.7. Machine: {'; '.join(machines)}."
         )
         yield "## Arms\n\nMean ± standard error over seeds.\n\n" + quality(arms)
-    if arms and (base := by_arm.get(BASELINE)) is not None:
+    if arms:
         yield (
-            f"## Against {base.title}\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
+            "## Against SFT continued\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
             "10,000 resamples; bold where they exclude 0, which one in twenty does by chance. With "
-            "one seed a side they are over prompts alone.\n\n" + against(arms, lambda line: base)
+            "one seed a side they are over prompts alone.\n\n" + against(arms, by_arm)
+        )
+    if fresh := of_group(tested, "fresh"):
+        yield (
+            "## Prompts that SFT has not seen\n\nSFT on one half of the prompts; the other half is "
+            "aligned on, or SFT continues on it.\n\n"
+            + quality(fresh)
+            + "\n\n"
+            + against(fresh, by_arm)
         )
     if arms:
         yield "## By kind of prompt\n\n" + by_kind(arms)
         yield (
             "## What training took\n\nAfter the model that an arm starts from: steps times the "
             "mean step, those that compiled left out. Processor minutes are of all cores; other "
-            "work on the machine lengthens them too.\n\n" + training(arms) + paces(results)
+            "work on the machine lengthens them too.\n\n"
+            + training([*arms, *fresh])
+            + paces(results)
         )
     if of_group(tested, "anchors"):
         yield "## Few anchors\n\n" + anchors_curve(tested)
     if ablations := of_group(tested, "ablations"):
-        likes = {line.first["like"] for line in ablations}
-        shown = [by_arm[like] for like in sorted(likes) if like in by_arm]
-        yield (
-            "## Ablations\n\n"
-            + quality([*shown, *ablations])
-            + "\n\n"
-            + against(ablations, lambda line: by_arm.get(line.first["like"]))
-        )
+        bases = sorted({line.first["against"] for line in ablations} & by_arm.keys())
+        shown = [*(by_arm[arm] for arm in bases), *ablations]
+        yield f"## Ablations\n\n{quality(shown)}\n\n{against(ablations, by_arm)}"
     aligned = [line for line in arms if line.first["steps"]["align"]]
     if aligned:
         yield (
