@@ -224,7 +224,7 @@ def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
         aligned, run=replace(aligned.run, settings={"align.steps": 200, "eval.every": 80})
     )
     assert plan.seconds_left(profile, found, aligned) == 200 * 9.0 + 3 * 2 * 0.5
-    text = "\n".join(plan.told(profile, found, tasks_of(profile, found)))
+    text = "\n".join(plan.told(profile, found))
     assert "oracle" in text
     assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text
 
@@ -324,7 +324,8 @@ def test_what_has_no_answer_yet_is_left_out(profile):
     assert (found.prompts, found.tests) == (4, False)
     tasks = tasks_of(profile, found)
     assert named(tasks) == ["sft-4 0 validation"]
-    assert "the first 4 are answered" in "\n".join(plan.told(profile, found, tasks))
+    text = "\n".join(plan.told(profile, found))
+    assert "waits: 4 of its 6 training prompts are answered" in text
     store.write_text("".join(lines[:6]))
     with pytest.raises(ConfigError, match=r"anchors.jsonl answers 0 of 2"):
         reproduce.work(profile, None, Stub().call)

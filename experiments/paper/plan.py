@@ -1,8 +1,9 @@
 """What there is to do: the arms of arms.yaml as runs, each after what it needs."""
 
+import sys
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
@@ -209,6 +210,11 @@ def tasks_of(profile: Profile, found: Found, only: str | None = None) -> list[Ta
     return list(tasks.values())
 
 
+def whole(found: Found) -> Found:
+    """The same with every prompt answered: what there will be to do."""
+    return replace(found, prompts=sys.maxsize, tests=True)
+
+
 def line_of(profile: Profile, name: str) -> list[Arm]:
     """An arm, the one that it is `like`, and so on."""
     line = [profile.arms[name]]
@@ -229,7 +235,7 @@ def left_out(profile: Profile, found: Found, arm: Arm) -> str:
             return f"there is no conf/{each.needs}"
     wanted = prompts_of(profile, arm.name)
     if wanted > found.prompts:
-        return f"it needs {wanted} training prompts, and the first {found.prompts} are answered"
+        return f"{found.prompts} of its {wanted} training prompts are answered"
     return ""
 
 
@@ -393,25 +399,28 @@ def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> floa
     return fmean(own or others or [guess[what]])
 
 
-def told(profile: Profile, found: Found, tasks: list[Task]) -> Iterator[str]:
-    """The plan, a line an arm: what is done, what is left, and for how long."""
+def told(profile: Profile, found: Found, only: str | None = None) -> Iterator[str]:
+    """The plan, a line an arm: what is done, what is left, for how long, and what it waits for."""
+    tasks = tasks_of(profile, whole(found), only)
     sizes = {split: lines_in(ROOT / profile.data[split]) for split in ("validation", "test")}
     yield (
         f"profile {profile.name}: {profile.prompts} training prompts, {sizes['validation']} to "
         f"choose by, {sizes['test']} for the tables"
-        + ("" if found.tests else ", which are not all answered yet: they are read later")
+        + ("" if found.tests else ", which wait for answers")
     )
     minutes = {task.key: seconds_left(profile, found, task) / 60 for task in tasks}
     yield f"{'':<10} {'arm':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
     for arm in profile.arms.values():
         own = [task for task in tasks if task.run.arm == arm]
-        if why := left_out(profile, found, arm):
-            yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
+        why = left_out(profile, found, arm)
         if own:
             count = f"{sum(task.key in found.results for task in own)} of {len(own)}"
             steps = f"{own[-1].run.steps('sft')} + {own[-1].run.steps('align')}"
             left = sum(minutes[task.key] for task in own)
-            yield f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
+            line = f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
+            yield line + (f"  waits: {why}" if why else "")
+        elif why and only in (None, arm.name):
+            yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
     for count, group in enumerate(GROUPS, 1):
         some = [task for task in tasks if task.run.arm.group in (PACE, *GROUPS[:count])]
         if any(task.run.arm.group == group for task in some):

@@ -34,6 +34,7 @@ from experiments.paper.plan import (
     shown,
     tasks_of,
     told,
+    whole,
 )
 from pujax.errors import ConfigError, PujaxError, require
 from pujax.files.durable import write_whole
@@ -95,9 +96,8 @@ def main(words: list[str] | None = None) -> int:
     try:
         profile = load_profile(options.arms.resolve(), options.profile)
         found = look(profile)
-        tasks = tasks_of(profile, found, options.only)
-        print("\n".join(told(profile, found, tasks)), flush=True)
-        check(profile, tasks)
+        print("\n".join(told(profile, found, options.only)), flush=True)
+        check(profile, tasks_of(profile, whole(found), options.only))
         if options.plan or (profile.accelerator and not has_accelerator()):
             return 0
         with locked(profile.runs) as held:
@@ -235,9 +235,9 @@ def write_prompts(profile: Profile, run: Run) -> None:
 def done(profile: Profile, task: Task, call: Call) -> bool:
     """Do a task and keep its result; False when its command failed."""
     run, words = task.run, command_of(profile, task)
-    whole, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
+    end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
     if task.split == "test":
-        whole = answers = run.directory / "test" / "eval-aligned.jsonl"
+        end = answers = run.directory / "test" / "eval-aligned.jsonl"
     elif not (run.directory / "eval-base.jsonl").exists():
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
         origin = profile.runs / "base" / "0" if run.origin is None else run.origin.directory
@@ -245,7 +245,7 @@ def done(profile: Profile, task: Task, call: Call) -> bool:
             run.directory.mkdir(parents=True, exist_ok=True)
             shutil.copy(origin / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
     write_prompts(profile, run)
-    if not whole.exists():
+    if not end.exists():
         begun = time.monotonic()
         if call(words):
             return False
