@@ -102,7 +102,7 @@ def main(words: list[str] | None = None) -> int:
             return 0
         with locked(profile.runs) as held:
             return work(profile, options.only, Children(held.fileno()).call)
-    except PujaxError as error:
+    except (PujaxError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
 
