@@ -187,9 +187,10 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():
-    lines = [{"stage": "sft", "time/cpu_s": seconds} for seconds in (40.0, 1.0, 2.0, 3.0)]
-    lines += [{"stage": "align", "time/cpu_s": 9.0}, {"stage": "sft", "time/cpu_s": None}]
-    # The median is 2.5: what is over 7.5 compiled.
+    seconds = (4.0, 1.0, 2.0, 3.0, 40.0, None)
+    lines = [{"stage": "sft", "step": i, "time/cpu_s": s} for i, s in enumerate(seconds, 1)]
+    lines += [{"stage": "align", "step": 2, "time/cpu_s": 9.0}, {"stage": "eval", "step": 2}]
+    # Not the first; of the others the median is 2.5, and what is over 7.5 compiled.
     assert raw.step_seconds(lines, "sft", "time/cpu_s") == 2.0
     assert raw.step_seconds(lines, "align", "time/step_s") is None
 
@@ -262,8 +263,8 @@ class Stub:
             self.answers(directory, told["data.heldout"])
             lines = [
                 {"stage": "eval", "model": "base", "step": 0, "eval/sampled_exact": 0.25},
-                {"stage": "align", "step": 1, "time/step_s": 9.0, "time/cpu_s": 4.5, "kl/ref": 0.1},
-                {"stage": "sft", "step": 1, "time/step_s": 3.0, "time/cpu_s": 1.5},
+                {"stage": "align", "step": 2, "time/step_s": 9.0, "time/cpu_s": 4.5, "kl/ref": 0.1},
+                {"stage": "sft", "step": 2, "time/step_s": 3.0, "time/cpu_s": 1.5},
                 {"stage": "eval", "model": "aligned", "step": 1, "eval/sampled_exact": 0.5},
             ]
             (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))

@@ -63,8 +63,13 @@ def mean(result: Raw, metric: str) -> float:
 
 
 def step_seconds(lines: Iterable[Mapping[str, Any]], stage: str, key: str) -> float | None:
-    """The mean of a stage's steps, without those that compiled: over three times the median."""
-    values = [line[key] for line in lines if line["stage"] == stage and line.get(key) is not None]
+    """The mean of a stage's steps, without those that compiled.
+
+    They are the first, and in a run that was cut off and resumed what is over three times the
+    median.
+    """
+    steps = [line for line in lines if line["stage"] == stage and line["step"] > 1]
+    values = [line[key] for line in steps if line.get(key) is not None]
     if not values:
         return None
     limit = 3 * median(values)
