@@ -22,3 +22,4 @@ from pujax.types import Tokens as Tokens
 from pujax.types import TrainState as TrainState
 
 __version__: str
+__all__: list[str]

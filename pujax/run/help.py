@@ -52,8 +52,8 @@ def meanings(schema: type) -> dict[str, str]:
 
 def _listed(values: Mapping[Any, Any], schema: Any, indent: str = "") -> Iterator[str]:
     """The settings as YAML, each line of a setting that the schema has with its meaning."""
-    told = meanings(schema) if is_dataclass(schema) else {}
-    kinds = get_type_hints(schema) if is_dataclass(schema) else {}
+    known = isinstance(schema, type) and is_dataclass(schema)
+    told, kinds = (meanings(schema), get_type_hints(schema)) if known else ({}, {})
     for key, value in values.items():
         if isinstance(value, Mapping) and value:
             yield from _explained(f"{indent}{key}:", told.get(key, ""))

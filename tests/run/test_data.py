@@ -117,7 +117,7 @@ def test_a_rendered_prompt_that_was_cut_fits_and_has_all_that_the_template_write
     assert chat.decode(example.prompt_ids[: at + 1 - len(whole)]).endswith(" end")
 
 
-def loaded(tmp_path, monkeypatch, texts, heldout=("z",), **settings):
+def loaded(tmp_path, monkeypatch, texts, heldout=("z",), **settings) -> tuple[Any, list, list]:
     """The datasets of `load_data`, and the texts of the prompts that anchors were asked for."""
     for name, lines in (("train.txt", texts), ("heldout.txt", heldout)):
         (tmp_path / name).write_text("".join(f"{line}\n" for line in lines))

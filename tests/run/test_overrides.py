@@ -17,7 +17,7 @@ register("train_schema", TrainConfig)
 GROUPS = ("model", "loss", "experiment", "suite")
 
 
-def arrived(text, key="prompt", schema=GenerateConfig, *, sweep=False):
+def arrived(text, key="prompt", schema: type = GenerateConfig, *, sweep=False):
     """What a setting holds after `key=text` was typed."""
     (word,) = in_hydra_words([f"{key}={text}"], schema, GROUPS, sweep=sweep)
     (override,) = OverridesParser.create().parse_overrides([word])
