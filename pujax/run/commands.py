@@ -8,7 +8,9 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import hydra
@@ -112,8 +114,11 @@ def command(
                 told = help_of(name, where, schema, groups, overrides)
                 print(masked(told, [*typed, *overrides]))
                 return
-            sys.argv = [sys.argv[0], *options, *overrides]
-            hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
+            with TemporaryDirectory() if sweep else nullcontext() as aside:
+                # Hydra keeps a file of all that a sweep was given, which may be a secret.
+                put_aside = [f"hydra.sweep.dir='{aside}'"] if sweep else []
+                sys.argv = [sys.argv[0], *options, *overrides, *put_aside]
+                hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None

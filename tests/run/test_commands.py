@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -182,6 +183,15 @@ def test_what_a_command_does_not_take_is_not_proposed(monkeypatch, capsys):
         with pytest.raises(SystemExit):
             main()
         assert said in capsys.readouterr().err
+
+
+def test_a_sweep_keeps_no_file_of_what_it_was_given(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    given = ("-m", "+experiment=smoke", "seed=0,1", "teacher.api_key=sk-1234")
+    assert called(monkeypatch, lambda _: None, *given) == 1
+    assert called(monkeypatch, lambda _: None, *given[:-1]) == 0
+    assert list(tmp_path.rglob("*")) == []
 
 
 def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
