@@ -5,7 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,14 @@ from pujax.files.export import export_hf
 from pujax.method import losses
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
-from pujax.method.step import Recipe, assemble, make_sft_step, make_train_step
+from pujax.method.scoring import rewards_of
+from pujax.method.step import (
+    Recipe,
+    assemble,
+    make_sampler,
+    make_sft_step,
+    make_train_step,
+)
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
@@ -39,17 +46,18 @@ from pujax.run.data import Dataset, batch_at, collate, load_data
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.rewarding import Rewards
 from pujax.run.settings import TrainConfig
 from pujax.run.student import like_state, load_student, new_state
-from pujax.types import Batch, Group, LossFn, Params, TrainState
+from pujax.types import Batch, Completions, Group, LossFn, Params, TrainState
 
 
 @dataclass(frozen=True)
 class Stage:
     """One of the two stages: its length, its batch, the run's steps before it, and its step.
 
-    `advance` does one step on a batch and returns the new state, its metrics, and the group it
-    learnt from where there is one.
+    `advance` does one step on a batch of these examples and returns the new state, its metrics, and
+    the group it learnt from where there is one.
     """
 
     name: str
@@ -57,7 +65,9 @@ class Stage:
     prompts: int
     before: int
     salt: int
-    advance: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any], Group | None]]
+    advance: Callable[
+        [TrainState, Batch, Sequence[Example]], tuple[TrainState, dict[str, Any], Group | None]
+    ]
 
 
 def fit(config: TrainConfig, directory: Path, *, console: Console | None = None) -> None:
@@ -84,6 +94,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         {"data.prompts": train_data, "data.heldout": heldout},
         (student.base, student.trainable),
         begun=(directory / "metrics.jsonl").exists(),
+        rows=bool(rewards_of(recipe.scorer)),
         say=say,
     )
     checkpoints = Checkpoints(
@@ -145,7 +156,9 @@ def supervised(run: "Run", trainable: Params, state: TrainState | None, done: in
         tree_shardings(run.mesh, state),
     )
 
-    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], None]:
+    def advance(
+        state: TrainState, batch: Batch, examples: Sequence[Example]
+    ) -> tuple[TrainState, dict[str, Any], None]:
         return *step(state, run.base, batch), None
 
     stage = Stage("sft", config.sft.steps, config.sft.batch, 0, 0, advance)
@@ -165,8 +178,9 @@ def aligned(
     optimizer = optimizer_for(config, align.lr, align.steps * align.inner_epochs)
     if state is None:
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh)
+    model = run.budgeted(run.data, align.prompts, config.sampling.candidates + 1)
     step = make_train_step(
-        run.budgeted(run.data, align.prompts, config.sampling.candidates + 1),
+        model,
         recipe,
         loss_fn,
         optimizer,
@@ -175,9 +189,17 @@ def aligned(
     )
     root = jax.random.key(config.seed)
 
-    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], Group]:
+    sample, rewards = make_sampler(model, recipe), Rewards(recipe.scorer)
+
+    def advance(
+        state: TrainState, batch: Batch, examples: Sequence[Example]
+    ) -> tuple[TrainState, dict[str, Any], Group]:
+        noted = {}
+        if rewards:
+            made = sample(state, run.base, batch, root)
+            batch, noted = run.rewarded(rewards, batch, made, examples)
         state, group, metrics = step(state, reference, run.base, batch, root)
-        return state, metrics, group
+        return state, metrics | noted, group
 
     def halfway(state: TrainState, step: int) -> None:
         every = config.eval.every
@@ -185,7 +207,8 @@ def aligned(
             run.evaluated("aligned", step, state.params, keep=False)
 
     stage = Stage("align", align.steps, align.prompts, config.sft.steps, 1, advance)
-    return run.through(stage, state, done, halfway).params
+    with rewards:
+        return run.through(stage, state, done, halfway).params
 
 
 @dataclass(frozen=True)
@@ -212,6 +235,21 @@ class Run:
         # Packing mixes prompts, which a mesh keeps on devices of their own.
         alone = self.mesh.size == 1
         return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
+
+    def rewarded(
+        self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
+    ) -> tuple[Batch, dict[str, float]]:
+        """The batch with these completions and their rewards given, and what to log of them."""
+        tokens, mask = jax.device_get((made.tokens, made.mask))
+        texts = [
+            [self.chat.decode(ids[real].tolist()) for ids, real in zip(*group, strict=True)]
+            for group in zip(tokens, mask, strict=True)
+        ]
+        found = rewards.of(examples, texts)
+        for line in found.failures:
+            self.say(line)
+        placed = put_batch(self.mesh, found.scores, len(examples))
+        return replace(batch, given=made, rewards=placed), dict(found.metrics)
 
     def pause(self, where: str) -> None:
         """Raise `StopRequested` if a signal asked for it: called where all is saved."""
@@ -289,7 +327,7 @@ class Run:
                 examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
                 begun, worked = time.monotonic(), time.process_time()
                 placed = put_batch(self.mesh, batch, stage.prompts)
-                state, metrics, group = stage.advance(state, placed)
+                state, metrics, group = stage.advance(state, placed, examples)
                 metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
                 tokens = int(batch.prompts.lengths.sum())
                 if group is None:
@@ -299,7 +337,8 @@ class Run:
                     tokens += int(group.mask.sum())
                 seconds = time.monotonic() - begun
                 # Of all threads: how long a step took on a machine that does other work too.
-                metrics["time/cpu_s"] = time.process_time() - worked
+                worked = time.process_time() - worked + metrics.get("time/reward_cpu_s", 0.0)
+                metrics["time/cpu_s"] = worked
                 show(self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens))
                 if group is not None:
                     self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
@@ -374,11 +413,13 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
     """
     trusted = config.trusted
     labels = build(config.labels, "labels", trusted)
+    scorer = build(config.scorer.score, "scorer.score", trusted)
+    Rewards(scorer)  # starts nothing yet, and refuses what it can't run
     loss_fn, said = build_loss(config.loss, trusted)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=config.data.max_response_tokens,
-        scorer=build(config.scorer.score, "scorer.score", trusted),
+        scorer=scorer,
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
