@@ -14,7 +14,7 @@ from pujax.run import workers
 from pujax.run.workers import Outcome, Workers
 
 CHECKS = """
-import os, sys, time
+import os, subprocess, sys, time
 from pujax.errors import ConfigError
 
 def check(response, answer):
@@ -50,6 +50,10 @@ def all_at_once(response):
     return [float(one) if one else "what" for one in response]
 
 def again(response):
+    child = subprocess.Popen(["sleep", "600"])
+    with open(response + ".new", "w") as file:
+        file.write(f"{os.getpid()} {child.pid}")
+    os.rename(response + ".new", response)
     while True:
         pass
 """
@@ -134,26 +138,44 @@ def test_a_function_that_no_other_process_finds_is_refused(checks, tmp_path):
         pool.call([{"response": ""}])
 
 
-def test_a_worker_ends_when_the_run_is_killed(checks):
+def gone(pids, within):
+    """Whether all of these processes have ended after so many seconds."""
+    until = time.monotonic() + within
+    while time.monotonic() < until:
+        if not any(alive(pid) for pid in pids):
+            return True
+        time.sleep(0.05)
+    return False
+
+
+def alive(pid):
+    try:  # who has ended and not been waited for, by an init that does not, is gone too
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_call_that_takes_too_long_ends_with_all_that_it_started(checks, tmp_path):
+    path = tmp_path / "pids"
+    with Workers(checks.again, count=1, seconds=2.0) as pool:
+        ((outcome,),) = pool.call([{"response": str(path)}])
+    assert outcome.failure == "took more than 2 s"
+    assert gone([*map(int, path.read_text().split())], 10)
+
+
+def test_a_worker_ends_with_all_that_it_started_when_the_run_is_killed(checks, tmp_path):
+    path = tmp_path / "pids"
     code = (
         "import sys; sys.path[:] = eval(sys.argv[1]); import user_checks; "
-        "from pujax.run.workers import Workers, _Worker; pool = Workers(user_checks.again, "
-        "count=1, seconds=600); pool._ready(1); print(pool._idle[0].process.pid, flush=True); "
-        "pool.call([{'response': ''}])"
+        "from pujax.run.workers import Workers; "
+        "Workers(user_checks.again, count=1, seconds=600).call([{'response': sys.argv[2]}])"
     )
-    run = subprocess.Popen(
-        [sys.executable, "-c", code, repr(sys.path)], stdout=subprocess.PIPE, text=True
-    )
-    assert run.stdout is not None
-    worker = int(run.stdout.readline())
-    os.kill(worker, 0)
+    run = subprocess.Popen([sys.executable, "-c", code, repr(sys.path), str(path)])
+    until = time.monotonic() + 60
+    while not path.exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    pids = list(map(int, path.read_text().split()))
+    assert all(map(alive, pids))
     run.send_signal(signal.SIGKILL)
-    run.communicate()
-    until = time.monotonic() + 20
-    while time.monotonic() < until:
-        try:
-            os.kill(worker, 0)
-        except ProcessLookupError:
-            return
-        time.sleep(0.05)
-    pytest.fail("it still runs")
+    run.wait()
+    assert gone(pids, 20)
