@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pujax.errors import require
@@ -14,13 +14,15 @@ from pujax.errors import require
 class Prompt:
     """One prompt: its `messages` are chat turns, each with a `role` and a `content`.
 
-    `answer` is what a checker compares with, `kind` the task's name; neither reaches the teacher.
+    `answer` is what a checker compares with, `kind` the task's name, `rest` what else its line has;
+    none of them reaches the teacher.
     """
 
     id: str
     messages: tuple[dict[str, str], ...]
     answer: str | None = None
     kind: str | None = None
+    rest: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
 
 
 Messages = Sequence[Mapping[str, str]]

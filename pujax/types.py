@@ -54,6 +54,7 @@ class Batch:
     anchor_finished: Bool[Array, " B"]
     references: Tokens  # [B R]
     given: "Completions | None" = None  # candidates that no sampling need make
+    rewards: tuple[Float[Array, "B G"], ...] = ()  # what the host says of them, see `rewards_of`
 
 
 @flax.struct.dataclass

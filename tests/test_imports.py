@@ -18,6 +18,7 @@ FLOORS = [
     {"method", "files"},
     {"teacher"},
     {"evaluation"},
+    {"rewards"},
     {"run"},
     set(COMMANDS),
 ]
@@ -93,6 +94,11 @@ def test_the_method_loads_jax_flax_and_optax_alone():
         "jax",
         "optax",
     ]
+
+
+def test_rewards_and_their_workers_need_neither_jax_nor_numpy():
+    heavy = ("jax", "numpy", "transformers", "hydra", "rouge_score")
+    assert loads("import pujax.rewards, pujax.run.workers", *heavy) == []
 
 
 def test_the_teacher_needs_no_jax():

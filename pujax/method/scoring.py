@@ -5,8 +5,9 @@ of the G responses; higher is better. The abstract of arXiv 2601.20687 fixes *th
 ranks its candidates with the anchor in view; every score below is our instantiation.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from pujax.errors import ConfigError, require
 from pujax.method.labels import standardize
 from pujax.models.decoder import LanguageModel, Prefix
 from pujax.models.logps import mean_logps, response_logps, token_logps
@@ -26,8 +28,8 @@ class ScoringContext:
 
     `logps` and `hidden` keep what they computed, so that scorers and reference log-probs share one
     pass over the responses; where hidden states are wanted too, ask for them first. `reader` may
-    hold a budget, which these responses and their prompts fit. `notes` holds what a scorer adds to
-    the step's metrics.
+    hold a budget, which these responses and their prompts fit. `rewards` holds the scores that
+    were made on the host, by function. `notes` holds what a scorer adds to the step's metrics.
     """
 
     reader: LanguageModel
@@ -39,6 +41,7 @@ class ScoringContext:
     mask: Bool[Array, "B G T"]
     key: Array
     wants_logps: bool = True
+    rewards: Mapping[Callable[..., Any], Array] = field(default_factory=dict)
     notes: Metrics = field(default_factory=dict)
     _logps: Array | None = None
     _hidden: dict[int, Array] = field(default_factory=dict)
@@ -212,6 +215,57 @@ def judge(context: ScoringContext) -> Float[Array, "B G"]:
     return jnp.sum(jax.nn.softmax(logits, axis=-1) * ratings, axis=-1)
 
 
+# ---------------------------------------------------------------------- scores made on the host
+
+
+def reward(
+    context: ScoringContext,
+    *,
+    function: Callable[..., Any],
+    batched: bool = False,
+    seconds: float = 10.0,
+    workers: int = 4,
+) -> Float[Array, "B G"]:
+    """What `function`, plain Python, says of each response: see `pujax.rewards`.
+
+    It runs on the host, between sampling and the rest of the step: in `workers` processes, each
+    call for at most `seconds` (`pujax.run.rewarding`). `batched` functions get lists, one call a
+    step, and return a list.
+
+    Raises `ConfigError` where nobody has run it, as in a benchmark or a suite.
+    """
+    require(seconds > 0, "scorer.score.seconds", seconds, "must be positive")
+    require(workers > 0, "scorer.score.workers", workers, "must be positive")
+    if function not in context.rewards:
+        raise ConfigError(
+            f"scorer.score: the reward {_name(function)} runs on the host, as training does and "
+            "this does not: choose another scorer, or give Batch.rewards"
+        )
+    return context.rewards[function]
+
+
+def rewards_of(scorer: Any) -> tuple[partial, ...]:
+    """The rewards in a scorer, bound, in the order of `Batch.rewards`.
+
+    Raises `ConfigError` for one in `shuffled`: anchors are shuffled on the device.
+    """
+    if isinstance(scorer, Mapping):
+        scorer = list(scorer.values())
+    if isinstance(scorer, Sequence) and not isinstance(scorer, str):
+        return tuple(found for part in scorer for found in rewards_of(part))
+    if not isinstance(scorer, partial):
+        return ()
+    if scorer.func is reward:
+        return (scorer,)
+    found = rewards_of(scorer.keywords)
+    if found and scorer.func is shuffled:
+        raise ConfigError(
+            "scorer.score: shuffled moves anchors on the device, and a reward runs on the host: "
+            "shuffle another score"
+        )
+    return found
+
+
 # ---------------------------------------------------------------------- combinations and controls
 
 
@@ -231,11 +285,18 @@ def blend(
     for score, weight in zip(scores, weights, strict=True):
         raw = score(context)
         noted = raw[:, 1:].mean()
-        context.notes[f"score/{getattr(score, 'func', score).__name__}"] = noted
+        context.notes[f"score/{_name(score)}"] = noted
         mean += weight * noted
         total += weight * standardize(raw, candidates)
     context.notes["score/mean"] = mean
     return total
+
+
+def _name(score: Callable[..., Any]) -> str:
+    """What a score is called: a reward as its function is."""
+    if isinstance(score, partial):
+        return _name(score.keywords["function"] if score.func is reward else score.func)
+    return score.__name__
 
 
 def shuffled(context: ScoringContext, *, score: Scorer) -> Float[Array, "B G"]:

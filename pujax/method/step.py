@@ -12,7 +12,7 @@ from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
 from pujax.method.sampling import sample
-from pujax.method.scoring import ScoringContext
+from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
@@ -143,6 +143,11 @@ def score_group(
             anchor_logps = read_by_policy(anchor_tokens, anchor_mask)
         old_logps = jnp.concatenate([anchor_logps, completions.logps], axis=1)
 
+    rewards = {}
+    if batch.rewards:
+        functions = [found.keywords["function"] for found in rewards_of(recipe.scorer)]
+        rewards = dict(zip(functions, batch.rewards, strict=True))
+
     def scored(model: LanguageModel) -> tuple[Array, Array, Metrics]:
         """Scores and reference log-probs, which share a pass over the responses, and notes."""
         reference = ScoringContext(
@@ -155,6 +160,7 @@ def score_group(
             mask=mask,
             key=key,
             wants_logps=recipe.needs.reference,
+            rewards=rewards,
         )
         context = reference
         if recipe.by_policy:
@@ -352,6 +358,24 @@ def make_train_step(
         return replace(state, step=step + 1), group, metrics | sampled
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
+
+
+def make_sampler(
+    model: LanguageModel, recipe: Recipe
+) -> Callable[[TrainState, Params | None, Batch, Array], Completions]:
+    """The first half of `make_train_step`'s step, jitted: (state, base, batch, root) to candidates.
+
+    They are those that the step itself would sample. Given back to it as `Batch.given`, with
+    `Batch.rewards` of them, they make the step's second half: for scores that are made on the host.
+    """
+
+    def sampled(state: TrainState, base: Params | None, batch: Batch, root: Array) -> Completions:
+        params = assemble(base, state.params)
+        sample_key, _ = jax.random.split(jax.random.fold_in(root, state.step))
+        prefix = model.unpacked.prefill(params, batch.prompts)
+        return sample_candidates(model, recipe, params, prefix, sample_key)
+
+    return jax.jit(sampled)
 
 
 def make_sft_step(

@@ -2,7 +2,8 @@
 
     RUN/checkpoints/<n>/   the newest few training states with their stage and step
     RUN/reference/         what alignment started from: parameters, or an adapter, after SFT
-    RUN/reference.json     its checksums; a checkpoint holds its own
+    RUN/best/<stage>-<s>/  the parameters after s steps of a stage that one may hand on as its best
+    RUN/reference.json     the checksums of what lies beside it; a checkpoint holds its own
 
 n counts the steps of both stages. Orbax writes beside the final name and renames, so a crash or a
 full disk in the middle of a save leaves the checkpoints before it as they were.
@@ -13,7 +14,7 @@ import logging
 import re
 import shutil
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,15 +126,50 @@ class Checkpoints:
                 "the same command again"
             ) from error
 
+    def numbers(self) -> list[int]:
+        """The numbers of the checkpoints that are kept."""
+        return sorted(self._manager.all_steps())
+
     def save_reference(self, params: Params) -> None:
         """Keep what alignment starts from; once a run. Raises `CheckpointError` if it can't."""
+        self._save_params(self._directory / "reference", params)
+
+    def restore_reference(self, params: Params) -> Params:
+        """What alignment started from, laid out as `params` is.
+
+        Raises `CheckpointError` when it is missing or damaged.
+        """
         path = self._directory / "reference"
+        return self._restore_params(path, params, "alignment starts from it")
+
+    def save_best(self, stage: str, step: int, params: Params) -> None:
+        """Keep parameters that may be the stage's best, once. Raises `CheckpointError`."""
+        self._save_params(self._directory / "best" / f"{stage}-{step}", params)
+
+    def restore_best(self, stage: str, step: int, params: Params) -> Params:
+        """What `save_best` kept, laid out as `params` is. Raises `CheckpointError`."""
+        path = self._directory / "best" / f"{stage}-{step}"
+        return self._restore_params(path, params, f"{stage} was best there")
+
+    def keep_best(self, stage: str, steps: Iterable[int]) -> None:
+        """Remove what `save_best` kept of `stage`, but for these steps."""
+        kept = {f"{stage}-{step}" for step in steps}
+        for path in (self._directory / "best").glob(f"{stage}-*"):
+            if path.name.removesuffix(".json") in kept:
+                continue
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
+
+    def _save_params(self, path: Path, params: Params) -> None:
         if path.exists():
             return
+        path.parent.mkdir(exist_ok=True)
         self._room_for(params)
         content = json.dumps(checksums(params)).encode()
         try:
-            write_whole(path.with_suffix(".json"), content)  # first: a reference has its checksums
+            write_whole(path.with_suffix(".json"), content)  # first: what is there has checksums
             with ocp.StandardCheckpointer() as saver:
                 saver.save(path, params)
         except Exception as error:
@@ -142,24 +178,19 @@ class Checkpoints:
                 "the same command again"
             ) from error
 
-    def restore_reference(self, params: Params) -> Params:
-        """What alignment started from, laid out as `params` is.
-
-        Raises `CheckpointError` when it is missing or damaged.
-        """
-        path = self._directory / "reference"
+    def _restore_params(self, path: Path, params: Params, why: str) -> Params:
         kept = path.with_suffix(".json")
         try:
             with ocp.StandardCheckpointer() as saver:
-                reference = saver.restore(path, _abstract(params))
+                restored = saver.restore(path, _abstract(params))
             if kept.exists():  # a pujax before checksums left none
-                _verify(checksums(reference), json.loads(kept.read_bytes()), str(path))
+                _verify(checksums(restored), json.loads(kept.read_bytes()), str(path))
         except Exception as error:
             raise CheckpointError(
-                f"{path} can't be read ({_first_line(error)}), and alignment starts from it: put "
-                "back a copy, or begin another run with resume=never and without run.dir"
+                f"{path} can't be read ({_first_line(error)}), and {why}: put back a copy, or "
+                "begin another run with resume=never and without run.dir"
             ) from error
-        return reference
+        return restored
 
     def close(self) -> None:
         """Release what Orbax holds."""

@@ -77,7 +77,13 @@ def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:
             yield from _foreign(child, f"{prefix}{key}.")
 
 
-OURS = ("pujax.method.", "pujax.evaluation.", "pujax.teacher.", "pujax.run.local_teacher.")
+OURS = (
+    "pujax.method.",
+    "pujax.rewards.",
+    "pujax.evaluation.",
+    "pujax.teacher.",
+    "pujax.run.local_teacher.",
+)
 """Where the functions live that settings may name, beside the packages in `trusted`."""
 
 

@@ -17,9 +17,11 @@ from pujax.run.settings import TrainConfig
 DONE, LOCK = "done", ".lock"
 
 UNTOUCHED = frozenset(
-    ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
+    ("run", "resume", "trusted", "checkpoint.every", "checkpoint.keep", "mesh", "collect")
 )
-"""Settings that may differ when a run goes on: they don't touch its numbers.
+MEASURING = frozenset(("eval.every", "eval.batch"))
+"""Settings that may differ when a run goes on: they don't touch its numbers, and those that measure
+don't unless `checkpoint.best` chooses by what they find.
 
 Of the teacher its model alone counts: whether it gave the same anchors is held against the digests
 of `pujax.run.inputs`. A mesh adds in another order, so numbers agree to float32's last digits.
@@ -173,7 +175,12 @@ def _differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     before, now = flat(stored), flat(given)
     if not any(key.startswith("eval.metrics") for key in before):  # they had one set, ours
         now = {key: value for key, value in now.items() if not key.startswith("eval.metrics")}
-    keys = sorted(key for key in before.keys() | now.keys() if _matters(key))
+    choosing = now.get("checkpoint.best") is not None
+    keys = sorted(
+        key
+        for key in before.keys() | now.keys()
+        if _matters(key) and (choosing or key not in MEASURING)
+    )
     pairs = [(key, before.get(key, _default(key)), now.get(key)) for key in keys]
     return [f"{key} was {was!r}, is {is_!r}" for key, was, is_ in pairs if was != is_]
 

@@ -2,25 +2,19 @@
 
 import dataclasses
 import signal
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
-from jax.sharding import Mesh
 from rich.console import Console
 
-from pujax.errors import NonFiniteError, StopRequested, require
-from pujax.evaluation import findings, page, results, tables
-from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import Metric
+from pujax.errors import require
+from pujax.evaluation import findings, page, tables
 from pujax.evaluation.results import Evaluation
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
@@ -28,36 +22,23 @@ from pujax.files.export import export_hf
 from pujax.method import losses
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
-from pujax.method.step import Recipe, assemble, make_sft_step, make_train_step
-from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.models.packing import TokenBudget
-from pujax.models.sharding import make_mesh, put_batch, tree_shardings
+from pujax.method.scoring import rewards_of
+from pujax.method.step import Recipe, assemble, make_sampler, make_sft_step, make_train_step
+from pujax.models.decoder import DecoderConfig
+from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, build_loss
-from pujax.run.data import Dataset, batch_at, collate, load_data
+from pujax.run.data import Dataset, load_data
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
-from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.logs import RunLog
+from pujax.run.rewarding import Rewards
+from pujax.run.selection import criterion_of
 from pujax.run.settings import TrainConfig
+from pujax.run.stages import Run, Stage
 from pujax.run.student import like_state, load_student, new_state
 from pujax.types import Batch, Group, LossFn, Params, TrainState
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One of the two stages: its length, its batch, the run's steps before it, and its step.
-
-    `advance` does one step on a batch and returns the new state, its metrics, and the group it
-    learnt from where there is one.
-    """
-
-    name: str
-    steps: int
-    prompts: int
-    before: int
-    salt: int
-    advance: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Any], Group | None]]
 
 
 def fit(config: TrainConfig, directory: Path, *, console: Console | None = None) -> None:
@@ -73,6 +54,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     # What is wrong in these shows before anything is read, and before a teacher is paid.
     recipe, loss_fn = build_recipe(config, chat)
     metrics = build_metrics(config.eval, config.trusted)
+    criterion = criterion_of(config, metrics)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
@@ -84,6 +66,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         {"data.prompts": train_data, "data.heldout": heldout},
         (student.base, student.trainable),
         begun=(directory / "metrics.jsonl").exists(),
+        rows=bool(rewards_of(recipe.scorer)),
         say=say,
     )
     checkpoints = Checkpoints(
@@ -114,26 +97,37 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 console,
                 say,
                 stopping,
+                criterion,
             )
+            for line in log.earlier:  # what was said of them is not said again
+                run.symptoms.of(line)
             made = [run.evaluated("base", 0, student.trainable)]
             if place.stage == "sft":
-                reference = supervised(run, student.trainable, state, place.step)
+                reference, step = supervised(run, student.trainable, state, place.step)
                 checkpoints.save_reference(reference)
                 state = None
             else:
                 reference = checkpoints.restore_reference(like.params)
+                step = run.chosen("sft", ("base", 0), config.sft.steps)
             del student  # what SFT began with is needed no more
+            begun = ("base", 0)
             if config.sft.steps:
-                made.append(run.evaluated("sft", config.sft.steps, reference))
+                made.append(run.evaluated("sft", step, reference))
+                begun = ("sft", step)
             done = place.step if place.stage == "align" else 0
-            params = aligned(run, recipe, loss_fn, reference, state, done)
-            made.append(run.evaluated("aligned", config.align.steps, params))
+            params, step = aligned(run, recipe, loss_fn, reference, begun, state, done)
+            made.append(run.evaluated("aligned", step, params))
         finish(run, params, made)
     checkpoints.close()
 
 
-def supervised(run: "Run", trainable: Params, state: TrainState | None, done: int) -> Params:
-    """The parameters after SFT on the anchors; a `state` given has `done` steps behind it."""
+def supervised(
+    run: Run, trainable: Params, state: TrainState | None, done: int
+) -> tuple[Params, int]:
+    """The parameters after SFT on the anchors, and of which step they are.
+
+    A `state` given has `done` steps behind it.
+    """
     config = run.config
     optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
     if state is None:
@@ -145,28 +139,38 @@ def supervised(run: "Run", trainable: Params, state: TrainState | None, done: in
         tree_shardings(run.mesh, state),
     )
 
-    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], None]:
+    def advance(
+        state: TrainState, batch: Batch, examples: Sequence[Example]
+    ) -> tuple[TrainState, dict[str, Any], None]:
         return *step(state, run.base, batch), None
 
-    stage = Stage("sft", config.sft.steps, config.sft.batch, 0, 0, advance)
-    return run.through(stage, state, done).params
+    stage = Stage(
+        "sft", "sft", ("base", 0), config.sft.steps, config.sft.batch, before=0, salt=0,
+        advance=advance,
+    )  # fmt: skip
+    return run.through(stage, state, done)
 
 
 def aligned(
-    run: "Run",
+    run: Run,
     recipe: Recipe,
     loss_fn: LossFn,
     reference: Params,
+    begun: tuple[str, int],
     state: TrainState | None,
     done: int,
-) -> Params:
-    """The parameters after alignment from `reference`; `state` and `done` as for `supervised`."""
+) -> tuple[Params, int]:
+    """The parameters after alignment from `reference`, and of which step they are.
+
+    `begun` says which evaluation is the reference's; `state` and `done` as for `supervised`.
+    """
     config, align = run.config, run.config.align
     optimizer = optimizer_for(config, align.lr, align.steps * align.inner_epochs)
     if state is None:
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh)
+    model = run.budgeted(run.data, align.prompts, config.sampling.candidates + 1)
     step = make_train_step(
-        run.budgeted(run.data, align.prompts, config.sampling.candidates + 1),
+        model,
         recipe,
         loss_fn,
         optimizer,
@@ -174,171 +178,24 @@ def aligned(
         microbatch=align.microbatch,
     )
     root = jax.random.key(config.seed)
+    sample, rewards = make_sampler(model, recipe), Rewards(recipe.scorer)
 
-    def advance(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Any], Group]:
+    def advance(
+        state: TrainState, batch: Batch, examples: Sequence[Example]
+    ) -> tuple[TrainState, dict[str, Any], Group]:
+        noted = {}
+        if rewards:
+            made = sample(state, run.base, batch, root)
+            batch, noted = run.rewarded(rewards, batch, made, examples)
         state, group, metrics = step(state, reference, run.base, batch, root)
-        return state, metrics, group
+        return state, metrics | noted, group
 
-    def halfway(state: TrainState, step: int) -> None:
-        every = config.eval.every
-        if every and step % every == 0 and step < align.steps and not run.log.has("aligned", step):
-            run.evaluated("aligned", step, state.params, keep=False)
-
-    stage = Stage("align", align.steps, align.prompts, config.sft.steps, 1, advance)
-    return run.through(stage, state, done, halfway).params
-
-
-@dataclass(frozen=True)
-class Run:
-    """What is there throughout a run, and what both of its stages do."""
-
-    config: TrainConfig
-    directory: Path
-    mesh: Mesh
-    model: LanguageModel
-    base: Params | None
-    data: Dataset
-    heldout: Dataset
-    metrics: Mapping[str, Metric]
-    chat: Chat
-    checkpoints: Checkpoints
-    log: RunLog
-    console: Console
-    say: Callable[[str], None]
-    stopping: Callable[[], int]
-
-    def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
-        """The model with a budget of real tokens for batches of that size."""
-        # Packing mixes prompts, which a mesh keeps on devices of their own.
-        alone = self.mesh.size == 1
-        return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
-
-    def pause(self, where: str) -> None:
-        """Raise `StopRequested` if a signal asked for it: called where all is saved."""
-        if number := self.stopping():
-            raise StopRequested(
-                f"stopped {where}; the state is in {self.directory}: the same command goes on "
-                "from there",
-                number,
-            )
-
-    def evaluated(
-        self, name: str, step: int, trainable: Params, *, keep: bool = True
-    ) -> Evaluation:
-        """The held-out evaluation of a model, from the disk if this run has made it before."""
-        examples = self.heldout.examples[: self.config.eval.prompts]
-        result = self._kept(name, examples) if keep else None
-        if result is None:
-            settings, batch = self.config.eval, self.config.eval.batch
-
-            def collated(some: Sequence[Example]) -> Batch:
-                self.pause(f"while evaluating {name}")
-                return put_batch(self.mesh, collate(some, self.heldout), batch)
-
-            result = evaluate(
-                self.budgeted(self.heldout, batch, 1),
-                assemble(self.base, trainable),
-                examples,
-                name=name,
-                batch=batch,
-                collate=collated,
-                decode=self.chat.decode,
-                metrics=self.metrics,
-                draws=Draws(settings.samples, settings.temperature),
-            )
-            if keep:
-                results.save(result, self.directory)
-        self.log.evaluation(name, step, result.means())
-        self.pause(f"after evaluating {name}")
-        return result
-
-    def _kept(self, name: str, examples: Sequence[Example]) -> Evaluation | None:
-        """The evaluation on disk, where it is whole and of these examples."""
-        path = self.directory / f"eval-{name}.jsonl"
-        if not path.exists():
-            return None
-        try:
-            result = results.load(path)
-        except ValueError as error:
-            self.say(f"{error}: evaluating {name} again")
-            return None
-        kept = [(row.id, row.kind, row.answer, row.anchor) for row in result.rows]
-        if kept != [(e.prompt.id, e.prompt.kind, e.prompt.answer, e.anchor) for e in examples]:
-            self.say(f"{path} is not of these held-out prompts: evaluating {name} again")
-            return None
-        return result
-
-    def through(
-        self,
-        stage: Stage,
-        state: TrainState,
-        done: int,
-        after: Callable[[TrainState, int], None] = lambda state, step: None,
-    ) -> TrainState:
-        """The state after all steps of `stage`, of which `done` are done; logged and saved.
-
-        `after` is called behind each step, and once behind the last that was done before: what it
-        did then may be lost. Raises `NonFiniteError` for a stage that ends on a skipped update.
-        """
-        if done:
-            after(state, done)
-        seed = (self.config.seed, stage.salt)
-        steps = range(done + 1, stage.steps + 1)
-        with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
-            for step in steps:
-                examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
-                begun, worked = time.monotonic(), time.process_time()
-                placed = put_batch(self.mesh, batch, stage.prompts)
-                state, metrics, group = stage.advance(state, placed)
-                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
-                tokens = int(batch.prompts.lengths.sum())
-                if group is None:
-                    tokens += int(batch.anchors.lengths.sum())
-                else:
-                    group = jax.device_get(group)
-                    tokens += int(group.mask.sum())
-                seconds = time.monotonic() - begun
-                # Of all threads: how long a step took on a machine that does other work too.
-                metrics["time/cpu_s"] = time.process_time() - worked
-                show(self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens))
-                if group is not None:
-                    self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
-                if metrics["skipped"]:
-                    self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
-                wished = self.stopping()
-                if step == stage.steps or wished or step % self.config.checkpoint.every == 0:
-                    self.log.flush()  # a line that is lost is never written again
-                    self.checkpoints.save(stage.before + step, Place(stage.name, step), state)
-                    self.pause(f"after {stage.name} step {step}")
-                after(state, step)
-        if skipped := int(state.skipped):
-            raise NonFiniteError(
-                f"{stage.name} ended on {skipped} updates that were not finite and so skipped: "
-                f"begin another run with a lower {stage.name}.lr"
-            )
-        return state
-
-    def _not_finite(
-        self, stage: Stage, step: int, batch: Batch, count: int, state: TrainState
-    ) -> None:
-        """Save the batch of a skipped update; give up after too many in a row."""
-        path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
-        named = jax.tree_util.tree_leaves_with_path(batch)
-        np.savez(
-            path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
-        )
-        self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
-        if count < self.config.optim.max_skipped:
-            return
-        remedy = f"lower {stage.name}.lr, or look at that batch"
-        for at, leaf in jax.tree_util.tree_leaves_with_path(assemble(self.base, state.params)):
-            if not bool(jnp.isfinite(leaf).all()):  # a skipped update leaves them as they were
-                remedy = f"the parameters it began with are not finite ({jax.tree_util.keystr(at)})"
-                break
-        raise NonFiniteError(
-            f"{count} updates in a row were not finite, the last at {stage.name} step {step}; "
-            f"its batch is in {path}: {remedy}"
-        )
+    stage = Stage(
+        "align", "aligned", begun, align.steps, align.prompts, before=config.sft.steps, salt=1,
+        advance=advance,
+    )  # fmt: skip
+    with rewards:
+        return run.through(stage, state, done)
 
 
 def check_batches(config: TrainConfig, data: Dataset) -> None:
@@ -374,11 +231,13 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
     """
     trusted = config.trusted
     labels = build(config.labels, "labels", trusted)
+    scorer = build(config.scorer.score, "scorer.score", trusted)
+    Rewards(scorer)  # starts nothing yet, and refuses what it can't run
     loss_fn, said = build_loss(config.loss, trusted)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=config.data.max_response_tokens,
-        scorer=build(config.scorer.score, "scorer.score", trusted),
+        scorer=scorer,
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
@@ -386,25 +245,6 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
         inner_epochs=config.align.inner_epochs,
     )
     return recipe, loss_fn
-
-
-def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
-    """A budget for the real tokens of most batches, a third above the mean.
-
-    Candidates are taken to be as long as their anchors. None where padding is too little to matter.
-    """
-
-    def most(lengths: list[int], each: int, size: int) -> int:
-        whole = prompts * each * size
-        return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
-
-    P, T = data.prompt_size, data.response_size
-    budget = TokenBudget(
-        prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
-        responses=most([len(e.anchor_ids) for e in data.examples], responses, T),
-    )
-    whole = prompts * P + prompts * responses * T
-    return budget if budget.prompts + budget.responses < 0.8 * whole else None
 
 
 def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.GradientTransformation:
@@ -420,25 +260,6 @@ def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.Gradien
         warmup=optim.warmup,
         schedule=optim.schedule,
     )
-
-
-def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list[SampleGroup]:
-    """A step's groups as a person reads them."""
-
-    def text(b: int, g: int) -> str:
-        return chat.decode(group.tokens[b, g][group.mask[b, g]].tolist())
-
-    return [
-        SampleGroup(
-            id=example.prompt.id,
-            prompt=example.prompt.messages[-1]["content"],
-            anchor=example.anchor,
-            candidates=[text(b, g) for g in range(1, group.tokens.shape[1])],
-            scores=group.scores[b].tolist(),
-            labels=group.labels[b].tolist(),
-        )
-        for b, example in enumerate(examples)
-    ]
 
 
 def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
@@ -458,6 +279,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     run.say(f"run: {directory}\nplot: {directory / 'curves.png'}")
     run.pause("before it was marked as done")
     write_whole(directory / "done", b"")
+    run.checkpoints.keep_best("sft", ())  # reference/ has it
 
 
 @contextmanager

@@ -25,16 +25,19 @@ def hold_inputs(
     params: Any,
     *,
     begun: bool,
+    rows: bool = False,
     say: Callable[[str], None],
 ) -> None:
     """Keep the digests of a run's inputs, or hold them against those that it began with.
 
     `parts` are its datasets by the setting that names their prompts, `params` every parameter of
-    the student before training. A run that is `begun` without digests, by a pujax that kept none,
-    takes its inputs as they are now, and says so. Raises `DataError` naming each setting behind
-    which something else lies now.
+    the student before training; `rows` says that a reward may read all of a prompt's line. A run
+    that is `begun` without digests, by a pujax that kept none, takes its inputs as they are now,
+    and says so. Raises `DataError` naming each setting behind which something else lies now.
     """
     now = {name: digest for key, part in parts.items() for name, digest in _of(key, part)}
+    if rows:  # a run without rewards reads none of that, and has no digest of it
+        now |= {f"{key} rows": _digest_rows(part) for key, part in parts.items()}
     tokenizer = [chat.tokenizer.backend_tokenizer.to_str(), chat.tokenizer.chat_template]
     now["tokenizer"] = _digest([*tokenizer, list(chat.eos_ids)])
     now["model"] = _digest(checksums(params))
@@ -53,6 +56,7 @@ def hold_inputs(
         "tokenizer": f"model.path={config.model.path}, its tokenizer or chat template",
         "model": f"model.path={config.model.path}, its weights",
         **{f"{key} anchors": f"data.anchors={config.data.anchors}" for key in parts},
+        **{f"{key} rows": f"{key}, in columns that a reward may read" for key in parts},
     }
     # Equal text, template and vocabulary in other tokens: the template has a clock in it.
     clock = [f"{key} tokens" for key in parts]
@@ -84,6 +88,16 @@ def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:
     yield f"{key} tokens", _digest([[e.prompt_ids, e.reference_ids] for e in part.examples])
     anchors = [[e.anchor, e.anchor_ids, e.anchor_finished] for e in part.examples]
     yield f"{key} anchors", _digest(anchors)
+
+
+def _digest_rows(part: Dataset) -> str:
+    """Of all that prompts' lines hold, whatever types a table gave it."""
+    rows = [dict(e.prompt.rest) for e in part.examples]
+    return hashlib.sha256(json.dumps(rows, sort_keys=True, default=_type).encode()).hexdigest()
+
+
+def _type(value: Any) -> str:
+    return type(value).__name__  # of an image, say: its repr has an address in it
 
 
 def _digest(value: Any) -> str:

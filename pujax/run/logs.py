@@ -50,7 +50,7 @@ class RunLog:
 
     `metrics.jsonl` gets one object a step, and `tensorboard/` a run a stage. `resume` is the stage
     and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
-    beyond it is cut off, so that no step appears twice.
+    beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain.
 
     Raises FileExistsError when the directory has metrics and `resume` is None, and `RecordError`
     naming file and line when a file to go on with can't be read.
@@ -67,10 +67,9 @@ class RunLog:
         stage, step = resume or (STAGES[0], 0)
         cut(metrics, stage, step)
         cut(samples, stage, step)
+        self.earlier = read_jsonl(metrics) if metrics.exists() else []
         self._evaluated = {
-            (line["model"], line["step"])
-            for line in (read_jsonl(metrics) if metrics.exists() else [])
-            if line["stage"] == "eval"
+            (line["model"], line["step"]): line for line in self.earlier if line["stage"] == "eval"
         }
         self._metrics = metrics.open("a", encoding="utf-8")
         # Half a surrogate pair, which a prompt may hold, becomes its JSON escape.
@@ -97,20 +96,25 @@ class RunLog:
         self._plot(stage, step, {**metrics, **pace})
         return line
 
-    def evaluation(self, model: str, step: int, means: Mapping[str, float]) -> None:
+    def evaluation(self, model: str, step: int, means: Mapping[str, float]) -> Line | None:
         """Write the means of `model` (base, sft or aligned) at `step` of the stage before them.
 
-        Does nothing where the run had written them before it was cut off and resumed.
+        Returns the line as written; None where the run had one before it was cut off and resumed.
         """
         if self.has(model, step):
-            return
-        self._evaluated.add((model, step))
+            return None
         # Plotted first: a plot without its line is purged on resuming, a line has its plot.
         self._plot(f"eval-{model}", step, means)
         self._writers[f"eval-{model}"].flush()
         line = {"stage": "eval", "model": model, "step": step} | _rounded(means)
+        self._evaluated[model, step] = line
         _append(self._metrics, [line])
         self.flush()
+        return line
+
+    def evaluations(self, model: str) -> dict[int, Line]:
+        """The lines of `model`'s evaluations by step, of earlier processes too."""
+        return {step: line for (name, step), line in self._evaluated.items() if name == model}
 
     def has(self, model: str, step: int) -> bool:
         """Whether the evaluation of `model` at `step` has been written."""

@@ -20,9 +20,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from pujax.errors import require
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import on_one_cpu
+from pujax.method.scoring import rewards_of
 from pujax.method.step import (
     Recipe,
     assemble,
@@ -99,6 +101,12 @@ class Subject:
         self.labels = build(run.labels, "labels", run.trusted)
         self.loss, self.said = build_loss(run.loss, run.trusted)
         self.scorer = build(run.scorer.score, "scorer.score", run.trusted)
+        require(
+            not rewards_of(self.scorer),
+            "scorer.score",
+            run.scorer.score["_target_"],
+            "what it takes depends on the reward, which runs on the host: choose another scorer",
+        )
 
     def measure(self, shape: ShapesConfig) -> Cost:
         """Time `shape.steps` steps of that shape, and each of their phases."""

@@ -283,15 +283,21 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    """When the state is saved, beside the end of each stage.
+    """When the state is saved, beside the end of each stage, and which one is handed on.
+
+    With `best` the held-out prompts are a validation set, which chose the model: a claim needs
+    other prompts.
 
     Attributes:
         every: steps.
         keep: how many of the newest stay.
+        best: a metric of eval.metrics: of the states that eval.every measures, and the one that a
+            stage begins with, the best goes on to alignment, or to the export; null: the last.
     """
 
     every: int = 50
     keep: int = 2
+    best: str | None = None
 
     def __post_init__(self) -> None:
         require(self.every > 0, "checkpoint.every", self.every, "must be positive")
@@ -303,11 +309,12 @@ class EvalConfig:
     """Held-out evaluation.
 
     Attributes:
-        every: steps of alignment; 0 evaluates between the stages alone.
+        every: steps of each stage; 0 evaluates between the stages alone.
         prompts: how many of the held-out prompts; null is all.
         batch: prompts at once.
         samples: answers a prompt that are drawn beside the greedy one.
         temperature: at which they are drawn.
+        patience: evaluations without a gain in checkpoint.best that end a stage; null is none.
         metrics: what is measured, by name as in conf/eval/; none at all stands for the usual ones.
     """
 
@@ -316,6 +323,7 @@ class EvalConfig:
     batch: int = 16
     samples: int = 0
     temperature: float = 0.7
+    patience: int | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -326,6 +334,12 @@ class EvalConfig:
             "eval.prompts",
             self.prompts,
             "must be positive",
+        )
+        require(
+            self.patience is None or self.patience > 0,
+            "eval.patience",
+            self.patience,
+            "must be positive, or null",
         )
         require(self.samples >= 0, "eval.samples", self.samples, "must not be negative")
         require(

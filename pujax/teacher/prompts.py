@@ -161,6 +161,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
         messages=turns,
         answer=texts["answer"],
         kind=texts["kind"],
+        rest={str(key): value for key, value in row.items() if key not in KEYS},
     )
 
 

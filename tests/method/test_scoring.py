@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
+from pujax.errors import ConfigError
 from pujax.method import scoring
 from pujax.method.scoring import ScoringContext
 from pujax.models import logps
@@ -205,6 +206,25 @@ def test_blend_weighs_scores_standardised_over_the_candidates(context):
     f1 = np.array([[1, 4 / 9, 0], [4 / 7, 0, 0]])
     z_f1 = (f1 - f1.mean(axis=1, keepdims=True)) / f1.std(axis=1, keepdims=True)
     np.testing.assert_allclose(scores[:, 1:], z_f1 + 0.5 * z_length, atol=1e-5)
+
+
+def test_a_blend_takes_rewards_from_the_host_beside_scores_of_its_own(context):
+    def fine(response):
+        raise AssertionError("not called here")
+
+    reward = partial(scoring.reward, function=fine)
+    given = jnp.array([[7.0, 1.0, 3.0, 2.0], [7.0, 0.0, 0.0, 0.0]])
+    known = context.fresh(rewards={fine: given})
+    np.testing.assert_array_equal(reward(known), given)
+    parts = {"scores": [reward, scoring.length], "weights": [1.0, 0.5]}
+    with_reward = scoring.blend(known, **parts)
+    alone = scoring.blend(known, scores=[scoring.length], weights=[0.5])
+    spread = np.sqrt(2 / 3)
+    added = [[-1 / spread, 1 / spread, 0], [0, 0, 0]]  # equal rewards prefer nothing
+    np.testing.assert_allclose((with_reward - alone)[:, 1:], added, atol=1e-5)
+    assert known.notes["score/fine"] == 1.0
+    with pytest.raises(ConfigError, match="the reward fine runs on the host"):
+        reward(context)
 
 
 def test_blend_refuses_scores_without_a_weight(context):

@@ -18,6 +18,7 @@ from pujax.method.optimizer import apply, apply_in_place, make_optimizer
 from pujax.method.step import (
     anchor_group,
     assemble,
+    make_sampler,
     make_sft_step,
     make_train_step,
     policy_logps,
@@ -117,6 +118,28 @@ def test_a_mesh_must_multiply_to_the_number_of_devices():
 def test_a_batch_must_divide_over_the_mesh(batch):
     with pytest.raises(ConfigError, match="a batch of 6 prompts"):
         put_batch(make_mesh(), batch, 6)
+
+
+def test_the_two_halves_of_a_step_with_a_reward_are_the_whole_step(model, params, batch, on_one):
+    """The sampler's candidates are the step's own, and a reward's scores come through to labels."""
+    _, whole, _ = on_one
+    optimizer = optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    root = jax.random.key(5)
+    made = make_sampler(model, recipe())(state, None, batch, root)
+    np.testing.assert_array_equal(made.tokens, whole.tokens[:, 1:])
+    np.testing.assert_array_equal(made.mask, whole.mask[:, 1:])
+    assert made.logps is not None
+    np.testing.assert_allclose(made.logps, whole.old_logps[:, 1:], atol=1e-5)
+    scores = jnp.arange(32.0).reshape(8, 4) ** 2
+    reward = partial(scoring.reward, function=print)
+    given = dataclasses.replace(batch, given=made, rewards=(scores,))
+    make = jax.jit(partial(rollout, model, recipe(scorer=reward)))
+    group, metrics = make(params, params, given, jax.random.fold_in(root, 0))
+    np.testing.assert_array_equal(group.tokens, whole.tokens)
+    np.testing.assert_array_equal(group.scores, scores)
+    np.testing.assert_allclose(group.labels, SHARED(scores)[0], atol=1e-6)
+    np.testing.assert_allclose(metrics["score/mean"], scores[:, 1:].mean(), rtol=1e-6)
 
 
 @pytest.fixture(scope="module")

@@ -98,6 +98,17 @@ def test_what_changes_no_number_may_change_and_is_recorded(tmp_path, override):
     assert stored == asdict(config_of(f"run.dir={tmp_path}/run", override))
 
 
+@pytest.mark.parametrize("override", ["eval.every=3", "eval.batch=2", "eval.patience=1"])
+def test_what_decides_on_the_best_state_may_not_change_where_one_is_chosen(tmp_path, override):
+    where = (f"run.dir={tmp_path}/run", "checkpoint.best=exact", "eval.every=2")
+    begun(*where)
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        begun(*where, override)
+    with pytest.raises(ConfigError, match=r"checkpoint\.best was 'exact', is None"):
+        begun(*where[::2])
+    begun(*where, "checkpoint.every=7")
+
+
 def test_a_run_in_use_is_refused_by_process_and_passed_over_by_auto(tmp_path):
     config = config_of(f"run.root={tmp_path}")
     with run_directory(config) as first:

@@ -1,10 +1,15 @@
 import dataclasses
+import io
 import json
 import os
+import re
 import signal
 from pathlib import Path
+from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
@@ -15,14 +20,15 @@ from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.data import load_data, make_dataset
 from pujax.run.fit import (
-    budget_for,
     build_recipe,
     check_batches,
     check_positions,
     fit,
     stop_signals,
 )
+from pujax.run.logs import RunLog
 from pujax.run.settings import DataConfig, TrainConfig
+from pujax.run.stages import budget_for
 from pujax.run.student import load_student
 
 register("train_schema", TrainConfig)
@@ -177,3 +183,91 @@ def test_lengths_beyond_the_models_positions_are_refused(chat, model):
     check_positions(dataclasses.replace(model.config, max_positions=longest), data)
     with pytest.raises(ConfigError, match=rf"data\.max_prompt_tokens=64: .* {longest} tokens"):
         check_positions(dataclasses.replace(model.config, max_positions=longest - 1), data)
+
+
+class Killed(BaseException):
+    """In a signal's place."""
+
+
+REWARD = """
+def check(response, row):
+    if row["n"] % 5 == 0:
+        return None
+    if row["n"] % 5 == 1:
+        raise ValueError("no number")
+    return sum(map(ord, response)) % 7
+"""
+
+
+def first_lines(name, count, path):
+    """The first prompts of a file of the quickstart, each with its number in a column of ours."""
+    rows = [json.loads(line) for line in (ROOT / name).read_text().splitlines()[:count]]
+    rows = [row | {"n": n} for n, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+@pytest.mark.slow
+def test_a_run_with_a_reward_that_was_killed_ends_bit_for_bit_as_one_that_was_not(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "my_reward.py").write_text(REWARD)
+    monkeypatch.syspath_prepend(tmp_path)
+    rows = first_lines("train.jsonl", 16, tmp_path / "train.jsonl")
+    first_lines("heldout.jsonl", 8, tmp_path / "heldout.jsonl")
+    config = config_of(
+        *(f"data.prompts={tmp_path}/train.jsonl", f"data.heldout={tmp_path}/heldout.jsonl"),
+        "data.max_response_tokens=6",
+        *("scorer=reward", "scorer.score.function._target_=my_reward.check", "trusted=[my_reward]"),
+        *("sft.steps=0", "align.steps=2", "align.prompts=8", "checkpoint.every=1"),
+        "eval.batch=8",
+    )
+    said: dict[str, str] = {}
+    ended: dict[str, Any] = {}
+    step = RunLog.step
+    monkeypatch.setattr(  # the export, the report and the table have tests of their own
+        "pujax.run.fit.finish", lambda run, params, made: ended.update({"params": params})
+    )
+
+    def run(name):
+        (tmp_path / name).mkdir(exist_ok=True)
+        out = io.StringIO()
+        fit(config, tmp_path / name, console=Console(file=out, width=200))
+        said[name] = out.getvalue()
+        return ended["params"]
+
+    def killing(self, stage, number, *given, **more):
+        line = step(self, stage, number, *given, **more)
+        if number == 2:
+            raise Killed
+        return line
+
+    whole = run("whole")
+    with monkeypatch.context() as context:
+        context.setattr(RunLog, "step", killing)
+        with pytest.raises(Killed):
+            run("killed")
+    killed = run("killed")
+    assert "resuming after align step 1" in said["killed"]
+
+    def metrics(name):
+        lines = map(json.loads, (tmp_path / name / "metrics.jsonl").read_text().splitlines())
+        return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+    assert metrics("killed") == metrics("whole")
+    samples = (tmp_path / "whole" / "samples.jsonl").read_text()
+    assert (tmp_path / "killed" / "samples.jsonl").read_text() == samples
+    for ours, theirs in zip(*map(jax.tree.leaves, (killed, whole)), strict=True):
+        np.testing.assert_array_equal(ours, theirs)
+
+    # The reward came through: where it has no number all scores are equal, and that is told.
+    groups = [json.loads(line) for line in samples.splitlines()]
+    scores = {group["id"]: group["scores"] for group in groups}
+    texts = {group["id"]: [group["anchor"], *group["candidates"]] for group in groups}
+    for n, row in enumerate(rows):
+        codes = [sum(map(ord, text)) % 7 for text in texts[row["id"]]]
+        assert scores[row["id"]] == ([0.0] * 5 if n % 5 < 2 else codes), n
+    assert len(re.findall("check failed on .* of 40 responses: ValueError: no", said["whole"])) == 2
+    first, second = (line for line in metrics("whole") if line["stage"] == "align")
+    assert first["score/failed"] + second["score/failed"] == 3 / 8  # prompts 1, 6 and 11
+    assert first["score/none"] + second["score/none"] == 4 / 8  # 0, 5, 10, 15

@@ -1,0 +1,344 @@
+"""One stage of a run: its steps, logged and saved, and which of its states is handed on."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from rich.console import Console
+
+from pujax.errors import NonFiniteError, StopRequested, require
+from pujax.evaluation import results
+from pujax.evaluation.answering import Draws, evaluate
+from pujax.evaluation.metrics import Metric
+from pujax.evaluation.results import Evaluation
+from pujax.files.chat import Chat
+from pujax.method.step import assemble
+from pujax.models.decoder import LanguageModel
+from pujax.models.packing import TokenBudget
+from pujax.models.sharding import put_batch
+from pujax.records import STAGES, Example
+from pujax.run.checkpoint import Checkpoints, Place
+from pujax.run.data import Dataset, batch_at, collate
+from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.rewarding import Rewards
+from pujax.run.selection import Criterion
+from pujax.run.settings import TrainConfig
+from pujax.run.symptoms import Symptoms, group_notes
+from pujax.types import Batch, Completions, Group, Params, TrainState
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One of the two stages: its length, its batch, the run's steps before it, and its step.
+
+    `model` is what its evaluations call the model, and `begun` the model and step of the evaluation
+    of what it begins with. `advance` does one step on a batch of these examples and returns the new
+    state, its metrics, and the group it learnt from where there is one.
+    """
+
+    name: str
+    model: str
+    begun: tuple[str, int]
+    steps: int
+    prompts: int
+    before: int
+    salt: int
+    advance: Callable[
+        [TrainState, Batch, Sequence[Example]], tuple[TrainState, dict[str, Any], Group | None]
+    ]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is there throughout a run, and what both of its stages do."""
+
+    config: TrainConfig
+    directory: Path
+    mesh: Mesh
+    model: LanguageModel
+    base: Params | None
+    data: Dataset
+    heldout: Dataset
+    metrics: Mapping[str, Metric]
+    chat: Chat
+    checkpoints: Checkpoints
+    log: RunLog
+    console: Console
+    say: Callable[[str], None]
+    stopping: Callable[[], int]
+    criterion: Criterion | None = None
+    symptoms: Symptoms = field(default_factory=Symptoms)
+
+    def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
+        """The model with a budget of real tokens for batches of that size."""
+        # Packing mixes prompts, which a mesh keeps on devices of their own.
+        alone = self.mesh.size == 1
+        return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
+
+    def rewarded(
+        self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
+    ) -> tuple[Batch, dict[str, float]]:
+        """The batch with these completions and their rewards given, and what to log of them."""
+        tokens, mask = jax.device_get((made.tokens, made.mask))
+        texts = [
+            [self.chat.decode(ids[real].tolist()) for ids, real in zip(*group, strict=True)]
+            for group in zip(tokens, mask, strict=True)
+        ]
+        found = rewards.of(examples, texts)
+        for line in found.failures:
+            self.say(line)
+        placed = put_batch(self.mesh, found.scores, len(examples))
+        return replace(batch, given=made, rewards=placed), dict(found.metrics)
+
+    def pause(self, where: str) -> None:
+        """Raise `StopRequested` if a signal asked for it: called where all is saved."""
+        if number := self.stopping():
+            raise StopRequested(
+                f"stopped {where}; the state is in {self.directory}: the same command goes on "
+                "from there",
+                number,
+            )
+
+    def evaluated(
+        self, name: str, step: int, trainable: Params, *, keep: bool = True
+    ) -> Evaluation:
+        """The held-out evaluation of a model, from the disk if this run has made it before."""
+        examples = self.heldout.examples[: self.config.eval.prompts]
+        result = self._kept(name, examples) if keep else None
+        if result is None:
+            settings, batch = self.config.eval, self.config.eval.batch
+
+            def collated(some: Sequence[Example]) -> Batch:
+                self.pause(f"while evaluating {name}")
+                return put_batch(self.mesh, collate(some, self.heldout), batch)
+
+            result = evaluate(
+                self.budgeted(self.heldout, batch, 1),
+                assemble(self.base, trainable),
+                examples,
+                name=name,
+                batch=batch,
+                collate=collated,
+                decode=self.chat.decode,
+                metrics=self.metrics,
+                draws=Draws(settings.samples, settings.temperature),
+            )
+            if keep:
+                results.save(result, self.directory)
+        if line := self.log.evaluation(name, step, result.means()):
+            self._warn(line)
+        self.pause(f"after evaluating {name}")
+        return result
+
+    def _kept(self, name: str, examples: Sequence[Example]) -> Evaluation | None:
+        """The evaluation on disk, where it is whole and of these examples."""
+        path = self.directory / f"eval-{name}.jsonl"
+        if not path.exists():
+            return None
+        try:
+            result = results.load(path)
+        except ValueError as error:
+            self.say(f"{error}: evaluating {name} again")
+            return None
+        kept = [(row.id, row.kind, row.answer, row.anchor) for row in result.rows]
+        if kept != [(e.prompt.id, e.prompt.kind, e.prompt.answer, e.anchor) for e in examples]:
+            self.say(f"{path} is not of these held-out prompts: evaluating {name} again")
+            return None
+        return result
+
+    def through(self, stage: Stage, state: TrainState, done: int) -> tuple[Params, int]:
+        """The parameters that `stage` hands on, and the step that they are of; all is logged.
+
+        `state` has `done` steps behind it. The last state's are handed on, or with a criterion the
+        best of those that were measured. Raises `NonFiniteError` for a stage that ends on a skipped
+        update.
+        """
+        self.checkpoints.keep_best(stage.name, range(done + 1))  # a killed process may have more
+        if self.criterion and not done:
+            self._values(stage.model, stage.begun, self.criterion)  # fails now, not at the end
+            self.checkpoints.save_best(stage.name, 0, state.params)
+        seed = (self.config.seed, stage.salt)
+        steps = range(done + 1, stage.steps + 1)
+        last = done
+        ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
+        with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
+            for step in steps:
+                if ended:
+                    break
+                last = step
+                examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
+                begun, worked = time.monotonic(), time.process_time()
+                placed = put_batch(self.mesh, batch, stage.prompts)
+                state, metrics, group = stage.advance(state, placed, examples)
+                metrics = {name: float(value) for name, value in jax.device_get(metrics).items()}
+                tokens = int(batch.prompts.lengths.sum())
+                if group is None:
+                    tokens += int(batch.anchors.lengths.sum())
+                else:
+                    group = jax.device_get(group)
+                    tokens += int(group.mask.sum())
+                    metrics |= group_notes(group)
+                seconds = time.monotonic() - begun
+                # Of all threads: how long a step took on a machine that does other work too.
+                worked = time.process_time() - worked + metrics.get("time/reward_cpu_s", 0.0)
+                metrics["time/cpu_s"] = worked
+                line = self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens)
+                show(line)
+                self._warn(line)
+                if group is not None:
+                    self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
+                if metrics["skipped"]:
+                    self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
+                wished = self.stopping()
+                if step == stage.steps or wished or step % self.config.checkpoint.every == 0:
+                    self._save(stage, step, state)
+                    self.pause(f"after {stage.name} step {step}")
+                ended = self._measured(stage, state, step)
+        if skipped := int(state.skipped):
+            raise NonFiniteError(
+                f"{stage.name} ended on {skipped} updates that were not finite and so skipped: "
+                f"begin another run with a lower {stage.name}.lr"
+            )
+        return self._handed_on(stage, state, last)
+
+    def _save(self, stage: Stage, step: int, state: TrainState) -> None:
+        """A checkpoint behind what is logged, and no best state that no checkpoint can need."""
+        self.log.flush()  # a line that is lost is never written again
+        self.checkpoints.save(stage.before + step, Place(stage.name, step), state)
+        if self.criterion:
+            values = self._values(stage.model, stage.begun, self.criterion)
+            ends = [number - stage.before for number in self.checkpoints.numbers()]
+            needed = {
+                self.criterion.best({at: value for at, value in values.items() if at <= end})
+                for end in [*ends, step]
+            }
+            self.checkpoints.keep_best(stage.name, needed)
+            if min(ends) > 0:  # no checkpoint leads back into the stage before
+                for name in STAGES[: STAGES.index(stage.name)]:
+                    self.checkpoints.keep_best(name, ())
+
+    def _measured(self, stage: Stage, state: TrainState, step: int) -> bool:
+        """Evaluate the state of `step` where that is due; whether the stage ends with it."""
+        every, last = self.config.eval.every, step == stage.steps
+        if not every or (step % every and not last) or (last and not self.criterion):
+            return False  # without a criterion the last state's evaluation is the stage's own
+        if not self.log.has(stage.model, step):
+            self.evaluated(stage.model, step, state.params, keep=False)
+        if self.criterion is None:
+            return False
+        values = self._values(stage.model, stage.begun, self.criterion)
+        if self.criterion.best(values) == step and not last:
+            self.checkpoints.save_best(stage.name, step, state.params)
+        if last or not self.criterion.spent(values):
+            return False
+        self._save(stage, step, state)
+        self.say(
+            f"{stage.name} ends after step {step} of {stage.steps}: {self.criterion.patience} "
+            f"evaluations without a gain in {self.criterion.metric}"
+        )
+        return True
+
+    def _handed_on(self, stage: Stage, state: TrainState, last: int) -> tuple[Params, int]:
+        """The chosen parameters of a stage whose last state is `state`, and their step."""
+        if self.criterion is None:
+            return state.params, last
+        best = self.chosen(stage.model, stage.begun, last)
+        self.say(
+            f"{stage.name}: {self.criterion.metric} was best after step {best} of {last}: that "
+            "state is handed on"
+        )
+        if best == last:
+            return state.params, best
+        return self.checkpoints.restore_best(stage.name, best, state.params), best
+
+    def chosen(self, model: str, begun: tuple[str, int], last: int) -> int:
+        """The step whose state is handed on by the stage that made `model`, `last` its last."""
+        if self.criterion is None:
+            return last
+        return self.criterion.best(self._values(model, begun, self.criterion))
+
+    def _values(
+        self, model: str, begun: tuple[str, int], criterion: Criterion
+    ) -> dict[int, float | None]:
+        """The criterion's metric by step, as `metrics.jsonl` has it; 0 is what `begun` names."""
+        key = f"eval/{criterion.metric}"
+        values = {step: line.get(key) for step, line in self.log.evaluations(model).items()}
+        name, step = begun
+        first = self.log.evaluations(name)[step].get(key)
+        require(
+            first is not None,
+            "checkpoint.best",
+            criterion.metric,
+            "no held-out prompt has it (a true answer, eval.samples?): choose another metric",
+        )
+        return values | {0: first}
+
+    def _warn(self, line: Mapping[str, Any]) -> None:
+        for said in self.symptoms.of(dict(line)):
+            self.say(f"warning: {said}")
+
+    def _not_finite(
+        self, stage: Stage, step: int, batch: Batch, count: int, state: TrainState
+    ) -> None:
+        """Save the batch of a skipped update; give up after too many in a row."""
+        path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
+        named = jax.tree_util.tree_leaves_with_path(batch)
+        np.savez(
+            path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
+        )
+        self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
+        if count < self.config.optim.max_skipped:
+            return
+        remedy = f"lower {stage.name}.lr, or look at that batch"
+        for at, leaf in jax.tree_util.tree_leaves_with_path(assemble(self.base, state.params)):
+            if not bool(jnp.isfinite(leaf).all()):  # a skipped update leaves them as they were
+                remedy = f"the parameters it began with are not finite ({jax.tree_util.keystr(at)})"
+                break
+        raise NonFiniteError(
+            f"{count} updates in a row were not finite, the last at {stage.name} step {step}; "
+            f"its batch is in {path}: {remedy}"
+        )
+
+
+def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
+    """A budget for the real tokens of most batches, a third above the mean.
+
+    Candidates are taken to be as long as their anchors. None where padding is too little to matter.
+    """
+
+    def most(lengths: list[int], each: int, size: int) -> int:
+        whole = prompts * each * size
+        return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
+
+    P, T = data.prompt_size, data.response_size
+    budget = TokenBudget(
+        prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
+        responses=most([len(e.anchor_ids) for e in data.examples], responses, T),
+    )
+    whole = prompts * P + prompts * responses * T
+    return budget if budget.prompts + budget.responses < 0.8 * whole else None
+
+
+def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list[SampleGroup]:
+    """A step's groups as a person reads them."""
+
+    def text(b: int, g: int) -> str:
+        return chat.decode(group.tokens[b, g][group.mask[b, g]].tolist())
+
+    return [
+        SampleGroup(
+            id=example.prompt.id,
+            prompt=example.prompt.messages[-1]["content"],
+            anchor=example.anchor,
+            candidates=[text(b, g) for g in range(1, group.tokens.shape[1])],
+            scores=group.scores[b].tolist(),
+            labels=group.labels[b].tolist(),
+        )
+        for b, example in enumerate(examples)
+    ]

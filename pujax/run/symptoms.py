@@ -1,0 +1,171 @@
+"""What goes wrong while a run trains: metrics that tell, and a line with a remedy for each, once.
+
+The thresholds are ours. They are where a person should look, not where a run is lost.
+"""
+
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from statistics import fmean, stdev
+
+import numpy as np
+
+from pujax.files.durable import Line
+from pujax.types import Group
+
+WINDOW = 20  # steps that are looked at together: a step alone is noise
+
+CORRELATED = 0.5  # |r| of scores with lengths; chance gives 0.06 over 20 steps of 16 candidates
+ONE_HOT, FLAT = 0.05, 0.95  # the labels' entropy as a share of log K; τ = 0.5 gives about 0.6
+FALLEN = 1 / 3  # by which a summed log-prob has sunk, and by SURE standard errors at least
+SURE = 4.0
+CUT_OFF = 0.3  # the share of responses that reach T tokens
+FAR = 0.5  # nats a token from the reference
+WORSE = 0.02  # nats a token that SFT may lose on held-out anchors before it is said
+
+
+def group_notes(group: Group) -> dict[str, float]:
+    """Metrics of a step's groups, on the host.
+
+    `score/length_correlation` is Pearson's r of the candidates' scores with their lengths in
+    tokens, each less its mean within its group; 0 where either is all equal. `label/entropy_share`
+    is the mean entropy of the labels over the candidates, as a share of log K: 1 where they are
+    uniform.
+    """
+    scores = np.asarray(group.scores, np.float64)[:, 1:]
+    lengths = np.asarray(group.mask).sum(axis=-1)[:, 1:].astype(np.float64)
+    scores, lengths = (x - x.mean(axis=1, keepdims=True) for x in (scores, lengths))
+    spread = math.sqrt((scores**2).sum() * (lengths**2).sum())
+    labels = np.asarray(group.labels, np.float64)[:, 1:]
+    shares = labels / np.maximum(labels.sum(axis=1, keepdims=True), 1e-30)
+    entropy = -(shares * np.log(np.maximum(shares, 1e-30))).sum(axis=1)
+    return {
+        "score/length_correlation": float((scores * lengths).sum() / spread) if spread else 0.0,
+        "label/entropy_share": float(entropy.mean() / math.log(labels.shape[1])),
+    }
+
+
+class Symptoms:
+    """Sees every line of `metrics.jsonl` in its order; `of` returns what there is to say of one.
+
+    Each symptom is told of once. A resumed run shows the lines that it had to a new one first, and
+    so doesn't say again what was said.
+    """
+
+    def __init__(self) -> None:
+        self._told: set[str] = set()
+        self._first: dict[str, list[Line]] = {}
+        self._last: dict[str, deque[Line]] = {}
+        self._anchors: list[tuple[str, float]] = []
+
+    def of(self, line: Line) -> list[str]:
+        """The warnings that this line brings, each a sentence with its remedy."""
+        if line["stage"] == "eval":
+            return self._once({"memorised": self._memorised(line)})
+        first = self._first.setdefault(line["stage"], [])
+        last = self._last.setdefault(line["stage"], deque(maxlen=WINDOW))
+        if len(first) < WINDOW:
+            first.append(line)
+        last.append(line)
+        if line["stage"] != "align" or len(last) < WINDOW:
+            return []
+        found = {name: rule(first, last) for name, rule in RULES.items()}
+        where = f"align step {line['step']}: "
+        return self._once({name: said and where + said for name, said in found.items()})
+
+    def _once(self, found: Mapping[str, str | None]) -> list[str]:
+        fresh = {name: said for name, said in found.items() if said and name not in self._told}
+        self._told |= fresh.keys()
+        return list(fresh.values())
+
+    def _memorised(self, line: Line) -> str | None:
+        """SFT makes the log-prob of held-out anchors worse than it was, base included."""
+        value = line.get("eval/anchor_logp")
+        if line["model"] not in ("base", "sft") or value is None:
+            return None
+        place = "before it" if line["model"] == "base" else f"at step {line['step']}"
+        best = max(self._anchors, key=lambda one: one[1], default=(place, value))
+        self._anchors.append((place, value))
+        if value >= best[1] - WORSE:
+            return None
+        return (
+            f"sft step {line['step']}: held-out anchor log-prob {value:.3f}, and it was "
+            f"{best[1]:.3f} {best[0]}: SFT has gone too far: checkpoint.best=anchor_logp keeps the "
+            "best (with eval.every), or lower sft.steps or sft.lr"
+        )
+
+
+def _values(lines: Sequence[Line] | deque[Line], metric: str) -> list[float]:
+    """A metric of all these lines; empty where one lacks it."""
+    values = [line.get(metric) for line in lines]
+    return [value for value in values if value is not None] if None not in values else []
+
+
+def _by_length(first: Sequence[Line], last: deque[Line]) -> str | None:
+    values = _values(last, "score/length_correlation")
+    if not values or abs(fmean(values)) < CORRELATED:
+        return None
+    way = "longer" if fmean(values) > 0 else "shorter"
+    return (
+        f"scores go with length (correlation {fmean(values):.2f} over {WINDOW} steps): the student "
+        f"is taught to write {way} answers: read samples.jsonl, or take another scorer"
+    )
+
+
+def _labels(first: Sequence[Line], last: deque[Line]) -> str | None:
+    values = _values(last, "label/entropy_share")
+    if values and fmean(values) < ONE_HOT:
+        return (
+            f"labels put all on one candidate (entropy {fmean(values):.3f} of log K): raise "
+            "labels.tau"
+        )
+    if values and fmean(values) > FLAT:
+        return (
+            f"labels are nearly uniform (entropy {fmean(values):.3f} of log K): the scores hardly "
+            "tell candidates apart: raise sampling.temperature, lower labels.tau, or take another "
+            "scorer"
+        )
+    return None
+
+
+def _sinking(first: Sequence[Line], last: deque[Line]) -> str | None:
+    before, now = _values(first, "logps/chosen"), _values(last, "logps/chosen")
+    if not before or not now:
+        return None
+    error = math.hypot(stdev(before), stdev(now)) / math.sqrt(WINDOW)
+    if fmean(before) - fmean(now) < max(FALLEN * abs(fmean(before)), SURE * error):
+        return None
+    return (
+        f"the log-prob of chosen responses sinks ({fmean(before):.1f} at first, {fmean(now):.1f} "
+        "now): lower align.lr, or give the loss a weight on it (loss.nll_weight of dpo)"
+    )
+
+
+def _cut_off(first: Sequence[Line], last: deque[Line]) -> str | None:
+    values = _values(last, "samples/finished")
+    if not values or 1 - fmean(values) < CUT_OFF:
+        return None
+    return (
+        f"{1 - fmean(values):.0%} of the responses are cut off: raise data.max_response_tokens, or "
+        "set loss.mask_unfinished=true (grpo, ldl_grpo)"
+    )
+
+
+def _far(first: Sequence[Line], last: deque[Line]) -> str | None:
+    values = _values(last, "kl/ref")
+    if not values or fmean(values) < FAR:
+        return None
+    return (
+        f"the policy runs away from its reference (KL {fmean(values):.2f} nats a token): lower "
+        "align.lr, or raise loss.kl_coef or loss.beta"
+    )
+
+
+RULES: Mapping[str, Callable[[Sequence[Line], deque[Line]], str | None]] = {
+    "length": _by_length,
+    "labels": _labels,
+    "sinking": _sinking,
+    "cut off": _cut_off,
+    "far": _far,
+}
+"""What is looked for in the first and the last `WINDOW` lines of alignment."""

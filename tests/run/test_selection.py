@@ -1,0 +1,55 @@
+import doctest
+
+import pytest
+
+from pujax.errors import ConfigError
+from pujax.evaluation.metrics import METRICS
+from pujax.run import selection
+from pujax.run.selection import Criterion, criterion_of
+from pujax.run.settings import CheckpointConfig, EvalConfig, TrainConfig
+
+
+def test_the_examples_in_docstrings_hold():
+    failed, tried = doctest.testmod(selection)
+    assert (failed, tried) == (0, 4)
+
+
+def test_a_stage_that_only_gets_worse_hands_on_what_it_began_with():
+    values = {0: -1.0, 5: -1.5, 10: None, 15: -1.2}
+    criterion = Criterion("anchor_logp", higher=True, patience=3)
+    assert criterion.best(values) == 0
+    assert criterion.spent(values)
+    assert not criterion.spent({0: -1.0, 5: -1.5, 10: None})
+    assert not Criterion("anchor_logp", higher=True).spent(values)
+    assert criterion.best({0: None, 5: None}) == 0
+
+
+def chosen(best=None, patience=None, every=0):
+    config = TrainConfig(
+        checkpoint=CheckpointConfig(best=best), eval=EvalConfig(every=every, patience=patience)
+    )
+    return criterion_of(config, METRICS)
+
+
+def test_the_direction_is_the_metrics_own():
+    assert chosen() is None
+    assert chosen("exact", 2, 5) == Criterion("exact", higher=True, patience=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"best": "bleu", "every": 1}, r"checkpoint\.best='bleu': choose anchor_logp, rouge_l"),
+        ({"best": "length", "every": 1}, r"checkpoint\.best='length': choose anchor_logp"),
+        ({"best": "exact"}, r"checkpoint\.best='exact': .*eval\.every"),
+        ({"patience": 2, "every": 1}, r"eval\.patience=2: .*checkpoint\.best"),
+    ],
+)
+def test_what_cannot_choose_is_refused(settings, message):
+    with pytest.raises(ConfigError, match=message):
+        chosen(**settings)
+
+
+def test_patience_is_positive():
+    with pytest.raises(ConfigError, match=r"eval\.patience=0"):
+        EvalConfig(patience=0)

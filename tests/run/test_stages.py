@@ -1,0 +1,185 @@
+"""A stage of a toy: its one parameter counts the steps, and its held-out metric is a table."""
+
+import io
+import json
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+from rich.console import Console
+
+from pujax.models.sharding import make_mesh
+from pujax.records import Example, Prompt
+from pujax.run.checkpoint import Checkpoints, Place
+from pujax.run.data import Dataset
+from pujax.run.logs import RunLog
+from pujax.run.selection import Criterion
+from pujax.run.settings import CheckpointConfig, EvalConfig, TrainConfig
+from pujax.run.stages import Run, Stage
+from pujax.types import TrainState
+
+EXAMPLES = tuple(
+    Example(Prompt(str(i), ({"role": "user", "content": "?"},)), (1, 2), (1,), "a", (3,), True)
+    for i in range(8)
+)
+DATA = Dataset(EXAMPLES, 2, 1, 1, 0, 0, 0)
+# By step; measured are 0, 2, 4 ..., and what a stage begins with is step 0.
+RISES_AND_FALLS = [0.1, 0.2, 0.3, 0.9, 0.5, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4, 0.4]
+
+
+class Killed(BaseException):
+    """In a signal's place."""
+
+
+def fresh():
+    zero = jnp.zeros((), jnp.int32)
+    return TrainState(zero, {"embed": jnp.zeros((8, 1))}, (), zero)
+
+
+def advance(state, batch, examples):
+    params = jax.tree.map(lambda x: x + 1, state.params)
+    return TrainState(state.step + 1, params, (), state.skipped), {"loss": 1.0, "skipped": 0}, None
+
+
+def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=lambda: None):
+    """The parameter and the step that a stage hands on, and what it said.
+
+    `die` is called where a process may be killed: after each thing that is put on the disk.
+    """
+    said: list[str] = []
+
+    class Log(RunLog):
+        def step(self, *given, **more):
+            line = super().step(*given, **more)
+            die()
+            return line
+
+    class Kept(Checkpoints):
+        def save(self, *given):
+            super().save(*given)
+            die()
+
+        def save_best(self, *given):
+            super().save_best(*given)
+            die()
+
+    class Toy(Run):
+        def evaluated(self, name, step, trainable, *, keep=True) -> Any:
+            self.log.evaluation(name, step, {"eval/exact": table[int(trainable["embed"][0, 0])]})
+            die()
+
+    checkpoints = Kept(directory, keep=2, model={}, say=said.append)
+    place, state = checkpoints.newest(fresh()) or (Place("sft", 0), fresh())
+    config = TrainConfig(
+        eval=EvalConfig(every=every), checkpoint=CheckpointConfig(every=saved, keep=2)
+    )
+    unused: Any = SimpleNamespace()
+    with Log(directory, resume=(place.stage, place.step)) as log:
+        run = Toy(
+            config,
+            directory,
+            make_mesh(),
+            unused,
+            None,
+            DATA,
+            DATA,
+            {},
+            unused,
+            checkpoints,
+            log,
+            Console(file=io.StringIO()),
+            said.append,
+            lambda: 0,
+            criterion,
+        )
+        log.evaluation("base", 0, {"eval/exact": table[0]})
+        stage = Stage("sft", "sft", ("base", 0), steps, 8, before=0, salt=0, advance=advance)
+        params, step = run.through(stage, state, place.step)
+    checkpoints.close()
+    return float(params["embed"][0, 0]), step, said
+
+
+def metrics(directory):
+    lines = map(json.loads, (directory / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in line.items() if not k.startswith("time/")} for line in lines]
+
+
+def test_without_a_criterion_the_last_state_is_handed_on_and_measured_by_who_gets_it(tmp_path):
+    value, step, said = gone_through(tmp_path, RISES_AND_FALLS, steps=4, criterion=None)
+    assert (value, step, said) == (4.0, 4, [])
+    assert [line["step"] for line in metrics(tmp_path) if line["stage"] == "eval"] == [0, 2]
+    assert not (tmp_path / "best").exists()
+
+
+@pytest.mark.parametrize(
+    ("table", "steps", "patience", "best", "last"),
+    [
+        (RISES_AND_FALLS, 10, 2, 4, 8),  # step 3, which is better, is not measured
+        (RISES_AND_FALLS, 7, None, 4, 7),
+        ([0.0, 0.1, 0.2, 0.3, 0.4, 0.5], 5, 1, 5, 5),  # the last is measured too
+        ([0.5, 0.4, 0.4, 0.4, 0.4, 0.4], 5, 2, 0, 4),
+    ],
+)
+def test_the_best_of_the_measured_states_is_handed_on(tmp_path, table, steps, patience, best, last):
+    criterion = Criterion("exact", higher=True, patience=patience)
+    value, step, said = gone_through(tmp_path, table, steps=steps, criterion=criterion)
+    assert (value, step) == (best, best)
+    assert said[-1] == f"sft: exact was best after step {best} of {last}: that state is handed on"
+    assert (len(said) == 2) == (last < steps)
+    steps_done = [line["step"] for line in metrics(tmp_path) if line["stage"] == "sft"]
+    assert steps_done == list(range(1, last + 1))
+
+
+def test_a_stage_killed_anywhere_hands_on_what_one_does_that_was_not(tmp_path):
+    """The best is measured between two checkpoints, and the stage ends before its last step."""
+    table, criterion = [0.1, 0.2, 0.9, 0.5, 0.4], Criterion("exact", higher=True, patience=1)
+    moments = 0
+
+    def count():
+        nonlocal moments
+        moments += 1
+
+    (tmp_path / "whole").mkdir()
+    whole = gone_through(tmp_path / "whole", table, steps=10, criterion=criterion, die=count)
+    assert whole[:2] == (2.0, 2)
+    assert moments == 10  # 4 steps, 2 measurements, 2 states that may be best, 2 checkpoints
+    for moment in range(1, moments + 1):
+        directory = tmp_path / str(moment)
+        directory.mkdir()
+        left = moment
+
+        def die():
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+
+        with pytest.raises(Killed):
+            gone_through(directory, table, steps=10, criterion=criterion, die=die)
+        again = gone_through(directory, table, steps=10, criterion=criterion)
+        assert again[:2] == whole[:2], moment
+        assert metrics(directory) == metrics(tmp_path / "whole"), moment
+
+
+def test_a_best_state_outlives_the_loss_of_the_newest_checkpoint(tmp_path):
+    """Checkpoints after 3 and 6, and of the measured states 3 was the best by then, and 5."""
+    rising = [0.1 * step for step in range(8)]
+    criterion = Criterion("exact", higher=True)
+
+    def stop():
+        if (tmp_path / "best" / "sft-6").exists():
+            raise Killed
+
+    with pytest.raises(Killed):
+        gone_through(tmp_path, rising, steps=7, criterion=criterion, every=1, die=stop)
+    kept = {path.name for path in (tmp_path / "best").glob("sft-?")}
+    assert kept == {"sft-3", "sft-5", "sft-6"}
+    for path in (tmp_path / "checkpoints" / "6" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    falling = [0.0, 0.1, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]  # as numbers may, on another machine
+    value, step, said = gone_through(tmp_path, falling, steps=7, criterion=criterion, every=1)
+    assert (value, step) == (3.0, 3)
+    assert "going on from the one before it, 3" in said[0]

@@ -1,0 +1,93 @@
+import numpy as np
+import pytest
+from groups import make_group
+
+from pujax.run.symptoms import WINDOW, Symptoms, group_notes
+
+
+def test_the_notes_of_a_group_by_hand():
+    """Lengths 1, 2, 3 and 3, 2, 1; scores go with them in the first group, and half back after."""
+    lengths = np.array([[3, 1, 2, 3], [3, 3, 2, 1]])
+    group = make_group(
+        np.zeros((2, 4, 3)),
+        mask=np.arange(3) < lengths[..., None],
+        scores=[[9, 10, 20, 30], [9, 5, 0, 5]],
+        q=[[0, 1, 0, 0], [0.1, 0.3, 0.3, 0.3]],
+    )
+    notes = group_notes(group)
+    # Centred: scores (-10, 0, 10), (5/3, -10/3, 5/3); lengths (-1, 0, 1), (1, 0, -1).
+    r = 20 / np.sqrt((200 + 150 / 9) * 4)
+    assert notes["score/length_correlation"] == pytest.approx(r)
+    assert notes["label/entropy_share"] == pytest.approx(0.5)
+    equal = make_group(np.zeros((1, 3, 2)))
+    assert group_notes(equal)["score/length_correlation"] == 0
+    assert group_notes(equal)["label/entropy_share"] == pytest.approx(1)
+
+
+def lines(metric, values):
+    return [{"stage": "align", "step": step, metric: value} for step, value in enumerate(values, 1)]
+
+
+def told(symptoms, some):
+    return [said for line in some for said in symptoms.of(line)]
+
+
+HEALTHY = {
+    "score/length_correlation": 0.2,
+    "label/entropy_share": 0.6,
+    "logps/chosen": -9.0,
+    "samples/finished": 0.9,
+    "kl/ref": 0.05,
+}
+
+
+@pytest.mark.parametrize(
+    ("metric", "value", "said"),
+    [
+        ("score/length_correlation", 0.7, "write longer answers"),
+        ("score/length_correlation", -0.7, "write shorter answers"),
+        ("label/entropy_share", 0.01, "raise labels.tau"),
+        ("label/entropy_share", 0.99, "nearly uniform"),
+        ("samples/finished", 0.5, "of the responses are cut off: raise data.max_response"),
+        ("kl/ref", 2.0, "runs away from its reference (KL 0."),
+    ],
+)
+def test_a_symptom_is_told_once_when_it_has_lasted(metric, value, said):
+    symptoms = Symptoms()
+    assert told(symptoms, lines(metric, [HEALTHY[metric]] * 2 * WINDOW)) == []
+    (line,) = told(symptoms, lines(metric, [value] * 3 * WINDOW))
+    assert said in line
+    assert told(Symptoms(), lines(metric, [value] * (WINDOW - 1))) == []
+    assert told(Symptoms(), lines(metric, [None] * 3 * WINDOW)) == []
+
+
+def test_chosen_responses_that_sink_are_told_apart_from_noise():
+    rng = np.random.default_rng(0)
+    noise = list(-9 + 4 * rng.normal(size=10 * WINDOW))
+    assert told(Symptoms(), lines("logps/chosen", noise)) == []
+    sinking = [value - 0.05 * step for step, value in enumerate(noise)]
+    (line,) = told(Symptoms(), lines("logps/chosen", sinking))
+    assert "the log-prob of chosen responses sinks (-10.2 at first" in line
+
+
+def evaluated(model, step, value):
+    return {"stage": "eval", "model": model, "step": step, "eval/anchor_logp": value}
+
+
+def test_sft_that_makes_its_own_validation_loss_worse_is_told():
+    symptoms = Symptoms()
+    good = [evaluated("base", 0, -2.0), evaluated("sft", 5, -1.2), evaluated("sft", 10, -1.21)]
+    assert told(symptoms, good) == []
+    (line,) = told(symptoms, [evaluated("sft", 15, -1.25), evaluated("sft", 20, -1.4)])
+    assert line.startswith("sft step 15: held-out anchor log-prob -1.250, and it was -1.200 at ")
+    assert "step 5: SFT has gone too far: checkpoint.best=anchor_logp" in line
+    (line,) = told(Symptoms(), [evaluated("base", 0, -1.0), evaluated("sft", 40, -1.5)])
+    assert "it was -1.000 before it" in line
+    assert told(Symptoms(), [evaluated("base", 0, -1.0), evaluated("aligned", 40, -1.5)]) == []
+
+
+def test_lines_that_a_resumed_run_had_are_not_told_again():
+    resumed = Symptoms()
+    before = lines("kl/ref", [2.0] * WINDOW)
+    assert told(resumed, before) != []
+    assert told(resumed, lines("kl/ref", [2.0] * WINDOW)) == []
