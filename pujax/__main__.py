@@ -7,7 +7,7 @@ from pathlib import Path
 
 from pujax import __version__
 
-COMMANDS = ("train", "collect", "generate", "export", "evaluate", "report", "benchmark")
+COMMANDS = ("train", "collect", "generate", "chat", "export", "evaluate", "report", "benchmark")
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import pytest
 import pujax
 
 ROOT = Path(pujax.__file__).parent
-COMMANDS = ("train", "collect", "generate", "benchmark", "export", "evaluate", "report")
+COMMANDS = ("train", "collect", "generate", "chat", "benchmark", "export", "evaluate", "report")
 # A room imports from itself and from earlier lines alone.
 FLOORS = [
     {"errors"},

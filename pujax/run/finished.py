@@ -57,6 +57,17 @@ def model_path(path: str) -> str:
     return str(_finished(directory).model) if _is_run(directory) else path
 
 
+def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
+    """Where the model of a `run` lies, or the one at `model`; and the system message of a run.
+
+    Raises as `finished_run` does.
+    """
+    if run is None:
+        return str(model), None
+    finished = finished_run(Path(run).expanduser())
+    return str(finished.model), finished.system
+
+
 def _is_run(directory: Path) -> bool:
     # A model's directory may have a file of that name too.
     return (directory / SETTINGS).is_file() and not (directory / "config.json").is_file()

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from pujax.chat import ChatConfig
 from pujax.errors import ConfigError
 from pujax.export import ExportConfig
 from pujax.files.locate import package_file
@@ -140,6 +141,7 @@ def flat(values, prefix=""):
         ("benchmark", "", BenchmarkRun, ()),
         ("collect", "", CollectRun, ()),
         ("generate", "/tools", GenerateConfig, ("model=m",)),
+        ("chat", "/tools", ChatConfig, ("model=m",)),
         ("export", "/tools", ExportConfig, ("model=m",)),
     ],
 )
