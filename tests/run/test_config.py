@@ -29,6 +29,7 @@ from pujax.run.settings import (
     ShapeConfig,
     TrainConfig,
 )
+from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun
 
 register("train_schema", TrainConfig)
@@ -142,6 +143,7 @@ def flat(values, prefix=""):
         ("collect", "", CollectRun, ()),
         ("generate", "/tools", GenerateConfig, ("model=m",)),
         ("chat", "/tools", ChatConfig, ("model=m",)),
+        ("serve", "/tools", ServeConfig, ("model=m",)),
         ("export", "/tools", ExportConfig, ("model=m",)),
     ],
 )
