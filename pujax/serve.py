@@ -3,8 +3,9 @@
 import sys
 from dataclasses import dataclass
 
-from pujax.errors import one_of, require
-from pujax.run.commands import command
+from pujax.errors import require
+from pujax.run.commands import command, one_source
+from pujax.run.finished import require_kind
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,7 @@ class ServeConfig:
         model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
         host: the address to listen on; 0.0.0.0 is every one of this machine, for anyone.
         port: to listen on; 0 picks a free one.
-        kind: how the exported file stores matrices: F16 or Q8_0.
+        kind: how the exported file stores matrices: F16, Q8_0, Q4_1 or Q4_0.
         parallel: requests that are answered at a time.
         context: prompt and answer of a request, in tokens.
         threads: of the processor; null is llama.cpp's own choice.
@@ -32,10 +33,9 @@ class ServeConfig:
     threads: int | None = None
 
     def __post_init__(self) -> None:
-        one = (self.run is None) != (self.model is None)
-        require(one, "run", self.run, "set either run=DIRECTORY or model=PATH")
+        one_source(self.run, self.model)
         require(0 <= self.port < 2**16, "port", self.port, "must lie in [0, 65536)")
-        one_of("kind", self.kind, ("F16", "Q8_0"))
+        require_kind(self.kind)
         for key in ("parallel", "context"):
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         many = self.threads is None or self.threads > 0

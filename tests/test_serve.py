@@ -50,21 +50,21 @@ def run(tmp_path_factory):
 
 def test_a_run_is_exported_once_and_again_when_its_model_is_another(run):
     said = []
-    first = to_serve(str(run.parent), None, kind="Q8_0", say=said.append)
+    first = to_serve(str(run.parent), None, kind="Q4_0", say=said.append)
     assert (first.name, first.system) == ("mine", SYSTEM)
     assert first.path.parent == run / "gguf"
-    again = to_serve(str(run), None, kind="Q8_0", say=said.append)
+    again = to_serve(str(run), None, kind="Q4_0", say=said.append)
     assert again == first
     assert len(said) == 1
     before = (run / "export" / "config.json").read_text()
     (run / "export" / "config.json").write_text(before + "\n")
-    other = to_serve(str(run), None, kind="Q8_0", say=said.append)
+    other = to_serve(str(run), None, kind="Q4_0", say=said.append)
     assert other.path != first.path
     (run / "export" / "config.json").write_text(before)
 
 
 def test_a_gguf_file_is_served_as_it_lies(run):
-    kept = to_serve(str(run), None, kind="Q8_0", say=print).path
+    kept = to_serve(str(run), None, kind="Q4_0", say=print).path
     assert to_serve(None, str(kept), kind="F16", say=print) == Served(kept, kept.name)
 
 
@@ -85,8 +85,8 @@ def test_the_runs_system_message_stands_before_who_says_none():
 
 
 def test_a_run_is_asked_as_openais_api_and_a_signal_ends_it(run):
-    to_serve(str(run), None, kind="Q8_0", say=print)
-    told = ("port=0", "parallel=1", "context=256", "threads=1")
+    to_serve(str(run), None, kind="Q4_0", say=print)
+    told = ("kind=Q4_0", "port=0", "parallel=1", "context=256", "threads=1")
     with subprocess.Popen(
         [sys.executable, "-m", "pujax.serve", f"run={run}", *told],
         stdout=subprocess.PIPE,

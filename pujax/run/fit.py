@@ -39,6 +39,7 @@ from pujax.run.data import Dataset, batch_at, collate, load_data
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.provenance import provenance
 from pujax.run.settings import TrainConfig
 from pujax.run.student import like_state, load_student, new_state
 from pujax.types import Batch, Group, LossFn, Params, TrainState
@@ -447,6 +448,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     for key in ("teacher", "collect"):  # no business of whoever gets the model
         del config[key]
     card = {"student": run.config.model.path} | config
+    card |= provenance(run.config.model.path, run.config, tables.markdown(made))
     whole = assemble(run.base, params)
     export_hf(run.model.config, whole, run.chat, directory / "export", card)
     run.pause("after the export")
