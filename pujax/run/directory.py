@@ -17,7 +17,7 @@ from pujax.run.settings import TrainConfig
 DONE, LOCK = "done", ".lock"
 
 UNTOUCHED = frozenset(
-    ("run", "resume", "trusted", "checkpoint", "eval.every", "eval.batch", "mesh", "collect")
+    ("run", "resume", "trusted", "checkpoint", "log", "eval.every", "eval.batch", "mesh", "collect")
 )
 """Settings that may differ when a run goes on: they don't touch its numbers.
 

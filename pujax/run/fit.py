@@ -42,6 +42,7 @@ from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.provenance import provenance
 from pujax.run.settings import TrainConfig
 from pujax.run.student import like_state, load_student, new_state
+from pujax.run.trackers import telling
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 
@@ -99,7 +100,10 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         if state is not None:
             say(f"resuming after {place.stage} step {place.step}")
         resume = None if config.resume == "never" else (place.stage, place.step)
-        with RunLog(directory, resume=resume) as log:
+        with (
+            telling(config, directory, say) as tell,
+            RunLog(directory, resume=resume, tell=tell) as log,
+        ):
             run = Run(
                 config,
                 directory,

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.errors import require
+from pujax.errors import one_of, require
 from pujax.records import Sampling
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
@@ -299,6 +299,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class LogConfig:
+    """Who is told of a run's metrics, beside its own files.
+
+    Attributes:
+        to: trackers: any of trackio, wandb and mlflow, each an extra of that name.
+    """
+
+    to: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            one_of("log.to", name, ("trackio", "wandb", "mlflow"))
+
+
+@dataclass(frozen=True)
 class EvalConfig:
     """Held-out evaluation.
 
@@ -379,6 +394,7 @@ class TrainConfig:
         align: the second stage: learning from ranked candidates.
         optim: AdamW, of both stages.
         checkpoint: when the state is saved.
+        log: who is told of its metrics.
         eval: held-out evaluation.
         mesh: devices.
     """
@@ -399,6 +415,7 @@ class TrainConfig:
     align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 
