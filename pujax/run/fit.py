@@ -36,6 +36,7 @@ from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, batch_at, collate, load_data
+from pujax.run.ending import ending
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog, SampleGroup, progress
@@ -135,6 +136,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made.append(run.evaluated("aligned", config.align.steps, params))
         finish(run, params, made)
     checkpoints.close()
+    say(ending(directory, clean=config.checkpoint.clean))
 
 
 def supervised(run: "Run", trainable: Params, state: TrainState | None, done: int) -> Params:
@@ -461,7 +463,6 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     run.console.print(tables.table(made))
     for line in findings.told(made):
         run.say(line)
-    run.say(f"run: {directory}\nplot: {directory / 'curves.png'}")
     run.pause("before it was marked as done")
     write_whole(directory / "done", b"")
 

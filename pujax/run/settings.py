@@ -288,10 +288,12 @@ class CheckpointConfig:
     Attributes:
         every: steps.
         keep: how many of the newest stay.
+        clean: remove them all when the run is done, which goes on from none of them any more.
     """
 
     every: int = 50
     keep: int = 2
+    clean: bool = False
 
     def __post_init__(self) -> None:
         require(self.every > 0, "checkpoint.every", self.every, "must be positive")
