@@ -102,6 +102,7 @@ def _trackio(trackio: Any, run: Tracked) -> Tracker:
 
 def _wandb(wandb: Any, run: Tracked) -> Tracker:
     """Weights & Biases writes into the run's directory; `wandb sync` or WANDB_MODE=online sends."""
+    os.environ.setdefault("WANDB_SILENT", "true")
     begun = wandb.init(
         project=run.project,
         name=run.name,
@@ -115,9 +116,9 @@ def _wandb(wandb: Any, run: Tracked) -> Tracker:
 
 
 def _mlflow(mlflow: Any, run: Tracked) -> Tracker:
-    """MLflow keeps runs in mlruns/ beside the folder of runs, or where MLFLOW_TRACKING_URI says."""
+    """MLflow keeps runs in mlflow.db beside those of this name, or where MLFLOW_TRACKING_URI says."""
     if "MLFLOW_TRACKING_URI" not in os.environ:
-        mlflow.set_tracking_uri((run.directory.parents[1] / "mlruns").as_uri())
+        mlflow.set_tracking_uri(f"sqlite:///{run.directory.parent / 'mlflow.db'}")
     mlflow.set_experiment(run.project)
     known = mlflow.search_runs(
         filter_string=f"tags.pujax = '{run.id}'", output_format="list", max_results=1

@@ -93,7 +93,7 @@ def test_nothing_leaves_the_machine_unless_the_environment_says_so(tmp_path, mon
     with telling(config("wandb"), tmp_path / "runs" / "mine" / "now", print):
         assert fake.settings["mode"] == "offline"
     with telling(config("mlflow"), tmp_path / "runs" / "mine" / "now", print):
-        assert fake.uri == (tmp_path / "runs" / "mlruns").as_uri()
+        assert fake.uri == f"sqlite:///{tmp_path}/runs/mine/mlflow.db"
 
 
 def test_a_tracker_that_fails_is_told_no_more_and_the_others_are(tmp_path, monkeypatch):
