@@ -116,7 +116,7 @@ def _wandb(wandb: Any, run: Tracked) -> Tracker:
 
 
 def _mlflow(mlflow: Any, run: Tracked) -> Tracker:
-    """MLflow keeps runs in mlflow.db beside those of this name, or where MLFLOW_TRACKING_URI says."""
+    """MLflow keeps runs in mlflow.db beside them, or where MLFLOW_TRACKING_URI says."""
     if "MLFLOW_TRACKING_URI" not in os.environ:
         mlflow.set_tracking_uri(f"sqlite:///{run.directory.parent / 'mlflow.db'}")
     mlflow.set_experiment(run.project)
