@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from typing import Any
 
 import jax
 import pytest
@@ -75,7 +76,8 @@ def talk(monkeypatch, said, *, forgiving=False, interrupt=(), refuse=(), system=
         return Reply("", True, 1, 1)
 
     monkeypatch.setattr("pujax.run.streaming.answer_aloud", answer)
-    converse(None, said, ChatConfig(model="x"), system, forgiving=forgiving)
+    nobody: Any = None
+    converse(nobody, said, ChatConfig(model="x"), system, forgiving=forgiving)
     return seen
 
 

@@ -101,7 +101,7 @@ def turns_of(chat: Chat) -> Turns | None:
     before_S, before_U, before_A, before_V, end = _parts(whole, 4)
     user_after, answer_after = _parts(asked, 2)[-1], _parts(answered, 3)[-1]
     user_before = before_V.removeprefix(answer_after)
-    bos = chat.tokenizer.bos_token or ""
+    bos = str(chat.tokenizer.bos_token or "")
     # ChatML's BOS, where it has one, begins every turn.
     head = bos if before_S.startswith(bos) and not user_before.startswith(bos) else ""
     around = {

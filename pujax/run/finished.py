@@ -168,7 +168,8 @@ def export(
         if out.is_file():
             raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
         out = out / f"model-{kind}.gguf"
-    source, card, system = str(model), {"student": str(model)}, None
+    source, system = str(model), None
+    card: dict[str, Any] = {"student": source}
     if run is not None:
         finished = finished_run(run)
         source, card, system = str(finished.model), finished.card(), finished.system

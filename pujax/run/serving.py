@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import importlib
 import importlib.util
 import json
 import os
@@ -11,6 +12,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pujax
 from pujax.errors import ConfigError
@@ -122,10 +124,9 @@ def serve(
     `ready` is given the server's address. Raises `ConfigError` where the server does not start; its
     reason then stands on standard error.
     """
-    import xllamacpp
-
     from pujax.files import gguf
 
+    xllamacpp: Any = importlib.import_module("xllamacpp")
     settings = xllamacpp.CommonParams()
     settings.model.path = str(served.path)
     settings.model_alias = {served.name}  # what answers name: not the file's whole path
