@@ -7,7 +7,17 @@ from pathlib import Path
 
 from pujax import __version__
 
-COMMANDS = ("train", "collect", "generate", "export", "evaluate", "report", "benchmark")
+COMMANDS = (
+    "train",
+    "collect",
+    "generate",
+    "chat",
+    "serve",
+    "export",
+    "evaluate",
+    "report",
+    "benchmark",
+)
 
 
 def main() -> None:

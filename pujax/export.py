@@ -8,6 +8,7 @@ from omegaconf import MISSING
 
 from pujax.errors import one_of, require
 from pujax.run.commands import command, one_source
+from pujax.run.finished import require_kind
 
 
 @dataclass(frozen=True)
@@ -20,8 +21,9 @@ class ExportConfig:
         out: a new or empty directory, or an earlier export's; for gguf a file's name.
         format: hf (a directory, for transformers and vLLM), gguf (a file, for llama.cpp) or peft
             (the adapter of a LoRA run).
-        kind: how gguf stores matrices: F16 or Q8_0.
+        kind: how gguf stores matrices: F16, Q8_0, Q4_1 or Q4_0.
         dtype: how hf stores tensors: float32, bfloat16 or float16.
+        push: a model on the hub, OWNER/NAME, that gets it too; a new one is private.
     """
 
     run: str | None = None
@@ -30,11 +32,12 @@ class ExportConfig:
     format: str = "hf"
     kind: str = "F16"
     dtype: str = "float32"
+    push: str | None = None
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
         one_of("format", self.format, ("hf", "gguf", "peft"))
-        one_of("kind", self.kind, ("F16", "Q8_0"))
+        require_kind(self.kind)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require(
             self.format != "peft" or self.run is not None,
@@ -56,6 +59,7 @@ def run(settings: ExportConfig) -> None:
             format=settings.format,
             kind=settings.kind,
             dtype=settings.dtype,
+            push=settings.push,
             say=lambda text: print(f"pujax.export: {text}", file=sys.stderr),
         )
     )

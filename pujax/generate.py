@@ -1,7 +1,6 @@
 """`pujax generate`: answers from a run, a Hugging Face directory or a GGUF file."""
 
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain, islice
@@ -10,6 +9,7 @@ from pathlib import Path
 from pujax.errors import ConfigError, require
 from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
+from pujax.run.typed import lines, told
 
 BATCH = 8  # prompts of standard input that are answered at once
 
@@ -98,37 +98,6 @@ def answer(settings: GenerateConfig) -> None:
             print(reply.text, flush=True)
             if not reply.finished:
                 print(f"[cut at max_tokens={settings.max_tokens}]", file=sys.stderr)
-
-
-def told(key: str, value: str | None) -> str | None:
-    """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
-
-    Raises `ConfigError`.
-    """
-    if value is None or not value.startswith("@"):
-        return value
-    if value.startswith("@@"):
-        return value[1:]
-    try:
-        return Path(value[1:]).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
-        raise ConfigError(
-            f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
-        ) from error
-
-
-def lines() -> Iterator[str]:
-    """The lines of standard input. Raises `ConfigError` naming one that is not UTF-8."""
-    for number, line in enumerate(sys.stdin.buffer, 1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise ConfigError(
-                f"standard input, line {number}: not UTF-8 ({error.reason} at byte "
-                f"{error.start + 1}): convert it first, as with `iconv -f latin1 -t utf-8`"
-            ) from error
-        yield text.rstrip("\r\n")
 
 
 main = command("generate", GenerateConfig, run, folder="tools")

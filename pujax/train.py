@@ -4,6 +4,7 @@ from pujax.run.commands import command, swept
 from pujax.run.compilation import compile_once
 from pujax.run.directory import run_directory
 from pujax.run.settings import TrainConfig
+from pujax.run.trackers import require_trackers
 
 
 def run(config: TrainConfig) -> None:
@@ -11,6 +12,7 @@ def run(config: TrainConfig) -> None:
 
     What a sweep goes through is in the directories' names.
     """
+    require_trackers(config.log.to)
     with run_directory(config, swept()) as directory:
         compile_once()
         from pujax.run.fit import fit

@@ -9,7 +9,10 @@ import pytest
 import pujax
 
 ROOT = Path(pujax.__file__).parent
-COMMANDS = ("train", "collect", "generate", "benchmark", "export", "evaluate", "report")
+COMMANDS = (
+    *("train", "collect", "generate", "chat", "serve", "export", "evaluate", "report"),
+    "benchmark",
+)
 # A room imports from itself and from earlier lines alone.
 FLOORS = [
     {"errors"},

@@ -14,6 +14,13 @@ _TOKENIZER_FILES = "pujax_tokenizer_files: "
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
+_LIMITS = (
+    "## Limits\n\nWhat is measured above is all that was: prompts like those it was trained on, "
+    "each answered once, with the likeliest token each time. Nobody looked at prompts of another "
+    "kind, longer conversations, other languages, bias or safety. It learned to answer like "
+    "another model, and so that one's mistakes and refusals too."
+)
+
 _SHOWN = re.compile(
     r"(seed|(sampling|scorer|labels|loss|sft|align|optim|model\.(dtype|lora))(\..+)?"
     r"|data\.(max_prompt_tokens|max_response_tokens|on_too_long))"
@@ -33,26 +40,36 @@ def model_card(
 ) -> str:
     """A README.md with the front matter of the model hub, and in it the `tokenizer_files`.
 
-    `card` has the run's settings, or for a model without a run `student`, where it came from.
-    What made the model is listed; the teacher's settings, paths and headers are not.
+    `card` has the run's settings, or for a model without a run `student`, where it came from; and
+    with it what `pujax.run.provenance` found: `results`, `answers_by` and `licence`. What made the
+    model is listed; the teacher's settings, paths and headers are not.
     """
     origin = student(card)
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", _TAG]
     if _HUB_ID.fullmatch(origin) and not Path(origin).exists():
         front.append(f"base_model: {origin}")
+    licence = card.get("licence")
+    if licence is not None and re.fullmatch(r"[\w.-]+", str(licence)):
+        front.append(f"license: {licence}")
     if library == "transformers":
         front.append(f"{_TOKENIZER_FILES}[{', '.join(tokenizer_files)}]")
     parts = [
         "\n".join([*front, "---"]),
         f"A {config.family} model of {config.layers} layers, written by pujax. The licence of the "
-        "model that it was trained from applies.",
+        f"model that it was trained from applies{'' if licence is None else f': {licence}'}.",
     ]
+    if origin.startswith("package://") or _HUB_ID.fullmatch(origin):
+        parts.append(f"It was made from {_plain(origin)}.")
     if "align" in card:
         parts.append(
             "It was aligned with pujax: another model answered each prompt once; this one wrote "
             "several candidates, ranked them with that answer in view, and learned from the "
-            "ranking. The terms of the model that gave the answers may apply too."
+            "ranking. The terms of the model that gave the answers may apply too"
+            f"{_named(card.get('answers_by'))}."
         )
+    if card.get("results"):
+        parts.append(f"## Results\n\n{card['results']}")
+        parts.append(_LIMITS)
     system = _section(card, "data").get("system")
     if system is not None:
         quoted = "\n".join(f"> {_plain(line)}" for line in str(system).splitlines() or [""])
@@ -61,6 +78,10 @@ def model_card(
     if rows:
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
+
+
+def _named(names: Any) -> str:
+    return f": {_plain(', '.join(names))}" if names else ""
 
 
 def is_card(path: Path) -> bool:

@@ -70,7 +70,7 @@ def export_gguf(
     *,
     kind: str = "F16",
 ) -> None:
-    """Write what llama.cpp loads: one file, matrices in `kind` (F16 or Q8_0), tokenizer inside.
+    """Write what llama.cpp loads: one file, its tokenizer inside; `kind` as for `gguf.write`.
 
     An adapter in `params` is merged. Raises `WeightsError` for traits that GGUF can't say,
     `ConfigError` for a file there that no export wrote, `DiskError` where it can't be written.

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from gguf import GGMLQuantizationType, GGUFWriter, LlamaFileType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, GGUFWriter, LlamaFileType
 from gguf.quants import dequantize, quant_shape_to_byte_shape, quantize
 
 import pujax
@@ -60,9 +60,13 @@ _RANKS = range(1, 5)  # GGML knows tensors of no other
 
 _AGAIN = "the file is truncated: fetch it again"
 
-_FILE_TYPES = {"F16": LlamaFileType.MOSTLY_F16, "Q8_0": LlamaFileType.MOSTLY_Q8_0}
-
-_Q8_BLOCK = 32
+_FILE_TYPES = {
+    "F16": LlamaFileType.MOSTLY_F16,
+    "Q8_0": LlamaFileType.MOSTLY_Q8_0,
+    "Q4_1": LlamaFileType.MOSTLY_Q4_1,
+    "Q4_0": LlamaFileType.MOSTLY_Q4_0,
+}
+"""The kinds of files that are written, those with a quantiser in the package `gguf`."""
 
 
 @dataclass(frozen=True)
@@ -335,7 +339,10 @@ def write(
     *,
     kind: str = "F16",
 ) -> None:
-    """Write a model as one file, its matrices in `kind` (F16 or Q8_0), `tokenizer`'s keys inside.
+    """Write a model as one file, its matrices in `kind`, `tokenizer`'s keys inside.
+
+    `kind` is F16, Q8_0, Q4_1 or Q4_0. With 4 bits the table of tokens and the one that unembeds
+    have 8, since a rounding of those is felt most.
 
     Tensors are written one at a time, to a name of its own that becomes `path` at the end. Raises
     `WeightsError` for traits that GGUF can't say, and `DiskError`.
@@ -394,13 +401,17 @@ def _shapes(
     if config.rope_scaling is not None:
         yield "rope_freqs.weight", (config.head_width // 2,), GGMLQuantizationType.F32
     for entry in entries(config):
-        name, shape = _name(config, entry), entry.shape
-        if len(shape) == 1:
-            yield name, shape, GGMLQuantizationType.F32
-        elif kind == "Q8_0" and shape[-1] % _Q8_BLOCK == 0:
-            yield name, shape, GGMLQuantizationType.Q8_0
-        else:
-            yield name, shape, GGMLQuantizationType.F16
+        yield _name(config, entry), entry.shape, _kind(entry, kind)
+
+
+def _kind(entry: Entry, kind: str) -> GGMLQuantizationType:
+    """The type of a tensor in a file of that kind."""
+    if len(entry.shape) == 1:
+        return GGMLQuantizationType.F32
+    if kind.startswith("Q4") and entry.path[-1] in ("embed", "unembed"):
+        kind = "Q8_0"
+    block, _ = GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    return GGMLQuantizationType["F16" if entry.shape[-1] % block else kind]
 
 
 def _tensors(config: DecoderConfig, params: Params) -> Iterator[np.ndarray]:
@@ -419,7 +430,5 @@ def _name(config: DecoderConfig, entry: Entry) -> str:
 
 
 def _stored_bytes(shape: tuple[int, ...], kind: GGMLQuantizationType) -> int:
-    count = int(np.prod(shape))
-    if kind == GGMLQuantizationType.Q8_0:
-        return count // _Q8_BLOCK * (_Q8_BLOCK + 2)  # a half-precision scale a block
-    return count * (2 if kind == GGMLQuantizationType.F16 else 4)
+    block, size = GGML_QUANT_SIZES[kind]
+    return int(np.prod(shape)) // block * size

@@ -27,6 +27,22 @@ def conf_dir() -> str:
     raise ConfigError(f"no conf/train.yaml beside {package}: reinstall pujax")
 
 
+def shipped(path: str) -> str:
+    """Where an experiment's file lies: below the folder one is in, as in a clone, or with pujax.
+
+    What `${shipped:quickstart/train.jsonl}` stands for in conf/experiment/.
+    """
+    name, package = f"experiments/{path}", Path(__file__).resolve().parents[1]
+    if not Path(name).is_file():
+        for folder in (package, package.parent):
+            if (folder / name).is_file():
+                return str(folder / name)
+    return name
+
+
+OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+
+
 def register(name: str, schema: type) -> None:
     """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
     ConfigStore.instance().store(name=name, node=structured(schema))

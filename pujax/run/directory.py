@@ -17,7 +17,17 @@ from pujax.run.settings import TrainConfig
 DONE, LOCK = "done", ".lock"
 
 UNTOUCHED = frozenset(
-    ("run", "resume", "trusted", "checkpoint.every", "checkpoint.keep", "mesh", "collect")
+    (
+        "run",
+        "resume",
+        "trusted",
+        "checkpoint.every",
+        "checkpoint.keep",
+        "checkpoint.clean",
+        "log",
+        "mesh",
+        "collect",
+    )
 )
 MEASURING = frozenset(("eval.every", "eval.batch"))
 """Settings that may differ when a run goes on: they don't touch its numbers, and those that measure

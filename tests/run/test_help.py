@@ -6,6 +6,7 @@ from typing import get_type_hints
 
 import pytest
 
+from pujax.chat import ChatConfig
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
@@ -13,11 +14,12 @@ from pujax.report import ReportConfig
 from pujax.run.compose import conf_dir, register
 from pujax.run.help import COLUMN, WIDTH, help_of, meanings
 from pujax.run.settings import BenchmarkRun, TrainConfig
+from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun, DatasetConfig
 
 COMMANDS = (
     *(TrainConfig, BenchmarkRun, CollectRun, GenerateConfig, ExportConfig),
-    *(EvaluateConfig, ReportConfig, DatasetConfig),
+    *(EvaluateConfig, ReportConfig, DatasetConfig, ChatConfig, ServeConfig),
 )
 
 

@@ -1,0 +1,159 @@
+"""A model behind llama.cpp's server, OpenAI's API on this machine."""
+
+import errno
+import hashlib
+import importlib
+import importlib.util
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pujax
+from pujax.errors import ConfigError
+from pujax.files.durable import on_disk
+from pujax.files.locate import locate
+from pujax.run.finished import finished_run
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class Served:
+    """A GGUF file, what it is called, and the system message of who asks without one."""
+
+    path: Path
+    name: str
+    system: str | None = None
+
+
+def to_serve(
+    run: str | None, model: str | None, *, kind: str, say: Callable[[str], None]
+) -> Served:
+    """The GGUF file of a run's model or of the one at `model`, exported unless that was done.
+
+    What is exported is kept in the run's directory, and for a `model` in the user's cache, under
+    the digest of the files that it was made of. A `model` that is a GGUF file is served as it is.
+    Raises what finding, reading and exporting the model raises.
+    """
+    if run is not None:
+        finished = finished_run(Path(run).expanduser())
+        directory = finished.model.parent.resolve()
+        served = Served(finished.model, directory.parent.name, finished.system)
+        folder = directory / "gguf"
+    else:
+        served = Served(locate(str(model)), Path(str(model)).name)
+        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+        folder = home / "pujax" / "gguf"
+    if served.path.is_file():
+        return served
+    kept = folder / f"{content_of(served.path)[:16]}-{kind}.gguf"
+    if not kept.exists():
+        from pujax.files import weights
+        from pujax.files.chat import Chat
+        from pujax.files.export import export_gguf
+
+        say(f"writing {kept}, which is kept")
+        config, params = weights.load(served.path)
+        export_gguf(config, params, Chat.load(served.path), kept, kind=kind)
+    return Served(kept, served.name, served.system)
+
+
+def content_of(model: Path) -> str:
+    """The digest of what an export makes of a model's directory: its files and our version."""
+    whole = hashlib.sha256(pujax.__version__.encode())
+    for file in sorted(path for path in model.iterdir() if path.is_file()):
+        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
+            with on_disk(file), file.open("rb") as content:
+                whole.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    return whole.hexdigest()
+
+
+def with_system(template: str, system: str) -> str:
+    """A chat template that puts `system` before a conversation that has no system message."""
+    message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
+    return (
+        "{%- if not messages or messages[0]['role'] != 'system' %}"
+        f"{{%- set messages = [{message}] + messages %}}"
+        "{%- endif %}" + template
+    )
+
+
+def require_server() -> None:
+    """Raise `ConfigError` where llama.cpp is not installed."""
+    if importlib.util.find_spec("xllamacpp") is None:
+        raise ConfigError(
+            "llama.cpp is not installed, which serves the model: pip install 'pujax[serve]'"
+        )
+
+
+def require_free(host: str, port: int) -> None:
+    """Raise `ConfigError` unless a server may listen there."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as tried:
+        tried.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            tried.bind((host, port))
+        except OSError as error:
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"port={port}: in use on {host}: choose another, or port=0 for a free one"
+                ) from error
+            raise ConfigError(
+                f"host={host!r} port={port}: {error.strerror}: choose an address of this machine"
+            ) from error
+
+
+def serve(
+    served: Served,
+    *,
+    host: str,
+    port: int,
+    parallel: int,
+    context: int,
+    threads: int | None,
+    ready: Callable[[str], None],
+) -> None:
+    """Serve until SIGINT or SIGTERM, then end the process with status 0.
+
+    `ready` is given the server's address. Raises `ConfigError` where the server does not start; its
+    reason then stands on standard error.
+    """
+    from pujax.files import gguf
+
+    xllamacpp: Any = importlib.import_module("xllamacpp")
+    settings = xllamacpp.CommonParams()
+    settings.model.path = str(served.path)
+    settings.model_alias = {served.name}  # what answers name: not the file's whole path
+    settings.hostnames = [host]
+    settings.port = port
+    settings.n_parallel = parallel
+    settings.n_ctx = context * parallel  # shared by the requests in flight
+    settings.verbosity = 1  # errors alone
+    if threads is not None:
+        settings.cpuparams.n_threads = threads
+    if served.system is not None:
+        template = gguf.read(served.path).metadata.get("tokenizer.chat_template", "")
+        settings.chat_template = with_system(template, served.system)
+    # Any thread may get the signal, and of those of the library none runs Python's handlers: what
+    # wakes this one is the byte that Python writes as soon as a signal comes.
+    asleep, waker = socket.socketpair()
+    waker.setblocking(False)
+    signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
+    for number in STOPS:
+        signal.signal(number, lambda *_: None)
+    try:
+        server = xllamacpp.Server(settings)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{served.path}: llama.cpp can't serve it on {host}:{port}: its reason stands above"
+        ) from error
+    ready(server.listening_address)
+    sys.stdout.flush()
+    asleep.recv(1)
+    os._exit(0)  # the library's own end waits for ever when a request is in flight

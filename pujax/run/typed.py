@@ -1,0 +1,38 @@
+"""What a command is told at length: a text in a file, lines on standard input."""
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pujax.errors import ConfigError
+
+
+def told(key: str, value: str | None) -> str | None:
+    """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
+
+    Raises `ConfigError`.
+    """
+    if value is None or not value.startswith("@"):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    try:
+        return Path(value[1:]).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
+        raise ConfigError(
+            f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
+        ) from error
+
+
+def lines() -> Iterator[str]:
+    """The lines of standard input. Raises `ConfigError` naming one that is not UTF-8."""
+    for number, line in enumerate(sys.stdin.buffer, 1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"standard input, line {number}: not UTF-8 ({error.reason} at byte "
+                f"{error.start + 1}): convert it first, as with `iconv -f latin1 -t utf-8`"
+            ) from error
+        yield text.rstrip("\r\n")

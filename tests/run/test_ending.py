@@ -1,0 +1,32 @@
+"""The last words of a run, and what it takes of the disk."""
+
+from pujax.run.ending import amount, ending, size_of
+
+
+def finished(directory):
+    for name, size in (("checkpoints/9/state", 3 << 20), ("reference/x", 2 << 20), ("done", 0)):
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(bytes(size))
+    return directory
+
+
+def test_a_run_says_what_it_takes_and_what_of_that_is_needed_no_more(tmp_path):
+    run = finished(tmp_path)
+    assert ending(run, clean=False).splitlines() == [
+        f"run: {run}",
+        f"report: {run}/report.html",
+        f"model: {run}/export",
+        f"disk: 5 MiB, 3 MiB of it {run}/checkpoints, which is needed no more: remove it, or set "
+        "checkpoint.clean=true",
+        f"next: pujax chat run={run}, or serve, export, evaluate",
+    ]
+    assert size_of(run) == 5 << 20
+
+
+def test_a_run_that_cleans_up_keeps_its_reference(tmp_path):
+    run = finished(tmp_path)
+    assert "disk: 2 MiB\n" in ending(run, clean=True)
+    assert not (run / "checkpoints").exists()
+    assert size_of(run / "reference") == 2 << 20
+    assert amount(3 << 29) == "1.5 GiB"
