@@ -122,7 +122,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 begun = ("sft", step)
             done = place.step if place.stage == "align" else 0
             params, step = aligned(run, recipe, loss_fn, reference, begun, state, done)
-            made.append(run.evaluated("aligned", step, params))
+            # A stage of no steps leaves what it began with, which has been evaluated.
+            same = None if config.align.steps else made[-1]
+            made.append(run.evaluated("aligned", step, params, same=same))
         finish(run, params, made)
     checkpoints.close()
     say(ending(directory, clean=config.checkpoint.clean))

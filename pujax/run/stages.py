@@ -106,11 +106,23 @@ class Run:
             )
 
     def evaluated(
-        self, name: str, step: int, trainable: Params, *, keep: bool = True
+        self,
+        name: str,
+        step: int,
+        trainable: Params,
+        *,
+        keep: bool = True,
+        same: Evaluation | None = None,
     ) -> Evaluation:
-        """The held-out evaluation of a model, from the disk if this run has made it before."""
+        """The held-out evaluation of a model, from the disk if this run has made it before.
+
+        `same` is one of the same parameters under another name.
+        """
         examples = self.heldout.examples[: self.config.eval.prompts]
         result = self._kept(name, examples) if keep else None
+        if result is None and same is not None:
+            result = replace(same, model=name)
+            results.save(result, self.directory)
         if result is None:
             settings, batch = self.config.eval, self.config.eval.batch
 

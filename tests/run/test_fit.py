@@ -15,6 +15,8 @@ from hydra import compose, initialize_config_dir
 from rich.console import Console
 
 from pujax.errors import ConfigError, DataError, NonFiniteError
+from pujax.evaluation import results
+from pujax.evaluation.answering import evaluate
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.compose import conf_dir, from_hydra, register
@@ -166,6 +168,21 @@ def test_parameters_that_are_not_finite_are_named_and_not_the_learning_rate(tmp_
     with pytest.raises(NonFiniteError, match=r"it began with are not finite .*embed") as caught:
         fit(config, tmp_path, console=Console(quiet=True))
     assert "lower" not in str(caught.value)
+
+
+def test_a_stage_of_no_steps_is_not_evaluated_again(tmp_path, monkeypatch):
+    asked = []
+
+    def counted(*given, name, **settings):
+        asked.append(name)
+        return evaluate(*given, name=name, **settings)
+
+    monkeypatch.setattr("pujax.run.stages.evaluate", counted)
+    config = config_of("sft.steps=0", "align.steps=0", "eval.prompts=2", "eval.batch=8")
+    fit(config, tmp_path, console=Console(file=io.StringIO()))
+    assert asked == ["base"]
+    base, aligned = (results.load(tmp_path / f"eval-{name}.jsonl") for name in ("base", "aligned"))
+    assert aligned == dataclasses.replace(base, model="aligned")
 
 
 def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
