@@ -8,7 +8,7 @@ import numpy as np
 
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, QUALITY
-from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.results import Evaluation, Row, of_run
 from pujax.evaluation.statistics import FEW, compare
 from pujax.evaluation.tables import interval, verdict
 from pujax.records import Prompt
@@ -29,14 +29,25 @@ class Verdict:
 
 
 def judge(evaluations: Sequence[Evaluation]) -> Verdict:
-    """How the last model does against the one before it; a collapse goes before any gain."""
-    last = evaluations[-1]
+    """How a run's last model does against the one before it; a collapse goes before any gain.
+
+    Models that were put beside the run's own are spoken of after those, and colour nothing.
+    """
+    own = of_run(evaluations)
+    last = own[-1]
+    if collapse := next(iter(collapses(last)), None):
+        found = Verdict(f"Not a success, whatever the averages say: {collapse}.", "loss")
+    elif len(own) < 2:
+        alone = f"Only {last.model} has been evaluated, on {len(last.rows)} prompts."
+        found = Verdict(alone if len(evaluations) == 1 else "", "")
+    else:
+        found = _against(own[-2], last)
+    beside = [_against(last, other).sentence for other in evaluations if other not in own]
+    return Verdict(" ".join(filter(None, [found.sentence, *beside])), found.style)
+
+
+def _against(before: Evaluation, last: Evaluation) -> Verdict:
     prompts = len(last.rows)
-    for collapse in collapses(last):
-        return Verdict(f"Not a success, whatever the averages say: {collapse}.", "loss")
-    if len(evaluations) < 2:
-        return Verdict(f"Only {last.model} has been evaluated, on {prompts} prompts.", "")
-    before = evaluations[-2]
     differences = compare(before, last)
     found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
     for metric in (metric for metric in QUALITY if metric in differences):
@@ -61,8 +72,10 @@ def judge(evaluations: Sequence[Evaluation]) -> Verdict:
 
 def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     """What speaks against taking the table at its word, each in a sentence with its remedy."""
-    first, last = evaluations[0], evaluations[-1]
-    found = [f"{collapse}: read the answers" for collapse in collapses(last)]
+    own = of_run(evaluations)
+    first = evaluations[0]
+    looked_at = [own[-1], *(other for other in evaluations if other not in own)]
+    found = [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
     found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
     if len(first.rows) < FEW:
         found.append(

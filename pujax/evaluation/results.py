@@ -1,7 +1,7 @@
 """What a model did on the held-out prompts: rows of values, on the disk and in memory."""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,11 +132,21 @@ def _row(line: Mapping[str, Any]) -> Row:
     return Row(**texts, values=values, samples=tuple(samples))
 
 
+OWN = ("base", "sft", "aligned")
+"""What a run calls the models that it evaluates itself, in their order."""
+
+
 def load_all(directory: Path) -> list[Evaluation]:
-    """The evaluations that a run's directory has, in the order in which a run makes them."""
-    order = {"base": 0, "sft": 1, "aligned": 2}
+    """The evaluations that a directory has, a run's own first, in the order it makes them."""
+    order = {model: place for place, model in enumerate(OWN)}
     found = [load(path) for path in sorted(directory.glob("eval-*.jsonl"))]
     return sorted(found, key=lambda evaluation: order.get(evaluation.model, len(order)))
+
+
+def of_run(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
+    """Those of a run's own models, or where there are none of those, all."""
+    own = [evaluation for evaluation in evaluations if evaluation.model in OWN]
+    return own or list(evaluations)
 
 
 def shown_by(evaluations: Iterable[Evaluation]) -> dict[str, Shown]:

@@ -105,3 +105,16 @@ def test_the_teacher_is_measured_by_the_truth():
     found = evaluation("m", ["x"] * 4, anchors=anchors, truths=["Athens", "Athens", "Athens", None])
     assert findings.teacher(found) == {"exact": 1 / 3, "contains": 2 / 3}
     assert findings.teacher(different("m", 4)) == {}
+
+
+def test_a_model_put_beside_a_run_is_spoken_of_after_the_runs_own():
+    own = [different(name, 40, rouge=r) for name, r in (("base", 0.1), ("sft", 0.2))]
+    own.append(different("aligned", 40, rouge=0.3))
+    found = findings.judge([*own, different("zeta", 40, rouge=0.1)])
+    assert found.style == "gain"
+    first, rest = found.sentence.split(". ", 1)
+    assert first.startswith("aligned against sft on 40 held-out prompts: better in")
+    assert rest.startswith("zeta against aligned on 40 held-out prompts: worse in")
+    same = evaluation("zeta", ["no"] * 40)
+    (told,) = findings.warnings([*own, same])
+    assert told.startswith("zeta says the same to 40 of 40 prompts")
