@@ -13,7 +13,7 @@ from rich.progress import track
 from pujax.errors import EvaluationError, require
 from pujax.evaluation.metrics import MetricFn, Reading, correct
 from pujax.evaluation.statistics import interval_of_mean
-from pujax.evaluation.suites import Answer, Subject
+from pujax.evaluation.subjects import Answer, Subject
 from pujax.method.sampling import greedy
 from pujax.types import Completions, Params, Tokens
 

@@ -37,7 +37,7 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str
     not how much another training seed would. Raises `EvaluationError` unless both answered the same
     prompts.
     """
-    _check_same(first, second)
+    same_prompts(first, second)
     differences = {}
     for metric in first.shown:
         pairs = _paired(first, second, metric)
@@ -58,7 +58,7 @@ def compare_runs(
     `EvaluationError` unless all answered the same prompts.
     """
     for other in (*first, *second):
-        _check_same(first[0], other)
+        same_prompts(first[0], other)
     differences = {}
     for metric in first[0].shown:
         arms = [np.array([_column(run, metric) for run in runs]) for runs in (first, second)]
@@ -94,8 +94,8 @@ def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
     return Difference(found.mean, float(limits.low), float(limits.high), len(array))
 
 
-def _check_same(first: Evaluation, second: Evaluation) -> None:
-    """Raise unless row by row the prompt, what is true and what the teacher said are the same."""
+def same_prompts(first: Evaluation, second: Evaluation) -> None:
+    """Raise `EvaluationError` unless row by row prompt, truth and the teacher's words are equal."""
 
     def asked(row: Row) -> tuple[str | None, ...]:
         return row.id, row.kind, row.prompt, row.answer, row.anchor

@@ -1,6 +1,9 @@
 """Suites: larger questions to a model than what a metric asks of each answer.
 
-A suite is a function of a `Subject`, its settings keywords, and a YAML in `conf/tools/suite/`.
+A suite is a function, its settings keywords, and a YAML in `conf/tools/suite/`. Its other
+parameters are named for what it asks for, and get it (`pujax.run.suites`): `subject`, a model with
+its prompts; `reference`, what a run's alignment started from; `answers`, the evaluations there are;
+`judge`; and `records`, in which a long one keeps what it has.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -14,46 +17,50 @@ from jaxtyping import Array
 from rich.progress import track
 
 from pujax.errors import EvaluationError, require
+from pujax.evaluation import ranking as ranks
+from pujax.evaluation.judging import first_is_better, question
 from pujax.evaluation.metrics import MetricFn, Reading, correct
 from pujax.evaluation.signal import Signal
 from pujax.evaluation.signal import signal as signal_of
-from pujax.evaluation.statistics import interval_of_mean
+from pujax.evaluation.statistics import Difference, interval_of_mean
+from pujax.evaluation.subjects import Answer, Judge, Records, Subject
+from pujax.evaluation.text import shown
 from pujax.method.sampling import sample
 from pujax.method.scoring import ScoringContext
-from pujax.models.decoder import LanguageModel
+from pujax.models.logps import response_logps
 from pujax.records import Example
-from pujax.types import Batch, Frames, LabelRule, Params, Scorer
+from pujax.types import Batch, LabelRule, Params, Scorer, Tokens
+
+SHUFFLED = ", shuffled anchor"
+"""What follows the name of a scorer that sees another prompt's anchor."""
+
+Oracle = Callable[[Example, str], float | None]
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model, and the held-out prompts that a suite asks it about, `batch` at once."""
+class _Drawn:
+    """A prompt with the candidates that were sampled for it, and what they are worth."""
 
-    model: LanguageModel
-    params: Params
-    examples: Sequence[Example]
-    batch: int
-    collate: Callable[[Sequence[Example]], Batch]
-    decode: Callable[[Sequence[int]], str]
-    frames: Frames
+    example: Example
+    ids: tuple[tuple[int, ...], ...]
+    texts: tuple[str, ...]
+    oracle: tuple[float, ...] = ()
+    by: str = ""  # which oracle
 
 
-@dataclass(frozen=True)
-class Answer:
-    """What a suite found: a table's header and rows, a note, and the raw records behind it."""
-
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    note: str
-    records: tuple[dict[str, Any], ...]
+# ------------------------------------------------------------------------------------------ signal
 
 
 def signal(
     subject: Subject,
+    judge: Judge | None = None,
+    records: Records | None = None,
     *,
-    scorers: Mapping[str, Scorer],
+    scorers: Mapping[str, Any],
     labels: LabelRule,
     oracle: MetricFn = correct,
+    otherwise: MetricFn | None = None,
+    judged: bool = False,
     samples: int = 8,
     temperature: float = 0.7,
     margin: float = 0.0,
@@ -61,100 +68,431 @@ def signal(
 ) -> Answer:
     """How well each scorer ranks the model's own candidates, held against an oracle.
 
-    `samples` candidates a prompt are drawn once, and all scorers see the same. Prompts that the
-    oracle does not know are left out; groups in which it finds all candidates equal count for
-    entropy and mass alone. Raises `EvaluationError` when fewer than two prompts are left.
+    `samples` candidates a prompt are drawn once, and all scorers see the same; each scores them
+    again with another prompt's anchor in view, and where that changes its scores it has a second
+    row, its control. Prompts that `oracle` does not know are ordered by `otherwise`; or, where they
+    are `judged`, by how much the judge prefers each candidate to the anchor, in both orders; or
+    left out. Groups in which all candidates are equally good count for entropy and mass alone.
+    `scorers` are functions, or settings as in `conf/scorer/` with the function as `score`. Raises
+    `EvaluationError` when fewer than two prompts are left.
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
     require(temperature > 0, "suite.temperature", temperature, "must be positive")
-    known = [example for example in subject.examples if _regard(oracle, example, "") is not None]
-    if len(known) < 2:
+    records = Records() if records is None else records
+    functions = {name: s["score"] if isinstance(s, Mapping) else s for name, s in scorers.items()}
+
+    def regard(example: Example, text: str) -> tuple[float | None, str]:
+        known = _regard(oracle, example, text)
+        if known is not None or otherwise is None:
+            return known, _name(oracle)
+        return _regard(otherwise, example, text), _name(otherwise)
+
+    kept = [
+        example
+        for example in subject.examples
+        if regard(example, "")[0] is not None or (judged and judge is not None)
+    ]
+    _enough(len(kept))
+    others = _other_anchors(kept, seed)
+    if any(example.prompt.id not in records.found for example in kept):
+        groups = []
+        for drawn in _draw(subject, kept, samples, temperature, seed):
+            told = [regard(drawn.example, text) for text in drawn.texts]
+            values = tuple(value for value, _ in told if value is not None)
+            by = told[0][1] if len(values) == samples else ""
+            groups.append(_Drawn(drawn.example, drawn.ids, drawn.texts, values if by else (), by))
+        if judged and judge is not None:
+            groups = _judged(groups, judge, oracle)
+        _score(subject, groups, others, functions, labels, records, seed)
+    found = [records.found[e.prompt.id] for e in kept if records.found[e.prompt.id]["oracle"]]
+    _enough(len(found))
+    return _signal_answer(found, functions, margin, samples, temperature)
+
+
+def _enough(prompts: int) -> None:
+    if prompts < 2:
         raise EvaluationError(
-            f"{len(known)} held-out prompts have what the oracle needs: give them an `answer`"
+            f"{prompts} held-out prompts have what the oracle needs: give them an `answer`, or set "
+            "suite.otherwise"
         )
-
-    @jax.jit
-    def scored(params: Params, batch: Batch, key: Array) -> Any:
-        """The candidates' tokens and lengths, and each scorer's scores and labels, [B K]."""
-        draw, judge = jax.random.split(key)
-        prefix = subject.model.prefill(params, batch.prompts)
-        size = batch.anchors.ids.shape[-1]
-        made = sample(
-            subject.model,
-            params,
-            prefix,
-            draw,
-            size=size,
-            candidates=samples,
-            temperature=temperature,
-        )
-        tokens = jnp.concatenate([batch.anchors.ids[:, None], made.tokens], axis=1)
-        mask = jnp.concatenate([batch.anchors.mask[:, None], made.mask], axis=1)
-        # One for all scorers: they share its passes over the responses.
-        context = ScoringContext(
-            reader=subject.model,
-            params=params,
-            frames=subject.frames,
-            batch=batch,
-            after=prefix,
-            tokens=tokens,
-            mask=mask,
-            key=judge,
-            wants_logps=False,
-        )
-        found = {}
-        for name, scorer in scorers.items():
-            scores = scorer(context)
-            shares = labels(scores)[0][:, 1:]
-            found[name] = scores[:, 1:], shares / jnp.maximum(shares.sum(-1, keepdims=True), 1e-9)
-        return made.tokens, made.mask.sum(axis=-1), found
-
-    records = []
-    for start in track(range(0, len(known), subject.batch), "scoring candidates", transient=True):
-        some = known[start : start + subject.batch]
-        # Filled up with other prompts, not with copies: a shuffled anchor must be another's.
-        filled = [*some, *(known * subject.batch)[: subject.batch - len(some)]]
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        tokens, lengths, found = jax.device_get(
-            scored(subject.params, subject.collate(filled), key)
-        )
-        for b, example in enumerate(some):
-            texts = [subject.decode(tokens[b, k, : lengths[b, k]].tolist()) for k in range(samples)]
-            records.append(
-                {
-                    "id": example.prompt.id,
-                    "candidates": texts,
-                    "oracle": [_regard(oracle, example, text) for text in texts],
-                    "scores": {name: s[b].tolist() for name, (s, _) in found.items()},
-                    "labels": {name: q[b].tolist() for name, (_, q) in found.items()},
-                }
-            )
-    ordered = sum(len(set(record["oracle"])) > 1 for record in records)
-    return Answer(
-        ("scorer", "Kendall τ-b", "top-1", "pairs", "label entropy", "q near best"),
-        tuple(_row(name, records, margin) for name in scorers),
-        f"{len(records)} prompts, {samples} candidates each at temperature {temperature}; the "
-        f"oracle orders {ordered} groups. 95 % intervals: BCa bootstrap over groups.",
-        tuple(records),
-    )
 
 
 def _regard(oracle: MetricFn, example: Example, text: str) -> float | None:
     return oracle(Reading(example.prompt, example.anchor, text, 0.0, 0.0, 0.0))
 
 
-def _row(name: str, records: Sequence[Mapping[str, Any]], margin: float) -> tuple[str, ...]:
-    groups = [
+def _name(function: Any) -> str:
+    return getattr(function, "func", function).__name__
+
+
+def _other_anchors(examples: Sequence[Example], seed: int) -> dict[str, Example]:
+    """By each prompt's id another prompt, whose anchor is another text where there is such."""
+    order = np.random.default_rng(seed).permutation(len(examples))
+    found = {}
+    for place, index in enumerate(order):
+        following = [*order[place + 1 :], *order[:place]]
+        example = examples[index]
+        different = (examples[i] for i in following if examples[i].anchor != example.anchor)
+        found[example.prompt.id] = next(different, examples[following[0]])
+    return found
+
+
+def _draw(
+    subject: Subject, examples: Sequence[Example], samples: int, temperature: float, seed: int
+) -> list[_Drawn]:
+    """`samples` responses to each prompt, as the subject makes them."""
+
+    @jax.jit
+    def made(params: Params, batch: Batch, key: Array) -> Any:
+        prefix = subject.model.prefill(params, batch.prompts)
+        size = batch.anchors.ids.shape[-1]
+        drawn = sample(
+            subject.model,
+            params,
+            prefix,
+            key,
+            size=size,
+            candidates=samples,
+            temperature=temperature,
+        )
+        return drawn.tokens, drawn.mask.sum(axis=-1)
+
+    found = []
+    for start in track(range(0, len(examples), subject.batch), "sampling", transient=True):
+        some = list(examples[start : start + subject.batch])
+        batch = subject.collate(some + some[-1:] * (subject.batch - len(some)))
+        key = jax.random.fold_in(jax.random.key(seed), start)
+        tokens, lengths = jax.device_get(made(subject.params, batch, key))
+        for b, example in enumerate(some):
+            ids = [tuple(tokens[b, k, : lengths[b, k]].tolist()) for k in range(samples)]
+            texts = tuple(subject.decode(each) for each in ids)
+            found.append(_Drawn(example, tuple(ids), texts))
+    return found
+
+
+def _judged(groups: Sequence[_Drawn], judge: Judge, oracle: MetricFn) -> list[_Drawn]:
+    """The groups with what the judge thinks of the candidates that `oracle` does not know.
+
+    A candidate's worth is how surely it is preferred to the anchor, over both orders. A group with
+    a verdict that failed has none.
+    """
+    asked = {}
+    for group in groups:
+        example = group.example
+        if _regard(oracle, example, "") is None:
+            for text in set(group.texts):
+                asked[example.prompt.id, text] = (
+                    question(example.prompt.id, shown(example.prompt), text, example.anchor),
+                    question(example.prompt.id, shown(example.prompt), example.anchor, text),
+                )
+    said = judge([each for pair in asked.values() for each in pair])
+    worth = {}
+    for key, (first, second) in asked.items():
+        shares = [first_is_better(said.get(each.id, "")) for each in (first, second)]
+        if shares[0] is not None and shares[1] is not None:
+            worth[key] = (shares[0] + 1 - shares[1]) / 2
+    found = []
+    for group in groups:
+        keys = [(group.example.prompt.id, text) for text in group.texts]
+        if keys[0] in asked:
+            values = tuple(worth[key] for key in keys if key in worth)
+            values = values if len(values) == len(keys) else ()
+            group = _Drawn(group.example, group.ids, group.texts, values, "judge")
+        found.append(group)
+    return found
+
+
+def _score(
+    subject: Subject,
+    groups: Sequence[_Drawn],
+    others: Mapping[str, Example],
+    scorers: Mapping[str, Scorer],
+    labels: LabelRule,
+    records: Records,
+    seed: int,
+) -> None:
+    """Record each group with its scores and labels, by every scorer and by its control.
+
+    Groups of like lengths go together, in batches cut to the longest response in them: of three
+    lengths, so that no more programs are compiled.
+    """
+    whole = subject.collate([groups[0].example]).anchors.ids.shape[-1]
+    sizes = sorted({-(-whole // 4), -(-whole // 2), whole})
+    longest = [
+        max(map(len, (*g.ids, g.example.anchor_ids, others[g.example.prompt.id].anchor_ids)))
+        for g in groups
+    ]
+    order = sorted(range(len(groups)), key=lambda i: (longest[i], i))
+    batches = [order[at : at + subject.batch] for at in range(0, len(order), subject.batch)]
+    filled = [
+        [groups[i] for i in [*places, *places[-1:] * (subject.batch - len(places))]]
+        for places in batches
+    ]
+    collated = [subject.collate([group.example for group in some]) for some in filled]
+    prompts = max(int(batch.prompts.lengths.max()) for batch in collated)
+    references = max(int(batch.references.lengths.max()) for batch in collated)
+
+    @jax.jit
+    def scored(params: Params, batch: Batch, made: Tokens, anchors: Tokens, key: Array) -> Any:
+        """By name, the scores and the labels of the candidates [B K], control behind scorer."""
+        # One for all scorers: they share its passes over the responses.
+        context = ScoringContext(
+            reader=subject.model,
+            params=params,
+            frames=subject.frames,
+            batch=batch,
+            after=subject.model.prefill(params, batch.prompts),
+            tokens=jnp.concatenate([batch.anchors.ids[:, None], made.ids], axis=1),
+            mask=jnp.concatenate([batch.anchors.mask[:, None], made.mask], axis=1),
+            key=key,
+        )
+        found = {name: scorer(context) for name, scorer in scorers.items()}
+        control = context.with_anchors(anchors)
+        found |= {f"{name}{SHUFFLED}": scorer(control) for name, scorer in scorers.items()}
+        shares = {name: labels(scores)[0][:, 1:] for name, scores in found.items()}
+        return {
+            name: (found[name][:, 1:], q / jnp.maximum(q.sum(-1, keepdims=True), 1e-9))
+            for name, q in shares.items()
+        }
+
+    for number, places in enumerate(track(batches, "scoring candidates", transient=True)):
+        some = filled[number]
+        if all(group.example.prompt.id in records.found for group in some):
+            continue
+        size = next(size for size in sizes if size >= longest[places[-1]])
+        batch = _cut(collated[number], prompts, references, size)
+        made = _padded([group.ids for group in some], size)
+        anchors = subject.collate([others[group.example.prompt.id] for group in some]).anchors
+        anchors = Tokens(anchors.ids[:, :size], anchors.lengths)
+        key = jax.random.fold_in(jax.random.key(seed), len(groups) + number)
+        found = jax.device_get(scored(subject.params, batch, made, anchors, key))
+        records.add(
+            [
+                {
+                    "id": group.example.prompt.id,
+                    "candidates": list(group.texts),
+                    "oracle": list(group.oracle),
+                    "by": group.by,
+                    "scores": {name: s[b].tolist() for name, (s, _) in found.items()},
+                    "labels": {name: q[b].tolist() for name, (_, q) in found.items()},
+                }
+                for b, group in enumerate(some[: len(places)])
+            ]
+        )
+
+
+def _cut(batch: Batch, prompts: int, references: int, responses: int) -> Batch:
+    """The batch with no more padding than that many tokens ask for."""
+
+    def to(tokens: Tokens, size: int) -> Tokens:
+        return Tokens(tokens.ids[:, :size], tokens.lengths)
+
+    return Batch(
+        prompts=to(batch.prompts, prompts),
+        anchors=to(batch.anchors, responses),
+        anchor_finished=batch.anchor_finished,
+        references=to(batch.references, references),
+    )
+
+
+def _padded(rows: Sequence[Sequence[Sequence[int]]], size: int) -> Tokens:
+    """Responses [B K T] from their tokens."""
+    ids = np.zeros((len(rows), len(rows[0]), size), np.int32)
+    for b, row in enumerate(rows):
+        for k, tokens in enumerate(row):
+            ids[b, k, : len(tokens)] = tokens
+    lengths = [[len(tokens) for tokens in row] for row in rows]
+    return Tokens(jnp.asarray(ids), jnp.array(lengths, jnp.int32))
+
+
+def _signal_answer(
+    records: Sequence[Mapping[str, Any]],
+    scorers: Mapping[str, Scorer],
+    margin: float,
+    samples: int,
+    temperature: float,
+) -> Answer:
+    """The table, a row a scorer and a control; of two oracles one block after the other."""
+    rows, notes = [], []
+    parts = dict.fromkeys(record["by"] for record in records)
+    for by in parts:
+        part = [record for record in records if record["by"] == by]
+        of_oracle = f" ({by})" if len(parts) > 1 else ""
+        ordered = sum(len(set(record["oracle"])) > 1 for record in part)
+        notes.append(f"{len(part)} prompts by {by}, which orders {ordered} groups")
+        weak = []
+        for name in scorers:
+            control = f"{name}{SHUFFLED}"
+            groups = _groups(part, name, margin)
+            row = _row(f"{name}{of_oracle}", groups)
+            if all(each["scores"][name] == each["scores"][control] for each in part):
+                rows.append((*row, ""))
+                continue
+            controls = _groups(part, control, margin)
+            gains = [
+                one.tau - other.tau
+                for one, other in zip(groups, controls, strict=True)
+                if one.tau is not None and other.tau is not None
+            ]
+            gain = _interval(gains)
+            rows.append((*row, "–" if gain is None else _told(gain)))
+            rows.append((*_row(f"{control}{of_oracle}", controls), ""))
+            if gain is None or gain.low <= 0:
+                weak.append(name)
+        if weak:
+            notes.append(f"no better than their shuffled anchor: {', '.join(weak)}")
+    header = ("scorer", "Kendall τ-b", "top-1", "pairs", "label entropy", "q near best")
+    note = "; ".join(notes)
+    return Answer(
+        (*header, "τ over shuffled"),
+        tuple(rows),
+        f"{note}. {samples} candidates each at temperature {temperature}. 95 % intervals: BCa "
+        "bootstrap over groups, of the last column over the paired differences. An oracle that "
+        "looks at the anchor, as rouge_l, favours scorers that compare words with it.",
+        tuple(dict(record) for record in records),
+    )
+
+
+def _groups(records: Sequence[Mapping[str, Any]], name: str, margin: float) -> list[Signal]:
+    return [
         signal_of(each["scores"][name], each["oracle"], each["labels"][name], margin=margin)
         for each in records
     ]
-    columns = ("tau", "top", "pairs", "entropy", "near")
-    return (name, *(_mean(groups, column) for column in columns))
 
 
-def _mean(groups: Sequence[Signal], column: str) -> str:
-    values = [value for group in groups if (value := getattr(group, column)) is not None]
+def _row(name: str, groups: Sequence[Signal]) -> tuple[str, ...]:
+    cells = []
+    for column in ("tau", "top", "pairs", "entropy", "near"):
+        values = [value for group in groups if (value := getattr(group, column)) is not None]
+        found = _interval(values)
+        cells.append("–" if found is None else _told(found))
+    return (name, *cells)
+
+
+def _interval(values: Sequence[float]) -> Difference | None:
     if not values or not np.isfinite(values).all():
-        return "–"
-    found = interval_of_mean(values)
+        return None
+    return interval_of_mean(values)
+
+
+def _told(found: Difference) -> str:
     return f"{found.mean:z.3f} [{found.low:z.3f}, {found.high:z.3f}]"
+
+
+# ----------------------------------------------------------------------------------------- ranking
+
+
+def ranking(
+    subject: Subject,
+    reference: Subject,
+    records: Records | None = None,
+    *,
+    oracle: MetricFn = correct,
+    otherwise: MetricFn | None = None,
+    samples: int = 8,
+    temperature: float = 0.7,
+    beta: float = 0.1,
+    preference: float = ranks.CERTAIN,
+    seed: int = 0,
+) -> Answer:
+    """How often a model finds the better of two responses likelier (Chen et al., 2024).
+
+    The pairs are all that the oracle orders among `samples` candidates that the reference draws for
+    a prompt, so that every model that came of it is asked about the same. Beside the model stand
+    the reference itself and the optimum of DPO's objective from there, at `beta`, when a share
+    `preference` prefers the better. Each is the mean over prompts of the share of its pairs. Raises
+    `EvaluationError` when the oracle orders fewer than two prompts.
+    """
+    require(samples >= 2, "suite.samples", samples, "needs at least 2")
+    require(temperature > 0, "suite.temperature", temperature, "must be positive")
+    require(beta > 0, "suite.beta", beta, "must be positive")
+    require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
+    records = Records() if records is None else records
+
+    def regard(example: Example, text: str) -> float | None:
+        known = _regard(oracle, example, text)
+        return _regard(otherwise, example, text) if known is None and otherwise else known
+
+    kept = [example for example in reference.examples if regard(example, "") is not None]
+    _enough(len(kept))
+    if any(example.prompt.id not in records.found for example in kept):
+        drawn = _draw(reference, kept, samples, temperature, seed)
+        sums = [_sums(of, drawn) for of in (subject, reference)]
+        records.add(
+            [
+                {
+                    "id": group.example.prompt.id,
+                    "candidates": list(group.texts),
+                    "oracle": [regard(group.example, text) for text in group.texts],
+                    "lengths": [len(ids) for ids in group.ids],
+                    "logps": policy,
+                    "ref_logps": before,
+                }
+                for group, policy, before in zip(drawn, *sums, strict=True)
+            ]
+        )
+    found = [records.found[example.prompt.id] for example in kept]
+    shares = [each for each in (_shares(record, beta, preference) for record in found) if each]
+    if len(shares) < 2:
+        raise EvaluationError(
+            f"the oracle orders the candidates of {len(shares)} prompts: give more prompts, or "
+            "more suite.samples"
+        )
+    rows = []
+    for name, cells in (
+        ("the model", ("raw", "per token")),
+        ("the reference", ("reference raw", "reference per token")),
+        ("DPO's optimum", ("idealised", None)),
+    ):
+        values = [
+            "–" if cell is None else _told(interval_of_mean([each[cell] for each in shares]))
+            for cell in cells
+        ]
+        rows.append((name, *values))
+    return Answer(
+        ("pairs ranked rightly", "by log-prob", "by log-prob a token"),
+        tuple(rows),
+        f"{len(shares)} of {len(found)} prompts, whose candidates ({samples} of the reference at "
+        f"temperature {temperature}) the oracle orders; β = {beta}. 95 % intervals: BCa bootstrap "
+        "over prompts.",
+        tuple(dict(record) for record in found),
+    )
+
+
+def _sums(subject: Subject, groups: Sequence[_Drawn]) -> list[list[float]]:
+    """The log-prob of each candidate under the subject, summed over its tokens, in nats."""
+
+    @jax.jit
+    def summed(params: Params, prompts: Tokens, made: Tokens) -> Array:
+        logps = response_logps(subject.model, params, prompts, made.ids, made.mask)
+        return logps.sum(axis=-1)
+
+    found: list[list[float]] = []
+    size = subject.collate([groups[0].example]).anchors.ids.shape[-1]
+    for start in track(range(0, len(groups), subject.batch), "reading", transient=True):
+        some = list(groups[start : start + subject.batch])
+        filled = some + some[-1:] * (subject.batch - len(some))
+        prompts = subject.collate([group.example for group in filled]).prompts
+        sums = summed(subject.params, prompts, _padded([group.ids for group in filled], size))
+        found += np.asarray(jax.device_get(sums), float)[: len(some)].tolist()
+    return found
+
+
+def _shares(record: Mapping[str, Any], beta: float, preference: float) -> dict[str, float]:
+    """The shares of a prompt's ordered pairs that are ranked rightly; empty where there is none."""
+    oracle, lengths, policy, before = (
+        np.asarray(record[key], float) for key in ("oracle", "lengths", "logps", "ref_logps")
+    )
+    better, worse = np.nonzero(oracle[:, None] > oracle[None, :])
+    if not len(better):
+        return {}
+    sizes = lengths[better], lengths[worse]
+    found = {}
+    for name, sums in (("", policy), ("reference ", before)):
+        chosen, rejected = sums[better], sums[worse]
+        found[f"{name}raw"] = ranks.accuracy(chosen, rejected)
+        found[f"{name}per token"] = ranks.normalized_accuracy(chosen, rejected, *sizes)
+    found["idealised"] = ranks.idealized_accuracy(
+        before[better], before[worse], beta=beta, preference=preference
+    )
+    return found

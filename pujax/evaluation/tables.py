@@ -143,6 +143,7 @@ class Wide:
     header: Sequence[str]
     rows: Mapping[str, Sequence[str]]
     caption: str
+    corner: str = "held-out"
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
         """The tables for a console of that width."""
@@ -156,12 +157,12 @@ class Wide:
                 places = []
             places.append(place)
         last = self._grid(places, options.max_width)
-        last.caption, last.caption_justify = self.caption, "left"
+        last.caption, last.caption_justify = escape(self.caption), "left"
         yield last
 
     def _widths(self, places: Sequence[int], split: Callable[[str], Iterable[str]]) -> list[int]:
         """The columns' widths, that of the names first, where `split` says how texts break."""
-        widths = [max(map(cell_len, map(_shown, ["held-out", *self.rows])))]
+        widths = [max(map(cell_len, map(_shown, [escape(self.corner), *self.rows])))]
         for place in places:
             texts = [self.header[place], *(_shown(row[place]) for row in self.rows.values())]
             widths.append(max(cell_len(part) for text in texts for part in split(text) or [""]))
@@ -173,7 +174,7 @@ class Wide:
         if sum(widths) + 2 * len(widths) + 2 > room:
             widths = self._widths(places, str.split)
         grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-        grid.add_column("held-out", overflow="fold", width=widths[0])
+        grid.add_column(escape(self.corner), overflow="fold", width=widths[0])
         for place, width in zip(places, widths[1:], strict=True):
             title = escape(self.header[place])
             grid.add_column(title, justify="right", overflow="fold", width=width)
@@ -186,15 +187,10 @@ def _shown(marked: str) -> str:
     return Text.from_markup(marked).plain
 
 
-def plain(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Table:
-    """A table of texts for a terminal."""
-    grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    grid.caption, grid.caption_justify = escape(caption), "left"
-    for place, name in enumerate(header):
-        grid.add_column(escape(name), justify="right" if place else "left", overflow="fold")
-    for row in rows:
-        grid.add_row(*map(escape, row))
-    return grid
+def named(header: Sequence[str], rows: Iterable[Sequence[str]], caption: str) -> Wide:
+    """Rows of texts, each led by its name, for a terminal."""
+    texts = {escape(name): [escape(cell) for cell in cells] for name, *cells in rows}
+    return Wide(header[1:], texts, caption, header[0])
 
 
 def verdict(shown: Shown, difference: Difference) -> str:

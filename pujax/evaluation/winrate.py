@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
+RESAMPLES = 1_000  # of the fit of lengths, each of which takes a millisecond
+
 PerPrompt = Float[np.ndarray, " n"]
 
 RIDGE = 1e-4  # on the slope alone: without it one that separates the wins has no finite fit
@@ -62,3 +64,14 @@ def length_controlled(wins: PerPrompt, lengths_a: PerPrompt, lengths_b: PerPromp
         if np.abs(step).max() < 1e-10:
             break
     return float(1 / (1 + np.exp(-weights[0])))
+
+
+def controlled_interval(
+    wins: PerPrompt, lengths_a: PerPrompt, lengths_b: PerPrompt, *, seed: int = 0
+) -> tuple[float, float]:
+    """The 95 % percentile bootstrap interval of `length_controlled` over prompts."""
+    rng = np.random.default_rng(seed)
+    picks = rng.integers(len(wins), size=(RESAMPLES, len(wins)))
+    rates = [length_controlled(wins[i], lengths_a[i], lengths_b[i]) for i in picks]
+    low, high = np.percentile(rates, [2.5, 97.5])
+    return float(low), float(high)

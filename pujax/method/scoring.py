@@ -26,10 +26,11 @@ from pujax.types import Batch, Frames, Metrics, Params, Scorer, Tokens
 class ScoringContext:
     """What the student sees of one batch while it scores. Lives while a function is traced.
 
-    `logps` and `hidden` keep what they computed, so that scorers and reference log-probs share one
-    pass over the responses; where hidden states are wanted too, ask for them first. `reader` may
-    hold a budget, which these responses and their prompts fit. `rewards` holds the scores that
-    were made on the host, by function. `notes` holds what a scorer adds to the step's metrics.
+    `logps`, `hidden` and `likelihood` keep what they computed, so that scorers and reference
+    log-probs share one pass over the responses; where hidden states are wanted too, ask for them
+    first. `reader` may hold a budget, which these responses and their prompts fit. `rewards` holds
+    the scores that were made on the host, by function. `notes` holds what a scorer adds to the
+    step's metrics.
     """
 
     reader: LanguageModel
@@ -44,6 +45,7 @@ class ScoringContext:
     rewards: Mapping[Callable[..., Any], Array] = field(default_factory=dict)
     notes: Metrics = field(default_factory=dict)
     _logps: Array | None = None
+    _likelihood: Array | None = None
     _hidden: dict[int, Array] = field(default_factory=dict)
 
     @property
@@ -53,7 +55,7 @@ class ScoringContext:
 
     def fresh(self, **changes: Any) -> "ScoringContext":
         """The same with `changes` and nothing computed yet."""
-        return replace(self, _logps=None, _hidden={}, **changes)
+        return replace(self, _logps=None, _likelihood=None, _hidden={}, **changes)
 
     def logps(self, *, anchor: bool = True) -> Float[Array, "B G T"]:
         """Log-probs of the responses after their prompts; the anchors' may be left out, and 0."""
@@ -99,6 +101,19 @@ class ScoringContext:
             return values.at[:, 0].set(jnp.roll(values[:, 0], 1, axis=0))
 
         return self.fresh(tokens=rolled(self.tokens), mask=rolled(self.mask), wants_logps=False)
+
+    def with_anchors(self, anchors: Tokens) -> "ScoringContext":
+        """The same candidates beside other anchors; what was read of them is not read again."""
+        tokens = self.tokens.at[:, 0].set(anchors.ids)
+        mask = self.mask.at[:, 0].set(anchors.mask)
+        other = self.fresh(tokens=tokens, mask=mask, wants_logps=False)
+        alone = other.fresh(tokens=tokens[:, :1], mask=mask[:, :1])
+        if self._logps is not None:
+            other._logps = jnp.concatenate([alone.logps(), self._logps[:, 1:]], axis=1)
+        for layers, known in self._hidden.items():
+            states = [alone.hidden(layers), known[:, 1:]]
+            other._hidden[layers] = jnp.concatenate(states, axis=1)
+        return other
 
 
 # ---------------------------------------------------------------------- scores without a new prompt
@@ -161,13 +176,16 @@ def self_likelihood(context: ScoringContext) -> Float[Array, "B G"]:
 
 def likelihood(context: ScoringContext) -> Float[Array, "B G"]:
     """mean-lp(y | C(x, a)): C is a chat prompt that shows the anchor as the reference answer."""
+    if context._likelihood is not None:
+        return context._likelihood
     prompt = _join(
         context.batch.references,
         _anchor_text(context),
         _constant(context.frames.reference_tail, context.mask.shape[:1]),
     )
     logps = response_logps(context.model, context.params, prompt, context.tokens, context.mask)
-    return mean_logps(logps, context.mask)
+    context._likelihood = mean_logps(logps, context.mask)
+    return context._likelihood
 
 
 def pmi(context: ScoringContext) -> Float[Array, "B G"]:

@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
 from pujax.errors import ConfigError, PujaxError, StopRequested, require
-from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.run.compose import conf_dir, from_hydra, offered, register
 from pujax.run.help import help_of
 from pujax.run.overrides import in_hydra_words
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
@@ -69,9 +69,16 @@ class _Ended(BaseException):
 
 
 def command(
-    name: str, schema: type[T], act: Callable[[T], int | None], *, folder: str = ""
+    name: str,
+    schema: type[T],
+    act: Callable[[T], int | None],
+    *,
+    folder: str = "",
+    shared: Sequence[str] = (),
 ) -> Callable[[], None]:
     """The `main` of `pujax NAME`: compose conf/[FOLDER/]NAME.yaml, check it, and `act` on it.
+
+    A command of a FOLDER has the groups in that, and the `shared` ones of conf/ itself.
 
     The exit status is what `act` returns (0 for None), 2 for an unknown option, 128 + the signal's
     number after `StopRequested`, and 1 with one line on standard error for a `PujaxError`, an
@@ -110,11 +117,12 @@ def command(
                 raise ConfigError("experiment: train alone takes one: name what it sets by itself")
             sweep = not {"-m", "--multirun"}.isdisjoint(options)
             overrides = in_hydra_words(typed, schema, groups, sweep=sweep)
-            if options and set(options) <= {"--help", "-h"}:
-                told = help_of(name, where, schema, groups, overrides)
-                print(masked(told, [*typed, *overrides]))
-                return
-            with TemporaryDirectory() if sweep else nullcontext() as aside:
+            beside = TemporaryDirectory() if sweep else nullcontext()
+            with offered(shared), beside as aside:
+                if options and set(options) <= {"--help", "-h"}:
+                    told = help_of(name, where, schema, groups, overrides)
+                    print(masked(told, [*typed, *overrides]))
+                    return
                 # Hydra keeps a file of all that a sweep was given, which may be a secret.
                 put_aside = [f"hydra.sweep.dir='{aside}'"] if sweep else []
                 sys.argv = [sys.argv[0], *options, *overrides, *put_aside]

@@ -3,7 +3,9 @@
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from types import NoneType, UnionType
@@ -46,6 +48,31 @@ OmegaConf.register_new_resolver("shipped", shipped, replace=True)
 def register(name: str, schema: type) -> None:
     """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
     ConfigStore.instance().store(name=name, node=structured(schema))
+
+
+@contextmanager
+def offered(groups: Sequence[str]) -> Iterator[None]:
+    """Within the block, Hydra knows the choices of these `groups` of `conf/`.
+
+    For a command whose YAML lies further down. With `conf/` itself on its path Hydra would take
+    each of the folders there for a group, and a setting called `model` could not be told a path.
+    """
+    root, repository = Path(conf_dir()), ConfigStore.instance().repo
+    for path in (path for group in groups for path in sorted((root / group).rglob("*.yaml"))):
+        text = path.read_text(encoding="utf-8")
+        packaged = re.match(r"# @package (\S+)\n", text)
+        ConfigStore.instance().store(
+            name=path.stem,
+            node=OmegaConf.create(text),
+            group=str(path.parent.relative_to(root)),
+            package=packaged and packaged[1],
+        )
+    try:
+        yield
+    finally:
+        # Where the folders are on the path, Hydra would find each choice twice.
+        for group in groups:
+            repository.pop(group, None)
 
 
 def structured(schema: type) -> DictConfig:

@@ -6,7 +6,7 @@ from functools import lru_cache
 from typing import cast
 
 import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from pujax.errors import ConfigError
 from pujax.files import weights
@@ -64,7 +64,7 @@ class Generator:
 
         tokens, lengths = padded(self, conversations, max_tokens=max_tokens)
         # A Flax module is hashable, which its type doesn't say.
-        run = _compiled(cast(Hashable, self.model), max_tokens, temperature, top_k, top_p)
+        run = compiled(cast(Hashable, self.model), max_tokens, temperature, top_k, top_p)
         made = jax.device_get(run(self.params, tokens, lengths, jax.random.key(seed)))
         counts = made.mask[:, 0].sum(axis=-1)
         return [
@@ -76,6 +76,21 @@ class Generator:
             )
             for b in range(len(lengths))
         ]
+
+    def shares(
+        self, conversations: Sequence[Sequence[dict[str, str]]], words: Sequence[str]
+    ) -> Float[np.ndarray, "B W"]:
+        """How likely each conversation goes on with each of `words`, among those alone.
+
+        Of a word its last token counts, so give words of one. Raises `ConfigError` as `answer`.
+        """
+        import jax
+
+        tokens, lengths = padded(self, conversations, max_tokens=1)
+        # The last id: some tokenizers open every text with a token for the space before it.
+        ids = tuple(self.chat.encode(word)[-1] for word in words)
+        run = _compared(cast(Hashable, self.model), ids)
+        return np.asarray(jax.device_get(run(self.params, tokens, lengths)))
 
 
 def padded(
@@ -102,7 +117,7 @@ def padded(
 
 
 @lru_cache(maxsize=8)
-def _compiled(
+def compiled(
     model: LanguageModel, size: int, temperature: float, top_k: int, top_p: float
 ) -> "Callable[..., Completions]":
     """One completion a prompt, jitted once for each choice of model, length and filters."""
@@ -125,5 +140,19 @@ def _compiled(
             top_k=top_k,
             top_p=top_p,
         )
+
+    return jax.jit(run)
+
+
+@lru_cache(maxsize=8)
+def _compared(model: LanguageModel, ids: tuple[int, ...]) -> "Callable[..., Array]":
+    """The softmax over the next token's logits at `ids`, jitted once for each model and choice."""
+    import jax
+    import jax.numpy as jnp
+
+    def run(params: Params, tokens: Array, lengths: Array) -> Array:
+        prefix = model.prefill(params, Tokens(tokens, lengths))
+        logits = model.unembed(params, prefix.last)[:, jnp.array(ids)]
+        return jax.nn.softmax(logits, axis=-1)
 
     return jax.jit(run)

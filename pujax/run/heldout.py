@@ -10,19 +10,22 @@ from typing import Any
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import METRICS, Metric, Shown
-from pujax.evaluation.results import Evaluation, load_all
-from pujax.evaluation.suites import Answer, Subject
+from pujax.evaluation.results import Evaluation, load_all, of_run
+from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
-from pujax.files.durable import write_whole
 from pujax.files.settings import kept_settings
-from pujax.models.decoder import LanguageModel
+from pujax.method.step import assemble
+from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.models.sharding import make_mesh
 from pujax.run.compose import build
-from pujax.run.data import collate, load_heldout
+from pujax.run.data import Dataset, collate, load_heldout
 from pujax.run.finished import model_path
-from pujax.run.settings import DataConfig, EvalConfig, TrainConfig
+from pujax.run.settings import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from pujax.run.student import load_student
 from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.types import Params
 
 
 def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
@@ -52,33 +55,42 @@ def evaluations_of(directory: Path) -> list[Evaluation]:
     return found
 
 
-def arms(directories: Sequence[Path], names: Sequence[str]) -> tuple[list[Arm], bool]:
+def final(directory: Path) -> Evaluation:
+    """The evaluation of what a run ended with. Raises `EvaluationError` where it has none."""
+    return of_run(evaluations_of(directory))[-1]
+
+
+def arms(
+    directories: Sequence[Path], names: Sequence[str], folders: Sequence[Path] | None = None
+) -> tuple[list[Arm], bool]:
     """Several runs as the columns of one table, and whether they are arms, not stages of one.
 
     Runs of one name, or without names those whose settings differ in the seed alone, are an arm.
     Several arms stand side by side with the model that each ended with; of a single one each stage
-    is a column. Raises `EvaluationError`, and `ConfigError` for settings that can't be read.
+    is a column. `folders` have each run's evaluations, where its own directory is not meant. Raises
+    `EvaluationError`, and `ConfigError` for settings that can't be read.
     """
+    kept = dict(zip(directories, folders or directories, strict=True))
     grouped: dict[str, list[Path]] = {}
     for place, directory in enumerate(directories):
         key = names[place] if names else _all_but_the_seed(directory)
         grouped.setdefault(key, []).append(directory)
     if len(grouped) > 1:
         firsts = [runs[0] for runs in grouped.values()]
-        titled = {} if names else dict(zip(grouped, _titles(firsts), strict=True))
+        titled = {} if names else dict(zip(grouped, titles(firsts), strict=True))
         columns = [
-            Arm(titled.get(key, key), tuple(evaluations_of(run)[-1] for run in runs))
+            Arm(titled.get(key, key), tuple(final(kept[run]) for run in runs))
             for key, runs in grouped.items()
         ]
         return columns, True
     stages: dict[str, list[Evaluation]] = {}
     for directory in directories:
-        for found in evaluations_of(directory):
+        for found in evaluations_of(kept[directory]):
             stages.setdefault(found.model, []).append(found)
     return [Arm(model, tuple(runs)) for model, runs in stages.items()], False
 
 
-def _titles(directories: Sequence[Path]) -> list[str]:
+def titles(directories: Sequence[Path]) -> list[str]:
     """What to call runs: their folders' names, or where those are times what sets them apart."""
     if not all(re.match(r"\d{4}-?\d\d-?\d\d", directory.name) for directory in directories):
         return [str(directory.name) for directory in directories]
@@ -143,7 +155,9 @@ def _record(schema: Any, told: Mapping[str, Any]) -> Any:
     )
 
 
-def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:
+def evaluate_other(
+    directory: Path, path: str, name: str, *, trusted: Sequence[str] = ()
+) -> Evaluation:
     """The model at `path` on the held-out prompts of the run in `directory`, in float32.
 
     `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
@@ -153,7 +167,15 @@ def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:
         raise EvaluationError(
             f"name={name!r}: the run has it, or it can't name a file: choose another"
         )
-    subject, config = subject_of(directory, path)
+    config = run_config(directory)
+    metrics = build_metrics(config.eval, trusted)
+    return evaluate_subject(subject_of(config, path), config, metrics, name)
+
+
+def evaluate_subject(
+    subject: Subject, config: TrainConfig, metrics: Mapping[str, Metric], name: str
+) -> Evaluation:
+    """What a model, called `name`, does on its prompts, with as many samples as `config` says."""
     return evaluate(
         subject.model,
         subject.params,
@@ -162,24 +184,33 @@ def evaluate_other(directory: Path, path: str, name: str) -> Evaluation:
         batch=subject.batch,
         collate=subject.collate,
         decode=subject.decode,
-        metrics=build_metrics(config.eval),
+        metrics=metrics,
         draws=Draws(config.eval.samples, config.eval.temperature),
     )
 
 
-def subject_of(directory: Path, path: str) -> tuple[Subject, TrainConfig]:
-    """The model at `path` with the held-out prompts of the run in `directory`, and its settings.
+def subject_of(config: TrainConfig, path: str) -> Subject:
+    """The model at `path` with the held-out prompts that `config` names.
 
-    `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
-    weights raises.
+    `path` may be a finished run's directory too. Raises what reading prompts, anchors and weights
+    raises.
     """
-    config = run_config(directory)
     path = model_path(path)
     chat = Chat.load(path)
-    dataset = load_heldout(config, chat)
+    return subject_for(config, path, chat, load_heldout(config, chat))
+
+
+def subject_for(config: TrainConfig, path: str, chat: Chat, dataset: Dataset) -> Subject:
+    """The model at `path` with prompts that have been read. Raises what reading weights raises."""
     settings, params = weights.load(path)
-    subject = Subject(
-        model=LanguageModel(replace(settings, eos_ids=chat.eos_ids)),
+    return _subject(replace(settings, eos_ids=chat.eos_ids), params, config, chat, dataset)
+
+
+def _subject(
+    settings: DecoderConfig, params: Params, config: TrainConfig, chat: Chat, dataset: Dataset
+) -> Subject:
+    return Subject(
+        model=LanguageModel(settings),
         params=params,
         examples=dataset.examples[: config.eval.prompts],
         batch=config.eval.batch,
@@ -187,19 +218,28 @@ def subject_of(directory: Path, path: str) -> tuple[Subject, TrainConfig]:
         decode=chat.decode,
         frames=chat.frames,
     )
-    return subject, config
 
 
-def answered(directory: Path, path: str, node: Any) -> tuple[Answer, Path]:
-    """What the suite that `node` names finds of the model at `path`, and the file it is kept in.
+def reference_for(directory: Path, config: TrainConfig) -> Subject:
+    """What the alignment of the run in `directory` started from, with the prompts of `config`.
 
-    Raises what `subject_of` raises, and `ConfigError` for a suite that can't be built.
+    Raises `CheckpointError` where the run has kept none, and what reading prompts, anchors and
+    weights raises.
     """
-    suite = build(node, "suite")
-    subject, _ = subject_of(directory, path)
-    answer = suite(subject)
-    name = getattr(suite, "func", suite).__name__
-    kept = directory / f"suite-{name}.jsonl"
-    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in answer.records]
-    write_whole(kept, "".join(lines).encode(errors="backslashreplace"))
-    return answer, kept
+    from pujax.run.checkpoint import Checkpoints  # with Orbax, which takes a second
+
+    stored = kept_settings(directory)
+    try:
+        told = _record(ModelConfig, stored["model"])
+    except (AttributeError, KeyError, TypeError) as error:
+        raise EvaluationError(
+            f"{directory}/config.yaml: not a run's settings ({error}): put the file right"
+        ) from error
+    chat = Chat.load(told.path)
+    dataset = load_heldout(config, chat)
+    student = load_student(told, chat, make_mesh(), int(stored.get("seed", 0)))
+    checkpoints = Checkpoints(directory, keep=1, model={})
+    trainable = checkpoints.restore_reference(student.trainable)
+    checkpoints.close()
+    params = assemble(student.base, trainable)
+    return _subject(student.model.config, params, config, chat, dataset)

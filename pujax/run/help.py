@@ -15,6 +15,8 @@ import hydra
 import yaml
 from omegaconf import MISSING, OmegaConf
 
+from pujax.run.compose import conf_dir
+
 WIDTH, COLUMN = 100, 40  # of the whole, and where meanings begin
 
 
@@ -27,10 +29,11 @@ def help_of(name: str, conf: Path, schema: type, groups: list[str], overrides: l
         composed = OmegaConf.to_container(hydra.compose(name, overrides=overrides))
     assert isinstance(composed, dict)
     choices = [
-        f"  {path.relative_to(conf)}={'|'.join(sorted(file.stem for file in path.glob('*.yaml')))}"
-        for path in sorted(conf.rglob("*"))
+        f"  {path.relative_to(root)}={'|'.join(sorted(file.stem for file in path.glob('*.yaml')))}"
+        for root in dict.fromkeys((conf, Path(conf_dir())))
+        for path in sorted(root.rglob("*"))
         if any(path.glob("*.yaml")) and path.name != "base"
-        if path.relative_to(conf).parts[0] in groups
+        if path.relative_to(root).parts[0] in groups
     ]
     return "\n".join(
         [

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from pujax.errors import ConfigError, TeacherError
+from pujax.evaluation.judging import LETTERS
 from pujax.records import Messages
 from pujax.run.compilation import compile_once
 from pujax.teacher.protocols import Answer, asked_turns
@@ -13,14 +15,27 @@ from pujax.teacher.settings import CollectConfig, TeacherConfig
 GATHER = 0.05  # seconds that a local model waits for more prompts before it answers a batch
 
 
+Turns = list[dict[str, str]]
+
+Answers = Callable[[Any, TeacherConfig, list[Turns]], list[Answer]]
+"""A `Generator` and conversations to what it answers."""
+
+
 class LocalTeacher:
     """A model on this disk, through pujax's own decoder: as many prompts at a time as are asked.
 
     It is what `teacher.protocol` names in place of a server. Of `teacher.extra_body` it takes
-    top_k, top_p and seed; a temperature of null is 0 here.
+    top_k, top_p and seed; a temperature of null is 0 here. `answers` says what the model does: it
+    writes, unless that is another function.
     """
 
-    def __init__(self, settings: TeacherConfig, collect: CollectConfig) -> None:
+    def __init__(
+        self,
+        settings: TeacherConfig,
+        collect: CollectConfig,
+        *,
+        answers: Answers | None = None,
+    ) -> None:
         unknown = sorted(set(settings.extra_body) - {"top_k", "top_p", "seed"})
         if unknown or settings.max_tokens is None:
             raise ConfigError(
@@ -31,6 +46,7 @@ class LocalTeacher:
         from pujax.run.generator import Generator
 
         self._settings = settings
+        self._answers = answers or written
         self._batch = collect.concurrency
         self._generator = Generator.load(str(settings.path))
         self._waiting: asyncio.Queue[tuple[Messages, asyncio.Future[Answer]]] = asyncio.Queue()
@@ -70,21 +86,32 @@ class LocalTeacher:
         turns = [asked_turns(settings.system, messages) for messages in conversations]
         # Batches of one size compile once.
         full = turns + turns[:1] * (self._batch - len(turns))
-        replies = self._generator.answer(
-            full,
-            max_tokens=settings.max_tokens or 0,
-            temperature=settings.temperature or 0.0,
-            **settings.extra_body,
+        return self._answers(self._generator, settings, full)[: len(turns)]
+
+
+def written(generator: Any, settings: TeacherConfig, turns: list[Turns]) -> list[Answer]:
+    """What the model writes."""
+    replies = generator.answer(
+        turns,
+        max_tokens=settings.max_tokens or 0,
+        temperature=settings.temperature or 0.0,
+        **settings.extra_body,
+    )
+    return [
+        Answer(
+            text=reply.text,
+            finish_reason="stop" if reply.finished else "length",
+            model=settings.model,
+            usage={"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens},
         )
-        return [
-            Answer(
-                text=reply.text,
-                finish_reason="stop" if reply.finished else "length",
-                model=settings.model,
-                usage={
-                    "prompt_tokens": reply.prompt_tokens,
-                    "completion_tokens": reply.tokens,
-                },
-            )
-            for reply in replies[: len(turns)]
-        ]
+        for reply in replies
+    ]
+
+
+def weighed(generator: Any, settings: TeacherConfig, turns: list[Turns]) -> list[Answer]:
+    """`A=p`: the letter A's share of A and B by the next token's logits. Nothing is written."""
+    shares = generator.shares(turns, LETTERS)
+    return [
+        Answer(text=f"{LETTERS[0]}={share:.6f}", finish_reason="stop", model=settings.model)
+        for share in shares[:, 0]
+    ]

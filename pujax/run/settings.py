@@ -508,3 +508,47 @@ class BenchmarkRun:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+
+
+@dataclass(frozen=True)
+class HeldoutConfig:
+    """Which held-out prompts `pujax evaluate` asks, and how they are laid out: as in `DataConfig`.
+
+    What is null is as the run has it, and without a run `DataConfig`'s default.
+
+    Attributes:
+        heldout: prompts: a file, a list of files, or a mapping as for `data.prompts`.
+        anchors: the store that answers them.
+        system: the student's system message where a prompt has none.
+        max_prompt_tokens: the longest prompt.
+        max_response_tokens: the longest response.
+        on_too_long: what becomes of a longer prompt: error, drop, truncate.
+    """
+
+    heldout: Any = None
+    anchors: str | None = None
+    system: str | None = None
+    max_prompt_tokens: int | None = None
+    max_response_tokens: int | None = None
+    on_too_long: str | None = None
+
+
+@dataclass(frozen=True)
+class MeasureConfig:
+    """How `pujax evaluate` measures, as in `EvalConfig`; `metrics` are beside the run's own.
+
+    What is null is as the run has it, and without a run `EvalConfig`'s default.
+
+    Attributes:
+        prompts: how many of the held-out prompts; of other prompts than the run's, null is all.
+        batch: prompts at once.
+        samples: answers a prompt that are drawn beside the greedy one.
+        temperature: at which they are drawn.
+        metrics: what is measured beside what the run has, by name as in conf/eval/.
+    """
+
+    prompts: int | None = None
+    batch: int | None = None
+    samples: int | None = None
+    temperature: float | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)

@@ -2,18 +2,21 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from omegaconf import OmegaConf
+from hydra import compose, initialize_config_dir
 
 from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.evaluation import suites
-from pujax.evaluation.suites import Subject
+from pujax.evaluation.subjects import Records, Subject
 from pujax.method import scoring
 from pujax.method.labels import softmax_labels
+from pujax.method.scoring import ScoringContext
 from pujax.records import Example, Prompt
-from pujax.run.compose import build, conf_dir
+from pujax.run.compose import build, conf_dir, from_hydra, offered
 from pujax.types import Batch, Frames, Tokens
 
 PIECE = np.array([7, 8], np.int32)
@@ -93,10 +96,183 @@ def test_prompts_that_the_oracle_does_not_know_are_left_out(subject):
         ask(subject, samples=1)
 
 
-def test_the_suites_file_builds_and_every_scorer_in_it_scores(subject):
-    path = Path(conf_dir(), "tools", "suite", "signal.yaml")
-    node = OmegaConf.create({"suite": OmegaConf.load(path)}).suite
-    suite = build(node, "suite")
-    found = suite(subject, oracle=words, samples=3)
-    assert {row[0] for row in found.rows} == set(node.scorers)
-    assert len(found.rows) == 13
+def of_file(name):
+    where = f"{conf_dir()}/tools"
+    with offered(GROUPS), initialize_config_dir(where, version_base="1.3"):
+        composed = compose("evaluate", overrides=["run=r", f"suite={name}"])
+    return from_hydra(EvaluateConfig, composed).suite
+
+
+def test_the_suites_file_builds_and_every_scorer_of_the_settings_scores_beside_its_control(subject):
+    node = of_file("signal")
+    files = {path.stem for path in Path(conf_dir(), "scorer").glob("*.yaml")}
+    # The control is made here, and rewards are no scores of the model's own.
+    assert set(node["scorers"]) == files - {"shuffled", "reward", "reward_blend"}
+    found = build(node, "suite")(subject, oracle=words, samples=3)
+    names = [row[0] for row in found.rows]
+    blind = {"self_likelihood", "length", "random"}
+    assert {name for name in names if suites.SHUFFLED not in name} == set(node["scorers"])
+    seeing = {name.removesuffix(suites.SHUFFLED) for name in names if suites.SHUFFLED in name}
+    # No candidate here shares a token with any anchor, so that overlap has nothing to see.
+    assert seeing == set(node["scorers"]) - blind - {"rouge", "token_f1"}
+    assert "no better than their shuffled anchor: " in found.note
+
+
+def test_what_was_read_of_candidates_is_right_beside_other_anchors_too(subject):
+    examples = list(subject.examples[:4])
+    batch = subject.collate(examples)
+    others = subject.collate(examples[1:] + examples[:1]).anchors
+    made = jax.random.randint(jax.random.key(0), (4, 2, 6), 6, 96)
+    seen = [partial(scoring.embedding, depth=0.7), scoring.pmi, scoring.likelihood]
+
+    @jax.jit
+    def scored(params):
+        context = ScoringContext(
+            reader=subject.model,
+            params=params,
+            frames=FRAMES,
+            batch=batch,
+            after=batch.prompts,
+            tokens=jnp.concatenate([batch.anchors.ids[:, None], made], axis=1),
+            mask=jnp.ones((4, 3, 6), bool).at[:, 0].set(batch.anchors.mask),
+            key=jax.random.key(0),
+        )
+        before = [score(context) for score in seen]
+        other = context.with_anchors(others)
+        return before, [score(other) for score in seen], [score(other.fresh()) for score in seen]
+
+    before, found, anew = scored(subject.params)
+    for one, first, second in zip(before, found, anew, strict=True):
+        np.testing.assert_allclose(first, second, atol=2e-5)
+        assert np.abs(np.asarray(one - first)).max() > 1e-3
+
+
+def test_a_scorer_that_does_not_look_at_the_anchor_has_no_control_and_one_that_copies_it_wins():
+    records = [
+        {
+            "id": f"p{i}",
+            "by": "words",
+            "oracle": [0.0, 1.0, 2.0],
+            "scores": {
+                "good": [0.0, 1.0, 2.0],
+                "good, shuffled anchor": [0.0, 2.0, 1.0],
+                "bad": [1.0, 0.0, 2.0],
+                "bad, shuffled anchor": [1.0, 0.0, 2.5],
+                "blind": [2.0, 1.0, 0.0],
+                "blind, shuffled anchor": [2.0, 1.0, 0.0],
+            },
+            "labels": {
+                f"{name}{of}": [1 / 3] * 3
+                for name in ("good", "bad", "blind")
+                for of in ("", suites.SHUFFLED)
+            },
+        }
+        for i in range(5)
+    ]
+    scorers = dict.fromkeys(("good", "bad", "blind"), scoring.length)
+    found = suites._signal_answer(records, scorers, 0.0, 3, 0.7)
+    rows = {row[0]: row for row in found.rows}
+    assert list(rows) == [
+        "good",
+        "good, shuffled anchor",
+        "bad",
+        "bad, shuffled anchor",
+        "blind",
+    ]
+    assert rows["good"][1] == "1.000 [1.000, 1.000]"
+    assert rows["good"][-1] == "0.667 [0.667, 0.667]"
+    assert rows["bad"][-1] == "0.000 [0.000, 0.000]"
+    assert rows["blind"][1] == "-1.000 [-1.000, -1.000]"
+    assert "no better than their shuffled anchor: bad." in found.note
+
+
+def test_prompts_without_an_answer_are_ordered_by_the_other_oracle_or_by_the_judge(subject):
+    examples = [
+        e if i % 2 else replace(e, prompt=replace(e.prompt, answer=None))
+        for i, e in enumerate(subject.examples)
+    ]
+    mixed = replace(subject, examples=examples)
+
+    def known(reading):
+        return None if reading.prompt.answer is None else words(reading)
+
+    found = ask(mixed, oracle=known, otherwise=words)
+    assert [record["by"] for record in found.records] == ["words", "known"] * 3
+    assert [row[0] for row in found.rows] == [
+        "length (words)",
+        "random (words)",
+        "length (known)",
+        "random (known)",
+    ]
+
+    def judge(questions):
+        """Prefers the longer answer, and says nothing of the first prompt's."""
+        said = {}
+        for asked in questions:
+            text = asked.messages[0]["content"]
+            a, b = (text.split(f"Answer {x}:\n")[1].split("\n\n")[0] for x in "AB")
+            if not asked.id.startswith("p0 "):
+                said[asked.id] = "A" if len(a.split()) > len(b.split()) else "B"
+        return said
+
+    found = suites.signal(
+        mixed,
+        judge,
+        scorers={"length": scoring.length},
+        labels=partial(softmax_labels, tau=0.1),
+        oracle=known,
+        judged=True,
+        samples=6,
+    )
+    by = {record["id"]: record["by"] for record in found.records}
+    assert by == {"p1": "known", "p2": "judge", "p3": "known", "p4": "judge", "p5": "known"}
+    (longest,) = [record["oracle"] for record in found.records if record["id"] == "p2"]
+    # Against an anchor of one word: a longer answer wins, one as long is taken for neither.
+    assert set(longest) == {0.5, 1.0}
+
+
+def test_an_interrupted_suite_goes_on_after_what_it_has(subject, tmp_path):
+    path = tmp_path / "suite.jsonl"
+    whole = ask(subject, records=Records(path, {"seed": 0}))
+    lines = path.read_text().splitlines(keepends=True)
+    assert len(lines) == 7
+    # The second batch is of two prompts.
+    path.write_text("".join(lines[:5]) + lines[5][:20])
+    again = ask(subject, records=Records(path, {"seed": 0}))
+    assert again == whole
+    assert sorted(path.read_text().splitlines()) == sorted("".join(lines).splitlines())
+    before = path.stat().st_mtime_ns
+    unasked = replace(subject, collate=lambda examples: pytest.fail("asked again"))
+    assert ask(unasked, records=Records(path, {"seed": 0})) == whole
+    assert path.stat().st_mtime_ns == before
+    with pytest.raises(EvaluationError, match="is of another question: move it away"):
+        Records(path, {"seed": 1})
+
+
+def test_shares_of_pairs_are_of_those_that_the_oracle_orders():
+    record = {
+        "oracle": [2.0, 1.0, 0.0],
+        "logps": [-3.0, -2.0, -4.0],
+        "ref_logps": [-30.0, -2.0, -4.0],
+        "lengths": [3, 1, 4],
+    }
+    found = suites._shares(record, beta=0.1, preference=0.9)
+    # By sums the first loses to the second; by token -1, -2, -1 the second loses to the third.
+    assert found["raw"] == pytest.approx(2 / 3)
+    assert found["per token"] == pytest.approx(2 / 3)
+    assert found["reference raw"] == pytest.approx(1 / 3)
+    # DPO's optimum gains log(9) / .1 = 21.97 nats: too few for the 28 between first and second.
+    assert found["idealised"] == pytest.approx(1 / 3)
+    assert suites._shares(record | {"oracle": [1.0] * 3}, beta=0.1, preference=0.9) == {}
+
+
+def test_a_model_that_is_its_own_reference_ranks_as_that(subject):
+    found = suites.ranking(subject, subject, oracle=words, samples=4, beta=1e-3)
+    rows = {row[0]: row[1:] for row in found.rows}
+    assert rows["the model"] == rows["the reference"]
+    assert rows["DPO's optimum"] == ("1.000 [1.000, 1.000]", "–")
+    for record in found.records:
+        assert record["logps"] == record["ref_logps"]
+        assert all(logp < 0 for logp in record["logps"])
+    build(of_file("ranking"), "suite")
+    build(of_file("winrate"), "suite")

@@ -10,12 +10,13 @@ from omegaconf import OmegaConf
 
 from pujax.chat import ChatConfig
 from pujax.errors import ConfigError
+from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.files.locate import package_file
 from pujax.generate import GenerateConfig
 from pujax.method import losses, scoring
 from pujax.records import Sampling
-from pujax.run.compose import build, conf_dir, from_hydra, register, structured
+from pujax.run.compose import build, conf_dir, from_hydra, offered, register, structured
 from pujax.run.settings import (
     AlignConfig,
     BenchmarkRun,
@@ -141,6 +142,7 @@ def flat(values, prefix=""):
         ("train", "", TrainConfig, ()),
         ("benchmark", "", BenchmarkRun, ()),
         ("collect", "", CollectRun, ()),
+        ("evaluate", "/tools", EvaluateConfig, ()),
         ("generate", "/tools", GenerateConfig, ("model=m",)),
         ("chat", "/tools", ChatConfig, ("model=m",)),
         ("serve", "/tools", ServeConfig, ("model=m",)),
@@ -149,7 +151,8 @@ def flat(values, prefix=""):
 )
 def test_a_default_that_a_yaml_states_is_the_records(name, folder, schema, given):
     register(f"{name}_schema", schema)
-    with initialize_config_dir(conf_dir() + folder, version_base="1.3"):
+    groups = GROUPS if name == "evaluate" else ()
+    with offered(groups), initialize_config_dir(conf_dir() + folder, version_base="1.3"):
         stated = OmegaConf.to_container(compose(name, overrides=list(given)), resolve=False)
     defaults = dict(flat(OmegaConf.to_container(structured(schema))))
     groups = ("model", "teacher", "scorer", "labels", "loss", "eval.metrics")

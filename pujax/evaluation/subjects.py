@@ -1,0 +1,84 @@
+"""What a suite is given to ask about, and what it answers."""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import EvaluationError
+from pujax.files.durable import on_disk, read_jsonl, write_whole
+from pujax.models.decoder import LanguageModel
+from pujax.records import Example, Prompt
+from pujax.types import Batch, Frames, Params
+
+Judge = Callable[[Sequence[Prompt]], Mapping[str, str]]
+"""Questions to what was said to each, by its id; what got no usable answer is left out."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and the held-out prompts that a suite asks it about, `batch` at once."""
+
+    model: LanguageModel
+    params: Params
+    examples: Sequence[Example]
+    batch: int
+    collate: Callable[[Sequence[Example]], Batch]
+    decode: Callable[[Sequence[int]], str]
+    frames: Frames
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a suite found: a table's header and rows, a note, and the raw records behind it."""
+
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+    records: tuple[dict[str, Any], ...]
+
+
+class Records:
+    """What a suite finds of each prompt, by its id, kept as it comes: a restart goes on after it.
+
+    The file's first line says what was asked. Without a path they are kept in memory alone. Raises
+    `EvaluationError` for a file of another question, and `DiskError`.
+    """
+
+    def __init__(self, path: Path | None = None, asked: Mapping[str, Any] | None = None) -> None:
+        self.found: dict[str, dict[str, Any]] = {}
+        self._path = path
+        self._asked = json.loads(json.dumps({"asked": asked or {}}))
+        if path is None or not path.exists():
+            return
+        first, *lines = read_jsonl(path) or [self._asked]
+        if first != self._asked or not all("id" in line for line in lines):
+            raise EvaluationError(f"{path}: is of another question: move it away")
+        self.found = {line["id"]: line for line in lines}
+        if not path.read_bytes().endswith(b"\n"):
+            self.write(lines)  # without its torn end, that more may follow
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keep more of them; they are on the disk when this returns."""
+        before = list(self.found.values())
+        self.found |= {record["id"]: record for record in records}
+        if self._path is None:
+            return
+        if not self._path.exists():
+            self.write(before)
+        with on_disk(self._path), self._path.open("ab") as file:
+            file.write(_lines(records))
+            file.flush()
+            os.fsync(file.fileno())
+
+    def write(self, records: Sequence[dict[str, Any]]) -> None:
+        """Write the file anew, with these alone."""
+        if self._path is not None:
+            write_whole(self._path, _lines([self._asked, *records]))
+
+
+def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:
+    lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
+    return "".join(lines).encode(errors="backslashreplace")

@@ -1,0 +1,189 @@
+"""Held-out prompts asked otherwise than in a run's own table: which, how, and where that is kept.
+
+A folder of its own, in the run's directory or elsewhere, has `eval-<model>.jsonl` as a run has, and
+beside each `asked-<model>.json`, which says of what and how it was made.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation.metrics import Metric
+from pujax.evaluation.results import Evaluation, load, save
+from pujax.files.chat import Chat
+from pujax.files.durable import on_disk, write_whole
+from pujax.files.locate import locate
+from pujax.records import Example, canonical
+from pujax.run.data import load_heldout
+from pujax.run.finished import model_path
+from pujax.run.heldout import build_metrics, evaluate_subject, run_config, subject_for
+from pujax.run.settings import DataConfig, EvalConfig, HeldoutConfig, MeasureConfig, TrainConfig
+from pujax.teacher.settings import TeacherConfig
+
+FINAL = "aligned"
+"""What the model is called that a run ended with."""
+
+
+@dataclass(frozen=True)
+class Split:
+    """Held-out prompts, how they are laid out and measured, and the folder that keeps the answers.
+
+    The settings are as far as held-out prompts go; `trusted` of them is the caller's, not a run's.
+    """
+
+    config: TrainConfig
+    metrics: Mapping[str, Metric]
+    folder: Path
+
+
+def split_of(
+    directory: Path | None,
+    data: HeldoutConfig,
+    measured: MeasureConfig,
+    *,
+    teacher: str | None = None,
+    out: str | None = None,
+    trusted: Sequence[str] = (),
+) -> Split:
+    """The prompts of `data` where it has any, laid out and measured as by the run in `directory`.
+
+    `teacher` is whose anchors. Raises `ConfigError`, and `EvaluationError` for a run whose settings
+    can't be read.
+    """
+    own = TrainConfig(eval=EvalConfig()) if directory is None else run_config(directory)
+    of_data = _over(DataConfig() if directory is None else own.data, data)
+    of_eval = _over(own.eval, replace(measured, metrics={}))
+    nodes = {**own.eval.metrics, **measured.metrics}
+    metrics = {
+        **build_metrics(own.eval, trusted),
+        **build_metrics(replace(own.eval, metrics=nodes), trusted),
+    }
+    if data.heldout is not None:
+        of_eval = replace(of_eval, prompts=measured.prompts)
+    whose = own.teacher
+    if data.anchors is not None or teacher is not None:
+        whose = TeacherConfig(model=teacher or own.teacher.model)
+    config = replace(
+        own,
+        data=of_data,
+        eval=replace(of_eval, metrics=nodes),
+        teacher=whose,
+        trusted=list(trusted),
+    )
+    folder = Path("evaluations") if directory is None else directory
+    name = _stem(of_data.heldout)
+    folder = folder / (name if directory is None else f"heldout-{name}")
+    if out is not None:
+        folder = Path(out).expanduser()
+    if (folder / "config.yaml").exists():
+        raise ConfigError(f"out={out!r}: is a run's directory, which has a table of its own")
+    return Split(config, metrics, folder)
+
+
+def _over(record: Any, told: Any) -> Any:
+    """`record` with what `told` has that is not null."""
+    return replace(record, **{key: v for key, v in vars(told).items() if v is not None})
+
+
+def _stem(source: Any) -> str:
+    """A name for a file, several, or a dataset, of letters that any file's name may have."""
+    if isinstance(source, Mapping):
+        source = f"{source.get('dataset')}-{source.get('split', 'train')}"
+        return re.sub(r"[^\w.-]+", "-", source.rpartition("/")[2])
+    files = [source] if isinstance(source, str) else list(source)
+    return re.sub(r"[^\w.-]+", "-", "-".join(Path(str(file)).stem for file in files))
+
+
+def evaluated(
+    split: Split, path: str, name: str, *, say: Callable[[str], None] = print
+) -> Evaluation:
+    """The model at `path`, called `name`, on the prompts of `split`; from the disk where it is.
+
+    `path` may be a finished run's directory. Raises what reading settings, prompts, anchors and
+    weights raises, and `EvaluationError` where the folder has other prompts, settings or models.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        raise EvaluationError(f"name={name!r}: it can't name a file: choose another")
+    path = model_path(path)
+    chat = Chat.load(path)
+    dataset = load_heldout(split.config, chat)
+    examples = dataset.examples[: split.config.eval.prompts]
+    asked = asked_of(split.config, examples) | {
+        "eval.metrics": [list(split.metrics), split.config.eval.metrics]
+    }
+    asked["model"] = model_digest(path)
+    _refuse_other(split.folder, name, asked)
+    kept = split.folder / f"eval-{name}.jsonl"
+    if kept.exists():
+        say(f"{kept}: has been evaluated")
+        return load(kept)
+    subject = subject_for(split.config, path, chat, dataset)
+    found = evaluate_subject(subject, split.config, split.metrics, name)
+    with on_disk(split.folder):
+        split.folder.mkdir(parents=True, exist_ok=True)
+    # First: an evaluation without it would be nobody's.
+    write_whole(_beside(kept), (json.dumps(asked, indent=2) + "\n").encode())
+    say(str(save(found, split.folder)))
+    return found
+
+
+def _beside(kept: Path) -> Path:
+    """The file that says of what, and how, the evaluation `kept` was made."""
+    return kept.with_name(f"asked-{kept.stem.removeprefix('eval-')}.json")
+
+
+def asked_of(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]:
+    """What two evaluations must share to stand in one table, by the settings' names."""
+    data, measured = config.data, config.eval
+    rows = [
+        [e.prompt.id, list(e.prompt.messages), e.prompt.answer, e.prompt.kind, e.anchor]
+        for e in examples
+    ]
+    return {
+        "data.heldout or data.anchors": hashlib.sha256(canonical(rows)).hexdigest(),
+        "data.system": data.system,
+        "data.max_prompt_tokens": data.max_prompt_tokens,
+        "data.max_response_tokens": data.max_response_tokens,
+        "data.on_too_long": data.on_too_long,
+        "eval.samples": measured.samples,
+        "eval.temperature": measured.temperature,
+    }
+
+
+def _refuse_other(folder: Path, name: str, asked: Mapping[str, Any]) -> None:
+    """Raise `EvaluationError` where `folder` has evaluations that this one can't stand beside."""
+    for kept in sorted(folder.glob("eval-*.jsonl")):
+        try:
+            before = json.loads(_beside(kept).read_text(encoding="utf-8"))
+            differing = [key for key in asked if before.get(key) != asked[key]]
+        except (OSError, ValueError, AttributeError) as error:
+            raise EvaluationError(
+                f"{kept}: nothing tells of what it was made: choose another folder with out=FOLDER"
+            ) from error
+        if kept.stem != f"eval-{name}":
+            differing = [key for key in differing if key != "model"]
+        if differing:
+            raise EvaluationError(
+                f"{kept} was made with other {', '.join(differing)}: choose another folder with "
+                "out=FOLDER" + (" or another name=" if differing == ["model"] else "")
+            )
+
+
+def model_digest(path: str) -> str:
+    """The sha256 of a model's files: weights, settings, tokenizer and template."""
+    local = locate(path)
+    files = [local]
+    if local.is_dir():
+        files = sorted(
+            file for form in ("safetensors", "json", "jinja") for file in local.glob(f"*.{form}")
+        )
+    whole = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            whole.update(hashlib.file_digest(content, "sha256").digest())
+    return whole.hexdigest()

@@ -1,0 +1,141 @@
+"""Suites with what they ask for: a model, a reference, evaluations, a judge, their records."""
+
+import hashlib
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pujax import __version__
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation.results import Evaluation
+from pujax.evaluation.subjects import Answer, Judge, Records, Subject
+from pujax.files.chat import Chat
+from pujax.records import Prompt, canonical, messages_key
+from pujax.run.compose import build
+from pujax.run.data import load_heldout
+from pujax.run.finished import model_path
+from pujax.run.heldout import reference_for, subject_for
+from pujax.run.local_teacher import LocalTeacher, weighed
+from pujax.run.settings import TrainConfig
+from pujax.run.splits import asked_of, model_digest
+from pujax.teacher.anchors import collect
+from pujax.teacher.plan import make_plan
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import Anchors, Contents
+
+Offer = Callable[[], tuple[Any, Any]]
+"""What a suite may ask for, made when one does, and what tells it apart, as JSON."""
+
+
+def answered(
+    node: Any, folder: Path, offers: Mapping[str, Offer], *, trusted: Sequence[str] = ()
+) -> tuple[Answer, Path]:
+    """What the suite that `node` names finds, and the file in `folder` that its records are in.
+
+    The file is named for all that was asked, so that no other question's is written over; the same
+    question goes on where it was left. Raises `ConfigError` for a suite that can't be built, and
+    what making its parameters raises.
+    """
+    suite = build(node, "suite", trusted)
+    function = getattr(suite, "func", suite)
+    wanted = [
+        parameter.name
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
+    ]
+    unknown = [name for name in wanted if name != "records" and name not in offers]
+    if unknown:
+        raise ConfigError(
+            f"suite: {function.__name__} asks for {unknown[0]!r}: there are "
+            f"{', '.join(offers)} and records"
+        )
+    made = {name: offers[name]() for name in wanted if name != "records"}
+    asked = {name: identity for name, (_, identity) in made.items()}
+    asked |= {"suite": dict(node), "pujax": __version__}
+    digest = hashlib.sha256(canonical(asked)).hexdigest()[:8]
+    kept = folder / f"suite-{function.__name__}-{digest}.jsonl"
+    folder.mkdir(parents=True, exist_ok=True)
+    records = Records(kept, asked)
+    given = {name: value for name, (value, _) in made.items()}
+    answer = suite(**given | ({"records": records} if "records" in wanted else {}))
+    records.write(answer.records)
+    return answer, kept
+
+
+def offered_subject(config: TrainConfig, path: str) -> tuple[Subject, Any]:
+    """The model at `path`, or of a finished run's directory, with the prompts of `config`."""
+    path = model_path(path)
+    chat = Chat.load(path)
+    dataset = load_heldout(config, chat)
+    subject = subject_for(config, path, chat, dataset)
+    return subject, asked_of(config, subject.examples) | {"model": model_digest(path)}
+
+
+def offered_reference(directory: Path | None, config: TrainConfig) -> tuple[Subject, Any]:
+    """What the alignment of the run in `directory` started from, with the prompts of `config`."""
+    if directory is None:
+        raise ConfigError("run=None: this suite asks for the reference of a run: set run=DIRECTORY")
+    subject = reference_for(directory, config)
+    sums = directory / "reference.json"
+    return subject, sums.read_text(encoding="utf-8") if sums.exists() else str(directory.resolve())
+
+
+def offered_answers(evaluations: Sequence[Evaluation]) -> tuple[Sequence[Evaluation], Any]:
+    """The evaluations there are."""
+    rows = [
+        [e.model, [[r.id, r.prompt, r.anchor, r.response] for r in e.rows]] for e in evaluations
+    ]
+    return evaluations, hashlib.sha256(canonical(rows)).hexdigest()
+
+
+def offered_judge(
+    teacher: TeacherConfig,
+    collecting: CollectConfig,
+    store: Path,
+    *,
+    say: Callable[[str], None] = print,
+) -> tuple[Judge, Any]:
+    """A teacher that is asked each question once; a model on this disk weighs the two letters.
+
+    Its verdicts are kept in `store`. It raises what `collect` raises, and `EvaluationError` while
+    verdicts are missing; a plan alone (`collect.dry_run`) is said, and ends the process.
+    """
+    protocol = teacher.protocol
+    if getattr(protocol, "func", protocol) is LocalTeacher:
+        teacher = replace(teacher, protocol=partial(LocalTeacher, answers=weighed))
+
+    def judge(questions: Sequence[Prompt]) -> dict[str, str]:
+        anchors = Anchors(store, teacher, questions)
+        contents = Contents(store, anchors.take)
+        if collecting.dry_run:
+            again = collecting.retry_failed
+            plan = make_plan(questions, teacher, contents, retry_failed=again)
+            money = "unknown" if plan.cost is None else f"at most about {plan.cost:,.4f}"
+            say(
+                f"{plan.prompts} verdicts: has {plan.cached}, would ask {plan.to_ask}; about "
+                f"{plan.prompt_tokens:,} + at most {plan.completion_tokens:,} tokens; cost {money}"
+            )
+            sys.exit(0)
+        if teacher.asks:
+            collect(lambda: questions, teacher, store, collecting, say=say, contents=contents)
+        keys = {question.id: messages_key(question.messages) for question in questions}
+        missing = [k for k in keys.values() if k not in anchors.found and k not in anchors.failed]
+        if missing and not teacher.asks:
+            raise EvaluationError(
+                f"{store}: lacks {len(missing)} of {len(keys)} verdicts: name a judge to ask, "
+                "teacher=... and teacher.model=..."
+            )
+        if missing:
+            raise EvaluationError(
+                f"{store}: {len(missing)} of {len(keys)} verdicts are still to be asked: start the "
+                "same command again, or raise collect.budget"
+            )
+        return {
+            name: anchors.found[key].response for name, key in keys.items() if key in anchors.found
+        }
+
+    return judge, teacher.asked

