@@ -77,8 +77,9 @@ def winrate(
     asked: list[tuple[Row, Row, Prompt, Prompt]] = []
     for a, b in pairs:
         if a.response != b.response:
-            both = (a.response, b.response), (b.response, a.response)
-            asked.append((a, b, *(question(a.id, a.prompt, *shown) for shown in both)))
+            forward = question(a.id, a.prompt, a.response, b.response)
+            backward = question(a.id, a.prompt, b.response, a.response)
+            asked.append((a, b, forward, backward))
     said = judge([each for _, _, forward, backward in asked for each in (forward, backward)])
     records, firsts = [], []
     for a, b, *questions in asked:
@@ -99,7 +100,7 @@ def winrate(
     rows = [asked[place][:2] for place in kept] + ties
     lengths = np.array([[len(a.response), len(b.response)] for a, b in rows], dtype=float)
     found = win_rate(taken[:, 0], taken[:, 1], lengths[:, 0], lengths[:, 1])
-    limits = interval_of_mean(found.wins)
+    limits = interval_of_mean(found.wins.tolist())
     low, high = controlled_interval(found.wins, lengths[:, 0], lengths[:, 1])
     judged = taken[: len(kept)]
     agree = np.mean((judged[:, 0] > 0.5) == (judged[:, 1] < 0.5))

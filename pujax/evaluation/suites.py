@@ -106,7 +106,7 @@ def signal(
         _score(subject, groups, others, functions, labels, records, seed)
     found = [records.found[e.prompt.id] for e in kept if records.found[e.prompt.id]["oracle"]]
     _enough(len(found))
-    return _signal_answer(found, functions, margin, samples, temperature)
+    return _signal_answer(found, list(functions), margin, samples, temperature)
 
 
 def _enough(prompts: int) -> None:
@@ -307,7 +307,7 @@ def _padded(rows: Sequence[Sequence[Sequence[int]]], size: int) -> Tokens:
 
 def _signal_answer(
     records: Sequence[Mapping[str, Any]],
-    scorers: Mapping[str, Scorer],
+    scorers: Sequence[str],
     margin: float,
     samples: int,
     temperature: float,

@@ -169,8 +169,7 @@ def test_a_scorer_that_does_not_look_at_the_anchor_has_no_control_and_one_that_c
         }
         for i in range(5)
     ]
-    scorers = dict.fromkeys(("good", "bad", "blind"), scoring.length)
-    found = suites._signal_answer(records, scorers, 0.0, 3, 0.7)
+    found = suites._signal_answer(records, ["good", "bad", "blind"], 0.0, 3, 0.7)
     rows = {row[0]: row for row in found.rows}
     assert list(rows) == [
         "good",

@@ -114,7 +114,7 @@ def offers(store):
 def test_what_a_suite_found_is_never_written_over_by_another_question(tmp_path):
     given = offers(tmp_path / "verdicts.jsonl")
     answer, kept = answered(node(), tmp_path / "run", given)
-    assert dict(answer.rows)["lean to the answer shown first"] == "+0.500"
+    assert ("lean to the answer shown first", "+0.500") in answer.rows
     header, *records = map(json.loads, kept.read_text().splitlines())
     assert header["asked"]["suite"] == node()
     assert header["asked"]["judge"]["model"] == "judge"
