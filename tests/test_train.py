@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pujax.evaluation.results import load
+from pujax.run.heldout import build_metrics, evaluate_subject, reference_for, run_config
+
 ROOT = Path(__file__).parents[1]
 SMALL = [
     "+experiment=smoke",
@@ -90,6 +93,19 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
     samples = (directory / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 4 * 2  # steps x prompts
     assert "aligned" in output
+
+
+@pytest.mark.slow
+def test_the_reference_that_a_suite_takes_answers_as_the_runs_sft_model_did(whole, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    directory, _ = whole
+    config = run_config(directory)
+    metrics = build_metrics(config.eval)
+    found = evaluate_subject(reference_for(directory, config), config, metrics, "sft")
+    for one, other in zip(found.rows, load(directory / "eval-sft.jsonl").rows, strict=True):
+        assert one.response == other.response
+        logps = [row.values["anchor_logp"] for row in (one, other)]
+        assert logps[0] == pytest.approx(logps[1], abs=1e-4)
 
 
 def finish_after(process, directory, stage, step, number):

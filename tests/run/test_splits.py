@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pujax import evaluate
-from pujax.errors import ConfigError, EvaluationError
+from pujax.errors import ConfigError
 from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
@@ -128,7 +128,7 @@ def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
         split_of(finished, HeldoutConfig(), MeasureConfig(batch=0))
     with pytest.raises(ConfigError, match="is a run's directory, which has a table of its own"):
         split_of(finished, HeldoutConfig(), MeasureConfig(), out=str(finished))
-    with pytest.raises(EvaluationError, match=r"config\.yaml is not there"):
+    with pytest.raises(ConfigError, match=r"config\.yaml is not there"):
         split_of(finished / "export", HeldoutConfig(), MeasureConfig())
 
 

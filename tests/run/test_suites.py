@@ -1,4 +1,5 @@
 import json
+import sys
 from dataclasses import replace
 
 import jax
@@ -7,8 +8,9 @@ import numpy as np
 import pytest
 from toy_gguf import toy_chat
 
+from pujax import evaluate
 from pujax.errors import ConfigError, EvaluationError
-from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.results import Evaluation, Row, save
 from pujax.models.decoder import LanguageModel
 from pujax.records import Prompt
 from pujax.run.generator import Generator
@@ -136,3 +138,21 @@ def test_what_a_suite_asks_for_and_there_is_not_is_named(tmp_path, monkeypatch):
         answered(mine, tmp_path, {})
     with pytest.raises(ConfigError, match="mine asks for 'weather': there are subject and records"):
         answered(mine, tmp_path, {"subject": lambda: (None, None)}, trusted=["my_suites"])
+
+
+def test_the_command_tells_what_a_win_rate_would_ask(tmp_path, monkeypatch, capsys):
+    for found in (evaluation("sft", "no"), evaluation("aligned", "yes")):
+        save(found, tmp_path)
+    data = {"prompts": "p", "anchors": "a", "heldout": "h"}
+    (tmp_path / "config.yaml").write_text(json.dumps({"data": data, "eval": {}}))
+    given = ["suite=winrate", "teacher=local", "teacher.path=m.gguf", "teacher.model=m"]
+    words = ["pujax", f"run={tmp_path}", *given, "collect.dry_run=true"]
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as ended:
+        evaluate.main()
+    assert not ended.value.code
+    assert "8 verdicts: has 0, would ask 8; about " in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", [*words, "suite.model=sft", "model=other"])
+    with pytest.raises(SystemExit):
+        evaluate.main()
+    assert "model='other': this suite compares what has been evaluated" in capsys.readouterr().err
