@@ -38,7 +38,7 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
         ("+align.speed=1", "align.speed: no such setting: take it out"),
-        ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has dpo, "),
+        ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has cdpo, "),
         ("experiment=quikstart", "experiment=quikstart: no such choice, did you mean quickstart?"),
         ("align.steps=many", "align.steps=many: Value 'many' could not be converted to Integer"),
         ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
