@@ -158,7 +158,7 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("train", "eval experiment labels loss model scorer teacher teacher/protocol"),
+        ("train", "data eval experiment labels loss model scorer teacher teacher/protocol"),
         ("benchmark", "labels loss model scorer"),
         ("collect", "teacher teacher/protocol"),
         ("evaluate", "suite"),
