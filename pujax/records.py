@@ -73,9 +73,39 @@ class Anchor:
         return word in ENDED or (word not in CUT and self.within_limit)
 
 
+@dataclass(frozen=True, slots=True)
+class Rated:
+    """A response that someone gave, and its score: the higher, the better."""
+
+    text: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """A prompt with the responses that someone rated; `place` is where its row stands."""
+
+    prompt: Prompt
+    responses: tuple[Rated, ...]
+    place: str
+
+
+@dataclass(frozen=True)
+class Given:
+    """A rated response as tokens, EOS included."""
+
+    ids: tuple[int, ...]
+    score: float
+
+
 @dataclass(frozen=True)
 class Example:
-    """One prompt with its anchor, as tokens. `anchor_ids` ends with an EOS when it finished."""
+    """One prompt with its anchor, as tokens. `anchor_ids` ends with an EOS when it finished.
+
+    With preference data the candidates are `given`, and the best of them is the anchor; where none
+    is known to be good there is no anchor, and `anchor_ids` is empty. `weight` is the anchor's in
+    SFT.
+    """
 
     prompt: Prompt
     prompt_ids: tuple[int, ...]
@@ -83,6 +113,8 @@ class Example:
     anchor: str
     anchor_ids: tuple[int, ...]
     anchor_finished: bool
+    given: tuple[Given, ...] = ()
+    weight: float = 1.0
 
 
 def messages_key(

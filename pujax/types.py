@@ -55,19 +55,23 @@ class Batch:
     references: Tokens  # [B R]
     given: "Completions | None" = None  # candidates that no sampling need make
     rewards: tuple[Float[Array, "B G"], ...] = ()  # what the host says of them, see `rewards_of`
+    ref_logps: Float[Array, "B G T"] | None = None  # the reference's, where they are known
+    anchor_weights: Float[Array, " B"] | None = None  # in SFT; None weighs all alike
 
 
 @flax.struct.dataclass
 class Completions:
     """K responses a prompt, with the log-probs of the untempered policy that made them.
 
-    `logps` is None where that is not known: preference data, another model's answers.
+    `logps` is None where that is not known: preference data, another model's answers. `scores` are
+    someone's own, which no scorer then need find: -inf for a response that isn't there.
     """
 
     tokens: Int[Array, "B K T"]
     mask: Bool[Array, "B K T"]  # EOS included
     finished: Bool[Array, "B K"]  # ended by an EOS within T tokens
     logps: Float[Array, "B K T"] | None
+    scores: Float[Array, "B K"] | None = None
 
 
 @flax.struct.dataclass
@@ -78,7 +82,8 @@ class Group:
     The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it;
     without `has_old_logps` nobody knows any, and `update` gives a loss the policy's own for all.
     Responses carry a mask and not lengths: a loss reduces with `where=mask`, and may be given one
-    with holes.
+    with holes. A group with fewer candidates than K has empty masks and scores of -inf for the
+    rest, which are neither valid nor in any pair.
     """
 
     prompts: Tokens  # [B P]
@@ -110,6 +115,9 @@ LabelRule = Callable[[Float[Array, "B G"]], Labels]
 
 PairRule = Callable[[Float[Array, "B G"]], Float[Array, "B G G"]]
 """Scores to pair weights: entry (i, j) weighs "i is preferred to j"; they sum to one a prompt."""
+
+SideRule = Callable[[Float[Array, "B G"]], Float[Array, "B G"]]
+"""Scores to which responses are good (a positive weight), bad (a negative one) or neither (0)."""
 
 LossAndMetrics = tuple[Float[Array, " B"], Metrics]
 

@@ -16,8 +16,8 @@ _RESOLUTION = 1e-6
 
 
 def candidates(scores: Float[Array, "B G"]) -> Bool[Array, "B G"]:
-    """True where a response is a candidate, false for the anchor."""
-    return jnp.broadcast_to(jnp.arange(scores.shape[-1]) > 0, scores.shape)
+    """True where a response is a candidate: not the anchor, nor absent (a score of -inf)."""
+    return (jnp.arange(scores.shape[-1]) > 0)[None] & (scores != -jnp.inf)
 
 
 def standardize(scores: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G"]:
@@ -63,8 +63,22 @@ def softmax_labels(
     candidate = candidates(scores)
     z = standardize(scores, candidate) if standardized else scores.astype(jnp.float32)
     shares = jax.nn.softmax(jnp.where(candidate, z / tau, -jnp.inf), axis=-1)
-    labels = jnp.where(candidate, (1 - anchor_mass) * shares, anchor_mass)
-    return labels, candidate | (anchor_mass > 0)
+    anchor = jnp.arange(scores.shape[-1])[None] == 0
+    labels = jnp.where(anchor, anchor_mass, jnp.where(candidate, (1 - anchor_mass) * shares, 0))
+    return labels, candidate | (anchor & (anchor_mass > 0))
+
+
+def best(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """A weight of one a row on the best candidate; ties share it.
+
+    >>> print(best(jnp.array([[9.0, 1.0, 3.0], [9.0, 2.0, 2.0]])))
+    [[0.  0.  1. ]
+     [0.  0.5 0.5]]
+    """
+    candidate = candidates(scores)
+    z = standardize(scores, candidate)
+    best_B1 = z.max(axis=-1, keepdims=True, where=candidate, initial=-jnp.inf)
+    return _share(candidate & (z == best_B1))
 
 
 def extremes(values: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G G"]:
@@ -111,6 +125,31 @@ def anchor_vs_all(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
       [0.  0.  0. ]]]
     """
     return _anchor_over(_share(candidates(scores)))
+
+
+def best_and_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """The best candidate is good, the worst bad; ties share, equal scores are neither.
+
+    >>> print(best_and_worst(jnp.array([[9.0, 1.0, 3.0, 1.0]])))
+    [[ 0.  -0.5  1.  -0.5]]
+    """
+    pairs = best_vs_worst(scores)
+    return pairs.sum(axis=2) - pairs.sum(axis=1)
+
+
+def anchor_and_candidates(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """The anchor is good, the candidates are bad, with the same weight in all."""
+    pairs = anchor_vs_all(scores)
+    return pairs.sum(axis=2) - pairs.sum(axis=1)
+
+
+def flags(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    """A candidate that scored above 0 is good, below 0 bad: for responses that someone flagged.
+
+    >>> print(flags(jnp.array([[9.0, 1.0, -3.0, -jnp.inf]])))
+    [[ 0.  1. -1.  0.]]
+    """
+    return jnp.where(candidates(scores), jnp.sign(scores), 0)
 
 
 def _share(chosen: Bool[Array, "B G"]) -> Float[Array, "B G"]:

@@ -4,6 +4,9 @@ Delta_i = lp_policy(y_i) - lp_ref(y_i), summed over tokens. That training uses D
 label-distribution variant of GRPO is from the abstract of arXiv 2601.20687; their exact form here,
 and everything else, is ours or from the source that a docstring names.
 
+The losses of pairs are in `pair_losses`, and have their names here too: settings look for every
+loss in this module.
+
 Log-probs outside the mask may be anything, NaN included: neither a loss nor its gradient sees them.
 Losses return means that are exact under averaging over microbatches of equal size, metrics too.
 
@@ -42,8 +45,33 @@ from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float
 
 from pujax.errors import require
-from pujax.method.labels import anchor_vs_all, best_vs_worst, candidates, extremes, standardize
-from pujax.types import Advantage, Group, LossAndMetrics, LossFn, Metrics, PairRule
+from pujax.method.labels import (
+    anchor_vs_all,
+    best,
+    best_vs_worst,
+    candidates,
+    extremes,
+    standardize,
+)
+from pujax.method.pair_losses import distill as distill
+from pujax.method.pair_losses import dpo as dpo
+from pujax.method.pair_losses import gamma_dpo as gamma_dpo
+from pujax.method.pair_losses import ipo as ipo
+from pujax.method.pair_losses import kto as kto
+from pujax.method.pair_losses import orpo as orpo
+from pujax.method.pair_losses import simpo as simpo
+from pujax.method.pair_losses import slic as slic
+from pujax.method.terms import (
+    deltas,
+    log_p,
+    log_ratios,
+    masked,
+    means,
+    nll,
+    preference_metrics,
+    sums,
+)
+from pujax.types import Advantage, Group, LossAndMetrics, LossFn, Metrics
 
 Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
 """Token terms and their mask to one value a prompt."""
@@ -51,15 +79,19 @@ Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array,
 Surrogate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 """A classifier's output times its label (+1 or -1) to a loss."""
 
+Clip = Callable[..., tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]]
+"""(logps, old_logps, advantages [B n], mask, clip_low, clip_high) to token terms and where the
+clip binds."""
+
 # Advantages and label differences below this are float32 rounding, not a signal.
 _NO_SIGNAL = 1e-6
 
-# Supervised and pairwise losses.
+# Supervised losses.
 
 
 def sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
     """Mean negative log-prob of the anchor's tokens."""
-    return -_mean(_masked(logps, group.mask)[:, 0], group.mask[:, 0]), {}
+    return -means(masked(logps, group.mask)[:, 0], group.mask[:, 0]), {}
 
 
 def weighted_sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
@@ -69,59 +101,20 @@ def weighted_sft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
     al., 2023, with one kept a prompt), which is the simplest use of a ranking; with soft labels it
     is the weighted regression of Peters and Schaal (2007). A valid anchor takes part.
     """
-    nll_BG = -_mean(_masked(logps, group.mask), group.mask)
-    return jnp.sum(group.labels * nll_BG, axis=-1, where=group.valid), {}
+    return jnp.sum(group.labels * nll(logps, group), axis=-1, where=group.valid), {}
 
 
-def dpo(
-    logps: Float[Array, "B G T"],
-    group: Group,
-    *,
-    pairs: PairRule = best_vs_worst,
-    beta: float = 0.1,
-    label_smoothing: float = 0.0,
-    length_normalized: bool = False,
-    nll_weight: float = 0.0,
-) -> LossAndMetrics:
-    """-log sigmoid(beta (Delta_w - Delta_l)), weighted over pairs (Rafailov et al., 2023, eq. 7).
+def raft(logps: Float[Array, "B G T"], group: Group) -> LossAndMetrics:
+    """Mean negative log-prob of the candidate that scored best (RAFT, Dong et al., 2023).
 
-    `label_smoothing` takes the labels to be flipped that often (cDPO, Mitchell, 2023), which ends
-    at beta (Delta_w - Delta_l) = logit(1 - label_smoothing). `length_normalized` divides each Delta
-    by the response's length. `nll_weight` adds the chosen response's mean negative log-prob, which
-    holds up what the margin alone lets sink (Pang et al., 2024, eq. 1).
+    The student's own best is imitated as the anchor is by `sft`: reward-ranked fine-tuning without
+    a loss on any other candidate. Candidates that tie share the weight, all of them where no score
+    differs.
     """
-    require(beta > 0, "loss.beta", beta, "must be positive")
-    require(
-        0 <= label_smoothing < 0.5,
-        "loss.label_smoothing",
-        label_smoothing,
-        "must lie in [0, 0.5)",
-    )
-    weights_BGG = pairs(group.scores)
-    log_ratios = _log_ratios(logps, group)
-    rewards_BG = beta * (_mean(log_ratios, group.mask) if length_normalized else _sum(log_ratios))
-    margins_BGG = rewards_BG[:, :, None] - rewards_BG[:, None, :]
-    losses_BGG = (1 - label_smoothing) * jax.nn.softplus(-margins_BGG)
-    losses_BGG += label_smoothing * jax.nn.softplus(margins_BGG)
-    nll_BG = -_mean(_masked(logps, group.mask), group.mask)
-    loss_B = jnp.sum(weights_BGG * (losses_BGG + nll_weight * nll_BG[:, :, None]), axis=(1, 2))
-    return loss_B, _preference_metrics(logps, group, rewards_BG, weights_BGG)
-
-
-def ipo(
-    logps: Float[Array, "B G T"],
-    group: Group,
-    *,
-    pairs: PairRule = best_vs_worst,
-    beta: float = 0.1,
-) -> LossAndMetrics:
-    """(Delta_w - Delta_l - 1 / (2 beta))^2, weighted over pairs (Azar et al., 2023, eq. 17)."""
-    require(beta > 0, "loss.beta", beta, "must be positive")
-    weights_BGG = pairs(group.scores)
-    delta_BG = _sum(_log_ratios(logps, group))
-    gaps_BGG = delta_BG[:, :, None] - delta_BG[:, None, :]
-    loss_B = jnp.sum(weights_BGG * (gaps_BGG - 1 / (2 * beta)) ** 2, axis=(1, 2))
-    return loss_B, _preference_metrics(logps, group, beta * delta_BG, weights_BGG)
+    weights_BG = best(group.scores)
+    pairs_BGG = best_vs_worst(group.scores)
+    metrics = preference_metrics(logps, group, deltas(logps, group), pairs_BGG)
+    return sums(weights_BG * nll(logps, group)), metrics
 
 
 # Positive-unlabeled risk.
@@ -162,11 +155,11 @@ def nnpu(
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
     require(0 < prior < 1, "loss.prior", prior, "must lie in (0, 1)")
-    rewards_BG = beta * _sum(_log_ratios(logps, group))
+    rewards_BG = beta * deltas(logps, group)
     anchor_B = rewards_BG[:, 0]
-    unlabeled_B = _mean(surrogate(-rewards_BG[:, 1:]), group.valid[:, 1:])
+    unlabeled_B = means(surrogate(-rewards_BG[:, 1:]), group.valid[:, 1:])
     negative_B = jnp.maximum(0, unlabeled_B - prior * surrogate(-anchor_B))
-    metrics = _preference_metrics(logps, group, rewards_BG, anchor_vs_all(group.scores))
+    metrics = preference_metrics(logps, group, rewards_BG, anchor_vs_all(group.scores))
     return prior * surrogate(anchor_B) + negative_B, metrics
 
 
@@ -180,13 +173,13 @@ def listwise(logps: Float[Array, "B G T"], group: Group, *, beta: float = 0.1) -
     so the gradient there is the policy gradient with advantages beta (q_i - 1 / G).
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
-    rewards_BG = beta * _sum(_log_ratios(logps, group))
-    terms_BG = xlogy(group.labels, group.labels) - group.labels * _log_p(rewards_BG, group.valid)
+    rewards_BG = beta * deltas(logps, group)
+    terms_BG = xlogy(group.labels, group.labels) - group.labels * log_p(rewards_BG, group.valid)
     loss_B = jnp.sum(terms_BG, axis=-1, where=group.valid)
     return loss_B, _label_metrics(logps, group, rewards_BG, group.valid)
 
 
-# Policy-gradient losses: advantages, aggregations, and the two losses.
+# Policy-gradient losses: advantages, aggregations, clips, and the two losses.
 
 
 def mean_std(group: Group) -> Float[Array, "B K"]:
@@ -198,13 +191,13 @@ def mean(group: Group) -> Float[Array, "B K"]:
     """Scores less their mean over the candidates of a prompt (Dr. GRPO, Liu et al., 2025)."""
     valid = group.valid[:, 1:]
     scores = group.scores[:, 1:].astype(jnp.float32)
-    return jnp.where(valid, scores - _mean(_masked(scores, valid), valid)[:, None], 0)
+    return jnp.where(valid, scores - means(masked(scores, valid), valid)[:, None], 0)
 
 
 def from_labels(group: Group) -> Float[Array, "B K"]:
     """K q - 1, q the labels made to sum to one over the candidates (ours)."""
     valid = group.valid[:, 1:]
-    share = _mean(_masked(group.labels[:, 1:], valid), valid)[:, None]
+    share = means(masked(group.labels[:, 1:], valid), valid)[:, None]
     return jnp.where(valid & (share > 0), group.labels[:, 1:] / jnp.maximum(share, 1e-30) - 1, 0)
 
 
@@ -227,7 +220,7 @@ def sequence_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> F
     >>> print(sequence_mean(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask))
     [6.]
     """
-    return _mean(_mean(terms, mask), mask.any(axis=-1))
+    return means(means(terms, mask), mask.any(axis=-1))
 
 
 def constant(
@@ -241,7 +234,75 @@ def constant(
     >>> print(constant(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask, length=2.0))
     [4.]
     """
-    return _sum(_masked(terms, mask)).mean(axis=-1) / length
+    return sums(masked(terms, mask)).mean(axis=-1) / length
+
+
+def token_clip(
+    logps: Float[Array, "B n T"],
+    old_logps: Float[Array, "B n T"],
+    advantages: Float[Array, "B n"],
+    mask: Bool[Array, "B n T"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
+    """-min(r A, clip(r) A), r the ratio of each token (PPO, Schulman et al., 2017, eq. 7)."""
+    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
+    ratio = jnp.exp(masked(logps - old_logps, mask))
+    return _pessimistic(ratio, advantages, mask, clip_low, clip_high)
+
+
+def sequence_clip(
+    logps: Float[Array, "B n T"],
+    old_logps: Float[Array, "B n T"],
+    advantages: Float[Array, "B n"],
+    mask: Bool[Array, "B n T"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
+    """-min(s A, clip(s) A), the same at every token of a response (GSPO, Zheng et al., 2025).
+
+    s = (policy(y) / old(y))^(1 / |y|), the response's own ratio, length-normalised. Aggregated by
+    `sequence_mean` it is the paper's objective.
+    """
+    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
+    log_ratio = means(masked(logps - old_logps, mask), mask)
+    ratio = jnp.broadcast_to(jnp.exp(log_ratio)[:, :, None], mask.shape)
+    return _pessimistic(ratio, advantages, mask, clip_low, clip_high)
+
+
+def weight_clip(
+    logps: Float[Array, "B n T"],
+    old_logps: Float[Array, "B n T"],
+    advantages: Float[Array, "B n"],
+    mask: Bool[Array, "B n T"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
+    """-clip(r) A log policy, no gradient through clip(r) (CISPO, MiniMax, 2025, section 3.1).
+
+    Every token keeps a gradient: the clip bounds its weight alone. `clip_low` 1 is no lower bound.
+    """
+    require(0 < clip_low <= 1, "loss.clip_low", clip_low, "must lie in (0, 1]")
+    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
+    ratio = jnp.exp(masked(stop_gradient(logps) - old_logps, mask))
+    weight = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
+    terms = -weight * advantages[:, :, None] * masked(logps, mask)
+    return masked(terms, mask), mask & (weight != ratio)
+
+
+def _pessimistic(
+    ratio: Float[Array, "B n T"],
+    advantages: Float[Array, "B n"],
+    mask: Bool[Array, "B n T"],
+    clip_low: float,
+    clip_high: float,
+) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
+    """The worse of the free and the clipped surrogate, and where that is the clipped one."""
+    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
+    advantages = advantages[:, :, None]
+    free = ratio * advantages
+    bound = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
+    return masked(-jnp.minimum(free, bound), mask), mask & (bound < free)
 
 
 def grpo(
@@ -250,6 +311,7 @@ def grpo(
     *,
     advantage: Advantage = mean_std,
     aggregate: Aggregate = constant,
+    clip: Clip = token_clip,
     clip_low: float = 0.2,
     clip_high: float = 0.2,
     kl_coef: float = 0.04,
@@ -258,21 +320,22 @@ def grpo(
     """Clipped surrogate over the candidates plus KL to the reference (Shao et al., 2024, eq. 3).
 
     The anchor takes no part: it was never sampled. `clip_low` and `clip_high` bound the ratio to
-    [1 - low, 1 + high] (DAPO, Yu et al., 2025). The KL term is `kl_terms`, not the paper's k3,
-    whose gradient is not the KL's. `mask_unfinished` drops the tokens of responses that were cut
-    off, though their scores stay in the baseline (as in DAPO). The metrics' rewards take beta = 1.
+    [1 - low, 1 + high] (DAPO, Yu et al., 2025); which ratio, and how, is `clip`'s to say. The KL
+    term is `kl_terms`, not the paper's k3, whose gradient is not the KL's. `mask_unfinished` drops
+    the tokens of responses that were cut off, though their scores stay in the baseline (as in
+    DAPO). The metrics' rewards take beta = 1.
 
     With `constant` and on-policy, its gradient is that of -E[A] + kl_coef KL(policy || ref), so for
     fixed advantages training ends at policy ~ ref exp(A / kl_coef).
     """
     mask = _candidate_mask(group, mask_unfinished)
     advantages = stop_gradient(advantage(group))
-    surrogate, clipped = _clipped_surrogate(
+    surrogate, clipped = clip(
         logps[:, 1:], group.old_logps[:, 1:], advantages, mask, clip_low, clip_high
     )
     loss_B = aggregate(surrogate + kl_coef * kl_terms(logps, group, mask), mask)
     metrics = _label_metrics(
-        logps, group, _sum(_log_ratios(logps, group)), group.valid & candidates(group.scores)
+        logps, group, deltas(logps, group), group.valid & candidates(group.scores)
     )
     return loss_B, metrics | {
         "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean(),
@@ -307,14 +370,14 @@ def ldl_grpo(
     anchor_mask = group.mask[:, :1] & valid[:, :1, None]
     mask = jnp.concatenate([anchor_mask, candidate_mask], axis=1)
     count_B = jnp.maximum(valid.sum(axis=-1), 1)
-    p_BG = jnp.exp(_log_p(beta * _sum(_log_ratios(group.old_logps, group)), valid))
+    p_BG = jnp.exp(log_p(beta * deltas(group.old_logps, group), valid))
     advantages = jnp.where(valid, count_B[:, None] * (group.labels - p_BG), 0)
-    surrogate, clipped = _clipped_surrogate(
+    surrogate, clipped = token_clip(
         logps, group.old_logps, stop_gradient(advantages), mask, clip_low, clip_high
     )
     kl_B = constant(kl_terms(logps, group, candidate_mask), candidate_mask)
-    loss_B = _sum(_sum(surrogate)) + kl_coef * count_B * kl_B
-    rewards_BG = beta * _sum(_log_ratios(logps, group))
+    loss_B = sums(sums(surrogate)) + kl_coef * count_B * kl_B
+    rewards_BG = beta * deltas(logps, group)
     return loss_B, _label_metrics(logps, group, rewards_BG, valid) | {
         "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean()
     }
@@ -351,8 +414,8 @@ def kl_terms(
     PPO's approximation beyond. Tempered sampling, or a mask that drops candidates, shifts the
     expectation to what was kept. (Ours, from the policy gradient theorem; Tang & Munos, 2025.)
     """
-    log_ratio = stop_gradient(_masked(logps[:, 1:] - group.ref_logps[:, 1:], mask))
-    ratio = jnp.exp(_masked(logps[:, 1:] - group.old_logps[:, 1:], mask))
+    log_ratio = stop_gradient(masked(logps[:, 1:] - group.ref_logps[:, 1:], mask))
+    ratio = jnp.exp(masked(logps[:, 1:] - group.old_logps[:, 1:], mask))
     to_go = jnp.cumsum(log_ratio[..., ::-1], axis=-1)[..., ::-1]
     others = (to_go.sum(axis=1, keepdims=True) - to_go) / max(to_go.shape[1] - 1, 1)
     return log_ratio + (ratio - stop_gradient(ratio)) * (to_go - others)
@@ -370,35 +433,10 @@ def group_metrics(logps: Float[Array, "B G T"], group: Group) -> Metrics:
     """
     logps, labels = stop_gradient(logps), group.labels
     return {
-        "kl/ref": token_mean(_log_ratios(logps, group)[:, 1:], group.mask[:, 1:]).mean(),
-        "logps/anchor": _sum(_masked(logps, group.mask))[:, 0].mean(),
+        "kl/ref": token_mean(log_ratios(logps, group)[:, 1:], group.mask[:, 1:]).mean(),
+        "logps/anchor": sums(masked(logps, group.mask))[:, 0].mean(),
         "label/entropy": -xlogy(labels, labels).sum(axis=-1, where=group.valid).mean(),
         "label/top1_mass": labels.max(axis=-1, where=group.valid, initial=0).mean(),
-    }
-
-
-def _preference_metrics(
-    logps: Float[Array, "B G T"],
-    group: Group,
-    rewards_BG: Float[Array, "B G"],
-    weights_BGG: Float[Array, "B G G"],
-) -> Metrics:
-    """Implied rewards and summed log-probs of the chosen and the rejected under pair weights.
-
-    A tie counts half in the accuracy. A prompt without pairs counts as a tie of its candidates.
-    """
-    rewards_BG = stop_gradient(rewards_BG)
-    lp_BG = _sum(_masked(stop_gradient(logps), group.mask))
-    paired_B = weights_BGG.sum(axis=(1, 2))
-    rest_BG = (1 - paired_B)[:, None] * candidates(lp_BG) / max(lp_BG.shape[-1] - 1, 1)
-    margins_BGG = rewards_BG[:, :, None] - rewards_BG[:, None, :]
-    return {
-        "reward/margin": jnp.sum(weights_BGG * margins_BGG, axis=(1, 2)).mean(),
-        "reward/accuracy": jnp.sum(weights_BGG * jnp.sign(margins_BGG), axis=(1, 2)).mean() / 2
-        + 0.5,
-        "logps/chosen": _sum((weights_BGG.sum(axis=2) + rest_BG) * lp_BG).mean(),
-        "logps/rejected": _sum((weights_BGG.sum(axis=1) + rest_BG) * lp_BG).mean(),
-        "group/no_signal": (paired_B == 0).mean(),
     }
 
 
@@ -409,54 +447,12 @@ def _label_metrics(
     mask_BG: Bool[Array, "B G"],
 ) -> Metrics:
     """The same for the response with the highest label over the one with the lowest."""
-    return _preference_metrics(logps, group, rewards_BG, extremes(group.labels, mask_BG))
+    return preference_metrics(logps, group, rewards_BG, extremes(group.labels, mask_BG))
 
 
-# What several losses share.
-
-
-def _masked(x: Float[Array, "*shape"], mask: Bool[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Values in float32, zero outside the mask, so that nothing there reaches a gradient."""
-    return jnp.where(mask, x.astype(jnp.float32), 0)
-
-
-def _sum(x: Float[Array, "*shape n"]) -> Float[Array, "*shape"]:
-    return jnp.sum(x, axis=-1)
-
-
-def _mean(x: Float[Array, "*shape n"], mask: Bool[Array, "*shape n"]) -> Float[Array, "*shape"]:
-    """The mean over the last axis within the mask; zero where the mask is empty."""
-    return jnp.sum(x, axis=-1, where=mask) / jnp.maximum(mask.sum(axis=-1), 1)
-
-
-def _log_ratios(logps: Float[Array, "B G T"], group: Group) -> Float[Array, "B G T"]:
-    return _masked(logps - group.ref_logps, group.mask)
-
-
-def _log_p(rewards: Float[Array, "B G"], valid: Bool[Array, "B G"]) -> Float[Array, "B G"]:
-    """Log softmax over the valid responses. Outside it is finite: 0 * -inf would be NaN."""
-    floor = jnp.finfo(jnp.float32).min
-    return jax.nn.log_softmax(jnp.where(valid, rewards, floor), axis=-1)
+# What several policy-gradient losses share.
 
 
 def _candidate_mask(group: Group, mask_unfinished: bool) -> Bool[Array, "B K T"]:
     kept = group.valid & group.finished if mask_unfinished else group.valid
     return group.mask[:, 1:] & kept[:, 1:, None]
-
-
-def _clipped_surrogate(
-    logps: Float[Array, "B n T"],
-    old_logps: Float[Array, "B n T"],
-    advantages: Float[Array, "B n"],
-    mask: Bool[Array, "B n T"],
-    clip_low: float,
-    clip_high: float,
-) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
-    """PPO's loss of each token, and where its clip binds (Schulman et al., 2017, eq. 7)."""
-    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
-    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
-    ratio = jnp.exp(_masked(logps - old_logps, mask))
-    advantages = advantages[:, :, None]
-    free = ratio * advantages
-    bound = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
-    return _masked(-jnp.minimum(free, bound), mask), mask & (bound < free)

@@ -87,7 +87,7 @@ def needs_of(
         raise ConfigError(
             f"loss: it learns nothing from groups of {candidates} candidates under these labels, "
             "its gradient is 0: take more candidates, or a loss that learns from the anchor too "
-            "(loss=dpo_anchor)"
+            "(loss=dpo_anchor), or from responses alone (loss=kto, with labels.flags as its sides)"
         )
     found = Needs(anchor=bool(jnp.any(first[:, 0])), reference=bool(jnp.any(first != second)))
     for name, said in (("anchor", anchor), ("reference", reference)):

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.scipy.special import xlogy
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.errors import ConfigError, require
@@ -315,6 +316,56 @@ def _name(score: Callable[..., Any]) -> str:
     if isinstance(score, partial):
         return _name(score.keywords["function"] if score.func is reward else score.func)
     return score.__name__
+
+
+def mixture(
+    context: ScoringContext,
+    *,
+    scores: Sequence[Scorer],
+    weights: Sequence[float],
+    tau: float = 0.5,
+    drawn: bool = False,
+) -> Float[Array, "B G"]:
+    """log sum_k lambda_k q_k: several preferences at once, q_k = softmax(z_k / tau) of each score.
+
+    Labels at tau 1 of these scores, unstandardised, are sum_k lambda_k q_k, and the cross-entropy
+    is linear in labels: `listwise` on them is, but for a constant, sum_k lambda_k times the
+    listwise DPO loss of each score (lambda-weighted listwise DPO, arXiv 2506.19780; there the q_k
+    are of rating columns, here of scorers). lambda are the `weights` made to sum to one, or with
+    `drawn` a draw for each batch from the Dirichlet distribution of these parameters. The anchor is
+    as good as the best.
+    """
+    if len(scores) != len(weights) or min(weights, default=0) <= 0:
+        raise ValueError(f"mixture: {len(scores)} scores need as many positive weights: {weights}")
+    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    mix = jnp.asarray(weights, jnp.float32)
+    mix = jax.random.dirichlet(context.key, mix) if drawn else mix / mix.sum()
+    total = jnp.zeros(candidates.shape)
+    for score, weight in zip(scores, mix, strict=True):
+        z = standardize(score(context), candidates) / tau
+        total += weight * jax.nn.softmax(jnp.where(candidates, z, -jnp.inf), axis=-1)
+    total = jnp.where(candidates, total, total.max(axis=-1, keepdims=True))
+    return jnp.log(jnp.maximum(total, 1e-30))
+
+
+def confident(
+    context: ScoringContext, *, scores: Sequence[Scorer], tau: float = 0.5
+) -> Float[Array, "B G"]:
+    """Several noisy rankers merged by how sure each is of a group (ours, after arXiv 2301.11774).
+
+    Each score, standardised, counts as much as its soft labels q = softmax(z / tau) say of the
+    group: log K - H(q) nats, so a ranker that finds all candidates alike has no say. (The paper
+    weighs an ensemble of reward models by confidence; its latent heads are not here.)
+    """
+    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    total, said = jnp.zeros(candidates.shape), jnp.zeros((candidates.shape[0], 1))
+    for score in scores:
+        z = standardize(score(context), candidates)
+        q = jax.nn.softmax(jnp.where(candidates, z / tau, -jnp.inf), axis=-1)
+        entropy = -xlogy(q, q).sum(axis=-1, keepdims=True)
+        weight = jnp.maximum(jnp.log(candidates.shape[1] - 1) - entropy, 0)
+        total, said = total + weight * z, said + weight
+    return total / jnp.where(said > 0, said, 1)
 
 
 def shuffled(context: ScoringContext, *, score: Scorer) -> Float[Array, "B G"]:

@@ -23,6 +23,7 @@ from pujax.types import (
     Frames,
     Group,
     LabelRule,
+    LossAndMetrics,
     LossFn,
     Metrics,
     Params,
@@ -83,11 +84,12 @@ def rollout(
         model, recipe, params, ref_params, batch, prefix, completions, score_key
     )
     candidates = group.scores[:, 1:]
+    there = None if completions.scores is None else jnp.isfinite(candidates)
     metrics = {
-        "score/mean": candidates.mean(),
-        "score/std": candidates.std(axis=1).mean(),
-        "samples/length": completions.mask.sum(axis=-1).mean(),
-        "samples/finished": completions.finished.mean(),
+        "score/mean": candidates.mean(where=there),
+        "score/std": candidates.std(axis=1, where=there).mean(),
+        "samples/length": completions.mask.sum(axis=-1).mean(where=there),
+        "samples/finished": completions.finished.mean(where=there),
         "samples/tokens": completions.mask.sum(),
     }
     return group, metrics | notes
@@ -149,7 +151,11 @@ def score_group(
         rewards = dict(zip(functions, batch.rewards, strict=True))
 
     def scored(model: LanguageModel) -> tuple[Array, Array, Metrics]:
-        """Scores and reference log-probs, which share a pass over the responses, and notes."""
+        """Scores and reference log-probs, which share a pass over the responses, and notes.
+
+        What the batch brings is not computed; beside given scores the anchor's is the best.
+        """
+        wants_logps = recipe.needs.reference and batch.ref_logps is None
         reference = ScoringContext(
             reader=model,
             params=ref_params,
@@ -159,16 +165,21 @@ def score_group(
             tokens=tokens,
             mask=mask,
             key=key,
-            wants_logps=recipe.needs.reference,
+            wants_logps=wants_logps,
             rewards=rewards,
         )
         context = reference
         if recipe.by_policy:
             context = reference.fresh(params=params, after=prefix, wants_logps=False)
-        scores = recipe.scorer(context)
-        if not recipe.needs.reference:
-            return scores, jnp.zeros(mask.shape), context.notes
-        return scores, reference.logps(anchor=recipe.needs.anchor), context.notes
+        if completions.scores is None:
+            scores = recipe.scorer(context)
+        else:
+            best = completions.scores.max(axis=1, keepdims=True)
+            scores = jnp.concatenate([best, completions.scores], axis=1)
+        if wants_logps:
+            return scores, reference.logps(anchor=recipe.needs.anchor), context.notes
+        known = jnp.zeros(mask.shape) if batch.ref_logps is None else batch.ref_logps
+        return scores, known, context.notes
 
     scores, ref_logps, notes = packed(model, batch.prompts.lengths, mask, scored)
     labels, valid = recipe.labels(scores)
@@ -389,7 +400,13 @@ def make_sft_step(
 
     def sft_step(state, base, batch):
         group = anchor_group(batch)
-        state, metrics = update(model, loss_fn, optimizer, state, base, group, in_place=in_place)
+
+        def weighed(logps: Array, group: Group) -> LossAndMetrics:
+            loss_B, metrics = loss_fn(logps, group)
+            return loss_B * batch.anchor_weights, metrics
+
+        loss = loss_fn if batch.anchor_weights is None else weighed
+        state, metrics = update(model, loss, optimizer, state, base, group, in_place=in_place)
         kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
         return state, {name: metrics[name] for name in kept if name in metrics}
 

@@ -303,8 +303,10 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(word, known, n=1)
-    return f", did you mean {near[0]}?" if near else ""
+    near = difflib.get_close_matches(word, known, n=3)
+    # Letters in another order are a likelier slip than other letters.
+    swapped = [other for other in near if sorted(other) == sorted(word)]
+    return f", did you mean {(swapped or near)[0]}?" if near else ""
 
 
 def _plain(text: str) -> str:

@@ -2,35 +2,78 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from pujax.errors import ConfigError, DataError
+from pujax.errors import ConfigError, DataError, PujaxError
 from pujax.files.chat import Chat
-from pujax.records import Anchor, Example, Prompt, messages_key
+from pujax.records import Anchor, Example, Given, Prompt, messages_key
 from pujax.run.compose import with_protocol
-from pujax.run.settings import DataConfig, TrainConfig
+from pujax.run.gate import gated, told
+from pujax.run.settings import DataConfig, GateConfig, TrainConfig
 from pujax.teacher.anchors import anchors_for
+from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.text import counted
-from pujax.types import Batch, Tokens
+from pujax.types import Batch, Completions, Tokens
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Examples with their static shape: P, R and T in tokens, and what was cut to fit."""
+    """Examples with their static shape: P, R and T in tokens, and what was cut to fit.
+
+    `candidates` is how many an example is given at most: 0 where the student samples them. `other`
+    is preference data that takes `share` of the steps beside these examples. `ref_logps` [N G T]
+    are the reference's log-probs of the anchors and given candidates, where they are known. `gated`
+    counts the anchors that are not trusted, by reason; `weighed` says that SFT weighs them down.
+    """
 
     examples: tuple[Example, ...]
     prompt_size: int
     reference_size: int
     response_size: int
-    dropped: int
-    truncated: int
-    anchors_cut: int
+    dropped: int = 0
+    truncated: int = 0
+    anchors_cut: int = 0
+    bad_rows: int = 0
+    candidates: int = 0
+    other: "Dataset | None" = None
+    share: float = 0.0
+    gated: dict[str, int] = field(default_factory=dict)
+    weighed: bool = False
+    ref_logps: np.ndarray | None = field(default=None, compare=False, repr=False)
+
+    @property
+    def gate_note(self) -> str | None:
+        """What became of the anchors that are not trusted; None where there are none."""
+        if not self.gated:
+            return None
+        kept = "weighed down in SFT" if self.weighed else "left out"
+        return f"anchors that are not trusted ({told(self.gated)}) are {kept}"
+
+    @property
+    def parts(self) -> dict[str, "Dataset"]:
+        """What steps draw from, by the setting that names it."""
+        own = {"data.preferences" if self.candidates else "data.prompts": self}
+        return own | (self.other.parts if self.other else {})
+
+    @property
+    def with_anchors(self) -> "Dataset":
+        """The examples that have an anchor, which is all that SFT learns from."""
+        other = None if self.other is None else self.other.with_anchors
+        kept = tuple(example for example in self.examples if example.anchor_ids)
+        return replace(self, examples=kept, other=other)
+
+    def at(self, step: int) -> tuple["Dataset", int]:
+        """Which part step number `step` draws from, and how many before it did."""
+        if self.other is None:
+            return self, step
+        before, after = (int(count * self.share + 1e-9) for count in (step, step + 1))
+        return (self.other, before) if after > before else (self, step - before)
 
 
 @dataclass(frozen=True)
@@ -51,34 +94,64 @@ def load_data(
     A configured teacher is asked for the anchors that the store lacks, once it is known that their
     prompts can be used. Raises `DataError`, and what reading prompts and asking raise.
     """
-    teacher = with_protocol(config.teacher, config.trusted)
-    sources = (config.data.prompts, config.data.heldout)
-    parts = [_fit(load_prompts(source), chat, config.data) for source in sources]
-    shared = {f.prompt_ids for f in parts[0][0]} & {f.prompt_ids for f in parts[1][0]}
+    data = config.data
+    given = [] if data.preferences is None else [make_preferences(data.preferences, chat, data)]
+    if data.anchors is None:
+        own, heldout = [], _once(make_preferences(data.heldout, chat, data))
+    else:
+        teacher = with_protocol(config.teacher, config.trusted)
+        sources = [data.heldout] if data.prompts is None else [data.prompts, data.heldout]
+        fits = [_fit(load_prompts(source), chat, data) for source in sources]
+        if data.prompts is not None:
+            _check_apart(fits[0][0], fits[1][0], data.prompts, data.heldout)
+        anchors = anchors_for(
+            [fitted.prompt for part, _ in fits for fitted in part],
+            teacher,
+            Path(data.anchors),
+            config.collect,
+            say=say,
+        )
+        *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
+        own = [_trusted(part, data.gate) for part in own]
+    for part in given:
+        _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
+    if own and given:  # batches of either have the same shape, but for the candidates
+        size = max(part.reference_size for part in (*own, *given))
+        own, given = ([replace(p, reference_size=size) for p in parts] for parts in (own, given))
+    for name, part in (*(("training", part) for part in (*own, *given)), ("held-out", heldout)):
+        cut = counted(part.anchors_cut, "anchor")
+        notes = [
+            *([f"{part.dropped} dropped as too long"] if part.dropped else []),
+            *([f"{part.truncated} truncated"] if part.truncated else []),
+            *([f"{cut} cut at {part.response_size} tokens"] if part.anchors_cut else []),
+            *([f"{counted(part.bad_rows, 'row')} left out"] if part.bad_rows else []),
+        ]
+        kind = " with given candidates" if part.candidates else ""
+        say(", ".join([counted(len(part.examples), f"{name} prompt") + kind, *notes]))
+        if part.gate_note:
+            say(part.gate_note)
+    train_data = (own or given)[0]
+    if own and given:
+        train_data = replace(train_data, other=given[0], share=data.preference_share)
+    return train_data, heldout
+
+
+def _check_apart(
+    train: Iterable[Example | _Fitted], held: Iterable[Example | _Fitted], source: Any, heldout: Any
+) -> None:
+    """Refuse prompts that are both trained on and held out."""
+    shared = {each.prompt_ids for each in train} & {each.prompt_ids for each in held}
     if shared:
         raise DataError(
-            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {config.data.prompts} and "
-            f"{config.data.heldout}: take out of one what is in both, or the evaluation means "
-            "nothing"
+            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {source} and {heldout}: "
+            "take out of one what is in both, or the evaluation means nothing"
         )
-    anchors = anchors_for(
-        [fitted.prompt for part, _ in parts for fitted in part],
-        teacher,
-        Path(config.data.anchors),
-        config.collect,
-        say=say,
-    )
-    made = [_answered(part, dropped, anchors, chat, config.data) for part, dropped in parts]
-    for name, data in zip(("training", "held-out"), made, strict=True):
-        cut = counted(data.anchors_cut, "anchor")
-        notes = [
-            *([f"{data.dropped} dropped as too long"] if data.dropped else []),
-            *([f"{data.truncated} truncated"] if data.truncated else []),
-            *([f"{cut} cut at {data.response_size} tokens"] if data.anchors_cut else []),
-        ]
-        say(", ".join([counted(len(data.examples), f"{name} prompt"), *notes]))
-    train_data, heldout = made
-    return train_data, heldout
+
+
+def _trusted(data: Dataset, gate: GateConfig) -> Dataset:
+    """The data without the anchors that `gate` distrusts, or with these weighed down."""
+    kept, counts = gated(data.examples, gate)
+    return replace(data, examples=kept, gated=counts, weighed=bool(counts) and gate.weight > 0)
 
 
 def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
@@ -87,6 +160,8 @@ def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
     Nobody is asked. Raises `DataError` where the store lacks what the run had, and what reading
     prompts and anchors raises.
     """
+    if config.data.anchors is None:
+        return _once(make_preferences(config.data.heldout, chat, config.data))
     fitted, dropped = _fit(load_prompts(config.data.heldout), chat, config.data)
     anchors = anchors_for(
         [each.prompt for each in fitted],
@@ -193,6 +268,73 @@ def _with_anchors(
     return Dataset(tuple(examples), P, P + extra, T, dropped, truncated, anchors_cut)
 
 
+def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
+    """Tokenise preference data: to each prompt its rated responses, the best one as its anchor.
+
+    A prompt whose one response is flagged as bad has no anchor. Prompts that are too long are
+    treated as in `make_dataset`; rows that can't be used, a response beyond T among them, raise
+    `DataError` or `PromptError`, or are counted, as `config.on_bad_row` says.
+    """
+    examples, dropped, truncated, bad_rows, extra = [], 0, 0, 0, 0
+    P, T = config.max_prompt_tokens, config.max_response_tokens
+
+    def bad(error: PujaxError) -> None:
+        nonlocal bad_rows
+        if config.on_bad_row == "error":
+            raise error
+        bad_rows += 1
+
+    for row in load_preferences(source, weights=config.dimensions or None, bad=bad):
+        given = tuple(
+            Given(tuple(chat.encode_response(response.text, True)), response.score)
+            for response in row.responses
+        )
+        longest = max(len(response.ids) for response in given)
+        if longest > T:
+            bad(
+                DataError(
+                    f"{row.place}: a response has {longest} tokens, data.max_response_tokens is "
+                    f"{T}: raise it, or set data.on_bad_row=drop"
+                )
+            )
+            continue
+        fitted, left_out = _fit([row.prompt], chat, config)
+        dropped += left_out
+        best = max(range(len(given)), key=lambda i: given[i].score)
+        known = len(given) > 1 or given[best].score > 0
+        for each in fitted:
+            truncated += each.truncated
+            extra = max(extra, len(each.reference_ids) - len(each.prompt_ids))
+            examples.append(
+                Example(
+                    prompt=row.prompt,
+                    prompt_ids=each.prompt_ids,
+                    reference_ids=each.reference_ids,
+                    anchor=row.responses[best].text if known else "",
+                    anchor_ids=given[best].ids if known else (),
+                    anchor_finished=known,
+                    given=given,
+                )
+            )
+    if not examples:
+        raise DataError(
+            f"no prompts left to use ({dropped} dropped as too long, {bad_rows} rows left out)"
+        )
+    most = max(len(example.given) for example in examples)
+    made = Dataset(tuple(examples), P, P + extra, T, dropped, truncated, 0)
+    return replace(made, bad_rows=bad_rows, candidates=most)
+
+
+def _once(data: Dataset) -> Dataset:
+    """The prompts that have an anchor, each as it first came: what can be evaluated."""
+    anchored = [replace(e, given=()) for e in data.examples if e.anchor_ids]
+    first = {example.prompt_ids: example for example in reversed(anchored)}
+    if not first:
+        raise DataError("data.heldout: no prompt has a good response: there is nothing to evaluate")
+    kept = tuple(example for example in anchored if first[example.prompt_ids] is example)
+    return replace(data, examples=kept, candidates=0)
+
+
 def _shortened(
     name: str, messages: Sequence[dict[str, str]], chat: Chat, size: int
 ) -> list[dict[str, str]]:
@@ -244,6 +386,27 @@ def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
         anchors=padded((e.anchor_ids for e in examples), dataset.response_size),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
         references=padded((e.reference_ids for e in examples), dataset.reference_size),
+        given=_given(examples, dataset) if dataset.candidates else None,
+        anchor_weights=jnp.array([e.weight for e in examples]) if dataset.weighed else None,
+    )
+
+
+def _given(examples: Sequence[Example], dataset: Dataset) -> Completions:
+    """The given candidates; where an example has fewer, empty ones that scored -inf."""
+    shape = (len(examples), dataset.candidates, dataset.response_size)
+    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    scores = np.full(shape[:2], -np.inf, np.float32)
+    for b, example in enumerate(examples):
+        for k, response in enumerate(example.given):
+            tokens[b, k, : len(response.ids)] = response.ids
+            mask[b, k, : len(response.ids)] = True
+            scores[b, k] = response.score
+    return Completions(
+        tokens=jnp.asarray(tokens),
+        mask=jnp.asarray(mask),
+        finished=jnp.asarray(mask.any(axis=-1)),
+        logps=None,
+        scores=jnp.asarray(scores),
     )
 
 
@@ -267,5 +430,10 @@ def batch_at(
     dataset: Dataset, size: int, seed: Sequence[int], step: int
 ) -> tuple[list[Example], Batch]:
     """The examples of step number `step`, and as a batch."""
-    examples = [dataset.examples[i] for i in picks(len(dataset.examples), size, seed, step)]
-    return examples, collate(examples, dataset)
+    dataset, step = dataset.at(step)
+    chosen = picks(len(dataset.examples), size, seed, step)
+    examples = [dataset.examples[i] for i in chosen]
+    batch = collate(examples, dataset)
+    if dataset.ref_logps is not None:
+        batch = replace(batch, ref_logps=jnp.asarray(dataset.ref_logps[chosen]))
+    return examples, batch

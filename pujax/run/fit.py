@@ -23,8 +23,15 @@ from pujax.method import losses
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
 from pujax.method.scoring import rewards_of
-from pujax.method.step import Recipe, assemble, make_sampler, make_sft_step, make_train_step
-from pujax.models.decoder import DecoderConfig
+from pujax.method.step import (
+    Recipe,
+    TrainStep,
+    assemble,
+    make_sampler,
+    make_sft_step,
+    make_train_step,
+)
+from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.records import Example
 from pujax.run.checkpoint import Checkpoints, Place
@@ -35,6 +42,7 @@ from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
 from pujax.run.provenance import provenance
+from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
 from pujax.run.settings import TrainConfig
@@ -60,13 +68,14 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     criterion = criterion_of(config, metrics)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
+    check_candidates(recipe, loss_fn, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
     check_positions(student.model.config, train_data)
     hold_inputs(
         directory,
         config,
         chat,
-        {"data.prompts": train_data, "data.heldout": heldout},
+        {**train_data.parts, "data.heldout": heldout},
         (student.base, student.trainable),
         begun=(directory / "metrics.jsonl").exists(),
         rows=bool(rewards_of(recipe.scorer)),
@@ -141,8 +150,9 @@ def supervised(
     optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
     if state is None:
         state = new_state(trainable, optimizer, run.mesh)
+    data = run.data.with_anchors
     step = make_sft_step(
-        run.budgeted(run.data, config.sft.batch, 1),
+        run.budgeted(data, config.sft.batch, 1),
         losses.sft,
         optimizer,
         tree_shardings(run.mesh, state),
@@ -151,11 +161,11 @@ def supervised(
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any], None]:
-        return *step(state, run.base, batch), None
+        return *step(state, run.base, dataclasses.replace(batch, given=None)), None
 
     stage = Stage(
-        "sft", "sft", ("base", 0), config.sft.steps, config.sft.batch, before=0, salt=0,
-        advance=advance,
+        "sft", "sft", ("base", 0), config.sft.steps, config.sft.batch, data, before=0,
+        salt=0, advance=advance,
     )  # fmt: skip
     return run.through(stage, state, done)
 
@@ -177,31 +187,45 @@ def aligned(
     optimizer = optimizer_for(config, align.lr, align.steps * align.inner_epochs)
     if state is None:
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh)
-    model = run.budgeted(run.data, align.prompts, config.sampling.candidates + 1)
-    step = make_train_step(
-        model,
-        recipe,
-        loss_fn,
-        optimizer,
-        tree_shardings(run.mesh, state),
-        microbatch=align.microbatch,
-    )
+    shardings = tree_shardings(run.mesh, state)
+    data, cache = run.data, config.data.reference_cache
+    if recipe.needs.reference and cache is not None:
+        data = with_reference(
+            data,
+            run.model,
+            assemble(run.base, reference),
+            folder=Path(cache),
+            mesh=run.mesh,
+            size=align.prompts,
+            steps=align.steps,
+            say=run.say,
+        )
+
+    def model_for(part: Dataset) -> LanguageModel:
+        candidates = part.candidates or config.sampling.candidates
+        return run.budgeted(part, align.prompts, candidates + 1)
+
+    def step_on(part: Dataset) -> TrainStep:
+        model, size = model_for(part), align.microbatch
+        return make_train_step(model, recipe, loss_fn, optimizer, shardings, microbatch=size)
+
+    steps = {part.candidates > 0: step_on(part) for part in data.parts.values()}
     root = jax.random.key(config.seed)
-    sample, rewards = make_sampler(model, recipe), Rewards(recipe.scorer)
+    sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
 
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any], Group]:
-        noted = {}
-        if rewards:
+        noted, step = {}, steps[batch.given is not None]
+        if rewards and batch.given is None:
             made = sample(state, run.base, batch, root)
             batch, noted = run.rewarded(rewards, batch, made, examples)
         state, group, metrics = step(state, reference, run.base, batch, root)
         return state, metrics | noted, group
 
     stage = Stage(
-        "align", "aligned", begun, align.steps, align.prompts, before=config.sft.steps, salt=1,
-        advance=advance,
+        "align", "aligned", begun, align.steps, align.prompts, data,
+        before=config.sft.steps, salt=1, advance=advance,
     )  # fmt: skip
     with rewards:
         return run.through(stage, state, done)
@@ -209,16 +233,24 @@ def aligned(
 
 def check_batches(config: TrainConfig, data: Dataset) -> None:
     """Refuse a batch that the data can't fill, before anything is computed."""
-    for key, steps, size in (
-        ("sft.batch", config.sft.steps, config.sft.batch),
-        ("align.prompts", config.align.steps, config.align.prompts),
+    for key, steps, size, part in (
+        ("sft.batch", config.sft.steps, config.sft.batch, data.with_anchors),
+        ("align.prompts", config.align.steps, config.align.prompts, data),
     ):
+        least = min(len(each.examples) for each in part.parts.values())
         require(
-            not steps or size <= len(data.examples),
+            not steps or size <= least,
             key,
             size,
-            f"there are {len(data.examples)} training prompts: lower it",
+            f"there are {least} training prompts: lower it",
         )
+
+
+def check_candidates(recipe: Recipe, loss_fn: LossFn, data: Dataset) -> None:
+    """Refuse given candidates that the loss learns nothing from: pairs need two."""
+    for part in data.parts.values():
+        if part.candidates == 1:
+            needs_of(loss_fn, recipe.labels, 1)
 
 
 def check_positions(model: DecoderConfig, data: Dataset) -> None:
@@ -281,7 +313,9 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     whole = assemble(run.base, params)
     export_hf(run.model.config, whole, run.chat, directory / "export", card)
     run.pause("after the export")
-    write_whole(directory / "table.md", (tables.markdown(made) + "\n").encode())
+    gate = run.data.gate_note
+    note = f"\n\n{gate[0].upper()}{gate[1:]}." if gate else ""
+    write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
     page.write(directory)
     run.console.print(tables.table(made))
     for line in findings.told(made):

@@ -55,7 +55,11 @@ def hold_inputs(
     behind = {
         "tokenizer": f"model.path={config.model.path}, its tokenizer or chat template",
         "model": f"model.path={config.model.path}, its weights",
-        **{f"{key} anchors": f"data.anchors={config.data.anchors}" for key in parts},
+        **{
+            f"{key} anchors": f"data.anchors={config.data.anchors}"
+            for key, part in parts.items()
+            if config.data.anchors is not None and not part.candidates
+        },
         **{f"{key} rows": f"{key}, in columns that a reward may read" for key in parts},
     }
     # Equal text, template and vocabulary in other tokens: the template has a clock in it.
@@ -66,11 +70,12 @@ def hold_inputs(
             "it write the date?): going on with today's"
         )
         return
-    named = [
-        behind.get(name, f"{name}={getattr(config.data, name.partition('.')[2], '')}")
-        for name in differing
-        if name not in clock
-    ]
+
+    def setting(name: str) -> str:
+        key = name.partition(" ")[0]
+        return f"{key}={getattr(config.data, key.partition('.')[2], '')}"
+
+    named = [behind.get(name, setting(name)) for name in differing if name not in clock]
     if named:
         raise DataError(
             f"{directory} began with other inputs ({'; '.join(dict.fromkeys(named))}): put back "
@@ -88,6 +93,9 @@ def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:
     yield f"{key} tokens", _digest([[e.prompt_ids, e.reference_ids] for e in part.examples])
     anchors = [[e.anchor, e.anchor_ids, e.anchor_finished] for e in part.examples]
     yield f"{key} anchors", _digest(anchors)
+    if part.candidates:
+        given = [[[r.ids, r.score] for r in e.given] for e in part.examples]
+        yield f"{key} candidates", _digest(given)
 
 
 def _digest_rows(part: Dataset) -> str:

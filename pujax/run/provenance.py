@@ -14,8 +14,10 @@ def provenance(student: str, config: TrainConfig, results: str) -> dict[str, Any
 
     `results` is its held-out table in Markdown.
     """
-    named = config.teacher.model
-    answers_by = [named] if named else teachers_in(Path(config.data.anchors))
+    named, store = config.teacher.model, config.data.anchors
+    # Without a store the answers are preference data, which doesn't say whose they are.
+    stored = [] if store is None else teachers_in(Path(store))
+    answers_by = [named] if named else stored
     return {"results": results, "answers_by": answers_by, "licence": licence_of(student)}
 
 

@@ -132,6 +132,36 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class GateConfig:
+    """Which of the teacher's anchors are not to be learnt; the held-out ones are left alone.
+
+    Attributes:
+        answer: what an anchor must be of its prompt's true answer, where there is one: off, exact,
+            or contains.
+        refusals: whether anchors that begin as a refusal are distrusted.
+        near_duplicates: the share of word triples that an anchor has in common with an earlier one,
+            from which on it is a copy; 0 is off.
+        weight: what distrusted anchors count in SFT; 0 leaves them out of the run.
+    """
+
+    answer: str = "off"
+    refusals: bool = False
+    near_duplicates: float = 0.0
+    weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.answer in ("off", "exact", "contains"),
+            "data.gate.answer",
+            self.answer,
+            "choose off, exact or contains",
+        )
+        for key in ("near_duplicates", "weight"):
+            value = getattr(self, key)
+            require(0 <= value <= 1, f"data.gate.{key}", value, "must lie in [0, 1]")
+
+
+@dataclass(frozen=True)
 class DataConfig:
     """Prompts, anchors and the static shapes they are padded to.
 
@@ -139,7 +169,16 @@ class DataConfig:
         prompts: what to train on: a file, a list of files, or a dataset as in {dataset: NAME,
             split: train, slice: "0:100", columns: {prompt: question}, template: "{question}"}.
         anchors: the store of the teacher's answers to both, a .jsonl file.
-        heldout: what to evaluate on, as `prompts`.
+        heldout: what to evaluate on, as `prompts`; without `anchors`, as `preferences`.
+        preferences: prompts with responses that someone rated, given as `prompts` are: in place of
+            these or beside them.
+        preference_share: the share of the steps that learns from them, beside `prompts`.
+        dimensions: weights of their ratings by name; none takes the mean of all.
+        on_bad_row: what a row of them is that can't be used, such as one with a response beyond
+            `max_response_tokens`: an error, or to drop.
+        reference_cache: the folder that keeps the reference's log-probs of given responses, by
+            model and data; null computes them in each step.
+        gate: which anchors are not learnt.
         system: the student's system message where a prompt has none; null leaves it to the chat
             template.
         max_prompt_tokens: the longest prompt, in tokens.
@@ -149,8 +188,14 @@ class DataConfig:
     """
 
     prompts: Any = MISSING
-    anchors: str = MISSING
+    anchors: str | None = MISSING
     heldout: Any = MISSING
+    preferences: Any = None
+    preference_share: float = 0.5
+    dimensions: dict[str, float] = field(default_factory=dict)
+    on_bad_row: str = "error"
+    reference_cache: str | None = "runs/.reference"
+    gate: GateConfig = field(default_factory=GateConfig)
     system: str | None = None
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
@@ -163,6 +208,34 @@ class DataConfig:
             self.on_too_long,
             "choose error, drop or truncate",
         )
+        require(
+            self.on_bad_row in ("error", "drop"),
+            "data.on_bad_row",
+            self.on_bad_row,
+            "choose error or drop",
+        )
+        require(
+            self.prompts is not None or self.preferences is not None,
+            "data.prompts",
+            self.prompts,
+            "name prompts, or data.preferences, or both",
+        )
+        require(
+            self.prompts is None or self.anchors is not None,
+            "data.anchors",
+            self.anchors,
+            "name the store that answers data.prompts",
+        )
+        require(
+            0 < self.preference_share < 1,
+            "data.preference_share",
+            self.preference_share,
+            "must lie in (0, 1); without data.prompts every step takes data.preferences",
+        )
+        for name, weight in self.dimensions.items():
+            require(
+                -math.inf < weight < math.inf, f"data.dimensions.{name}", weight, "must be finite"
+            )
         for key in ("max_prompt_tokens", "max_response_tokens"):
             require(getattr(self, key) > 1, f"data.{key}", getattr(self, key), "must exceed 1")
 

@@ -35,7 +35,7 @@ from pujax.types import Batch, Completions, Group, Params, TrainState
 
 @dataclass(frozen=True)
 class Stage:
-    """One of the two stages: its length, its batch, the run's steps before it, and its step.
+    """One of the two stages: its length, its batch, its data, the steps before it, and its step.
 
     `model` is what its evaluations call the model, and `begun` the model and step of the evaluation
     of what it begins with. `advance` does one step on a batch of these examples and returns the new
@@ -47,6 +47,7 @@ class Stage:
     begun: tuple[str, int]
     steps: int
     prompts: int
+    data: Dataset
     before: int
     salt: int
     advance: Callable[
@@ -184,7 +185,7 @@ class Run:
                 if ended:
                     break
                 last = step
-                examples, batch = batch_at(self.data, stage.prompts, seed, step - 1)
+                examples, batch = batch_at(stage.data, stage.prompts, seed, step - 1)
                 begun, worked = time.monotonic(), time.process_time()
                 placed = put_batch(self.mesh, batch, stage.prompts)
                 state, metrics, group = stage.advance(state, placed, examples)
@@ -321,20 +322,27 @@ class Run:
 def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
     """A budget for the real tokens of most batches, a third above the mean.
 
-    Candidates are taken to be as long as their anchors. None where padding is too little to matter.
+    Candidates are taken to be as long as their anchors, or are as long as they were given. None
+    where padding is too little to matter.
     """
 
-    def most(lengths: list[int], each: int, size: int) -> int:
+    def most(lengths: Sequence[float], each: int, size: int) -> int:
         whole = prompts * each * size
         return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
 
     P, T = data.prompt_size, data.response_size
     budget = TokenBudget(
         prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
-        responses=most([len(e.anchor_ids) for e in data.examples], responses, T),
+        responses=most([_response_length(e) for e in data.examples], responses, T),
     )
     whole = prompts * P + prompts * responses * T
     return budget if budget.prompts + budget.responses < 0.8 * whole else None
+
+
+def _response_length(example: Example) -> float:
+    """The mean length of an example's responses, as far as it is known."""
+    lengths = [len(example.anchor_ids), *(len(response.ids) for response in example.given)]
+    return sum(lengths) / len(lengths)
 
 
 def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list[SampleGroup]:
@@ -348,9 +356,10 @@ def sample_groups(examples: Sequence[Example], group: Group, chat: Chat) -> list
             id=example.prompt.id,
             prompt=example.prompt.messages[-1]["content"],
             anchor=example.anchor,
-            candidates=[text(b, g) for g in range(1, group.tokens.shape[1])],
-            scores=group.scores[b].tolist(),
-            labels=group.labels[b].tolist(),
+            candidates=[text(b, g) for g in there[1:]],
+            scores=group.scores[b, there].tolist(),
+            labels=group.labels[b, there].tolist(),
         )
         for b, example in enumerate(examples)
+        for there in [np.flatnonzero(group.scores[b] != -np.inf)]
     ]

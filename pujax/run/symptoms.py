@@ -34,14 +34,19 @@ def group_notes(group: Group) -> dict[str, float]:
     """
     scores = np.asarray(group.scores, np.float64)[:, 1:]
     lengths = np.asarray(group.mask).sum(axis=-1)[:, 1:].astype(np.float64)
-    scores, lengths = (x - x.mean(axis=1, keepdims=True) for x in (scores, lengths))
+    there = scores != -np.inf  # a group with fewer candidates than others
+    count = np.maximum(there.sum(axis=1, keepdims=True), 1)
+    scores, lengths = (np.where(there, x, 0) for x in (scores, lengths))
+    scores, lengths = (
+        np.where(there, x - x.sum(axis=1, keepdims=True) / count, 0) for x in (scores, lengths)
+    )
     spread = math.sqrt((scores**2).sum() * (lengths**2).sum())
     labels = np.asarray(group.labels, np.float64)[:, 1:]
     shares = labels / np.maximum(labels.sum(axis=1, keepdims=True), 1e-30)
     entropy = -(shares * np.log(np.maximum(shares, 1e-30))).sum(axis=1)
     return {
         "score/length_correlation": float((scores * lengths).sum() / spread) if spread else 0.0,
-        "label/entropy_share": float(entropy.mean() / math.log(labels.shape[1])),
+        "label/entropy_share": float(entropy.mean() / math.log(max(labels.shape[1], 2))),
     }
 
 

@@ -45,13 +45,13 @@ def load_prompts(
     """
     seen: dict[bytes, bytes] = {}
     doubtful: set[str] = set()
-    for place, row in _rows(source):
+    for place, row in rows(source):
         for key in row.keys() - doubtful:
             doubtful.add(key)
             near = difflib.get_close_matches(str(key).lower(), KEYS, 1, 0.75)
             if key not in KEYS and near and near[0] not in row:
                 say(f"{place}: {printable(str(key))!r} is not read: did you mean {near[0]!r}?")
-        prompt = _prompt(row, place)
+        prompt = prompt_of(row, place)
         name = hashlib.sha256(prompt.id.encode()).digest()[:16]
         content = [prompt.messages, prompt.answer, prompt.kind]
         digest = hashlib.sha256(canonical(content)).digest()[:16]
@@ -65,7 +65,11 @@ def load_prompts(
             )
 
 
-def _rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
+def rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
+    """The rows of a file, of several files, or of a dataset, as they are, with their places.
+
+    Raises `PromptError` for what can't be read.
+    """
     if isinstance(source, Mapping):
         yield from tables.dataset_rows(source)
         return
@@ -145,7 +149,8 @@ def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
 # --- a row to a prompt ----------------------------------------------------------------------------
 
 
-def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
+def prompt_of(row: Mapping[str, Any], place: str) -> Prompt:
+    """The prompt of a row in any of the forms that `load_prompts` reads. Raises `PromptError`."""
     if row.get("prompt") is None and row.get("messages") is None:
         row = _alpaca(_sharegpt(row, place), place)
     prompt, messages = row.get("prompt"), row.get("messages")
@@ -153,7 +158,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
         found = "both" if prompt is not None else f"neither (it has {sorted(map(str, row))})"
         raise PromptError(f"{place}: needs `prompt` or `messages`, found {found}")
     if messages is None:
-        messages = [{"role": "user", "content": _text(prompt, "prompt", place)}]
+        messages = [{"role": "user", "content": checked_text(prompt, "prompt", place)}]
     turns = _turns(messages, place)
     texts = {name: _optional(row.get(name), name, place) for name in ("id", "answer", "kind")}
     return Prompt(
@@ -169,7 +174,7 @@ def _alpaca(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """A row of Alpaca's as one of ours; any other as it is."""
     if row.get("instruction") is None:
         return row
-    prompt = _text(row["instruction"], "instruction", place)
+    prompt = checked_text(row["instruction"], "instruction", place)
     more = _optional(row.get("input"), "input", place)
     answer = row.get("answer") if row.get("output") is None else row["output"]
     return {**row, "prompt": f"{prompt}\n\n{more}" if more else prompt, "answer": answer}
@@ -180,18 +185,26 @@ def _sharegpt(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     conversations = row.get("conversations")
     if conversations is None:
         return row
-    if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
-        raise PromptError(f"{place}: `conversations` must be a list of turns")
-    turns = []
-    for turn in conversations:
-        who = turn.get("from", turn.get("role"))
-        role = SHAREGPT.get(who, who) if isinstance(who, str) else who
-        turns.append({"role": role, "content": turn.get("value", turn.get("content"))})
+    turns = sharegpt_turns(conversations, place)
     answer = row.get("answer")
     if turns and turns[-1]["role"] == "assistant":
         last = turns.pop()["content"]
         answer = last if answer is None else answer
     return {**row, "messages": turns, "answer": answer}
+
+
+def sharegpt_turns(
+    conversations: Any, place: str, name: str = "conversations"
+) -> list[dict[str, Any]]:
+    """Turns of ShareGPT's or ours as ours, their contents unchecked. Raises `PromptError`."""
+    if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
+        raise PromptError(f"{place}: `{name}` must be a list of turns")
+    turns = []
+    for turn in conversations:
+        who = turn.get("from", turn.get("role"))
+        role = SHAREGPT.get(who, who) if isinstance(who, str) else who
+        turns.append({"role": role, "content": turn.get("value", turn.get("content"))})
+    return turns
 
 
 def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
@@ -202,14 +215,15 @@ def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
         name = f"messages[{index}]"
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
             raise PromptError(f"{place}: {name} needs a `role` of {', '.join(ROLES)}")
-        content = _text(turn.get("content"), f"{name}.content", place)
+        content = checked_text(turn.get("content"), f"{name}.content", place)
         turns.append({"role": turn["role"], "content": content})
     if turns[-1]["role"] != "user":
         raise PromptError(f"{place}: the last turn must be the user's, for the teacher to answer")
     return tuple(turns)
 
 
-def _text(value: Any, name: str, place: str) -> str:
+def checked_text(value: Any, name: str, place: str) -> str:
+    """`value`, a text that isn't empty and that UTF-8 can hold. Raises `PromptError`."""
     if not isinstance(value, str) or not value.strip():
         raise PromptError(f"{place}: `{name}` must be a text that isn't empty, found {value!r:.60}")
     at = surrogate_at(value)
@@ -228,4 +242,4 @@ def _optional(value: Any, name: str, place: str) -> str | None:
     if isinstance(value, float) and math.isfinite(value):
         return str(value)
     whole = isinstance(value, int) and not isinstance(value, bool)
-    return str(value) if whole else _text(value, name, place)
+    return str(value) if whole else checked_text(value, name, place)

@@ -274,6 +274,13 @@ class CollectConfig:
         require(self.retries >= 0, "collect.retries", self.retries, "must not be negative")
 
 
+MAPPED = (
+    *("id", "prompt", "messages", "answer", "kind"),
+    *("chosen", "rejected", "responses", "ratings", "completion", "label"),
+)
+"""Our names of a data set's columns: those of a prompt, and those of preferences."""
+
+
 @dataclass(frozen=True)
 class DatasetConfig:
     """Prompts from `datasets.load_dataset(dataset, name, split=split, data_files=data_files)`.
@@ -284,7 +291,7 @@ class DatasetConfig:
         split: which of its splits.
         data_files: the files, for a kind of file.
         slice: which rows, as in "100:200".
-        columns: from ours (id, prompt, messages, answer, kind) to the dataset's names.
+        columns: from our names (`MAPPED`) to the dataset's.
         template: the prompt, made from a row's columns as in "{question} Be brief."
     """
 
@@ -303,9 +310,8 @@ class DatasetConfig:
             self.slice,
             "write START:STOP, such as 100:200",
         )
-        ours = {"id", "prompt", "messages", "answer", "kind"}
-        unknown = sorted(set(self.columns) - ours)
-        require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(ours)}")
+        unknown = sorted(set(self.columns) - set(MAPPED))
+        require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(MAPPED)}")
 
 
 @dataclass(frozen=True)

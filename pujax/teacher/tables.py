@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from pujax.errors import ConfigError, PromptError
-from pujax.teacher.settings import DatasetConfig
+from pujax.teacher.settings import MAPPED, DatasetConfig
 
-COLUMNS = ("prompt", "messages", "instruction", "conversations")
+COLUMNS = ("prompt", "messages", "instruction", "conversations", "chosen")
 """A table has one of them, or what is asked would be its header."""
 
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
@@ -35,7 +35,7 @@ def csv_rows(path: Path) -> Rows:
                         f"{place}: not as many cells as the header has: quote cells with separators"
                     )
                 filled = {name: cell for name, cell in row.items() if cell}
-                for name in ("messages", "conversations"):
+                for name in ("messages", "conversations", "responses", "ratings"):
                     if name in filled:
                         filled[name] = _json(filled[name], name, place)
                 yield place, filled
@@ -110,10 +110,9 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
             raise PromptError(
                 f"dataset {settings.dataset!r}: no column {name!r}: it has {rows.column_names}"
             )
-    ours = ("id", "prompt", "messages", "answer", "kind")
     for index in picked:
         row, place = rows[index], f"{settings.dataset}[{index}]"
-        mapped = {name: row.get(settings.columns.get(name, name)) for name in ours}
+        mapped = {name: row.get(settings.columns.get(name, name)) for name in MAPPED}
         if settings.template is not None:
             mapped["prompt"], mapped["messages"] = _fill(settings.template, row, place), None
         yield place, {**row, **mapped}

@@ -13,6 +13,8 @@ from pujax.types import Group, LossAndMetrics
 
 LOSSES = [losses.sft, losses.dpo, losses.ipo, losses.nnpu, losses.listwise, losses.grpo]
 LOSSES += [losses.ldl_grpo, losses.weighted_sft, losses.beside_anchor]
+LOSSES += [losses.raft, losses.slic, losses.simpo, losses.orpo]
+LOSSES += [losses.gamma_dpo, losses.kto, losses.distill]
 
 
 @pytest.mark.parametrize("module", [labels, losses])

@@ -8,27 +8,44 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
-from groups import make_group, random_group
+from groups import (
+    ALL_WORDS,
+    GROUP,
+    LOGPS,
+    REFERENCE,
+    STALE,
+    bandit,
+    gradient,
+    make_group,
+    optimize,
+    random_group,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
 from pujax.errors import ConfigError
-from pujax.method import labels, losses
+from pujax.method import labels, losses, pair_losses
 from pujax.run.compose import build, conf_dir
 
 quick = settings(deadline=None, max_examples=40)
 
 VARIANTS: dict[str, Callable] = {
     "sft": losses.sft,
+    "raft": losses.raft,
     "dpo": losses.dpo,
     "dpo_mean": functools.partial(
         losses.dpo, length_normalized=True, label_smoothing=0.1, nll_weight=1.0
     ),
     "dpo_anchor": functools.partial(losses.dpo, pairs=labels.anchor_vs_all),
     "ipo": losses.ipo,
+    "slic": functools.partial(losses.slic, nll_weight=1.0),
+    "simpo": losses.simpo,
+    "orpo": losses.orpo,
+    "gamma_dpo": losses.gamma_dpo,
+    "kto": losses.kto,
+    "distill": losses.distill,
     "nnpu": losses.nnpu,
     "nnpu_logistic": functools.partial(losses.nnpu, surrogate=losses.logistic_loss),
     "listwise": losses.listwise,
@@ -42,16 +59,16 @@ VARIANTS: dict[str, Callable] = {
         aggregate=losses.sequence_mean,
         mask_unfinished=True,
     ),
+    "gspo": functools.partial(
+        losses.grpo, clip=losses.sequence_clip, aggregate=losses.sequence_mean
+    ),
+    "cispo": functools.partial(losses.grpo, clip=losses.weight_clip, aggregate=losses.token_mean),
     "ldl_grpo": losses.ldl_grpo,
     "weighted_sft": losses.weighted_sft,
     "beside_anchor": functools.partial(losses.beside_anchor, loss=losses.ldl_grpo),
     "ldl_grpo_finished": functools.partial(losses.ldl_grpo, mask_unfinished=True),
 }
 every_loss = pytest.mark.parametrize("name", VARIANTS)
-
-
-def gradient(loss, logps, group):
-    return jax.grad(lambda logps: loss(logps, group)[0].sum())(logps)
 
 
 @functools.cache
@@ -72,20 +89,7 @@ def assert_same_metrics(a, b):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-5, atol=1e-6, err_msg=name)
 
 
-# Values worked out by hand, for an anchor and two candidates of lengths 2, 2 and 1:
-# Delta = (1, 2, -1), or (1/2, 1, -1) a token; the best candidate is 1, the worst 2.
-
-LOGPS = jnp.asarray([[[-1.0, -1.0], [-1.0, -2.0], [-3.0, jnp.nan]]])
-GROUP = make_group(
-    [[[-2.0, -1.0], [-2.0, -3.0], [-2.0, jnp.nan]]],
-    mask=[[[True, True], [True, True], [True, False]]],
-    scores=[[9.0, 1.0, 0.0]],
-    q=[[0.2, 0.6, 0.2]],
-)
-# The same with an old policy that makes the ratios (1, 1), (1.5, 1), (1.5).
-STALE = replace(
-    GROUP, old_logps=LOGPS - jnp.log(jnp.asarray([[[1.0, 1.0], [1.5, 1.0], [1.5, 1.0]]]))
-)
+# Values worked out by hand: see `groups` for the numbers.
 
 
 @pytest.mark.parametrize(
@@ -97,6 +101,7 @@ STALE = replace(
         (losses.beside_anchor, STALE, {"weight": 2.0}, 1.67),
         # beta margin = 0.5 (2 + 1) = 1.5; log(1 + exp(-1.5)) = 0.2014133.
         (losses.dpo, GROUP, {"beta": 0.5}, 0.2014133),
+        (losses.raft, GROUP, {}, 1.5),  # candidate 1: (1 + 2) / 2
         # 0.9 * 0.2014133 + 0.1 * (0.2014133 + 1.5)
         (losses.dpo, GROUP, {"beta": 0.5, "label_smoothing": 0.1}, 0.3514133),
         # A token each: 0.5 (1 + 1) = 1; log(1 + exp(-1)) = 0.3132617.
@@ -107,6 +112,30 @@ STALE = replace(
         (losses.dpo, GROUP, {"beta": 0.5, "pairs": labels.anchor_vs_all}, 0.6436693),
         (losses.ipo, GROUP, {"beta": 0.5}, 4.0),  # (3 - 1)^2
         (losses.ipo, GROUP, {"beta": 0.25}, 1.0),  # (3 - 2)^2
+        # A token each: (1 + 1 - 1)^2.
+        (losses.ipo, GROUP, {"beta": 0.5, "length_normalized": True}, 1.0),
+        (losses.slic, GROUP, {"beta": 0.25}, 0.25),  # 1 - 0.25 (2 + 1)
+        (losses.slic, GROUP, {"beta": 0.5}, 0.0),  # 1 - 1.5 < 0
+        (losses.slic, GROUP, {"beta": 0.25, "nll_weight": 2.0}, 3.25),  # 0.25 + 2 mean(1, 2)
+        (losses.slic, GROUP, {"beta": 0.25, "length_normalized": True}, 0.5),  # 1 - 0.25 (1 + 1)
+        # Mean log-probs -1.5 and -3: log(1 + exp(0.5 - 1.5)).
+        (losses.simpo, GROUP, {"beta": 1.0, "gamma": 0.5}, 0.3132617),
+        # Log odds -1.5 - log(1 - e^-1.5) = -1.2475175 and -3 - log(1 - e^-3) = -2.9489308:
+        # 1.5 + 0.5 log(1 + exp(-1.7014133)).
+        (losses.orpo, GROUP, {"odds_weight": 0.5}, 1.5837839),
+        # lp - lp_ref / 2 is -3 + 5/2 and -3 + 2/2: log(1 + exp(-0.5 * 1.5)).
+        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.5}, 0.3868710),
+        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.0}, 0.6931472),  # -3 and -3
+        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 1.0}, 0.2014133),  # as dpo
+        # Scores 1 and 0: (1 - 0.5 (2 + 1))^2.
+        (losses.distill, GROUP, {"beta": 0.5}, 0.25),
+        # Reference points max(0, -1) and 2: (sigmoid(-0.5 * 2) + sigmoid(-0.5 * 3)) / 2.
+        (losses.kto, GROUP, {"beta": 0.5}, 0.2256835),
+        (losses.kto, GROUP, {"beta": 0.5, "desirable_weight": 2.0}, 0.3601542),
+        # From the reference itself: (sigmoid(-1) + sigmoid(-0.5)) / 2.
+        (losses.kto, GROUP, {"beta": 0.5, "reference_point": pair_losses.no_kl}, 0.3232410),
+        # Candidate 1 alone is flagged: candidate 2 scored 0.
+        (losses.kto, GROUP, {"beta": 0.5, "sides": labels.flags}, 0.2689414),
         # h = (1, 2, -1): 0.5 * 0.2689414 + (0.8807971 + 0.2689414) / 2 - 0.5 * 0.7310586
         (losses.nnpu, GROUP, {"beta": 1.0, "prior": 0.5}, 0.3438106),
         # 0.5748692 - 0.9 * 0.7310586 < 0, so 0.9 * 0.2689414 is left.
@@ -149,6 +178,31 @@ STALE = replace(
             STALE,
             {"advantage": losses.mean, "kl_coef": 0.0, "clip_high": 0.3},
             -0.2,
+        ),
+        # Ratios of whole responses sqrt(1.5) and 1.5: (-min(0.612, 0.6) - min(-0.75, -0.6)) / 2.
+        (
+            losses.grpo,
+            STALE,
+            {
+                "advantage": losses.mean,
+                "kl_coef": 0.0,
+                "aggregate": losses.sequence_mean,
+                "clip": losses.sequence_clip,
+            },
+            0.075,
+        ),
+        # Weights 1.2, 1 and 1.2: (1.2 * 0.5 * 1 + 0.5 * 2 - 1.2 * 0.5 * 3) / 3.
+        (
+            losses.grpo,
+            STALE,
+            {
+                "advantage": losses.mean,
+                "kl_coef": 0.0,
+                "aggregate": losses.token_mean,
+                "clip": losses.weight_clip,
+                "clip_low": 1.0,
+            },
+            -0.0666667,
         ),
         # p ~ (e, e^2 / 1.5, e^-1 / 1.5) = (0.344541, 0.624373, 0.031086);
         # A = 3 (q - p) = (-0.433624, -0.073119, 0.506742); by response 0.867248,
@@ -376,6 +430,51 @@ def test_the_anchor_takes_part_in_ldl_grpo_when_it_is_valid():
         assert bool((grad != 0).any()) is takes_part
 
 
+@pytest.mark.parametrize(
+    ("clip", "aggregate"),
+    [(losses.sequence_clip, losses.sequence_mean), (losses.weight_clip, losses.token_mean)],
+)
+def test_on_policy_gspo_and_cispo_are_grpo(clip, aggregate):
+    logps, group = random_group(17)
+    group = replace(group, old_logps=logps)
+    theirs = functools.partial(losses.grpo, clip=clip, aggregate=aggregate)
+    grpo = functools.partial(losses.grpo, aggregate=aggregate)
+    np.testing.assert_allclose(
+        gradient(theirs, logps, group), gradient(grpo, logps, group), rtol=1e-5, atol=1e-6
+    )
+
+
+def test_cispo_keeps_the_gradient_of_tokens_that_its_clip_binds():
+    loss = functools.partial(
+        losses.grpo, clip=losses.weight_clip, advantage=losses.mean, kl_coef=0.0
+    )
+    # Two candidates: -clip(r) A / 2, with r = (1.5, 1) and A = 0.5, r = 1.5 and A = -0.5.
+    np.testing.assert_allclose(
+        gradient(loss, LOGPS, STALE)[0, 1:], [[-0.3, -0.25], [0.3, 0.0]], rtol=1e-6
+    )
+    np.testing.assert_allclose(loss(LOGPS, STALE)[1]["policy/clip_fraction"], 2 / 3, rtol=1e-6)
+
+
+def test_gspo_clips_a_response_whole():
+    loss = functools.partial(
+        losses.grpo, clip=losses.sequence_clip, advantage=losses.mean, kl_coef=0.0
+    )
+    grad = gradient(loss, LOGPS, STALE)[0, 1:]
+    np.testing.assert_array_equal(grad == 0, [[True, True], [False, True]])  # the last is masked
+
+
+@pytest.mark.parametrize("loss", [losses.grpo, losses.ldl_grpo])
+def test_the_anchors_likelihood_adds_its_gradient_to_the_groups(loss):
+    logps, group = random_group(6, anchor_mass=0.0)
+    both = gradient(functools.partial(losses.beside_anchor, loss=loss, weight=0.5), logps, group)
+    np.testing.assert_allclose(
+        both,
+        gradient(loss, logps, group) + 0.5 * gradient(losses.sft, logps, group),
+        rtol=1e-6,
+        atol=1e-7,
+    )
+
+
 @pytest.mark.parametrize("loss", [losses.grpo, losses.ldl_grpo])
 def test_mask_unfinished_stops_the_gradient_of_cut_off_candidates_alone(loss):
     logps, group = random_group(7)
@@ -472,37 +571,7 @@ def test_logged_kl_is_unbiased_for_one_token():
     )
 
 
-# Optima on a one-token bandit of four words. The group holds the anchor and some words.
-
-REFERENCE = jnp.log(jnp.asarray([0.1, 0.2, 0.3, 0.4]))
-ALL_WORDS = np.asarray([[2, 0, 1, 2, 3]])  # the anchor says word 2
-
-
-def optimize(loss, group, words, *, steps=3000, rate=0.05, weights=None):
-    """Log-probs of the four words after training with each step's policy as the old policy."""
-
-    def objective(logits):
-        table = jax.nn.log_softmax(logits)
-        logps = table[words][:, :, None]
-        loss_B, _ = loss(logps, replace(group, old_logps=jax.lax.stop_gradient(logps)))
-        return jnp.sum(loss_B * (1 if weights is None else weights(jax.lax.stop_gradient(table))))
-
-    optimizer = optax.adam(optax.exponential_decay(rate, steps, 0.01))
-
-    def step(carry, _):
-        logits, state = carry
-        updates, state = optimizer.update(jax.grad(objective)(logits), state)
-        return (optax.apply_updates(logits, updates), state), None
-
-    @jax.jit
-    def run(logits):
-        return jax.lax.scan(step, (logits, optimizer.init(logits)), None, length=steps)[0][0]
-
-    return jax.nn.log_softmax(run(REFERENCE))
-
-
-def bandit(words, **fields):
-    return make_group(REFERENCE[words][:, :, None], **fields)
+# Optima on a one-token bandit of four words.
 
 
 def test_sft_ends_at_the_anchor():
@@ -517,6 +586,11 @@ def test_sharp_labels_make_weighted_sft_the_likelihood_of_the_best_candidate():
     best = group.scores[:, 1:].argmax(axis=1) + 1
     means = jnp.mean(logps, axis=-1, where=group.mask)
     np.testing.assert_allclose(loss_B, -means[jnp.arange(2), best], rtol=1e-5)
+
+
+def test_raft_ends_at_the_candidate_that_scored_best():
+    group = bandit(ALL_WORDS, scores=[[9.0, 1.0, 4.0, 3.0, 2.0]])
+    assert jnp.exp(optimize(losses.raft, group, ALL_WORDS)[1]) > 0.99
 
 
 def test_cdpo_ends_at_the_log_odds_of_its_label_smoothing():
@@ -681,6 +755,11 @@ def test_losses_are_float32_when_log_probs_are_bfloat16(name):
         (losses.dpo, {"beta": 0.0}),
         (losses.dpo, {"label_smoothing": 0.5}),
         (losses.ipo, {"beta": -1.0}),
+        (losses.slic, {"beta": 0.0}),
+        (losses.simpo, {"gamma": -1.0}),
+        (losses.orpo, {"odds_weight": -1.0}),
+        (losses.gamma_dpo, {"gamma": -1.0}),
+        (losses.kto, {"desirable_weight": -1.0}),
         (losses.nnpu, {"beta": 0.0}),
         (losses.nnpu, {"prior": 1.0}),
         (losses.listwise, {"beta": 0.0}),

@@ -1,5 +1,7 @@
 from dataclasses import replace
 from functools import partial
+from types import SimpleNamespace
+from typing import cast
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,7 @@ import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
 from pujax.errors import ConfigError
-from pujax.method import scoring
+from pujax.method import labels, scoring
 from pujax.method.scoring import ScoringContext
 from pujax.models import logps
 from pujax.models.logps import response_logps, token_logps
@@ -225,6 +227,55 @@ def test_a_blend_takes_rewards_from_the_host_beside_scores_of_its_own(context):
     assert known.notes["score/fine"] == 1.0
     with pytest.raises(ConfigError, match="the reward fine runs on the host"):
         reward(context)
+
+
+def test_labels_of_a_mixture_are_the_mean_of_each_scores_own(context):
+    two = [scoring.token_f1, scoring.random]
+    own = [labels.softmax_labels(score(context), tau=0.3)[0] for score in two]
+    kept = []
+    for weight in (0.1, 0.5, 0.9):
+        weights = [weight, 1 - weight]
+        mixed = scoring.mixture(context, scores=two, weights=weights, tau=0.3)
+        q, _ = labels.softmax_labels(mixed, tau=1.0, standardized=False)
+        np.testing.assert_allclose(q, weight * own[0] + (1 - weight) * own[1], atol=1e-6)
+        kept.append(jnp.sum(q * own[0]))
+    assert kept[0] < kept[1] < kept[2]  # the more weight, the more of that score
+    drawn = scoring.mixture(context, scores=two, weights=[1.0, 1.0], tau=0.3, drawn=True)
+    other = context.fresh(key=jax.random.key(77))
+    again = scoring.mixture(other, scores=two[:1] * 2, weights=[1.0, 1.0], tau=0.3, drawn=True)
+    q, _ = labels.softmax_labels(again, tau=1.0, standardized=False)
+    np.testing.assert_allclose(q, own[0], atol=1e-6)  # any weights of one and the same
+    assert not np.allclose(drawn, mixed)
+
+
+@pytest.mark.parametrize("flipped", [0.0, 0.1, 0.2, 0.4])
+def test_merged_rankers_keep_more_pairs_right_than_one_whose_groups_are_flipped_as_often(flipped):
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=(400, 5)).astype(np.float32)
+
+    def ranker(_):
+        sign = np.where(rng.random((400, 1)) < flipped, -1, 1)
+        return jnp.asarray(sign * truth + 0.5 * rng.normal(size=truth.shape), jnp.float32)
+
+    def right(scores):
+        gaps = scores[:, 1:, None] - scores[:, None, 1:]
+        true = truth[:, 1:, None] - truth[:, None, 1:]
+        return np.mean(np.sign(gaps[true > 0]) / 2 + 0.5)
+
+    context = cast(ScoringContext, SimpleNamespace(mask=np.ones((400, 5, 1), bool)))
+    merged = scoring.confident(context, scores=[ranker, ranker, ranker])
+    assert right(np.asarray(merged)) > right(np.asarray(ranker(None))) + 0.01
+
+
+def test_a_ranker_that_finds_all_alike_has_no_say(context):
+    def flat(context):
+        return jnp.ones(context.mask.shape[:2])
+
+    alone = scoring.confident(context, scores=[scoring.token_f1])
+    np.testing.assert_allclose(
+        scoring.confident(context, scores=[flat, scoring.token_f1]), alone, atol=1e-6
+    )
+    np.testing.assert_array_equal(scoring.confident(context, scores=[flat]), jnp.zeros((2, 4)))
 
 
 def test_blend_refuses_scores_without_a_weight(context):

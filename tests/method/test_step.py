@@ -242,6 +242,53 @@ def test_given_candidates_make_the_group_that_sampled_ones_do(model, params, bat
         np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b - start).max())
 
 
+def test_given_scores_and_reference_log_probs_are_taken_as_they_are(model, params, batch, group):
+    """What a batch brings is not computed, and a candidate that is absent teaches nothing."""
+
+    def scorer(context):
+        raise AssertionError("scored")
+
+    def learnt(candidates, scores):
+        given = Completions(
+            tokens=group.tokens[:, 1:],
+            mask=group.mask[:, 1:] & candidates[None, :, None],
+            finished=group.finished[:, 1:],
+            logps=None,
+            scores=jnp.asarray(scores, jnp.float32),
+        )
+        known = dataclasses.replace(batch, given=given, ref_logps=group.ref_logps)
+        make = jax.jit(partial(rollout, model, recipe(scorer=scorer, labels=ALONE)))
+        made, metrics = make(params, params, known, jax.random.key(9))
+        np.testing.assert_array_equal(made.ref_logps, group.ref_logps)
+        np.testing.assert_array_equal(made.scores[:, 1:], given.scores)
+        np.testing.assert_array_equal(made.valid[:, 1:], np.asarray(scores) > -np.inf)
+        assert all(np.isfinite(value) for value in metrics.values())
+        optimizer = optax.sgd(1.0)
+        loss = partial(losses.dpo, beta=1.0)
+        learn = jax.jit(partial(update, model, loss, optimizer, on_policy=True))
+        return learn(state_of(params, optimizer), None, made)
+
+    two, metrics = learnt(np.array([True, True, False]), np.tile([1.0, 0.0, -np.inf], (8, 1)))
+    assert all(np.isfinite(value) for value in metrics.values())
+    tied, _ = learnt(np.array([True, True, True]), np.tile([2.0, 1.0, 1.5], (8, 1)))
+    for a, b in zip(jax.tree.leaves(two.params), jax.tree.leaves(tied.params), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)  # the pair is the same: 1 over 2
+
+
+def test_sft_weighs_anchors_as_the_batch_says(model, params, batch):
+    optimizer = optax.sgd(1.0)
+    step = make_sft_step(model, losses.sft, optimizer, None)
+    weights = jnp.array([1.0, 0.25, 0.0, 1.0, 0.5, 1.0, 1.0, 0.0])
+    moved = []
+    for given in (weights, 1 - weights, None):
+        known = dataclasses.replace(batch, anchor_weights=given)
+        moved.append(step(state_of(params, optimizer), None, known)[0].params)
+    # Both parts' steps add up to the whole's.
+    for a, b, both, start in zip(*map(jax.tree.leaves, (*moved, params)), strict=True):
+        np.testing.assert_allclose(a + b - start, both, atol=1e-5)
+        assert not np.allclose(a, start) or np.allclose(both, start)
+
+
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
     budget = TokenBudget(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
     lean = model.clone(budget=budget)

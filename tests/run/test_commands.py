@@ -38,7 +38,7 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
         ("+align.speed=1", "align.speed: no such setting: take it out"),
-        ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has dpo, "),
+        ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has cdpo, "),
         ("experiment=quikstart", "experiment=quikstart: no such choice, did you mean quickstart?"),
         ("align.steps=many", "align.steps=many: Value 'many' could not be converted to Integer"),
         ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
@@ -158,7 +158,7 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("train", "eval experiment labels loss model scorer teacher teacher/protocol"),
+        ("train", "data eval experiment labels loss model scorer teacher teacher/protocol"),
         ("benchmark", "labels loss model scorer"),
         ("collect", "teacher teacher/protocol"),
         ("evaluate", "suite eval teacher teacher/protocol"),

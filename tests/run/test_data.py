@@ -1,3 +1,5 @@
+import json
+from dataclasses import replace
 from typing import Any, cast
 
 import numpy as np
@@ -6,12 +8,20 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from pujax.errors import ConfigError, DataError
+from pujax.errors import ConfigError, DataError, PromptError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run import data as data_module
-from pujax.run.data import batch_at, collate, load_data, make_dataset, picks, with_system
-from pujax.run.settings import DataConfig, TrainConfig
+from pujax.run.data import (
+    batch_at,
+    collate,
+    load_data,
+    make_dataset,
+    make_preferences,
+    picks,
+    with_system,
+)
+from pujax.run.settings import DataConfig, ModelConfig, TrainConfig
 
 
 class Letters:
@@ -212,3 +222,104 @@ def test_batch_at_collates_what_it_picked():
     examples, batch = batch_at(data, 4, (0, 0), 0)
     assert [e.prompt_ids[1] for e in examples] == batch.prompts.ids[:, 1].tolist()
     np.testing.assert_array_equal(batch.anchor_finished, [True] * 4)
+
+
+# Preference data.
+
+PAIR = {"prompt": "abc", "chosen": "xy", "rejected": "z"}
+THREE = {"prompt": "de", "responses": ["p", "qr", "s"], "ratings": [1, 5, 3]}
+BAD = {"prompt": "f", "completion": "u", "label": False}
+
+
+def jsonl(path, *rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def preferences(source, **settings):
+    config = DataConfig(
+        **{"preferences": source, "max_prompt_tokens": 8, "max_response_tokens": 5} | settings
+    )
+    return make_preferences(source, cast(Any, Letters()), config)
+
+
+def test_given_candidates_are_padded_and_scored_and_the_best_is_the_anchor(tmp_path):
+    data = preferences(jsonl(tmp_path / "p.jsonl", PAIR, THREE, BAD))
+    batch = collate(data.examples, data)
+    assert batch.given is not None
+    assert batch.given.scores is not None
+    assert batch.given.tokens.shape == (3, 3, 5)
+    assert batch.given.tokens[0, 0].tolist() == [120, 121, 2, 0, 0]
+    assert batch.given.mask.sum(axis=-1).tolist() == [[3, 2, 0], [2, 3, 2], [2, 0, 0]]
+    assert batch.given.finished.tolist() == [[True, True, False], [True] * 3, [True, False, False]]
+    absent = -np.inf
+    assert batch.given.scores.tolist() == [[1, -1, absent], [1, 5, 3], [-1, absent, absent]]
+    assert [example.anchor for example in data.examples] == ["xy", "qr", ""]
+    assert batch.anchors.lengths.tolist() == [3, 3, 0]
+    assert [e.anchor for e in data.with_anchors.examples] == ["xy", "qr"]
+
+
+def test_a_response_longer_than_t_is_named_by_file_and_line_or_dropped_and_counted(tmp_path):
+    source = jsonl(tmp_path / "p.jsonl", PAIR, PAIR | {"chosen": "uvwxy"})
+    with pytest.raises(
+        DataError,
+        match=r"p\.jsonl:2: a response has 6 tokens, .* is 5: raise it, .*on_bad_row=drop",
+    ):
+        preferences(source)
+    data = preferences(source, on_bad_row="drop")
+    assert (len(data.examples), data.bad_rows) == (1, 1)
+
+
+def test_rows_that_cannot_be_used_are_errors_or_counted(tmp_path):
+    source = jsonl(tmp_path / "p.jsonl", THREE | {"ratings": [1, "5", 3]})
+    with pytest.raises(PromptError, match=r"p\.jsonl:1: .*must be a number, found '5'"):
+        preferences(source)
+    with pytest.raises(DataError, match=r"no prompts left to use .* 1 rows left out"):
+        preferences(source, on_bad_row="drop")
+
+
+def test_steps_take_their_share_of_preferences_and_each_part_its_own_order(tmp_path):
+    own = dataset(list("ghijk"), [("x", "stop")] * 5)
+    given = preferences(jsonl(tmp_path / "p.jsonl", PAIR, THREE))
+    both = replace(own, other=given, share=0.4)
+    steps = [batch_at(both, 1, (0, 0), step) for step in range(10)]
+    assert [batch.given is not None for _, batch in steps] == [False, False, True, False, True] * 2
+    for part, count in ((own, 6), (given, 4)):
+        alone = [batch_at(part, 1, (0, 0), step)[0][0] for step in range(count)]
+        assert [e for (e,), b in steps if (b.given is not None) == (part is given)] == alone
+
+
+def test_held_out_preferences_are_evaluated_by_their_best_responses(tmp_path):
+    train = jsonl(tmp_path / "train.jsonl", PAIR)
+    again = THREE | {"responses": ["v", "w", "a"]}
+    heldout = jsonl(tmp_path / "heldout.jsonl", THREE, again, BAD)
+    data = DataConfig(
+        prompts=None,
+        anchors=None,
+        preferences=train,
+        heldout=heldout,
+        max_prompt_tokens=8,
+        max_response_tokens=5,
+    )
+    said = []
+    config = TrainConfig(model=ModelConfig(path="m"), data=data)
+    train_data, held = load_data(config, cast(Any, Letters()), said.append)
+    assert [(e.anchor, e.given) for e in held.examples] == [("qr", ())]
+    assert list(train_data.parts) == ["data.preferences"]
+    assert said == ["1 training prompt with given candidates", "1 held-out prompt"]
+    both = replace(config, data=replace(data, heldout=train))
+    with pytest.raises(DataError, match=r"1 prompt is in both .*train\.jsonl and"):
+        load_data(both, cast(Any, Letters()), said.append)
+
+
+def test_settings_of_preferences_are_held_against_each_other():
+    with pytest.raises(
+        ConfigError, match=r"data\.prompts=None: name prompts, or data\.preferences"
+    ):
+        DataConfig(prompts=None, anchors=None)
+    with pytest.raises(ConfigError, match=r"data\.anchors=None: name the store"):
+        DataConfig(prompts="p.jsonl", anchors=None)
+    with pytest.raises(ConfigError, match=r"data\.on_bad_row='skip': choose error or drop"):
+        DataConfig(on_bad_row="skip")
+    with pytest.raises(ConfigError, match=r"data\.preference_share=1\.0"):
+        DataConfig(preference_share=1.0)

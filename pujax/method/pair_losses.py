@@ -1,0 +1,264 @@
+"""Losses of what is preferred to what: DPO and its family.
+
+A pair rule weighs the pairs of a group, w preferred to l; Delta_i = lp_policy(y_i) - lp_ref(y_i).
+`length_normalized` takes means over a response's tokens in place of sums. `losses` has these names
+too, which is where settings find them.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+from jaxtyping import Array, Float
+
+from pujax.errors import require
+from pujax.method.labels import best_and_worst, best_vs_worst, candidates
+from pujax.method.terms import deltas, gaps, masked, means, nll, preference_metrics, sums
+from pujax.types import Group, LossAndMetrics, PairRule, SideRule
+
+ReferencePoint = Callable[[Float[Array, "B G"], Group], Float[Array, "B G"]]
+"""Delta of each response, and the group, to the point that its gain is measured from."""
+
+# Above this mean log-prob a token, log(1 - p) has no digits left in float32.
+_CERTAIN = -1e-6
+
+
+def dpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    label_smoothing: float = 0.0,
+    length_normalized: bool = False,
+    nll_weight: float = 0.0,
+) -> LossAndMetrics:
+    """-log sigmoid(beta (Delta_w - Delta_l)), weighted over pairs (Rafailov et al., 2023, eq. 7).
+
+    `label_smoothing` takes the labels to be flipped that often (cDPO, Mitchell, 2023), which ends
+    at beta (Delta_w - Delta_l) = logit(1 - label_smoothing). `length_normalized` divides each Delta
+    by the response's length. `nll_weight` adds the chosen response's mean negative log-prob, which
+    holds up what the margin alone lets sink (Pang et al., 2024, eq. 1).
+    """
+    _check_beta(beta)
+    require(
+        0 <= label_smoothing < 0.5,
+        "loss.label_smoothing",
+        label_smoothing,
+        "must lie in [0, 0.5)",
+    )
+    weights_BGG = pairs(group.scores)
+    rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
+    margins_BGG = gaps(rewards_BG)
+    losses_BGG = (1 - label_smoothing) * jax.nn.softplus(-margins_BGG)
+    losses_BGG += label_smoothing * jax.nn.softplus(margins_BGG)
+    nll_BG = nll(logps, group)
+    loss_B = jnp.sum(weights_BGG * (losses_BGG + nll_weight * nll_BG[:, :, None]), axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, rewards_BG, weights_BGG)
+
+
+def ipo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
+    """(Delta_w - Delta_l - 1 / (2 beta))^2, weighted over pairs (Azar et al., 2023, eq. 17).
+
+    `length_normalized` is what TRL does.
+    """
+    _check_beta(beta)
+    weights_BGG = pairs(group.scores)
+    delta_BG = deltas(logps, group, length_normalized=length_normalized)
+    loss_B = jnp.sum(weights_BGG * (gaps(delta_BG) - 1 / (2 * beta)) ** 2, axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, beta * delta_BG, weights_BGG)
+
+
+def slic(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+    nll_weight: float = 0.0,
+) -> LossAndMetrics:
+    """max(0, 1 - beta (Delta_w - Delta_l)), weighted over pairs (SLiC, Zhao et al., 2023).
+
+    The form is that of Liu et al., 2024 (RSO, hinge-norm), which measures from the reference as DPO
+    does; Zhao's max(0, delta - lp_w + lp_l) is delta = 1 / beta times this under a reference that
+    finds both equally likely. A pair whose margin is beyond 1 / beta has no gradient. `nll_weight`
+    adds the chosen response's mean negative log-prob, Zhao's regularisation towards a target.
+    """
+    _check_beta(beta)
+    weights_BGG = pairs(group.scores)
+    rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
+    losses_BGG = jax.nn.relu(1 - gaps(rewards_BG)) + nll_weight * nll(logps, group)[:, :, None]
+    loss_B = jnp.sum(weights_BGG * losses_BGG, axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, rewards_BG, weights_BGG)
+
+
+def simpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 2.0,
+    gamma: float = 1.0,
+) -> LossAndMetrics:
+    """-log sigmoid(beta (m_w - m_l) - gamma), weighted over pairs (Meng et al., 2024, eq. 6).
+
+    m is a response's mean log-prob a token; there is no reference. At a lead m_w - m_l of exactly
+    gamma / beta a pair costs log 2, whatever the lengths.
+    """
+    _check_beta(beta)
+    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    weights_BGG = pairs(group.scores)
+    rewards_BG = -beta * nll(logps, group)
+    loss_B = jnp.sum(weights_BGG * jax.nn.softplus(gamma - gaps(rewards_BG)), axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, rewards_BG, weights_BGG)
+
+
+def orpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    odds_weight: float = 0.1,
+) -> LossAndMetrics:
+    """NLL of the chosen less odds_weight log sigmoid(log odds ratio) (Hong et al., 2024, eq. 6).
+
+    The odds are p / (1 - p), p = exp(mean log-prob a token) (eq. 4 and 7); `odds_weight` is the
+    paper's lambda. There is no reference.
+    """
+    require(odds_weight >= 0, "loss.odds_weight", odds_weight, "must not be negative")
+    weights_BGG = pairs(group.scores)
+    nll_BG = nll(logps, group)
+    mean_BG = jnp.minimum(-nll_BG, _CERTAIN)
+    log_odds_BG = mean_BG - jnp.log(-jnp.expm1(mean_BG))
+    losses_BGG = nll_BG[:, :, None] + odds_weight * jax.nn.softplus(-gaps(log_odds_BG))
+    loss_B = jnp.sum(weights_BGG * losses_BGG, axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, log_odds_BG, weights_BGG)
+
+
+def gamma_dpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    gamma: float = 0.5,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
+    """-log sigmoid(beta (D_w - D_l)), D = lp_policy - gamma lp_ref (Chen et al., 2024, eq. 4).
+
+    Less of the reference than DPO, which is gamma 1: at gamma 0 the loss falls only as the policy
+    itself ranks the pair right. With c = lp_ref(y_l) - lp_ref(y_w), the policy gives the chosen at
+    least the rejected's probability if and only if the loss is at most -log sigmoid(beta gamma c)
+    (their Theorem 4.1, which is for DPO).
+    """
+    _check_beta(beta)
+    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    weights_BGG = pairs(group.scores)
+    terms = masked(logps, group.mask) - gamma * masked(group.ref_logps, group.mask)
+    rewards_BG = beta * (means(terms, group.mask) if length_normalized else sums(terms))
+    loss_B = jnp.sum(weights_BGG * jax.nn.softplus(-gaps(rewards_BG)), axis=(1, 2))
+    return loss_B, preference_metrics(logps, group, rewards_BG, weights_BGG)
+
+
+def distill(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
+    """(r_i - r_j - beta (Delta_i - Delta_j))^2, the mean over pairs of candidates, r the scores.
+
+    Reward-model distillation (Fisch et al., 2024, arXiv 2405.19316, as recalled): not who wins but
+    by how much. It ends where policy ~ ref exp(r / beta), so the scale of the scores counts.
+    """
+    _check_beta(beta)
+    delta_BG = deltas(logps, group, length_normalized=length_normalized)
+    candidate = candidates(group.scores)
+    errors_BG = jnp.where(candidate, group.scores, 0) - beta * delta_BG
+    both = (
+        candidate[:, :, None]
+        & candidate[:, None, :]
+        & ~jnp.eye(candidate.shape[1], dtype=bool)[None]
+    )
+    count_B = jnp.maximum(both.sum(axis=(1, 2)), 1)
+    loss_B = jnp.sum(gaps(errors_BG) ** 2, axis=(1, 2), where=both) / count_B
+    pairs_BGG = best_vs_worst(group.scores)
+    return loss_B, preference_metrics(logps, group, beta * delta_BG, pairs_BGG)
+
+
+# Responses that are good or bad by themselves.
+
+
+def others_kl(delta: Float[Array, "B G"], group: Group) -> Float[Array, "B G"]:
+    """max(0, the mean Delta of the prompt's other candidates): KL(policy || ref), estimated (ours).
+
+    Candidates are the policy's own samples, so their Delta is one estimate of that KL each; a
+    response is left out of its own. The paper takes other prompts' responses, for want of samples.
+    """
+    candidate = group.valid.at[:, 0].set(False)
+    kept = jnp.where(candidate, delta, 0)
+    count = candidate.sum(axis=-1, keepdims=True) - candidate
+    return jnp.maximum(0, (sums(kept)[:, None] - kept) / jnp.maximum(count, 1))
+
+
+def no_kl(delta: Float[Array, "B G"], group: Group) -> Float[Array, "B G"]:
+    """0: gains are measured from the reference itself (as APO-zero, D'Oosterlinck et al., 2024)."""
+    return jnp.zeros_like(delta)
+
+
+def kto(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    sides: SideRule = best_and_worst,
+    beta: float = 0.1,
+    desirable_weight: float = 1.0,
+    undesirable_weight: float = 1.0,
+    reference_point: ReferencePoint = others_kl,
+) -> LossAndMetrics:
+    """Expected loss of value over the good and the bad (KTO, Ethayarajh et al., 2024, eq. 8).
+
+    lambda_D (1 - sigmoid(beta (Delta - z))) for a desirable response, lambda_U (1 - sigmoid(beta (z
+    - Delta))) for an undesirable one, the mean over those that `sides` marks. z is the
+    `reference_point`, without a gradient. No response is compared with another, so a prompt may
+    have one alone; and the loss saturates: what is far above or below z has no more gradient.
+    """
+    _check_beta(beta)
+    require(desirable_weight >= 0, "loss.desirable_weight", desirable_weight, "be 0 or more")
+    require(undesirable_weight >= 0, "loss.undesirable_weight", undesirable_weight, "be 0 or more")
+    sides_BG = sides(group.scores)
+    delta_BG = deltas(logps, group)
+    point_BG = stop_gradient(reference_point(stop_gradient(delta_BG), group))
+    weights_BG = jnp.where(
+        sides_BG > 0, desirable_weight * sides_BG, -undesirable_weight * sides_BG
+    )
+    losses_BG = jax.nn.sigmoid(-jnp.sign(sides_BG) * beta * (delta_BG - point_BG))
+    marked_B = sums(jnp.abs(sides_BG))
+    loss_B = sums(weights_BG * losses_BG) / jnp.where(marked_B > 0, marked_B, 1)
+    good_BG, bad_BG = jnp.maximum(sides_BG, 0), jnp.maximum(-sides_BG, 0)
+    pairs_BGG = _shares(good_BG)[:, :, None] * _shares(bad_BG)[:, None, :]
+    metrics = preference_metrics(logps, group, beta * delta_BG, pairs_BGG)
+    return loss_B, metrics | {"kto/reference_point": _mean_of(point_BG, jnp.abs(sides_BG))}
+
+
+def _shares(weights: Float[Array, "B G"]) -> Float[Array, "B G"]:
+    total_B1 = weights.sum(axis=-1, keepdims=True)
+    return weights / jnp.where(total_B1 > 0, total_B1, 1)
+
+
+def _mean_of(x: Float[Array, "B G"], weights: Float[Array, "B G"]) -> Float[Array, ""]:
+    return sums(x * _shares(weights)).mean()
+
+
+def _check_beta(beta: float) -> None:
+    require(beta > 0, "loss.beta", beta, "must be positive")

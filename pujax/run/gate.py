@@ -1,0 +1,85 @@
+"""Anchors that are not to be trusted, found before the student learns them (ours)."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+from pujax.errors import DataError
+from pujax.evaluation import text
+from pujax.records import Example
+from pujax.run.settings import GateConfig
+
+REFUSAL = re.compile(
+    r"\W*(?:(?:i'?m|i am|we'?re) (?:very |really |so )?(?:sorry|afraid)|sorry\b|apologies\b|"
+    r"(?:unfortunately\W+)?i (?:cannot|can'?t|can not|could not|couldn'?t|won'?t|will not|must "
+    r"decline|am unable|am not able)|i'?m (?:unable|not able)|as an? (?:ai|large language model|"
+    r"language model)\b)"
+)
+"""How a refusal begins, in English."""
+
+SHINGLE = 3  # words that stand for a place in a text
+
+LEAST = 10  # words below which equal answers are no sign of anything
+
+
+def gated(
+    examples: Sequence[Example], gate: GateConfig
+) -> tuple[tuple[Example, ...], dict[str, int]]:
+    """The examples without those whose anchor `gate` distrusts, or with these weighed down.
+
+    Also how many those are, by reason. Raises `DataError` where no example is left.
+    """
+    copies = near_duplicates(examples, gate.near_duplicates) if gate.near_duplicates else set()
+    kept, counts = [], Counter()
+    for place, example in enumerate(examples):
+        why = _distrusted(example, gate) or ("near duplicates" if place in copies else None)
+        if why is not None:
+            counts[why] += 1
+            example = replace(example, weight=gate.weight)
+        if example.weight > 0:
+            kept.append(example)
+    if not kept:
+        raise DataError(
+            f"data.gate leaves no anchor ({told(counts)} of {len(examples)}): loosen it"
+        )
+    return tuple(kept), dict(counts)
+
+
+def told(counts: Mapping[str, int]) -> str:
+    """The counts in words: "3 refusals, 2 near duplicates"."""
+    return ", ".join(f"{count} {why}" for why, count in counts.items())
+
+
+def _distrusted(example: Example, gate: GateConfig) -> str | None:
+    if gate.answer != "off" and example.prompt.answer is not None:
+        right = {"exact": text.exact, "contains": text.contains}[gate.answer]
+        if not right(example.prompt, example.anchor):
+            return "without the true answer"
+    if gate.refusals and REFUSAL.match(example.anchor.casefold().replace("’", "'")):
+        return "refusals"
+    return None
+
+
+def near_duplicates(examples: Iterable[Example], least: float) -> set[int]:
+    """The places of anchors that share `least` of their word triples with an earlier one.
+
+    The share is Jaccard's, of the triples that either has. Short answers may well be equal, and
+    are none.
+    """
+    copies: set[int] = set()
+    holders: dict[tuple[str, ...], list[int]] = {}
+    sizes: dict[int, int] = {}
+    for place, example in enumerate(examples):
+        words = text.words(example.anchor)
+        if len(words) < LEAST:
+            continue
+        triples = {tuple(words[i : i + SHINGLE]) for i in range(len(words) - SHINGLE + 1)}
+        shared = Counter(before for triple in triples for before in holders.get(triple, ()))
+        if any(n >= least * (len(triples) + sizes[i] - n) for i, n in shared.items()):
+            copies.add(place)
+            continue  # so that no text has many holders
+        sizes[place] = len(triples)
+        for triple in triples:
+            holders.setdefault(triple, []).append(place)
+    return copies

@@ -1,0 +1,178 @@
+"""What the papers state of the losses of pairs."""
+
+import functools
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from groups import (
+    ALL_WORDS,
+    GROUP,
+    LOGPS,
+    REFERENCE,
+    bandit,
+    gradient,
+    make_group,
+    optimize,
+    random_group,
+)
+
+from pujax.method import labels, losses, pair_losses
+
+
+def pair(logps, ref_logps, **fields):
+    """Log-probs and group of B pairs: a mute anchor, the chosen, the rejected."""
+    logps, ref = (jnp.pad(jnp.asarray(x), ((0, 0), (1, 0)))[:, :, None] for x in (logps, ref_logps))
+    scores = jnp.broadcast_to(jnp.asarray([0.0, 1.0, 0.0]), ref.shape[:2])
+    return logps, make_group(ref, scores=scores, **fields)
+
+
+def test_dpo_ends_at_the_reference_tilted_by_the_reward():
+    # Rafailov et al., eq. 4: pairs in proportion to Bradley-Terry's odds of a reward r give
+    # policy ~ ref exp(r / beta).
+    reward, beta = jnp.asarray([1.0, 0.0, -1.0, 0.5]), 0.7
+    rewards_G = jnp.concatenate([jnp.zeros(1), reward])
+
+    def bradley_terry(scores):
+        odds = jax.nn.sigmoid(rewards_G[:, None] - rewards_G[None, :])
+        candidate = jnp.arange(5) > 0
+        both = candidate[:, None] & candidate[None, :] & ~jnp.eye(5, dtype=bool)
+        return jnp.where(both, odds, 0)[None] / 6
+
+    logps = optimize(
+        functools.partial(losses.dpo, beta=beta, pairs=bradley_terry), bandit(ALL_WORDS), ALL_WORDS
+    )
+    np.testing.assert_allclose(jnp.exp(logps), jax.nn.softmax(REFERENCE + reward / beta), atol=1e-3)
+
+
+def test_distillation_ends_at_the_reference_tilted_by_the_scores():
+    scores = jnp.asarray([[9.0, 1.0, 0.0, -1.0, 0.5]])
+    loss = functools.partial(losses.distill, beta=0.7)
+    logps = optimize(loss, bandit(ALL_WORDS, scores=scores), ALL_WORDS)
+    tilted = jax.nn.softmax(REFERENCE + scores[0, 1:] / 0.7)
+    np.testing.assert_allclose(jnp.exp(logps), tilted, atol=1e-3)
+
+
+def test_simpo_costs_log_two_at_its_margin_whatever_the_lengths():
+    # Mean log-probs -1 and -1.5, over 1 and 3 tokens: a lead of gamma / beta.
+    logps = jnp.asarray([[[0.0, 0, 0], [-1.0, jnp.nan, jnp.nan], [-1.5, -1.0, -2.0]]])
+    mask = jnp.asarray([[[False] * 3, [True, False, False], [True] * 3]])
+    group = make_group(jnp.full((1, 3, 3), jnp.nan), mask=mask, scores=[[0.0, 1.0, 0.0]])
+    loss_B, _ = losses.simpo(logps, group, beta=3.0, gamma=1.5)
+    np.testing.assert_allclose(loss_B, [np.log(2)], rtol=1e-6)
+
+
+@pytest.mark.parametrize("loss", [losses.simpo, losses.orpo])
+def test_losses_without_a_reference_do_not_read_it(loss):
+    logps, group = random_group(0)
+    blind = replace(group, ref_logps=jnp.full(group.ref_logps.shape, jnp.nan))
+    np.testing.assert_array_equal(loss(logps, blind)[0], loss(logps, group)[0])
+
+
+def test_orpo_without_odds_is_the_chosens_likelihood():
+    logps, group = random_group(1)
+    orpo = functools.partial(losses.orpo, odds_weight=0.0)
+    np.testing.assert_array_equal(orpo(logps, group)[0], losses.raft(logps, group)[0])
+
+
+def test_orpo_has_a_finite_gradient_where_a_response_is_certain():
+    logps, group = pair([[0.0, -1e-9], [-1e-9, -40.0]], [[0.0, 0.0], [0.0, 0.0]])
+    assert jnp.isfinite(losses.orpo(logps, group)[0]).all()
+    assert jnp.isfinite(gradient(losses.orpo, logps, group)).all()
+
+
+def test_slic_leaves_pairs_beyond_its_margin_alone():
+    # beta (Delta_w - Delta_l) is 1.5 at beta 0.5, and 0.75 at 0.25.
+    np.testing.assert_array_equal(
+        gradient(functools.partial(losses.slic, beta=0.5), LOGPS, GROUP), np.zeros((1, 3, 2))
+    )
+    np.testing.assert_array_equal(
+        gradient(functools.partial(losses.slic, beta=0.25), LOGPS, GROUP),
+        [[[0, 0], [-0.25, -0.25], [0.25, 0]]],
+    )
+
+
+def test_kto_saturates_on_both_sides_of_its_reference_point():
+    # The slope of 1 - sigmoid(beta Delta) is -beta / 4 at Delta = 0 and dies out on both sides.
+    flagged = functools.partial(
+        losses.kto, beta=0.5, sides=labels.flags, reference_point=pair_losses.no_kl
+    )
+    for flag in (1.0, -1.0):
+        delta = jnp.asarray([0.0, 40.0, -40.0])
+        group = make_group(np.zeros((3, 2, 1)), scores=np.full((3, 2), flag))
+        logps = jnp.stack([jnp.zeros(3), delta], axis=1)[:, :, None]
+        slope = gradient(flagged, logps, group)[:, 1, 0]
+        np.testing.assert_allclose(slope, [-flag * 0.125, 0, 0], atol=1e-8)
+
+
+def test_kto_measures_from_the_other_candidates_mean_delta():
+    group = make_group(np.zeros((2, 4, 1)), valid=[[True] * 4, [True, True, True, False]])
+    delta = jnp.asarray([[9.0, 1.0, 3.0, 5.0], [9.0, -4.0, 2.0, 7.0]])
+    point = pair_losses.others_kl(delta, group)
+    np.testing.assert_allclose(point[:, 1:3], [[4, 3], [2, 0]])
+    np.testing.assert_allclose(point[:, 0], [3, 0])  # of all candidates; a mean below 0 counts as 0
+
+
+def test_kto_learns_from_a_response_that_is_alone():
+    group = make_group(np.zeros((1, 2, 1)), scores=[[0.0, -1.0]])
+    loss = functools.partial(losses.kto, beta=0.5, sides=labels.flags)
+    np.testing.assert_allclose(gradient(loss, jnp.zeros((1, 2, 1)), group)[0, :, 0], [0, 0.125])
+
+
+def test_gamma_one_is_dpo():
+    logps, group = random_group(2)
+    for length_normalized in (False, True):
+        given = {"beta": 0.3, "length_normalized": length_normalized}
+        np.testing.assert_allclose(
+            losses.gamma_dpo(logps, group, gamma=1.0, **given)[0],
+            losses.dpo(logps, group, **given)[0],
+            rtol=1e-5,
+        )
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.25])
+def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(gamma):
+    # Chen et al., Theorem 4.1, and as it reads for their eq. 4.
+    keys = jax.random.split(jax.random.key(0))
+    policy, ref = (3 * jax.random.normal(key, (400, 2)) - 8 for key in keys)
+    logps, group = pair(policy, ref)
+    loss_B, _ = losses.gamma_dpo(logps, group, beta=0.4, gamma=gamma)
+    if gamma == 1:
+        loss_B, _ = losses.dpo(logps, group, beta=0.4)
+    bound_B = jax.nn.softplus(-0.4 * gamma * (ref[:, 1] - ref[:, 0]))
+    right_B = policy[:, 0] >= policy[:, 1]
+    np.testing.assert_array_equal(loss_B <= bound_B, right_B)
+    assert 100 < right_B.sum() < 300
+
+
+@pytest.mark.parametrize(
+    "loss", [losses.dpo, losses.orpo, losses.kto, losses.distill, losses.listwise]
+)
+def test_a_candidate_that_is_absent_changes_nothing(loss):
+    logps, group = random_group(3, G=3)
+
+    def pad(x, value):
+        return jnp.pad(x, ((0, 0), (0, 1)) + ((0, 0),) * (x.ndim - 2), constant_values=value)
+
+    scores = pad(group.scores, -jnp.inf)
+    q, valid = labels.softmax_labels(scores, anchor_mass=0.2)
+    wider = replace(
+        group,
+        tokens=pad(group.tokens, 0),
+        mask=pad(group.mask, False),
+        finished=pad(group.finished, False),
+        old_logps=pad(group.old_logps, jnp.nan),
+        ref_logps=pad(group.ref_logps, jnp.nan),
+        scores=scores,
+        labels=q,
+        valid=valid,
+    )
+    loss_B, metrics = loss(logps, group)
+    wider_B, wider_metrics = loss(pad(logps, jnp.nan), wider)
+    np.testing.assert_allclose(wider_B, loss_B, rtol=1e-6)
+    for name in metrics:
+        np.testing.assert_allclose(wider_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
+    np.testing.assert_array_equal(q[:, :-1], group.labels)
+    np.testing.assert_array_equal(valid[:, -1], [False, False])

@@ -1,0 +1,75 @@
+import pytest
+
+from pujax.errors import ConfigError, DataError
+from pujax.records import Example, Prompt
+from pujax.run.gate import gated, near_duplicates
+from pujax.run.settings import GateConfig
+
+LONG = "the quick brown fox jumps over the lazy dog and then it sleeps all day"
+
+
+def example(anchor, answer=None):
+    prompt = Prompt(anchor, ({"role": "user", "content": "x"},), answer)
+    return Example(prompt, (1,), (1,), anchor, (1,), True)
+
+
+def left(*anchors, **settings):
+    kept, counts = gated([example(*each) for each in anchors], GateConfig(**settings))
+    return [each.anchor for each in kept], counts
+
+
+def test_an_anchor_without_the_true_answer_is_left_out_and_counted():
+    anchors = ("7", "7"), ("it is 7", "7"), ("8", "7"), ("anything", None)
+    assert left(*anchors) == (["7", "it is 7", "8", "anything"], {})
+    wrong = "without the true answer"
+    assert left(*anchors, answer="contains") == (["7", "it is 7", "anything"], {wrong: 1})
+    assert left(*anchors, answer="exact") == (["7", "anything"], {wrong: 2})
+
+
+@pytest.mark.parametrize(
+    ("text", "refused"),
+    [
+        ("I'm sorry, but I can't help with that.", True),
+        ("I’m sorry, I cannot do this.", True),
+        ("Sorry, that is not possible.", True),
+        ("As an AI language model, I have no opinion.", True),
+        ("Unfortunately, I am unable to answer.", True),
+        ("I cannot assist with this request.", True),
+        ("Dear Sir, I'm sorry to hear of your loss.", False),
+        ("I can help with that.", False),
+        ("As an airline, we apologise.", False),
+    ],
+)
+def test_refusals_are_told_by_how_they_begin(text, refused):
+    kept, counts = left(("fine",), (text,), refusals=True)
+    assert (text not in kept, counts) == (refused, {"refusals": 1} if refused else {})
+
+
+def test_near_duplicates_share_word_triples_with_an_earlier_anchor():
+    # 14 words, 12 triples (two words of "the ... the" differ); one word changed breaks 3 of them.
+    other = LONG.replace("lazy", "idle")
+    examples = [example(text) for text in (LONG, "yes", other, "yes", LONG + " long")]
+    assert near_duplicates(examples, 0.5) == {2, 4}
+    assert near_duplicates(examples, 0.9) == {4}
+    kept, counts = gated(examples, GateConfig(near_duplicates=0.9))
+    assert ([e.anchor for e in kept], counts) == (
+        [LONG, "yes", other, "yes"],
+        {"near duplicates": 1},
+    )
+
+
+def test_a_weight_keeps_what_is_not_trusted():
+    kept, counts = gated(
+        [example("7", "7"), example("8", "7")], GateConfig(answer="exact", weight=0.25)
+    )
+    assert [each.weight for each in kept] == [1.0, 0.25]
+    assert sum(counts.values()) == 1
+
+
+def test_a_gate_that_nothing_passes_is_an_error():
+    with pytest.raises(DataError, match=r"data\.gate leaves no anchor \(1 without .* of 1\)"):
+        left(("8", "7"), answer="exact")
+    with pytest.raises(ConfigError, match=r"data\.gate\.answer='yes': choose off, exact or"):
+        GateConfig(answer="yes")
+    with pytest.raises(ConfigError, match=r"data\.gate\.weight=2"):
+        GateConfig(weight=2.0)
