@@ -33,7 +33,7 @@ from pujax.method.step import (
 )
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, tree_shardings
-from pujax.records import Example
+from pujax.records import STAGES, Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, load_data
@@ -322,7 +322,8 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
         run.say(line)
     run.pause("before it was marked as done")
     write_whole(directory / "done", b"")
-    run.checkpoints.keep_best("sft", ())  # reference/ has it
+    for stage in STAGES:  # reference/ and export/ have what was chosen
+        run.checkpoints.keep_best(stage, ())
 
 
 @contextmanager
