@@ -95,7 +95,7 @@ def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=la
             criterion,
         )
         log.evaluation("base", 0, {"eval/exact": table[0]})
-        stage = Stage("sft", "sft", ("base", 0), steps, 8, before=0, salt=0, advance=advance)
+        stage = Stage("sft", "sft", ("base", 0), steps, 8, DATA, before=0, salt=0, advance=advance)
         params, step = run.through(stage, state, place.step)
     checkpoints.close()
     return float(params["embed"][0, 0]), step, said
