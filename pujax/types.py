@@ -82,8 +82,8 @@ class Group:
     The anchor was never sampled, so its `old_logps` are the sampling policy's own reading of it;
     without `has_old_logps` nobody knows any, and `update` gives a loss the policy's own for all.
     Responses carry a mask and not lengths: a loss reduces with `where=mask`, and may be given one
-    with holes. A group with fewer candidates than K has empty masks and scores of -inf for the
-    rest, which are neither valid nor in any pair.
+    with holes. A given group with fewer candidates than K has empty masks and scores of -inf for
+    the rest, which are neither valid nor in any pair (see `labels.absent_candidates`).
     """
 
     prompts: Tokens  # [B P]

@@ -4,6 +4,10 @@ The abstract of arXiv 2601.20687 fixes that preferences are pairwise or listwise
 and concentrated on near-optimal candidates. How scores become labels or pairs is ours.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
@@ -16,8 +20,26 @@ _RESOLUTION = 1e-6
 
 
 def candidates(scores: Float[Array, "B G"]) -> Bool[Array, "B G"]:
-    """True where a response is a candidate: not the anchor, nor absent (a score of -inf)."""
-    return (jnp.arange(scores.shape[-1]) > 0)[None] & (scores != -jnp.inf)
+    """True where a response is a candidate: not the anchor, nor an absent one."""
+    candidate = jnp.broadcast_to(jnp.arange(scores.shape[-1]) > 0, scores.shape)
+    return candidate & (scores != -jnp.inf) if _absent.get() else candidate
+
+
+_absent = ContextVar("absent", default=False)
+
+
+@contextmanager
+def absent_candidates(are: bool = True) -> Iterator[None]:
+    """While a step is traced in it, a candidate that scored -inf is absent: groups may be uneven.
+
+    Where every group is full nothing depends on the scores but the ranking, and XLA compiles the
+    same program, to the last bit, as if this did not exist.
+    """
+    token = _absent.set(are)
+    try:
+        yield
+    finally:
+        _absent.reset(token)
 
 
 def standardize(scores: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G"]:
@@ -63,9 +85,12 @@ def softmax_labels(
     candidate = candidates(scores)
     z = standardize(scores, candidate) if standardized else scores.astype(jnp.float32)
     shares = jax.nn.softmax(jnp.where(candidate, z / tau, -jnp.inf), axis=-1)
-    anchor = jnp.arange(scores.shape[-1])[None] == 0
-    labels = jnp.where(anchor, anchor_mass, jnp.where(candidate, (1 - anchor_mass) * shares, 0))
-    return labels, candidate | (anchor & (anchor_mass > 0))
+    labels = jnp.where(candidate, (1 - anchor_mass) * shares, anchor_mass)
+    valid = candidate | (anchor_mass > 0)
+    if not _absent.get():
+        return labels, valid
+    there = candidate | (jnp.arange(scores.shape[-1]) == 0)[None]
+    return jnp.where(there, labels, 0), valid & there
 
 
 def best(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
@@ -146,8 +171,8 @@ def anchor_and_candidates(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
 def flags(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
     """A candidate that scored above 0 is good, below 0 bad: for responses that someone flagged.
 
-    >>> print(flags(jnp.array([[9.0, 1.0, -3.0, -jnp.inf]])))
-    [[ 0.  1. -1.  0.]]
+    >>> print(flags(jnp.array([[9.0, 1.0, -3.0]])))
+    [[ 0.  1. -1.]]
     """
     return jnp.where(candidates(scores), jnp.sign(scores), 0)
 

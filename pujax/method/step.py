@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from pujax.method.labels import absent_candidates
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
@@ -339,7 +340,7 @@ def make_train_step(
     """
     in_place = on_one_cpu(shardings)
 
-    def train_step(state, reference, base, batch, root):
+    def group_and_learn(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
         step = state.step
         group, sampled = rollout(
@@ -367,6 +368,11 @@ def make_train_step(
             )
             metrics = jax.tree.map(lambda x: x[-1], later) | {GAP: metrics[GAP]}
         return replace(state, step=step + 1), group, metrics | sampled
+
+    def train_step(state, reference, base, batch, root):
+        rated = batch.given is not None and batch.given.scores is not None
+        with absent_candidates(rated):
+            return group_and_learn(state, reference, base, batch, root)
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
 

@@ -69,9 +69,7 @@ def preference_metrics(
     rewards_BG = stop_gradient(rewards_BG)
     lp_BG = sums(masked(stop_gradient(logps), group.mask))
     paired_B = weights_BGG.sum(axis=(1, 2))
-    candidate_BG = candidates(group.scores)
-    count_B1 = jnp.maximum(candidate_BG.sum(axis=-1, keepdims=True), 1)
-    rest_BG = (1 - paired_B)[:, None] * candidate_BG / count_B1
+    rest_BG = (1 - paired_B)[:, None] * candidates(group.scores) / max(lp_BG.shape[-1] - 1, 1)
     margins_BGG = gaps(rewards_BG)
     return {
         "reward/margin": jnp.sum(weights_BGG * margins_BGG, axis=(1, 2)).mean(),
