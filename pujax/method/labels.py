@@ -100,10 +100,8 @@ def best(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
     [[0.  0.  1. ]
      [0.  0.5 0.5]]
     """
-    candidate = candidates(scores)
-    z = standardize(scores, candidate)
-    best_B1 = z.max(axis=-1, keepdims=True, where=candidate, initial=-jnp.inf)
-    return _share(candidate & (z == best_B1))
+    best_BG, _, _ = _ends(scores, candidates(scores))
+    return _share(best_BG)
 
 
 def extremes(values: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Array, "B G G"]:
@@ -111,12 +109,8 @@ def extremes(values: Float[Array, "B G"], mask: Bool[Array, "B G"]) -> Float[Arr
 
     A row of equal values holds no preference: its weights are zero.
     """
-    z = standardize(values, mask)
-    best_B1 = z.max(axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
-    worst_B1 = z.min(axis=-1, keepdims=True, where=mask, initial=jnp.inf)
-    chosen = _share(mask & (z == best_B1) & (best_B1 > worst_B1))
-    rejected = _share(mask & (z == worst_B1))
-    return chosen[:, :, None] * rejected[:, None, :]
+    best_BG, worst_BG, apart_B1 = _ends(values, mask)
+    return _share(best_BG & apart_B1)[:, :, None] * _share(worst_BG)[:, None, :]
 
 
 def best_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
@@ -135,10 +129,8 @@ def anchor_vs_worst(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
 
     Equal scores keep their weight: that the anchor is preferred does not come from the scores.
     """
-    candidate = candidates(scores)
-    z = standardize(scores, candidate)
-    worst_B1 = z.min(axis=-1, keepdims=True, where=candidate, initial=jnp.inf)
-    return _anchor_over(_share(candidate & (z == worst_B1)))
+    _, worst_BG, _ = _ends(scores, candidates(scores))
+    return _anchor_over(_share(worst_BG))
 
 
 def anchor_vs_all(scores: Float[Array, "B G"]) -> Float[Array, "B G G"]:
@@ -175,6 +167,23 @@ def flags(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:
     [[ 0.  1. -1.]]
     """
     return jnp.where(candidates(scores), jnp.sign(scores), 0)
+
+
+def _ends(
+    values: Float[Array, "B G"], mask: Bool[Array, "B G"]
+) -> tuple[Bool[Array, "B G"], Bool[Array, "B G"], Bool[Array, "B 1"]]:
+    """Where the best and the worst within `mask` are, and whether they differ.
+
+    All to float32's resolution, and not by equality: a compiled program may compute a score twice,
+    once for the extreme and once to be held against it, and round it in two ways.
+    """
+    values = jnp.where(mask, values.astype(jnp.float32), 0)
+    near_B1 = _RESOLUTION * jnp.abs(values).max(axis=-1, keepdims=True)
+    best_B1 = values.max(axis=-1, keepdims=True, where=mask, initial=-jnp.inf)
+    worst_B1 = values.min(axis=-1, keepdims=True, where=mask, initial=jnp.inf)
+    best_BG = mask & (values >= best_B1 - near_B1)
+    worst_BG = mask & (values <= worst_B1 + near_B1)
+    return best_BG, worst_BG, best_B1 - worst_B1 > near_B1
 
 
 def _share(chosen: Bool[Array, "B G"]) -> Float[Array, "B G"]:
