@@ -26,8 +26,8 @@ from pujax.errors import ConfigError, PujaxError
 STARTING = 120.0  # seconds that a worker may take to load the function's module
 
 BOOT = (
-    "import json, sys; descriptor, sys.path = json.loads(sys.argv[1]); "
-    "from pujax.run.workers import serve; serve(descriptor)"
+    "import json, sys; descriptor, parent, sys.path = json.loads(sys.argv[1]); "
+    "from pujax.run.workers import serve; serve(descriptor, parent)"
 )
 
 
@@ -166,7 +166,10 @@ class _Worker:
     def __init__(self, function: bytes) -> None:
         self.connection, other = Pipe()
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT, json.dumps([other.fileno(), [*map(str, sys.path)]])],
+            [
+                *(sys.executable, "-c", BOOT),
+                json.dumps([other.fileno(), os.getpid(), [*map(str, sys.path)]]),
+            ],
             pass_fds=[other.fileno()],
             stdin=subprocess.DEVNULL,
             stdout=2,
@@ -202,10 +205,13 @@ class _Worker:
 # ---------------------------------------------------------------------- in the worker's own process
 
 
-def serve(descriptor: int) -> None:
-    """Load the function that comes first, then answer calls until the pipe is closed."""
+def serve(descriptor: int, parent: int) -> None:
+    """Load the function that comes first, then answer calls until the pipe is closed.
+
+    Ends with the process `parent`, which may be gone already: so it is told, and not asked for.
+    """
     connection = Connection(descriptor)
-    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     try:
         function, batched = pickle.loads(connection.recv_bytes())
     except EOFError:
