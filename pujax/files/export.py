@@ -2,7 +2,8 @@
 
 What is written goes to a folder or file of its own first and takes its place once it is whole, so
 that a full disk or a kill leaves what was there. Nothing is written over or removed but what an
-export wrote: a directory is known by its model card, a GGUF file by a key in it.
+export wrote: a directory is known by its model card and each file in it by its digest, a GGUF file
+by a key in it.
 """
 
 import os
@@ -16,22 +17,26 @@ import numpy as np
 
 from pujax.errors import ConfigError, WeightsError
 from pujax.files import gguf, safetensors
-from pujax.files.card import is_card, model_card, student, tokenizer_files
+from pujax.files.card import is_card, model_card, student
 from pujax.files.chat import Chat
 from pujax.files.durable import flush, on_disk, write_whole
+from pujax.files.exported import (
+    ADAPTER,
+    ADAPTER_FILES,
+    CHAT_FILES,
+    RECORD,
+    digests,
+    record,
+    recorded,
+    refuse_theirs,
+    touched,
+)
 from pujax.models import lora
 from pujax.models.decoder import DecoderConfig
 from pujax.models.families import FAMILIES
 from pujax.types import Params
 
-ADAPTER = "adapter"
-
 _STAGE = ".pujax-export"  # where an export is written before it takes its place
-
-_ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
-
-_CHAT_FILES = ("chat_template.jinja", "special_tokens_map.json", "added_tokens.json")
-"""What a tokenizer's files may hold or not: one that is not written again would still count."""
 
 
 def export_hf(
@@ -56,7 +61,7 @@ def export_hf(
         if lora.split(params)[1]["layers"]:
             _write_adapter(config, params, fresh / ADAPTER, card)
         chat.save(fresh)
-        listed = [name for name in _CHAT_FILES if (fresh / name).is_file()]
+        listed = [name for name in CHAT_FILES if (fresh / name).is_file()]
         told = model_card(config, card, tokenizer_files=listed)
         write_whole(fresh / "README.md", told.encode())
         safetensors.save(fresh, config, _merged(config, params), dtype=dtype)
@@ -106,7 +111,7 @@ def copy_adapter(exported: Path, directory: Path) -> None:
             "choose format=hf or format=gguf"
         )
     with _staged(directory, "adapter_config.json") as fresh, on_disk(directory):
-        for name in _ADAPTER_FILES:
+        for name in ADAPTER_FILES:
             shutil.copy(source / name, fresh / name)
         # An older export's adapter has no card of its own.
         card = source if (source / "README.md").is_file() else exported
@@ -185,10 +190,16 @@ def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:
     The order is such that with `itself` there is a model to load at each moment.
     """
     names = [path.relative_to(fresh) for path in fresh.rglob("*") if path.is_file()]
-    stale = [directory / name for name in _CHAT_FILES if last == "config.json"]
+    stale = [directory / name for name in CHAT_FILES if last == "config.json"]
     stale = [path for path in stale if path.exists() and Path(path.name) not in names]
+    written, known = digests(fresh, map(str, names)), touched(directory, last)
+    refuse_theirs(directory, written.keys() - known)
+    before = recorded(directory)
+    if before is None:
+        before = digests(directory, known | written.keys())
     for name in names:
         flush(fresh / name)
+    record(directory, before, written)  # whatever a kill leaves of the two is an export's
     if not itself:
         (directory / last).unlink(missing_ok=True)
     for path in stale:
@@ -203,6 +214,7 @@ def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:
         (directory / name).parent.mkdir(exist_ok=True)
         (fresh / name).replace(directory / name)
     flush(directory)
+    record(directory, written)
 
 
 def _is_weights(name: Path) -> bool:
@@ -213,7 +225,7 @@ def _remove_adapter(directory: Path) -> None:
     """Remove an export's adapter, and its folder if nothing else is in it."""
     if not (directory / "adapter_config.json").is_file():
         return
-    for name in _ADAPTER_FILES:
+    for name in ADAPTER_FILES:
         (directory / name).unlink(missing_ok=True)
     if is_card(directory / "README.md"):
         (directory / "README.md").unlink()
@@ -224,7 +236,8 @@ def _remove_adapter(directory: Path) -> None:
 def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None:
     """Raise `ConfigError` unless `directory` is free or an export of the same form has it.
 
-    `last` is the file that makes it whole.
+    `last` is the file that makes it whole. What others put beside an export is no matter, unless
+    an export would write over it or remove it.
     """
     if directory.suffix == ".gguf":
         raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
@@ -233,20 +246,14 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
         return
     if not directory.is_dir():
         raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
-    held = sorted(path.name for path in directory.iterdir() if path.name != _STAGE)
+    held = sorted(path.name for path in directory.iterdir() if path.name not in (_STAGE, RECORD))
     other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
     if held and (other in held or not is_card(directory / "README.md")):
         raise ConfigError(
             f"out={directory}: holds files that no such export wrote ({held[0]} and "
             f"{len(held) - 1} more): move them away, or choose an empty or a new directory"
         )
-    ours = tokenizer_files(directory / "README.md") if held else None
-    theirs = [name for name in _CHAT_FILES if ours is not None and name in set(held) - set(ours)]
-    if theirs and last == "config.json":
-        raise ConfigError(
-            f"out={directory}: the export there did not write {theirs[0]}, which would count as "
-            "part of the tokenizer: move it away, or choose an empty or a new directory"
-        )
+    refuse_theirs(directory, touched(directory, last))
 
 
 def refuse_foreign_file(path: Path) -> None:

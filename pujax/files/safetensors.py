@@ -65,7 +65,7 @@ def open_model(directory: Path) -> Checkpoint:
     config = read_config(directory)
     shapes: dict[str, tuple[int, ...]] = {}
     files: dict[str, Path] = {}
-    for path in _files(directory):
+    for path in weight_files(directory):
         try:
             with safe_open(path, "np") as file:
                 for key in sorted(file.keys()):
@@ -89,8 +89,11 @@ def open_model(directory: Path) -> Checkpoint:
     return _HuggingFace(directory, config, shapes, files)
 
 
-def _files(directory: Path) -> list[Path]:
-    """The files that hold the model: other safetensors files may lie beside them."""
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the model: other safetensors files may lie beside them.
+
+    Raises `WeightsError` where there are none, or the index is damaged.
+    """
     index = directory / INDEX
     if index.is_file():
         placed = read_json(index).get("weight_map")

@@ -205,10 +205,11 @@ def _pushed(
     beside: Mapping[str, Path | bytes] | None = None,
 ) -> Path:
     """`out`, which has gone to the hub if there is a `name`: its files, and what lies `beside`."""
+    from pujax.files.exported import RECORD
     from pujax.files.hub import push
 
     if name is not None:
-        inside = [path for path in sorted(out.rglob("*")) if path.is_file()]
+        inside = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != RECORD]
         files = {str(path.relative_to(out)): path for path in inside} or {out.name: out}
         say(f"pushed to {push(name, {**files, **(beside or {})})}")
     return out

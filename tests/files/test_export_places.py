@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -62,6 +63,14 @@ def fill(directory: Path, *names: str) -> None:
         (directory / name).write_text("mine")
 
 
+def export_sharded(model, chat, directory: Path, shard_bytes: int) -> None:
+    """An export as of a model that needs several files."""
+    save = partial(safetensors.save, shard_bytes=shard_bytes)
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(safetensors, "save", save)
+        export_hf(model[0], model[1], chat, directory, {})
+
+
 FOREIGN = (
     "adapter/train_adapter.py",
     "model-before-alignment.safetensors",
@@ -98,7 +107,8 @@ def test_a_directory_of_others_is_refused_and_left_as_it_is(form, names, chat, a
 
 def test_what_others_put_beside_an_export_stays(chat, model, adapted, tmp_path):
     export_hf(adapted[0], adapted[1], chat, tmp_path, {})
-    safetensors.save(tmp_path, model[0], model[1], shard_bytes=20_000)
+    export_sharded(adapted, chat, tmp_path, 20_000)
+    assert len(list(tmp_path.glob("model-*-of-*"))) > 1
     fill(tmp_path, *FOREIGN)
     export_hf(model[0], model[1], chat, tmp_path, {})
     after = tree(tmp_path)
@@ -128,6 +138,63 @@ def test_a_tokenizers_file_that_no_export_wrote_is_left(chat, model, tmp_path):
     assert tree(tmp_path) == before
 
 
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.mark.parametrize(
+    ("name", "recorded"),
+    [
+        *(("model.safetensors", True), (SHARD, True), (SHARD, False), ("config.json", True)),
+        *(("adapter/adapter_config.json", True), ("adapter/adapter_model.safetensors", False)),
+        *(("README.md", True), ("model.safetensors.index.json", True), ("tokenizer.json/x", True)),
+    ],
+)
+def test_a_file_that_the_export_there_did_not_write_is_named_and_left(
+    name, recorded, chat, model, tmp_path
+):
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    if not recorded:  # as the version before left it, which goes by names
+        (tmp_path / ".pujax-export.json").unlink()
+    if name == "tokenizer.json/x":
+        (tmp_path / "tokenizer.json").unlink()
+    fill(tmp_path, name)
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=r"no such export|did not write.*move it away"):
+        export_hf(model[0], model[1], chat, tmp_path, {})
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("linked", ["adapter", "config.json", "model.safetensors"])
+def test_no_link_in_an_export_is_followed(linked, chat, adapted, tmp_path):
+    out, mine = tmp_path / "out", tmp_path / "mine"
+    export_hf(adapted[0], adapted[1], chat, out, {})
+    (out / linked).rename(mine)
+    (out / linked).symlink_to(mine)
+    before = tree(tmp_path)
+    with pytest.raises(ConfigError, match=f"did not write {linked} .*move it away"):
+        export_hf(adapted[0], adapted[1], chat, out, {})
+    assert tree(tmp_path) == before
+
+
+def test_an_adapter_of_ones_own_beside_an_exported_one_is_left(adapted, tmp_path):
+    export_peft(adapted[0], adapted[1], tmp_path, {})
+    export_peft(adapted[0], adapted[1], tmp_path, {})
+    fill(tmp_path, "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=r"did not write adapter_model\.safetensors"):
+        export_peft(adapted[0], adapted[1], tmp_path, {})
+    assert (tmp_path / "adapter_model.safetensors").read_text() == "mine"
+
+
+def test_a_damaged_record_makes_nothing_an_exports(chat, model, tmp_path):
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    for torn in (b"", b"[1]", b'{"config.json": 5}', b"\xff"):
+        (tmp_path / ".pujax-export.json").write_bytes(torn)
+        before = tree(tmp_path)
+        with pytest.raises(ConfigError, match=r"did not write .* as it is now"):
+            export_hf(model[0], model[1], chat, tmp_path, {})
+        assert tree(tmp_path) == before
+
+
 def test_links_are_named_and_not_written_through(chat, model, tmp_path):
     export_gguf(model[0], model[1], chat, tmp_path / "real.gguf")
     (tmp_path / "to.gguf").symlink_to(tmp_path / "real.gguf")
@@ -145,11 +212,15 @@ def test_links_are_named_and_not_written_through(chat, model, tmp_path):
     assert (tmp_path / "to.gguf").is_symlink()
 
 
-def test_an_export_of_the_version_before_is_known_by_its_card(chat, model, tmp_path):
+def test_an_export_of_the_version_before_is_known_by_its_card(chat, model, adapted, tmp_path):
     safetensors.save(tmp_path, model[0], model[1])
     (tmp_path / "README.md").write_text(OLD_CARD)
     export_hf(model[0], model[1], chat, tmp_path, {})
     assert Chat.load(tmp_path).encode("ab") == chat.encode("ab")
+    export_sharded(adapted, chat, tmp_path, 20_000)
+    (tmp_path / ".pujax-export.json").unlink()
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    assert [name for name in tree(tmp_path) if "safetensors" in name] == ["model.safetensors"]
 
 
 def test_a_readme_that_speaks_of_pujax_is_no_card(tmp_path):
@@ -235,8 +306,7 @@ def test_a_model_exported_over_itself_is_there_at_each_moment(
     shards_before, chat, model, tmp_path, monkeypatch
 ):
     begin, out = tmp_path / "begin", tmp_path / "out"
-    export_hf(model[0], model[1], chat, begin, {})
-    safetensors.save(begin, model[0], model[1], shard_bytes=shards_before)
+    export_sharded(model, chat, begin, shards_before)
     for step in range(100):
         shutil.copytree(begin, out)
         with monkeypatch.context() as patched:
