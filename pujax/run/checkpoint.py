@@ -1,6 +1,7 @@
 """A run's state on disk, by Orbax: whole or not there at all, and refused where it doesn't fit.
 
     RUN/checkpoints/<n>/   the newest few training states with their stage and step
+    RUN/damaged/<n>/       what was one of them until its bytes changed
     RUN/reference/         what alignment started from: parameters, or an adapter, after SFT
     RUN/best/<stage>-<s>/  the parameters after s steps of a stage that one may hand on as its best
     RUN/reference.json     the checksums of what lies beside it; a checkpoint holds its own
@@ -9,8 +10,10 @@ n counts the steps of both stages. Orbax writes beside the final name and rename
 full disk in the middle of a save leaves the checkpoints before it as they were.
 """
 
+import errno
 import json
 import logging
+import os
 import re
 import shutil
 import zlib
@@ -82,8 +85,8 @@ class Checkpoints:
         """Where the newest whole checkpoint stands and its state; None without a checkpoint.
 
         The state is laid out and typed as `like` is (whose values are not read). One that is
-        damaged is said, removed, and the one before it taken. Raises `CheckpointError` for one of
-        another model, and when all are damaged.
+        damaged is said, moved aside, and the one before it taken. Raises `CheckpointError` for one
+        of another model, for one that can't be read at the moment, and when all are damaged.
         """
         while (number := self._manager.latest_step()) is not None:
             try:
@@ -95,9 +98,28 @@ class Checkpoints:
                         f"{error}, and there is no other: remove that folder to begin again from "
                         "the start, or choose another run.dir"
                     ) from error
-                self._say(f"{error}; going on from the one before it, {max(before)}")
-                self._manager.delete(number)
+                aside = self._move_aside(number)
+                self._say(
+                    f"{error}; going on from the one before it, {max(before)}; what is left of it "
+                    f"is in {aside}"
+                )
         return None
+
+    def _move_aside(self, number: int) -> Path:
+        """Where checkpoint `number` lies now, which counts no more."""
+        aside = self._directory / "damaged" / str(number)
+        while aside.exists():
+            aside = aside.with_name(f"{aside.name}-again")
+        try:
+            aside.parent.mkdir(exist_ok=True)
+            (self._directory / "checkpoints" / str(number)).rename(aside)
+        except OSError as error:
+            raise CheckpointError(
+                f"{self._directory}/checkpoints/{number} is damaged and can't be moved to {aside} "
+                f"({error.strerror}): move it there and start the same command again"
+            ) from error
+        self._manager.reload()
+        return aside
 
     def save(self, number: int, place: Place, state: TrainState) -> None:
         """Save `state` as checkpoint `number`, unless it is there already.
@@ -108,6 +130,7 @@ class Checkpoints:
             return
         meta = {"stage": place.stage, "step": place.step, "model": self._model}
         meta["checksums"] = checksums(state) | _sealed(place)
+        meta["checksum"] = _of_meta(meta)
         self._room_for(state)
         try:
             self._manager.save(
@@ -137,7 +160,8 @@ class Checkpoints:
     def restore_reference(self, params: Params) -> Params:
         """What alignment started from, laid out as `params` is.
 
-        Raises `CheckpointError` when it is missing or damaged.
+        Raises `CheckpointError` when it is missing or damaged. Where its checksums are missing, as
+        those of a pujax before there were any, that is said.
         """
         path = self._directory / "reference"
         return self._restore_params(path, params, "alignment starts from it")
@@ -183,8 +207,10 @@ class Checkpoints:
         try:
             with ocp.StandardCheckpointer() as saver:
                 restored = saver.restore(path, _abstract(params))
-            if kept.exists():  # a pujax before checksums left none
+            if kept.exists():
                 _verify(checksums(restored), json.loads(kept.read_bytes()), str(path))
+            else:
+                self._say(f"{kept} is not there: what was read of {path} is not held against it")
         except Exception as error:
             raise CheckpointError(
                 f"{path} can't be read ({_first_line(error)}), and {why}: put back a copy, or "
@@ -204,13 +230,22 @@ class Checkpoints:
             try:
                 return self._manager.restore(number, args=ocp.args.Composite(**items))
             except Exception as error:
+                if reason := _hindrance(error, Path(folder)):
+                    raise CheckpointError(
+                        f"{folder} can't be read at the moment ({reason}): see to that and start "
+                        "the same command again; it is left as it is"
+                    ) from error
                 raise _Damaged(f"{folder} can't be read ({_first_line(error)})") from error
 
         meta = restored(meta=ocp.args.JsonRestore())["meta"]
+        if not isinstance(meta, dict) or meta.keys() not in _METAS:
+            raise _Damaged(f"{folder} can't be read (its meta has other keys than were saved)")
+        if "checksum" in meta and meta["checksum"] != _of_meta(meta):
+            raise _Damaged(f"{folder} is damaged: its meta (place, model) is not what was saved")
         try:
             place, model = Place(meta["stage"], meta["step"]), dict(meta["model"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise _Damaged(f"{folder} can't be read (its meta has no {error})") from error
+        except (TypeError, ValueError) as error:
+            raise _Damaged(f"{folder} can't be read (in its meta: {error})") from error
         if differing := _differences(model, self._model):
             raise CheckpointError(
                 f"{folder} is of another model ({differing}): choose another run.dir"
@@ -253,6 +288,18 @@ def checksums(tree: Any) -> dict[str, int]:
         }
 
 
+_FIRST = {"stage", "step", "model"}
+_METAS = (_FIRST, _FIRST | {"checksums"}, _FIRST | {"checksums", "checksum"})
+"""The keys of a meta at first, since there are checksums, and now: where one is missing because a
+bit of its name has changed, that must not pass for a meta of before."""
+
+
+def _of_meta(meta: Mapping[str, Any]) -> int:
+    """A CRC-32 of all that a meta holds but this."""
+    rest = {key: value for key, value in meta.items() if key != "checksum"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
 def _sealed(place: Place) -> dict[str, int]:
     return {"place": zlib.crc32(f"{place.stage} {place.step}".encode())}
 
@@ -263,6 +310,47 @@ def _verify(now: Mapping[str, int], saved: Mapping[str, int], place: str) -> Non
     if wrong:
         more = f" and {len(wrong) - 1} more" if wrong[1:] else ""
         raise _Damaged(f"{place} is damaged: {wrong[0]}{more} differ from what was saved")
+
+
+_LOST = (errno.ENOENT, errno.EISDIR, errno.ENOTDIR, errno.ELOOP, errno.EINVAL, errno.ENAMETOOLONG)
+"""What the system says of a file that is gone, or of a name or a size that was read wrong."""
+
+_PASSING = (
+    *(errno.EACCES, errno.EPERM, errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN),
+    *(errno.EMFILE, errno.ENFILE, errno.ENOMEM),
+)
+"""What it says of a file that may be whole; TensorStore's errors have its words alone."""
+
+
+def _hindrance(error: BaseException | None, folder: Path) -> str:
+    """What of the machine kept `folder` from being read; nothing where its bytes are at fault."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno not in (None, *_LOST):
+            return os.strerror(error.errno)
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
+            return "out of memory"
+        for said in map(os.strerror, _PASSING):
+            if said in str(error):
+                return said
+        error = error.__cause__ or error.__context__
+    return _unreadable(folder)
+
+
+def _unreadable(folder: Path) -> str:
+    """Why some file below `folder` can't be read; nothing where each can."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    try:
+        for where, _, names in os.walk(folder, onerror=fail):
+            for name in names:
+                with open(os.path.join(where, name), "rb") as file:
+                    while file.read(2**24):
+                        pass
+    except OSError as error:
+        return "" if error.errno in _LOST else os.strerror(error.errno or 0)
+    return ""
 
 
 def _first_line(error: Exception) -> str:

@@ -1,3 +1,5 @@
+import errno
+import json
 import shutil
 from typing import Any
 
@@ -204,3 +206,114 @@ def test_a_reference_whose_numbers_changed_is_refused_with_what_to_do(checkpoint
     rewrite(tmp_path / "reference", make_state(0.5).params)
     with pytest.raises(CheckpointError, match=r"reference can't be read .*damaged.*resume=never"):
         checkpoints.restore_reference(make_state().params)
+
+
+def test_a_reference_whose_checksums_are_gone_is_said(checkpoints, said, tmp_path):
+    checkpoints.save_reference(make_state(0.25).params)
+    (tmp_path / "reference.json").unlink()
+    checkpoints.restore_reference(make_state().params)
+    (line,) = said
+    assert "reference.json is not there" in line
+
+
+def meta_of(directory, number):
+    return directory / "checkpoints" / str(number) / "meta" / "metadata"
+
+
+@pytest.mark.parametrize(
+    ("was", "is_"),
+    [
+        ('"width": 8', '"width": 9'),
+        ("llama", "lmama"),
+        ('"width"', '"vidth"'),
+        ('"checksum"', '"bhecksum"'),
+        ('"checksums"', '"bhecksums"'),
+        ('"stage"', '"rtage"'),
+        ('"align"', '"blign"'),
+    ],
+)
+def test_a_bit_changed_anywhere_in_the_meta_is_damage(checkpoints, said, tmp_path, was, is_):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("align", 1), make_state(2.0))
+    text = meta_of(tmp_path, 2).read_text()
+    assert text.count(was) == 1
+    meta_of(tmp_path, 2).write_text(text.replace(was, is_))
+    place, state = checkpoints.newest(make_state())
+    assert place == Place("sft", 1)
+    assert_same(state, make_state(1.0))
+    assert "checkpoints/2" in said[0]
+
+
+@pytest.mark.parametrize("had", [["checksums"], []])
+def test_a_checkpoint_of_a_pujax_without_a_checksum_of_its_meta_is_taken(
+    checkpoints, said, tmp_path, had
+):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    meta = json.loads(meta_of(tmp_path, 1).read_text())
+    kept = {key: meta[key] for key in ("stage", "step", "model", *had)}
+    meta_of(tmp_path, 1).write_text(json.dumps(kept))
+    place, state = checkpoints.newest(make_state())
+    assert place == Place("sft", 1)
+    assert_same(state, make_state(1.0))
+    assert said == []
+
+
+def words(text):
+    return ValueError(f'Error opening "zarr" driver: Failed to open "x": {text}')
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (PermissionError(errno.EACCES, "x"), "Permission denied"),
+        (OSError(errno.ESTALE, "x"), "Stale file handle"),
+        (words("Input/output error"), "Input/output error"),
+        (words("Too many open files"), "Too many open files"),
+        (MemoryError(), "out of memory"),
+    ],
+)
+def test_a_checkpoint_that_cannot_be_read_at_the_moment_stays(
+    checkpoints, said, tmp_path, monkeypatch, error, told
+):
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("align", 1), make_state(2.0))
+
+    def fail(*_, **__):
+        raise ValueError("can't restore") from error
+
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.CheckpointManager, "restore", fail)
+        with pytest.raises(CheckpointError, match=rf"checkpoints/2 .*at the moment .{told}"):
+            checkpoints.newest(make_state())
+    assert said == []
+    assert checkpoints.newest(make_state())[0] == Place("align", 1)
+
+
+def test_a_file_that_the_system_does_not_give_is_no_damage(checkpoints, tmp_path, monkeypatch):
+    """Whatever the libraries make of it."""
+    checkpoints.save(1, Place("sft", 1), make_state(1.0))
+    checkpoints.save(2, Place("align", 1), make_state(2.0))
+
+    def refuse(path, *_):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    meta_of(tmp_path, 2).write_text("{")
+    monkeypatch.setattr("builtins.open", refuse)
+    with pytest.raises(CheckpointError, match=r"at the moment .Permission denied"):
+        checkpoints.newest(make_state())
+    monkeypatch.undo()
+    assert checkpoints.newest(make_state())[0] == Place("sft", 1)
+
+
+def test_what_is_damaged_is_moved_aside_with_all_that_is_left_of_it(checkpoints, said, tmp_path):
+    for _ in range(2):
+        checkpoints.save(1, Place("sft", 1), make_state(1.0))
+        checkpoints.save(2, Place("align", 1), make_state(2.0))
+        meta_of(tmp_path, 2).write_text("{")
+        assert checkpoints.newest(make_state())[0] == Place("sft", 1)
+        assert checkpoints.numbers() == [1]
+    assert {path.name for path in (tmp_path / "damaged").iterdir()} == {"2", "2-again"}
+    for name, line in zip(("2", "2-again"), said, strict=True):
+        assert line.endswith(f"what is left of it is in {tmp_path}/damaged/{name}")
+        assert (tmp_path / "damaged" / name / "meta" / "metadata").read_text() == "{"
+        assert any((tmp_path / "damaged" / name / "state").iterdir())
