@@ -10,7 +10,7 @@ from typing import Any
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import METRICS, Metric, Shown
-from pujax.evaluation.results import Evaluation, load_all, of_run
+from pujax.evaluation.results import OWN, Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
@@ -161,11 +161,17 @@ def evaluate_other(
     """The model at `path` on the held-out prompts of the run in `directory`, in float32.
 
     `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
-    weights raises, and `EvaluationError` for a `name` that the run has.
+    weights raises, and `EvaluationError` for a `name` that the run has or keeps for its own models:
+    going on, it would take another's evaluation for its own.
     """
     if not re.fullmatch(r"[\w.-]+", name) or (directory / f"eval-{name}.jsonl").exists():
         raise EvaluationError(
             f"name={name!r}: the run has it, or it can't name a file: choose another"
+        )
+    own = name == "aligned" and Path(model_path(path)).resolve() == (directory / "export").resolve()
+    if name.lower() in OWN and not own:
+        raise EvaluationError(
+            f"name={name!r}: what a run calls its own models, which {path} is not: choose another"
         )
     config = run_config(directory)
     metrics = build_metrics(config.eval, trusted)

@@ -6,6 +6,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
+from pujax.run.settings import EvalConfig
 from pujax.types import Batch, Tokens
 
 T = 6
@@ -479,6 +481,23 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, mo
     status, said = called(evaluate.main, f"run={tmp_path}", "model=m", "name=../x")
     assert status == 1
     assert "choose another" in said
+
+
+@pytest.mark.parametrize("name", ["base", "sft", "aligned", "Aligned"])
+def test_another_model_gets_no_name_of_the_runs_own(name, tmp_path, called, monkeypatch):
+    monkeypatch.setattr("pujax.run.heldout.evaluate", lambda *_, **__: evaluation(name, [0.1]))
+    monkeypatch.setattr(
+        "pujax.run.heldout.subject_of", lambda *_: (MagicMock(), MagicMock(eval=EvalConfig()))
+    )
+    status, said = called(evaluate.main, f"run={tmp_path}", "model=m.gguf", f"name={name}")
+    assert status == 1
+    assert f"name={name!r}: what a run calls its own models, which m.gguf is not" in said
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "config.json").write_text("{}")
+    called(evaluate.main, f"run={tmp_path}", f"model={tmp_path}", f"name={name}")
+    assert (tmp_path / f"eval-{name}.jsonl").exists() == (name == "aligned")  # its own model
 
 
 def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, monkeypatch):
