@@ -16,6 +16,12 @@ from pujax.run.settings import TrainConfig
 
 DONE, LOCK = "done", ".lock"
 
+_WRITTEN = re.compile(
+    r"(metrics|samples)\.jsonl|inputs\.json|eval-.*\.jsonl|nonfinite-.*\.npz|done|table\.md"
+    r"|curves\.png|report\.html|tensorboard|checkpoints|damaged|best|reference(\.json)?|export"
+)
+"""What a run writes into its directory, after its settings."""
+
 UNTOUCHED = frozenset(
     (
         "run",
@@ -48,7 +54,8 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
     `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
-    is done, in use, or isn't there.
+    is done, in use, or isn't there, and for a `run.dir` with files that no run wrote where this one
+    would write.
     """
     settings, theirs = asdict(config), False
     if config.resume not in ("auto", "never"):
@@ -60,6 +67,7 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
         directory = Path(config.run.dir)
         theirs = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
+        _refuse_foreign(directory)
         lock = _lock(directory)
     else:
         parent = Path(config.run.root) / config.run.name
@@ -80,6 +88,31 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
                     if not theirs:
                         directory.rmdir()
             raise
+
+
+def traces(directory: Path) -> list[str]:
+    """The names in a directory that a run would write after its settings, sorted."""
+    return sorted(path.name for path in directory.iterdir() if _WRITTEN.fullmatch(path.name))
+
+
+def _refuse_foreign(directory: Path) -> None:
+    """Raise `ConfigError` where files without a run's settings lie where a run would write."""
+    lock, found = directory / LOCK, traces(directory)
+    if (directory / SETTINGS).exists():
+        return  # which are held against those of the run to do
+    if os.path.lexists(lock) and not _is_ours(lock):
+        found.append(LOCK)
+    if found:
+        raise ConfigError(
+            f"run.dir={directory}: has {found[0]} in it, where a run would write, but no "
+            f"{SETTINGS} of a run: move it away, or choose another run.dir"
+        )
+
+
+def _is_ours(lock: Path) -> bool:
+    """Whether a lock file is one that `_lock` made."""
+    regular = lock.is_file() and not lock.is_symlink()
+    return regular and re.fullmatch(rb"\d{0,20}", lock.read_bytes()[:40]) is not None
 
 
 def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:

@@ -14,7 +14,7 @@ from hydra import compose, initialize_config_dir
 from pujax.errors import ConfigError
 from pujax.files.settings import keep_settings, kept_settings
 from pujax.run.compose import conf_dir, from_hydra, register
-from pujax.run.directory import run_directory
+from pujax.run.directory import run_directory, traces
 from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
@@ -217,6 +217,44 @@ def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path)
     begun(f"run.dir={mine}")
     assert (fails(f"run.dir={mine}") / "config.yaml").exists()  # it was there before
     assert fails(f"run.root={tmp_path}", leaves="inputs.json").exists()
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("metrics.jsonl", "samples.jsonl", "eval-base.jsonl", "export/notes.txt", "done"),
+        *("checkpoints/1/x", "reference.json", "best/x", "table.md", ".lock"),
+    ],
+)
+def test_a_directory_with_files_where_a_run_would_write_is_refused_as_it_is(tmp_path, name):
+    path = tmp_path / "mine" / name
+    path.parent.mkdir(parents=True)
+    path.write_text("precious")
+    (tmp_path / "mine" / "notes.txt").write_text("no matter")
+    with pytest.raises(ConfigError, match=rf"has {name.partition('/')[0]} in it.*move it away"):
+        begun(f"run.dir={tmp_path}/mine")
+    assert path.read_text() == "precious"
+    found = [path for path in (tmp_path / "mine").rglob("*") if path.is_file()]
+    assert {file.name for file in found} == {path.name, "notes.txt"}
+    path.unlink()
+    if path.parent == tmp_path / "mine":
+        begun(f"run.dir={tmp_path}/mine")
+
+
+def test_the_lock_that_a_killed_process_left_is_no_file_of_others(tmp_path):
+    for pid in ("", "12345"):
+        (tmp_path / ".lock").write_text(pid)
+        begun(f"run.dir={tmp_path}")
+        (tmp_path / "config.yaml").unlink()
+
+
+def test_whatever_a_run_left_shows_that_it_has_begun(tmp_path):
+    begun(f"run.dir={tmp_path}")
+    (tmp_path / "notes.txt").touch()
+    assert traces(tmp_path) == []
+    for name in ("reference", "checkpoints"):
+        (tmp_path / name).mkdir()
+    assert traces(tmp_path) == ["checkpoints", "reference"]
 
 
 def test_a_label_is_part_of_the_name(tmp_path):
