@@ -37,6 +37,7 @@ from pujax.records import STAGES, Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, load_data
+from pujax.run.directory import traces
 from pujax.run.ending import ending
 from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
@@ -77,7 +78,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         chat,
         {**train_data.parts, "data.heldout": heldout},
         (student.base, student.trainable),
-        begun=(directory / "metrics.jsonl").exists(),
+        begun=bool(traces(directory)),
         rows=bool(rewards_of(recipe.scorer)),
         say=say,
     )
