@@ -133,10 +133,10 @@ def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> Non
 
 
 class _Lock:
-    """An open lock file; closing it, or the end of the process in any way, gives the run free."""
+    """An open lock file and its folder; closed, as any end of the process does, the run is free."""
 
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, folder: int) -> None:
+        self._descriptor, self._folder = descriptor, folder
 
     def __enter__(self) -> None:
         os.ftruncate(self._descriptor, 0)
@@ -144,6 +144,7 @@ class _Lock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
+        os.close(self._folder)
 
 
 class InUse(ConfigError):
@@ -151,25 +152,41 @@ class InUse(ConfigError):
 
 
 def _lock(directory: Path) -> _Lock:
-    """The run in `directory`, for this process. Raises `InUse` while another one has it."""
+    """The run in `directory`, for this process. Raises `InUse` while another one has it.
+
+    The folder is locked with the file in it, which somebody may delete.
+    """
     path = directory / LOCK
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    folder = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        owner = os.pread(descriptor, 20, 0).decode(errors="replace") or "another one"
+        _flock_folder(folder)
+    except OSError as error:
+        pid = os.pread(descriptor, 20, 0).decode(errors="replace")
         os.close(descriptor)
+        os.close(folder)
+        if not isinstance(error, BlockingIOError):  # a file system without locks
+            raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
         raise InUse(
-            f"{directory} is in use by process {owner}: wait for it, or choose another run.dir"
+            f"{directory} is in use by {f'process {pid}' if pid else 'another process'}: wait for "
+            "it, or choose another run.dir"
         ) from error
-    except OSError as error:  # a file system without locks
-        os.close(descriptor)
-        raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
     if os.fstat(descriptor).st_nlink == 0:  # its last owner took it back just now
         os.close(descriptor)
+        os.close(folder)
         directory.mkdir(parents=True, exist_ok=True)
         return _lock(directory)
-    return _Lock(descriptor)
+    return _Lock(descriptor, folder)
+
+
+def _flock_folder(folder: int) -> None:
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError:  # NFS locks files alone
+        return
 
 
 def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock] | None:

@@ -1,5 +1,8 @@
+import errno
+import fcntl
 import json
 import os
+import stat
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -119,6 +122,30 @@ def test_a_run_in_use_is_refused_by_process_and_passed_over_by_auto(tmp_path):
         assert begun(f"run.root={tmp_path}") != first
     (begun(f"run.root={tmp_path}") / "done").touch()  # the newer one, free again
     assert begun(f"run.root={tmp_path}") == first
+
+
+def test_a_run_whose_lock_file_was_deleted_is_in_use_all_the_same(tmp_path):
+    with run_directory(config_of(f"run.dir={tmp_path}/run")) as directory:
+        for _ in range(2):
+            (directory / ".lock").unlink()
+            with pytest.raises(ConfigError, match=r"in use by another process: wait"):
+                begun(f"run.dir={directory}")
+    begun(f"run.dir={directory}")
+
+
+def test_a_file_system_that_locks_no_folders_will_do(tmp_path, monkeypatch):
+    real = fcntl.flock
+
+    def flock(descriptor, how):
+        if stat.S_ISDIR(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        real(descriptor, how)
+
+    monkeypatch.setattr("pujax.run.directory.fcntl.flock", flock)
+    where = f"run.dir={tmp_path}/run"
+    held = pytest.raises(ConfigError, match=f"in use by process {os.getpid()}: wait")
+    with run_directory(config_of(where)), held:
+        begun(where)
 
 
 def test_a_killed_process_holds_its_run_no_longer(tmp_path):
