@@ -18,7 +18,7 @@ from pujax.evaluation import findings, page, tables
 from pujax.evaluation.results import Evaluation
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
-from pujax.files.export import export_hf
+from pujax.files.export import export_hf, refuse_foreign_directory
 from pujax.method import losses
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
@@ -52,6 +52,8 @@ from pujax.run.student import like_state, load_student, new_state
 from pujax.run.trackers import telling
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
+EXPORT = "export"  # in a run's directory
+
 
 def fit(config: TrainConfig, directory: Path, *, console: Console | None = None) -> None:
     """Do the run in `directory`, or go on with it from its newest checkpoint.
@@ -67,6 +69,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     recipe, loss_fn = build_recipe(config, chat)
     metrics = build_metrics(config.eval, config.trusted)
     criterion = criterion_of(config, metrics)
+    refuse_foreign_directory(directory / EXPORT)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
     check_candidates(recipe, loss_fn, train_data)
@@ -312,7 +315,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     card = {"student": run.config.model.path} | config
     card |= provenance(run.config.model.path, run.config, tables.markdown(made))
     whole = assemble(run.base, params)
-    export_hf(run.model.config, whole, run.chat, directory / "export", card)
+    export_hf(run.model.config, whole, run.chat, directory / EXPORT, card)
     run.pause("after the export")
     gate = run.data.gate_note
     note = f"\n\n{gate[0].upper()}{gate[1:]}." if gate else ""

@@ -105,6 +105,14 @@ def test_what_settings_name_is_built_before_prompts_and_weights_are_read(
         fit(config_of(wrong), tmp_path)
 
 
+def test_an_export_of_others_is_named_before_the_first_step(tmp_path, monkeypatch):
+    (tmp_path / "export").mkdir()
+    (tmp_path / "export" / "notes.txt").write_text("mine")
+    monkeypatch.setattr("pujax.run.fit.load_data", lambda *_: pytest.fail("read"))
+    with pytest.raises(ConfigError, match=r"/export: holds files .*notes\.txt.*move them away"):
+        fit(config_of(), tmp_path)
+
+
 def test_a_loss_can_say_what_it_needs(chat):
     plain, _ = build_recipe(config_of("loss=grpo"), chat)
     assert not plain.needs.anchor
