@@ -1,6 +1,7 @@
 """What a model did on the held-out prompts: rows of values, on the disk and in memory."""
 
 import json
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -72,7 +73,7 @@ class Evaluation:
 
 
 def save(evaluation: Evaluation, directory: Path) -> Path:
-    """Write `eval-<model>.jsonl` and return its path: one row a line.
+    """Write `eval-<model>.jsonl` and return its path: one row a line, each with its CRC-32.
 
     A first line says how metrics are shown that not every reader knows.
     """
@@ -85,7 +86,8 @@ def save(evaluation: Evaluation, directory: Path) -> Path:
         if not row.samples:
             del line["samples"]
         lines.append(line)
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    sealed = [line | {"crc32": _crc32(line)} for line in lines]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in sealed)
     write_whole(path, text.encode(errors="backslashreplace"))
     return path
 
@@ -93,11 +95,15 @@ def save(evaluation: Evaluation, directory: Path) -> Path:
 def load(path: Path) -> Evaluation:
     """Read what `save` wrote, now or when the values stood in the row beside its texts.
 
-    Raises `EvaluationError` naming file and line for anything else.
+    Raises `EvaluationError` naming file and line for anything else, as for a line that is not what
+    was written. Lines of a pujax that wrote none have no CRC-32, but then none in the file has.
     """
-    rows, shown = [], dict(KNOWN)
-    for number, line in enumerate(read_jsonl(path), 1):
+    rows, shown, lines = [], dict(KNOWN), read_jsonl(path)
+    sealed = any("crc32" in line for line in lines)
+    for number, line in enumerate(lines, 1):
         try:
+            if sealed and line.pop("crc32", None) != _crc32(line):
+                raise ValueError("it is not what was written")
             if "metrics" in line and "id" not in line:
                 shown = {name: Shown(**told) for name, told in line["metrics"].items()}
             else:
@@ -112,6 +118,10 @@ def load(path: Path) -> Evaluation:
     for name in dict.fromkeys(name for row in rows for name in row.values):
         shown.setdefault(name, Shown(name))
     return Evaluation(path.stem.removeprefix("eval-"), tuple(rows), shown)
+
+
+def _crc32(line: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(line, sort_keys=True).encode())
 
 
 def _row(line: Mapping[str, Any]) -> Row:

@@ -118,6 +118,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 stopping,
                 criterion,
             )
+            if log.lost:
+                say(log.lost)
             for line in log.earlier:  # what was said of them is not said again
                 run.symptoms.of(line)
             made = [run.evaluated("base", 0, student.trainable)]

@@ -50,8 +50,8 @@ class RunLog:
 
     `metrics.jsonl` gets one object a step, and `tensorboard/` a run a stage. `resume` is the stage
     and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
-    beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain; `tell`
-    is told all that is written.
+    beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain, `lost`
+    says so where metrics up to there are missing; `tell` is told all that is written.
 
     Raises FileExistsError when the directory has metrics and `resume` is None, and `RecordError`
     naming file and line when a file to go on with can't be read.
@@ -73,7 +73,10 @@ class RunLog:
                 "choose another run.dir"
             )
         stage, step = resume or (STAGES[0], 0)
-        cut(metrics, stage, step)
+        last = cut(metrics, stage, step, every=True)
+        self.lost = ""
+        if step and last != (stage, step):
+            self.lost = f"{metrics} lacks what led to {stage} step {step}: it goes on from there"
         cut(samples, stage, step)
         self.earlier = read_jsonl(metrics) if metrics.exists() else []
         self._evaluated = {
@@ -172,14 +175,16 @@ class RunLog:
                 self._writers[run].add_scalar(name, float(value), step)
 
 
-def cut(path: Path, stage: str, step: int) -> None:
+def cut(path: Path, stage: str, step: int, *, every: bool = False) -> tuple[str, int] | None:
     """Drop from a log's first line beyond (`stage`, `step`) on, and a torn last line, atomically.
 
     Evaluations stay or go with the training steps around them. A file that isn't there is left so.
+    Returns the last step that is left. Raises `RecordError` naming file and line for a line that no
+    run writes, a step out of its order, and where `every` one has a line for one that is left out.
     """
     if not path.exists():
-        return
-    kept = []
+        return None
+    kept, last = [], None
     for number, (line, raw) in enumerate(whole_lines(path), 1):
         known = (*STAGES, "eval")
         for name, right in (
@@ -192,10 +197,27 @@ def cut(path: Path, stage: str, step: int) -> None:
                     f"{path}:{number}: no `{name}` that a run writes ({line.get(name)!r}): remove "
                     "this line"
                 )
-        if line["stage"] in STAGES and _place(line["stage"], line["step"]) > _place(stage, step):
-            break
+        if line["stage"] in STAGES:
+            here = (line["stage"], line["step"])
+            if not _follows(here, last, every):
+                before = "first" if last is None else f"after {last[0]} step {last[1]}"
+                raise RecordError(
+                    f"{path}:{number}: {here[0]} step {here[1]} comes {before}: put the file right"
+                )
+            if _place(*here) > _place(stage, step):
+                break
+            last = here
         kept.append(raw + b"\n")
     write_whole(path, b"".join(kept))
+    return last
+
+
+def _follows(here: tuple[str, int], last: tuple[str, int] | None, every: bool) -> bool:
+    """Whether a line of this stage and step may come after one of the `last`."""
+    if last is None or here[0] != last[0]:
+        in_order = last is None or _place(*here) > _place(*last)
+        return in_order and (here[1] == 1 or not every)
+    return here[1] == last[1] + 1 if every else here[1] >= last[1]
 
 
 @contextmanager

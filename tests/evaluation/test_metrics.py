@@ -134,6 +134,26 @@ def test_a_metric_that_nobody_knows_is_kept_with_its_name(tmp_path):
     assert load(path).shown["elo"] == Shown("elo")
 
 
+@pytest.mark.parametrize(
+    ("was", "is_"),
+    [("0.25", "0.35"), ('"PPL"', '"QPL"'), ("four", "five"), ('"crc32"', '"brc32"')],
+)
+def test_a_line_that_is_not_what_was_written_is_refused(tmp_path, was, is_):
+    rows = (row(perplexity=0.25), replace(row(perplexity=None), samples=("a", "four \ud800")))
+    path = save(Evaluation("base", rows, {"perplexity": Shown("PPL", 1, "lower")}), tmp_path)
+    text = path.read_text()
+    assert load(path).rows == rows
+    path.write_text(text.replace(was, is_, 1))
+    assert path.read_text() != text
+    with pytest.raises(EvaluationError, match=r"eval-base\.jsonl:\d: .*not what was written: del"):
+        load(path)
+    lines = [json.loads(line) for line in text.splitlines()]
+    for line in lines:
+        del line["crc32"]  # as the version before wrote them
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert load(path).rows == rows
+
+
 def test_how_an_own_metric_is_shown_is_kept_in_the_file(tmp_path):
     shown = {"perplexity": Shown("PPL", 1, "lower")}
     rows = (row(perplexity=7.0), replace(row(perplexity=None), samples=("a", "\u2028b")))

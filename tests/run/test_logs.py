@@ -8,9 +8,10 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
 
+from pujax.errors import RecordError
 from pujax.files import durable
 from pujax.files.durable import read_jsonl
-from pujax.run.logs import RunLog, SampleGroup, duration, eta, progress
+from pujax.run.logs import RunLog, SampleGroup, cut, duration, eta, progress
 
 PROTOS = vars(event_pb2)  # made at run time: a type checker knows none of them
 GROUP = SampleGroup("p1", "Say hi.", "Hi.", ["Hello.", "Hey!"], [1.0, 0.5, 0.25], [0.5, 0.3, 0.2])
@@ -182,6 +183,54 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad, wh
     with pytest.raises(ValueError, match=f"{re.escape(str(path))}:2: .*{why}"):
         RunLog(tmp_path, resume=("sft", 3))
     assert path.read_text() == content
+
+
+@pytest.mark.parametrize(
+    ("was", "is_", "message"),
+    [
+        ('"step": 2', '"step": 9', ":2: sft step 9 comes after sft step 1"),
+        ('"step": 3', '"step": 2', ":3: sft step 2 comes after sft step 2"),
+        ('"step": 1', '"step": 5', ":1: sft step 5 comes first"),
+        ('"align", "step": 1', '"align", "step": 2', ":5: align step 2 comes after sft step 4"),
+        ('"align", "step": 2', '"sft", "step": 5', ":6: sft step 5 comes after align step 1"),
+    ],
+)
+def test_a_step_that_is_not_the_next_one_is_named_and_nothing_is_lost(tmp_path, was, is_, message):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", range(1, 5))
+        train(log, "align", range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    content = path.read_text().replace(was, is_, 1)
+    path.write_text(content)
+    with pytest.raises(RecordError, match=re.escape(f"{path}{message}")):
+        RunLog(tmp_path, resume=("align", 2))
+    assert path.read_text() == content
+
+
+def test_samples_that_went_back_are_named(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "align", range(1, 4))
+    path = tmp_path / "samples.jsonl"
+    path.write_text(path.read_text().replace('"step": 2', '"step": 3', 1))
+    cut(path, "align", 3)
+    path.write_text(path.read_text().replace('"step": 3', '"step": 4', 1))
+    with pytest.raises(RecordError, match=r":3: align step 3 comes after align step 4"):
+        cut(path, "align", 5)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 3])
+def test_metrics_that_are_lost_are_said(tmp_path, kept):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", range(1, 4))
+        assert log.lost == ""
+    path = tmp_path / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)[:kept]
+    path.write_text("".join(lines))
+    if not kept:
+        path.unlink()
+    with RunLog(tmp_path, resume=("sft", 3)) as log:
+        lost = f"{path} lacks what led to sft step 3: it goes on from there"
+        assert log.lost == (lost if kept < 3 else "")
 
 
 def test_metrics_of_an_earlier_run_are_never_written_over(tmp_path):
