@@ -17,10 +17,13 @@ from pujax.run.settings import TrainConfig
 DONE, LOCK = "done", ".lock"
 
 _WRITTEN = re.compile(
-    r"(metrics|samples)\.jsonl|inputs\.json|eval-.*\.jsonl|nonfinite-.*\.npz|done|table\.md"
+    r"(metrics|samples)\.jsonl|inputs\.json|eval-(?!base\.).*\.jsonl|nonfinite-.*\.npz|done|table\.md"
     r"|curves\.png|report\.html|tensorboard|checkpoints|damaged|best|reference(\.json)?|export"
 )
-"""What a run writes into its directory, after its settings."""
+"""What a run writes into its directory, after its settings.
+
+But for eval-base.jsonl, which may be put there: what a run begins with may have been evaluated.
+"""
 
 UNTOUCHED = frozenset(
     (

@@ -249,7 +249,7 @@ def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path)
 @pytest.mark.parametrize(
     "name",
     [
-        *("metrics.jsonl", "samples.jsonl", "eval-base.jsonl", "export/notes.txt", "done"),
+        *("metrics.jsonl", "samples.jsonl", "eval-sft.jsonl", "export/notes.txt", "done"),
         *("checkpoints/1/x", "reference.json", "best/x", "table.md", ".lock"),
     ],
 )
@@ -278,6 +278,8 @@ def test_the_lock_that_a_killed_process_left_is_no_file_of_others(tmp_path):
 def test_whatever_a_run_left_shows_that_it_has_begun(tmp_path):
     begun(f"run.dir={tmp_path}")
     (tmp_path / "notes.txt").touch()
+    assert traces(tmp_path) == []
+    (tmp_path / "eval-base.jsonl").touch()  # which another run may have made
     assert traces(tmp_path) == []
     for name in ("reference", "checkpoints"):
         (tmp_path / name).mkdir()
