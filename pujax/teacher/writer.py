@@ -32,7 +32,8 @@ class AnchorStore:
 
     Opening mends a torn tail; `repairs` tells of it, and of what was put back after another program
     had replaced the file, as an editor's save does. One process opens a store once: its record
-    locks are the process's own.
+    locks are the process's own. Processes that reach it by a symlink share the lock file of what
+    that leads to; the failures and what could not be stored go by the name given.
     """
 
     def __init__(self, path: Path, contents: Contents | None = None) -> None:
@@ -40,7 +41,7 @@ class AnchorStore:
         self.contents = contents or Contents(path)
         self.repairs: list[str] = []
         self.full = False
-        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock_path = Path(f"{os.path.realpath(path)}.lock")
         self._files: dict[Path, int] = {}
         self._marks: dict[Path, Mark] = {}
         self._claims: set[str] = set()
@@ -56,7 +57,7 @@ class AnchorStore:
             with contextlib.suppress(OSError):  # a disk that is full already
                 os.write(self._ballast, bytes(BALLAST))
             with self._locked():
-                self._files[path] = _open(path)
+                self._descriptor(path)
                 for file in (path, failures_path(path)):
                     if file.exists():
                         self._mend(file)
@@ -143,7 +144,14 @@ class AnchorStore:
     def _descriptor(self, file: Path) -> int:
         """The open file; most stores never have failures, so theirs is made when one comes."""
         if file not in self._files:
-            self._files[file] = _open(file)
+            descriptor = _open(file)
+            if os.fstat(descriptor).st_nlink > 1:
+                os.close(descriptor)
+                raise StoreError(  # who collects by that name has another lock file
+                    f"{file}: has another name too, as a hard link: remove one of them, or put a "
+                    "copy in its place"
+                )
+            self._files[file] = descriptor
             _sync_folder(file.parent)
         return self._files[file]
 

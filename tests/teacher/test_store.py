@@ -295,6 +295,35 @@ def test_a_claim_outlives_its_lock_file(store):
     book.close()
 
 
+def test_a_claim_holds_under_every_name_of_the_store(store):
+    link = store.with_name("link.jsonl")
+    link.symlink_to(store.name)
+    book = AnchorStore(store)
+    assert book.claim("aa" * 32)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(link), "aa" * 32],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "False\n"
+        other.kill()
+    book.close()
+
+
+def test_a_store_with_two_hard_links_is_refused_and_a_copy_is_not(server, store):
+    run(many(2), server, store)
+    other = store.with_name("other.jsonl")
+    os.link(store, other)
+    with pytest.raises(StoreError, match=r"other\.jsonl: has another name too, .*hard link"):
+        run(many(3), server, other)
+    other.unlink()
+    other.write_bytes(store.read_bytes())
+    run(many(3), server, other)
+    assert server.delivered.total() == len(ids(other)) == 3
+
+
 def test_a_store_that_becomes_another_file_stops_and_the_answers_are_kept(server, store):
     with pytest.raises(StoreError, match=r"anchors\.jsonl:1: not a record .*answers of this run"):
         collect_while(server, store, lambda: store.write_text("a list of things\n"))
