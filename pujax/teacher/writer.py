@@ -8,6 +8,7 @@ so two processes never ask for the same answer.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -37,6 +38,7 @@ class AnchorStore:
     """
 
     def __init__(self, path: Path, contents: Contents | None = None) -> None:
+        _refuse_names_kept(path)
         self.path = path
         self.contents = contents or Contents(path)
         self.repairs: list[str] = []
@@ -156,7 +158,7 @@ class AnchorStore:
         return self._files[file]
 
     def take_up(self) -> None:
-        """Put in what earlier runs kept beside the store, and remove those files.
+        """Put in what earlier runs kept beside the store, and add .taken to those files' names.
 
         Each answer once. A file with a line that is no record stays; `repairs` tells of each.
         """
@@ -173,7 +175,8 @@ class AnchorStore:
             ) from error
 
     def _take_up(self, kept: Path, file: Path) -> None:
-        known = self.contents.answered if file == self.path else self.contents.failed
+        failed = file != self.path
+        known = self.contents.failed if failed else self.contents.answered
         with kept.open("rb") as lines:
             # A run that keeps more in it now does so before this, or in a file of its own.
             fcntl.flock(lines, fcntl.LOCK_EX)
@@ -183,7 +186,7 @@ class AnchorStore:
             try:
                 for number, raw in enumerate(lines, 1):
                     if not raw.isspace():
-                        key = digest(parse(raw, f"{kept}:{number}")["key"])
+                        key = digest(parse(raw, f"{kept}:{number}", failed)["key"])
                         if key not in known:
                             new[key] = raw if raw.endswith(b"\n") else raw + b"\n"
             except StoreError as error:
@@ -191,7 +194,7 @@ class AnchorStore:
                 return
             if new:
                 self._add(file, b"".join(new.values()))
-            kept.unlink()
+            _put_aside(kept)  # it may hold another answer to a known key, or be somebody's copy
         _sync_folder(kept.parent)
         self.repairs.append(
             f"{kept}: {counted(len(new), 'answer')} in it that the store lacked, put into {file}"
@@ -377,11 +380,31 @@ class AnchorStore:
 
 
 def kept_beside(store: Path) -> list[Path]:
-    """The files with answers that a run could not put into `store`, or into its failures."""
+    """The files with answers that a run could not put into `store`, or into its failures.
+
+    What has a lock file is a store of its own, by a pujax that took such a name for one.
+    """
     name = re.compile(rf"{re.escape(store.stem)}\.kept\d*{re.escape(store.suffix)}")
     with contextlib.suppress(OSError):
-        return sorted(path for path in store.parent.iterdir() if name.fullmatch(path.name))
+        found = (path for path in store.parent.iterdir() if name.fullmatch(path.name))
+        return sorted(path for path in found if not path.with_name(f"{path.name}.lock").exists())
     return []
+
+
+def _put_aside(kept: Path) -> None:
+    """Take a file out of those that wait, under a name that nothing has."""
+    numbers = itertools.chain([""], itertools.count(2))
+    free = (kept.with_name(f"{kept.name}.taken{number}") for number in numbers)
+    kept.rename(next(path for path in free if not os.path.lexists(path)))
+
+
+def _refuse_names_kept(store: Path) -> None:
+    """Raise `StoreError` where another store's failures or kept answers would have this name."""
+    for name in (store.name, os.path.basename(os.path.realpath(store))):
+        if re.search(r"\.(failed|kept\d*)(\.[^.]*)?$", name):
+            raise StoreError(
+                f"{store}: pujax names so what it keeps beside a store: name the store otherwise"
+            )
 
 
 def take_up(store: Path, contents: Contents, say: Callable[[str], None]) -> None:

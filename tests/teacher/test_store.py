@@ -19,6 +19,7 @@ from pujax.teacher.store import (
     anchor_of,
     failures_path,
     read_anchors,
+    read_failures,
     read_records,
     said,
 )
@@ -456,6 +457,61 @@ def test_what_a_run_kept_stays_where_it_can_not_be_read_or_stored(server, store,
         anchors_for(many(10), TeacherConfig(), store, CollectConfig(), say=said.append)
 
 
+def test_what_was_taken_up_is_renamed_and_never_written_over(server, store):
+    run(many(2), server, store)
+    whole = store.read_bytes()
+    for change in (b"mended by hand", b"otherwise"):
+        copy = store.with_name("anchors.kept7.jsonl")
+        copy.write_bytes(whole.replace(b"prompt 1", change))
+        run(many(2), server, store)
+        assert not copy.exists()
+    assert store.read_bytes() == whole
+    taken = sorted(store.parent.glob("anchors.kept7.jsonl.taken*"))
+    assert [b"by hand" in file.read_bytes() for file in taken] == [True, False]
+
+
+def test_a_store_named_like_what_a_run_kept_stays_a_store(server, store):
+    other = store.with_name("anchors.kept.jsonl")
+    run(many(3), server, store)
+    store.rename(other)
+    store.with_name("anchors.jsonl.lock").rename(store.with_name("anchors.kept.jsonl.lock"))
+    run(user("mine"), server, store)
+    assert ids(store) == ["id-mine"]
+    assert len(read_anchors(other)) == 3
+
+
+@pytest.mark.parametrize("name", ["a.kept.jsonl", "a.kept12.jsonl", "a.failed.jsonl", "a.failed"])
+def test_a_store_may_not_be_named_like_what_pujax_keeps_beside_one(server, store, name):
+    with pytest.raises(StoreError, match=rf"{name}: .*: name the store otherwise"):
+        run(many(1), server, store.with_name(name))
+    store.symlink_to(name)
+    with pytest.raises(StoreError, match="name the store otherwise"):
+        run(many(1), server, store)
+    assert not server.delivered
+
+
+def test_answers_are_no_failures_and_failures_no_answers(server, store):
+    run(many(2), server, store)
+    failed = failures_path(store)
+    store.rename(failed)  # as a store of the landed version could be named
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: an answer among failures, .*: rename"):
+        run(many(2), server, store)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: an answer among"):
+        list(read_failures(store))
+    failed.unlink()
+    server.reply = lambda request: (200, {}, completion(""))
+    run(many(2), server, store, retry_failed=True)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: a failure among answers"):
+        anchors_for(many(2), TeacherConfig(), failed, CollectConfig(), say=[].append)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: a failure among answers"):
+        read_anchors(failed)
+    failed.rename(store.with_name("anchors.kept.jsonl"))
+    said = []
+    take_up(store, Contents(store), said.append)
+    assert "anchors.kept.jsonl:1: a failure among" in said[0]
+    assert not store.read_bytes()
+
+
 def test_a_replay_names_what_waits_beside_the_store(server, store):
     kept = kept_by_a_run(server, store)
     store.touch()
@@ -541,9 +597,7 @@ def test_a_store_is_read_once_a_command(server, store, monkeypatch):
     run(many(5), server, store)
     read = []
     parse = store_module.parse
-    monkeypatch.setattr(
-        store_module, "parse", lambda raw, place: read.append(1) or parse(raw, place)
-    )
+    monkeypatch.setattr(store_module, "parse", lambda *line: read.append(1) or parse(*line))
     anchors = anchors_for(many(6), at(server), store, CollectConfig(), say=[].append)
     assert (len(anchors), len(read)) == (6, 6)  # the five of before and the one that was asked
 
