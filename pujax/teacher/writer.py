@@ -382,12 +382,17 @@ class AnchorStore:
 def kept_beside(store: Path) -> list[Path]:
     """The files with answers that a run could not put into `store`, or into its failures.
 
-    What has a lock file is a store of its own, by a pujax that took such a name for one.
+    What has a lock file is a store of its own, by a pujax that took such a name for one; a pipe,
+    which may be read without end, and a folder are nothing of ours.
     """
     name = re.compile(rf"{re.escape(store.stem)}\.kept\d*{re.escape(store.suffix)}")
     with contextlib.suppress(OSError):
-        found = (path for path in store.parent.iterdir() if name.fullmatch(path.name))
-        return sorted(path for path in found if not path.with_name(f"{path.name}.lock").exists())
+        found = [path for path in store.parent.iterdir() if name.fullmatch(path.name)]
+        return sorted(
+            path
+            for path in found
+            if path.is_file() and not path.with_name(f"{path.name}.lock").exists()
+        )
     return []
 
 

@@ -23,7 +23,7 @@ from pujax.teacher.store import (
     read_records,
     said,
 )
-from pujax.teacher.writer import AnchorStore, take_up
+from pujax.teacher.writer import AnchorStore, kept_beside, take_up
 from tests.teacher_client import TURN, at, many, run, user
 from tests.teacher_server import completion
 
@@ -510,6 +510,18 @@ def test_answers_are_no_failures_and_failures_no_answers(server, store):
     take_up(store, Contents(store), said.append)
     assert "anchors.kept.jsonl:1: a failure among" in said[0]
     assert not store.read_bytes()
+
+
+def test_a_pipe_or_folder_named_like_what_a_run_kept_is_passed_over(server, store):
+    os.mkfifo(store.with_name("anchors.kept.jsonl"))
+    store.with_name("anchors.kept2.jsonl").mkdir()
+    assert kept_beside(store) == []
+    kept = store.with_name("anchors.kept3.jsonl")
+    run(many(2), server, store)
+    store.rename(kept)
+    said = []
+    run(many(2), server, store, said)
+    assert said[-1].startswith("2 prompts: had 2, asked 0")
 
 
 def test_a_replay_names_what_waits_beside_the_store(server, store):
