@@ -172,7 +172,8 @@ class Mark:
     def stands(self, descriptor: int) -> bool:
         """Whether what was passed is still there."""
         start = self.end - len(self.tail)
-        return os.pread(descriptor, len(self.tail), start) == self.tail
+        # Below zero when another program cut the file just as its size was taken.
+        return start >= 0 and os.pread(descriptor, len(self.tail), start) == self.tail
 
 
 class Contents:

@@ -16,6 +16,7 @@ from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import (
     Contents,
+    Mark,
     anchor_of,
     failures_path,
     read_anchors,
@@ -242,6 +243,13 @@ def test_a_save_by_an_editor_loses_no_answer(server, store, rename):
     assert ids(store) == sorted(f"id-prompt {n}" for n in range(60))
     assert server.delivered.total() == 60
     assert any("another program replaced it" in line for line in said)
+
+
+def test_a_file_that_was_cut_short_has_changed(tmp_path):
+    with (tmp_path / "file").open("wb+", buffering=0) as file:
+        file.write(b"abc")
+        assert Mark(3, tail=b"abc").stands(file.fileno())
+        assert not Mark(3, tail=b"a line that was cut").stands(file.fileno())
 
 
 def test_a_save_after_the_last_answer_loses_none(server, store):
