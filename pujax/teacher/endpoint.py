@@ -1,6 +1,7 @@
 """A server that answers chats, over HTTP."""
 
 import asyncio
+import codecs
 import email.utils
 import ipaddress
 import json
@@ -40,6 +41,28 @@ if find_spec("sniffio") is None:
     modules["sniffio"] = None  # which makes it fail at once
 
 LONGEST = 1 << 24  # bytes that an answer may have, unpacked; the longest real ones have 1 % of it
+
+MEMBERS = 64  # parts of a gzip body: for each one all that follows is copied
+
+CHARSETS = frozenset(
+    {
+        "ascii",
+        "big5",
+        "cp1252",
+        "euc_jp",
+        "euc_kr",
+        "gb18030",
+        "gb2312",
+        "gbk",
+        "iso8859-1",
+        "iso8859-15",
+        "shift_jis",
+    }
+)
+"""Python's names for the charsets that are read beside Unicode's.
+
+Of the others some are no charsets, and some take time quadratic in the length (punycode).
+"""
 
 ABOUT_ALL = {
     "account_deactivated": 401,
@@ -248,6 +271,8 @@ def _unpacked(data: bytes) -> bytes:
             parts.append(unpacking.decompress(data, left + 1))
         except zlib.error as error:
             raise Retryable("the answer can't be unpacked", billed=True) from error
+        if len(parts) > MEMBERS:
+            raise Retryable(f"the answer is packed in more than {MEMBERS} parts", billed=True)
         left -= len(parts[-1])
         if left < 0 or not unpacking.eof:
             why = f"the answer is torn, or has more than {LONGEST >> 20} MiB"
@@ -260,7 +285,7 @@ def _text(response: httpx.Response, data: bytes) -> str | bytes:
     """The body in the charset that the server names; else as JSON is, in UTF-8."""
     charset = response.charset_encoding
     try:
-        if charset is not None and not charset.lower().startswith("utf"):
+        if charset is not None and codecs.lookup(charset).name in CHARSETS:
             return data.decode(charset)
     except (LookupError, ValueError):  # servers name charsets that aren't, or aren't theirs
         pass

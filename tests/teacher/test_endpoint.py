@@ -393,6 +393,28 @@ def test_an_answer_is_read_in_the_charset_that_it_names(server):
         ask(at(server))
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "unicode_escape", "utf-7"])
+def test_a_charset_that_no_server_writes_is_not_decoded(server, charset):
+    body = json.dumps(completion("a-b \\u0063")).encode()  # a backslash, which escapes would read
+    server.reply = lambda request: (200, {"content-type": f"a/b; charset={charset}"}, body)
+    assert ask(at(server)).text == r"a-b \u0063"
+
+
+@pytest.mark.parametrize("charset", ["latin-1", "Windows-1252", "GBK", "shift_jis", "euc-kr"])
+def test_the_charsets_of_old_servers_are_decoded(server, charset):
+    text = {"GBK": "é天", "shift_jis": "天", "euc-kr": "가"}.get(charset, "é")
+    body = json.dumps(completion(text), ensure_ascii=False).encode(charset)
+    server.reply = lambda request: (200, {"content-type": f"a/b; charset={charset}"}, body)
+    assert ask(at(server)).text == text
+
+
+def test_a_packed_answer_of_very_many_members_is_not_gone_through(server):
+    body = gzip.compress(b"") * endpoint.MEMBERS + gzip.compress(json.dumps({}).encode())
+    server.reply = lambda request: (200, {"content-encoding": "gzip"}, body)
+    with pytest.raises(Retryable, match=rf"more than {endpoint.MEMBERS} parts"):
+        ask(at(server))
+
+
 def test_an_answer_that_quotes_a_secret_is_a_failure_without_it(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     for reply in (completion(f"You sent {KEY}."), completion("x", finish_reason=KEY)):
