@@ -247,6 +247,26 @@ def test_the_version_is_ours(monkeypatch, capsys):
     assert capsys.readouterr().out == f"pujax {__version__}\n"
 
 
+@pytest.mark.parametrize("module", ["pujax", "pujax.report"])
+def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
+    words = f"exec {sys.executable} -m {module} --version"
+    for streams, status in ((">&-", 1), (">&- 2>&-", 1), ("<&-", 0), ("2>&-", 0)):
+        done = subprocess.run(f"{words} {streams}", shell=True, capture_output=True, text=True)
+        assert done.returncode == status, (streams, done)
+        if streams == ">&-":
+            assert done.stderr.startswith(f"{module}: standard output is closed: ")
+            assert done.stderr.count("\n") == 1
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    code = "import sys, pujax.run.streams as s; s.hold('x'); "
+    code += "print(open(sys.executable).fileno(), sys.stdin.read() == '')"
+    done = subprocess.run(
+        f'exec {sys.executable} -c "{code}" <&- 2>&-', shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "3 True\n"
+
+
 @pytest.mark.parametrize(
     "given",
     [
