@@ -190,7 +190,7 @@ class HttpTeacher:
             body = None
         fault = body.get("error") if isinstance(body, dict) else None
         if fault or not response.is_success:
-            return self._fault(response, fault, data)
+            return self._fault(response, fault, text)
         try:
             return self._masked(self._answer(body))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -211,7 +211,7 @@ class HttpTeacher:
             holds_key=True,
         )
 
-    def _fault(self, response: httpx.Response, fault: Any, data: bytes) -> Answer:
+    def _fault(self, response: httpx.Response, fault: Any, text: str) -> Answer:
         """What an error means: a failed answer, another try, or the end."""
         status = response.status_code
         told = fault if isinstance(fault, dict) else {"message": fault}
@@ -224,7 +224,7 @@ class HttpTeacher:
         status = next((ABOUT_ALL[code] for code in codes if code in ABOUT_ALL), status)
         said = told.get("message")
         if not isinstance(said, str) or not said:
-            said = data[:4000].decode(errors="replace") or response.reason_phrase
+            said = text or response.reason_phrase
         said = self._secrets.clean(said)
         if status in (200, 408, 409, 425, 429) or status >= 500:
             raise Retryable(f"{status}: {said}", after=_retry_after(response))
@@ -281,7 +281,7 @@ def _unpacked(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _text(response: httpx.Response, data: bytes) -> str | bytes:
+def _text(response: httpx.Response, data: bytes) -> str:
     """The body in the charset that the server names; else as JSON is, in UTF-8."""
     charset = response.charset_encoding
     try:
@@ -289,12 +289,13 @@ def _text(response: httpx.Response, data: bytes) -> str | bytes:
             return data.decode(charset)
     except (LookupError, ValueError):  # servers name charsets that aren't, or aren't theirs
         pass
+    encoding = json.detect_encoding(data)
     try:
-        return data.decode(json.detect_encoding(data), "surrogatepass")
+        return data.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
         if response.is_success:
             raise Retryable("the answer is not UTF-8", billed=True) from error
-        return data
+        return data.decode(encoding, "replace")
 
 
 def _joined(base_url: str, path: str) -> str:
