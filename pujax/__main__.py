@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from pujax import __version__
+from pujax.run.streams import hold
 
 COMMANDS = (
     "train",
@@ -22,6 +23,7 @@ COMMANDS = (
 
 def main() -> None:
     """Run the command that the first argument names, or list them all."""
+    hold("pujax")
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
         sys.argv = [f"pujax {name}", *sys.argv[2:]]

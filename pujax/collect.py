@@ -26,7 +26,7 @@ from pujax.run.compose import with_protocol
 from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.asking import Tally
 from pujax.teacher.plan import Plan, make_plan
-from pujax.teacher.prompts import load_prompts, warn
+from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
 from pujax.teacher.settings import CollectRun, TeacherConfig
 from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
 from pujax.teacher.writer import kept_beside
@@ -65,6 +65,7 @@ def run(settings: CollectRun) -> int:
         plan = make_plan(prompts(), teacher, Contents(store), retry_failed=retry_failed)
         print(describe_plan(plan, teacher))
         return 0
+    refuse_pipes(settings.data.prompts)  # they are read twice
     console = Console(stderr=True)
     with Progress(
         TextColumn("{task.description}"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pujax.errors import ConfigError, require
+from pujax.files.locate import at_home
 from pujax.run.commands import command, in_new_words, listed
 from pujax.run.compilation import compile_once
 from pujax.run.settings import HeldoutConfig, MeasureConfig
@@ -115,7 +116,7 @@ def run(settings: EvaluateConfig) -> None:
     from pujax.run.heldout import arms, evaluate_other, evaluations_of
 
     console = Console()
-    directories = [newest_run(Path(run).expanduser()) for run in settings.runs]
+    directories = [newest_run(at_home(run)) for run in settings.runs]
     if settings.suite is not None:
         answer, kept = _asked(settings, directories)
         console.print(named(answer.header, answer.rows, answer.note))

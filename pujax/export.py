@@ -2,11 +2,11 @@
 
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 from omegaconf import MISSING
 
 from pujax.errors import one_of, require
+from pujax.files.locate import at_home
 from pujax.run.commands import command, one_source
 from pujax.run.finished import require_kind
 
@@ -53,8 +53,8 @@ def run(settings: ExportConfig) -> None:
 
     print(
         export(
-            out=Path(settings.out).expanduser(),
-            run=None if settings.run is None else Path(settings.run).expanduser(),
+            out=at_home(settings.out),
+            run=None if settings.run is None else at_home(settings.run),
             model=settings.model,
             format=settings.format,
             kind=settings.kind,

@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from io import TextIOWrapper
 from itertools import chain, islice
-from pathlib import Path
 
 from pujax.errors import ConfigError, require
+from pujax.files.locate import at_home
 from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
 from pujax.run.typed import lines, told
@@ -69,7 +69,7 @@ def answer(settings: GenerateConfig) -> None:
 
     source, system = str(settings.model), told("system", settings.system)
     if settings.run is not None:
-        run = finished_run(Path(settings.run).expanduser())
+        run = finished_run(at_home(settings.run))
         source = str(run.model)
         system = run.system if system is None else system
     prompt = told("prompt", settings.prompt)

@@ -1,12 +1,12 @@
 """`pujax report`: a run's curves.png and report.html made anew, of its files alone."""
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
 from pujax.errors import require
+from pujax.files.locate import at_home
 from pujax.run.commands import command, in_new_words, listed
 
 
@@ -34,7 +34,7 @@ def run(settings: ReportConfig) -> None:
     from pujax.evaluation.page import refuse_foreign, write
 
     for run in settings.runs:
-        directory = Path(run).expanduser()
+        directory = at_home(run)
         refuse_foreign(directory)
         print(write(directory))
 

@@ -1,4 +1,4 @@
-"""Where a model lies that a setting names: on this disk, in a package, or on the hub."""
+"""Where what a setting names lies: a path, a cache, a model here, in a package or on the hub."""
 
 import importlib.util
 import os
@@ -8,15 +8,30 @@ from pathlib import Path
 from pujax.errors import ConfigError, WeightsError
 
 
+def at_home(path: str | os.PathLike[str]) -> Path:
+    """`path` with a leading ~ or ~USER written out. Raises `ConfigError` where that is unknown."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(
+            f"{path}: no home directory is known for this user: write the whole path, or set HOME"
+        ) from error
+
+
+def cache_folder() -> Path:
+    """Where this user's caches lie. Raises `ConfigError` for one without a home."""
+    return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+
+
 def locate(path: str | os.PathLike[str]) -> Path:
     """The local file or directory that `path` (as in `load`) stands for, fetched if need be.
 
-    Raises `WeightsError` when it is nowhere, `ConfigError` for a missing package.
+    Raises `WeightsError` when it is nowhere, `ConfigError` for a missing package or home.
     """
     text = os.fspath(path)
     if text.startswith("package://"):
         return package_file(text)
-    local = Path(text).expanduser()
+    local = at_home(text)
     if local.exists():
         return local
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?", text):

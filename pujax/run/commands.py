@@ -28,6 +28,7 @@ from pujax.errors import ConfigError, PujaxError, StopRequested, require
 from pujax.run.compose import conf_dir, from_hydra, offered, register
 from pujax.run.help import help_of
 from pujax.run.overrides import in_hydra_words
+from pujax.run.streams import hold
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
@@ -98,6 +99,7 @@ def command(
     job.__module__ = f"pujax.{name}"  # Hydra names the application after it
 
     def main() -> None:
+        hold(f"pujax.{name}")
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
             # As a SystemExit, so that what is temporary is removed on the way out.
             signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))

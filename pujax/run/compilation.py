@@ -1,5 +1,6 @@
 """How programs are compiled: once a user, and without keeping the memory that it takes."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -7,6 +8,9 @@ import re
 import warnings
 from pathlib import Path
 from typing import Any
+
+from pujax.errors import ConfigError
+from pujax.files.locate import cache_folder
 
 TORN = r"Error reading persistent compilation cache entry for '([\w.]+)'"  # jax's warning
 
@@ -21,13 +25,13 @@ def compile_once() -> None:
 
 
 def keep_compiled() -> None:
-    """Keep compiled programs in a per-user folder, unless the user has chosen one.
+    """Keep compiled programs in a per-user folder, unless the user has chosen one or has no home.
 
     To be called before jax is imported.
     """
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(home / "pujax" / "xla")
+        with contextlib.suppress(ConfigError):
+            os.environ["JAX_COMPILATION_CACHE_DIR"] = str(cache_folder() / "pujax" / "xla")
 
 
 @functools.cache

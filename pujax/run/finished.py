@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pujax.errors import ConfigError, WeightsError, one_of
+from pujax.files.locate import at_home
 from pujax.files.settings import SETTINGS, kept_settings
 
 
@@ -84,7 +85,7 @@ def model_path(path: str) -> str:
 
     Raises `WeightsError` for a run that has not come to its end.
     """
-    directory = Path(path).expanduser()
+    directory = at_home(path)
     return str(_finished(directory).model) if _is_run(directory) else path
 
 
@@ -95,7 +96,7 @@ def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
     """
     if run is None:
         return str(model), None
-    finished = finished_run(Path(run).expanduser())
+    finished = finished_run(at_home(run))
     return str(finished.model), finished.system
 
 

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pujax.errors import PujaxError, require
+from pujax.files.locate import at_home
 from pujax.models.decoder import LanguageModel
 from pujax.run.data import with_system
 from pujax.run.finished import finished_run
@@ -61,7 +61,7 @@ class PujaxLM(_harness.TemplateLM):
         del device, max_batch_size  # which the harness gives to any model
         size = str(8 if batch_size in (None, "auto") else batch_size)
         require(size.isdecimal() and int(size) > 0, "batch_size", batch_size, "a positive number")
-        directory = Path(path).expanduser()
+        directory = at_home(path)
         self._system = None
         if (directory / "config.yaml").is_file():
             self._system = finished_run(directory).system

@@ -17,7 +17,7 @@ from typing import Any
 import pujax
 from pujax.errors import ConfigError
 from pujax.files.durable import on_disk
-from pujax.files.locate import locate
+from pujax.files.locate import at_home, cache_folder, locate
 from pujax.run.finished import finished_run
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
@@ -42,14 +42,13 @@ def to_serve(
     Raises what finding, reading and exporting the model raises.
     """
     if run is not None:
-        finished = finished_run(Path(run).expanduser())
+        finished = finished_run(at_home(run))
         directory = finished.model.parent.resolve()
         served = Served(finished.model, directory.parent.name, finished.system)
         folder = directory / "gguf"
     else:
         served = Served(locate(str(model)), Path(str(model)).name)
-        home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        folder = home / "pujax" / "gguf"
+        folder = cache_folder() / "pujax" / "gguf"
     if served.path.is_file():
         return served
     kept = folder / f"{content_of(served.path)[:16]}-{kind}.gguf"

@@ -17,7 +17,7 @@ from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, write_whole
-from pujax.files.locate import locate
+from pujax.files.locate import at_home, locate
 from pujax.records import Example, canonical
 from pujax.run.data import load_heldout
 from pujax.run.finished import model_path
@@ -79,7 +79,7 @@ def split_of(
     name = _stem(of_data.heldout)
     folder = folder / (name if directory is None else f"heldout-{name}")
     if out is not None:
-        folder = Path(out).expanduser()
+        folder = at_home(out)
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out={out!r}: is a run's directory, which has a table of its own")
     return Split(config, metrics, folder)

@@ -2,9 +2,9 @@
 
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from pujax.errors import ConfigError
+from pujax.files.locate import at_home
 
 
 def told(key: str, value: str | None) -> str | None:
@@ -16,8 +16,9 @@ def told(key: str, value: str | None) -> str | None:
         return value
     if value.startswith("@@"):
         return value[1:]
+    file = at_home(value[1:])
     try:
-        return Path(value[1:]).expanduser().read_text(encoding="utf-8-sig").removesuffix("\n")
+        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
         raise ConfigError(

@@ -1,6 +1,7 @@
 """A server that answers chats, over HTTP."""
 
 import asyncio
+import codecs
 import email.utils
 import ipaddress
 import json
@@ -40,6 +41,28 @@ if find_spec("sniffio") is None:
     modules["sniffio"] = None  # which makes it fail at once
 
 LONGEST = 1 << 24  # bytes that an answer may have, unpacked; the longest real ones have 1 % of it
+
+MEMBERS = 64  # parts of a gzip body: for each one all that follows is copied
+
+CHARSETS = frozenset(
+    {
+        "ascii",
+        "big5",
+        "cp1252",
+        "euc_jp",
+        "euc_kr",
+        "gb18030",
+        "gb2312",
+        "gbk",
+        "iso8859-1",
+        "iso8859-15",
+        "shift_jis",
+    }
+)
+"""Python's names for the charsets that are read beside Unicode's.
+
+Of the others some are no charsets, and some take time quadratic in the length (punycode).
+"""
 
 ABOUT_ALL = {
     "account_deactivated": 401,
@@ -167,7 +190,7 @@ class HttpTeacher:
             body = None
         fault = body.get("error") if isinstance(body, dict) else None
         if fault or not response.is_success:
-            return self._fault(response, fault, data)
+            return self._fault(response, fault, text)
         try:
             return self._masked(self._answer(body))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -188,7 +211,7 @@ class HttpTeacher:
             holds_key=True,
         )
 
-    def _fault(self, response: httpx.Response, fault: Any, data: bytes) -> Answer:
+    def _fault(self, response: httpx.Response, fault: Any, text: str) -> Answer:
         """What an error means: a failed answer, another try, or the end."""
         status = response.status_code
         told = fault if isinstance(fault, dict) else {"message": fault}
@@ -201,7 +224,7 @@ class HttpTeacher:
         status = next((ABOUT_ALL[code] for code in codes if code in ABOUT_ALL), status)
         said = told.get("message")
         if not isinstance(said, str) or not said:
-            said = data[:4000].decode(errors="replace") or response.reason_phrase
+            said = text or response.reason_phrase
         said = self._secrets.clean(said)
         if status in (200, 408, 409, 425, 429) or status >= 500:
             raise Retryable(f"{status}: {said}", after=_retry_after(response))
@@ -248,6 +271,8 @@ def _unpacked(data: bytes) -> bytes:
             parts.append(unpacking.decompress(data, left + 1))
         except zlib.error as error:
             raise Retryable("the answer can't be unpacked", billed=True) from error
+        if len(parts) > MEMBERS:
+            raise Retryable(f"the answer is packed in more than {MEMBERS} parts", billed=True)
         left -= len(parts[-1])
         if left < 0 or not unpacking.eof:
             why = f"the answer is torn, or has more than {LONGEST >> 20} MiB"
@@ -256,20 +281,21 @@ def _unpacked(data: bytes) -> bytes:
     return b"".join(parts)
 
 
-def _text(response: httpx.Response, data: bytes) -> str | bytes:
+def _text(response: httpx.Response, data: bytes) -> str:
     """The body in the charset that the server names; else as JSON is, in UTF-8."""
     charset = response.charset_encoding
     try:
-        if charset is not None and not charset.lower().startswith("utf"):
+        if charset is not None and codecs.lookup(charset).name in CHARSETS:
             return data.decode(charset)
     except (LookupError, ValueError):  # servers name charsets that aren't, or aren't theirs
         pass
+    encoding = json.detect_encoding(data)
     try:
-        return data.decode(json.detect_encoding(data), "surrogatepass")
+        return data.decode(encoding, "surrogatepass")
     except UnicodeDecodeError as error:
         if response.is_success:
             raise Retryable("the answer is not UTF-8", billed=True) from error
-        return data
+        return data.decode(encoding, "replace")
 
 
 def _joined(base_url: str, path: str) -> str:

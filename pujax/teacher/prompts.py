@@ -65,6 +65,19 @@ def load_prompts(
             )
 
 
+def refuse_pipes(source: str | Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise `PromptError` for a file that gives what it has but once."""
+    for path in [] if isinstance(source, Mapping) else _paths(source):
+        if path.exists() and not (path.is_file() or path.is_dir()):
+            raise PromptError(
+                f"{path}: a pipe or a device can be read once only: write its prompts to a file"
+            )
+
+
+def _paths(source: str | Sequence[str]) -> list[Path]:
+    return [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
+
+
 def rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
     """The rows of a file, of several files, or of a dataset, as they are, with their places.
 
@@ -73,11 +86,11 @@ def rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
     if isinstance(source, Mapping):
         yield from tables.dataset_rows(source)
         return
-    paths = [source] if isinstance(source, str | Path) else list(source)
+    paths = _paths(source)
     if not paths:
         raise PromptError("data.prompts is an empty list: name at least one file")
     for path in paths:
-        yield from _file(Path(path))
+        yield from _file(path)
 
 
 def _file(path: Path) -> Rows:

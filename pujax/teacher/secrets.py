@@ -57,35 +57,52 @@ class Secrets:
         }
 
     def mask(self, text: str) -> str:
-        """The whole of `text`, with *** for each secret in it or long part of one.
+        """The whole of `text`, with *** for each secret in it or long part of one, in any case.
 
         A short secret could be any word, and stays.
         """
         forms = [form for form in self._forms if len(form) >= LEAST_PART]
+        lower = _lower(text)
         # Any part of that length holds one of these: with none in it, as ever, that is all.
         half = LEAST_QUOTED // 2
         starts = (
             (form, at) for form in forms for at in range(0, max(1, len(form) - half + 1), half)
         )
-        if not any(form[at : at + half] in text for form, at in starts):
+        if not any(form[at : at + half].lower() in lower for form, at in starts):
             return text
         return _without(text, forms, LEAST_QUOTED)
 
     def clean(self, text: str) -> str:
         """One short printable line of `text`, without secrets, whole, escaped or in parts."""
-        return printable(_without(text[:4000], self._forms, LEAST_PART))
+        plain = re.sub(r"\\u([0-9a-fA-F]{4})", lambda code: chr(int(code[1], 16)), text[:4000])
+        return printable(_without(plain, self._forms, LEAST_PART))
 
 
 def _without(text: str, forms: Iterable[str], least: int) -> str:
-    """`text` with *** for each form in it and each part of one that has `least` characters."""
+    """`text` with *** for each form in it and each part of one that has `least` characters.
+
+    Capitals and small letters count as one, but of a short form (EMPTY), which could be a word.
+    """
+    lower = _lower(text)
     hidden = [False] * len(text)
     for form in forms:
+        within = text
+        if len(form) >= LEAST_PART:
+            form, within = form.lower(), lower
         size = min(least, len(form))
         for start in range(len(form) - size + 1):
             part = form[start : start + size]
-            at = text.find(part)
+            at = within.find(part)
             while at >= 0:
                 hidden[at : at + size] = [True] * size
-                at = text.find(part, at + 1)
+                at = within.find(part, at + 1)
     runs = groupby(zip(hidden, text, strict=True), key=lambda pair: pair[0])
     return "".join(MASKED if hide else "".join(c for _, c in run) for hide, run in runs)
+
+
+def _lower(text: str) -> str:
+    """`text` in small letters, each in its place: of some letters they are two."""
+    lower = text.lower()
+    if len(lower) == len(text):
+        return lower
+    return "".join(small if len(small := one.lower()) == 1 else one for one in text)

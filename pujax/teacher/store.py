@@ -40,13 +40,14 @@ def failures_path(store: Path) -> Path:
 def read_failures(store: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of the answers that can't be anchors; none when there is no such file."""
     file = failures_path(store)
-    return read_records(file) if file.exists() else iter(())
+    return read_records(file, failed=True) if file.exists() else iter(())
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path, failed: bool | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """Each whole record, with the byte after it; a torn tail is left out.
 
-    Raises `StoreError` for a record of another format or a line that isn't one.
+    Raises `StoreError` for a record of another format, a line that isn't one, and an answer among
+    the failures (`failed`) or the other way round (False).
     """
     end = 0
     try:
@@ -58,7 +59,7 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 end += len(raw)
                 if raw.isspace():  # as an editor leaves one
                     continue
-                yield end, parse(raw, f"{path}:{number}")
+                yield end, parse(raw, f"{path}:{number}", failed)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
 
@@ -73,8 +74,11 @@ def check_plain(path: Path) -> None:
             )
 
 
-def parse(raw: bytes, place: str) -> dict[str, Any]:
-    """The record of a line that stands at `place`. Raises `StoreError`."""
+def parse(raw: bytes, place: str, failed: bool | None = None) -> dict[str, Any]:
+    """The record of a line that stands at `place`, among failures or answers if `failed` is told.
+
+    Raises `StoreError`.
+    """
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:
@@ -93,6 +97,11 @@ def parse(raw: bytes, place: str) -> dict[str, Any]:
             raise StoreError(
                 f"{place}: a record with {name} {record[name]!r:.80}: mend or take out this line"
             )
+    if failed is not None and ("reason" in record) != failed:
+        what = "an answer among failures" if failed else "a failure among answers"
+        raise StoreError(
+            f"{place}: {what}, so of another store: rename that file, or take out this line"
+        )
     return record
 
 
@@ -163,7 +172,8 @@ class Mark:
     def stands(self, descriptor: int) -> bool:
         """Whether what was passed is still there."""
         start = self.end - len(self.tail)
-        return os.pread(descriptor, len(self.tail), start) == self.tail
+        # Below zero when another program cut the file just as its size was taken.
+        return start >= 0 and os.pread(descriptor, len(self.tail), start) == self.tail
 
 
 class Contents:
@@ -207,7 +217,8 @@ class Contents:
         if mark.inode not in (None, inode) or found.st_size < mark.end:
             return False
         check_plain(file)
-        known = self.answered if file == self.path else self.failed
+        failed = file != self.path
+        known = self.failed if failed else self.answered
         with file.open("rb") as lines:
             if not mark.stands(lines.fileno()):
                 return False
@@ -219,10 +230,10 @@ class Contents:
                 if raw.isspace():
                     mark.passed(raw)
                     continue
-                record = parse(raw, f"{file}:{mark.line + 1}")
+                record = parse(raw, f"{file}:{mark.line + 1}", failed)
                 mark.passed(raw)
                 known.add(digest(record["key"]))
-                self.take(record, file != self.path)
+                self.take(record, failed)
         return True
 
 
@@ -289,7 +300,7 @@ def read_anchors(path: Path, model: str | None = None) -> dict[str, Anchor]:
     if not path.is_file():
         raise StoreError(f"{path}: no such store: collect it with `python -m pujax.collect`")
     anchors = Anchors(path, TeacherConfig(model=model))
-    for _, record in read_records(path):
+    for _, record in read_records(path, failed=False):
         anchors.take(record, False)
     return anchors.found
 

@@ -8,6 +8,7 @@ so two processes never ask for the same answer.
 import contextlib
 import errno
 import fcntl
+import itertools
 import json
 import os
 import re
@@ -32,15 +33,17 @@ class AnchorStore:
 
     Opening mends a torn tail; `repairs` tells of it, and of what was put back after another program
     had replaced the file, as an editor's save does. One process opens a store once: its record
-    locks are the process's own.
+    locks are the process's own. Processes that reach it by a symlink share the lock file of what
+    that leads to; the failures and what could not be stored go by the name given.
     """
 
     def __init__(self, path: Path, contents: Contents | None = None) -> None:
+        _refuse_names_kept(path)
         self.path = path
         self.contents = contents or Contents(path)
         self.repairs: list[str] = []
         self.full = False
-        self._lock_path = path.with_name(path.name + ".lock")
+        self._lock_path = Path(f"{os.path.realpath(path)}.lock")
         self._files: dict[Path, int] = {}
         self._marks: dict[Path, Mark] = {}
         self._claims: set[str] = set()
@@ -56,7 +59,7 @@ class AnchorStore:
             with contextlib.suppress(OSError):  # a disk that is full already
                 os.write(self._ballast, bytes(BALLAST))
             with self._locked():
-                self._files[path] = _open(path)
+                self._descriptor(path)
                 for file in (path, failures_path(path)):
                     if file.exists():
                         self._mend(file)
@@ -143,12 +146,19 @@ class AnchorStore:
     def _descriptor(self, file: Path) -> int:
         """The open file; most stores never have failures, so theirs is made when one comes."""
         if file not in self._files:
-            self._files[file] = _open(file)
+            descriptor = _open(file)
+            if os.fstat(descriptor).st_nlink > 1:
+                os.close(descriptor)
+                raise StoreError(  # who collects by that name has another lock file
+                    f"{file}: has another name too, as a hard link: remove one of them, or put a "
+                    "copy in its place"
+                )
+            self._files[file] = descriptor
             _sync_folder(file.parent)
         return self._files[file]
 
     def take_up(self) -> None:
-        """Put in what earlier runs kept beside the store, and remove those files.
+        """Put in what earlier runs kept beside the store, and add .taken to those files' names.
 
         Each answer once. A file with a line that is no record stays; `repairs` tells of each.
         """
@@ -165,7 +175,8 @@ class AnchorStore:
             ) from error
 
     def _take_up(self, kept: Path, file: Path) -> None:
-        known = self.contents.answered if file == self.path else self.contents.failed
+        failed = file != self.path
+        known = self.contents.failed if failed else self.contents.answered
         with kept.open("rb") as lines:
             # A run that keeps more in it now does so before this, or in a file of its own.
             fcntl.flock(lines, fcntl.LOCK_EX)
@@ -175,7 +186,7 @@ class AnchorStore:
             try:
                 for number, raw in enumerate(lines, 1):
                     if not raw.isspace():
-                        key = digest(parse(raw, f"{kept}:{number}")["key"])
+                        key = digest(parse(raw, f"{kept}:{number}", failed)["key"])
                         if key not in known:
                             new[key] = raw if raw.endswith(b"\n") else raw + b"\n"
             except StoreError as error:
@@ -183,7 +194,7 @@ class AnchorStore:
                 return
             if new:
                 self._add(file, b"".join(new.values()))
-            kept.unlink()
+            _put_aside(kept)  # it may hold another answer to a known key, or be somebody's copy
         _sync_folder(kept.parent)
         self.repairs.append(
             f"{kept}: {counted(len(new), 'answer')} in it that the store lacked, put into {file}"
@@ -369,11 +380,36 @@ class AnchorStore:
 
 
 def kept_beside(store: Path) -> list[Path]:
-    """The files with answers that a run could not put into `store`, or into its failures."""
+    """The files with answers that a run could not put into `store`, or into its failures.
+
+    What has a lock file is a store of its own, by a pujax that took such a name for one; a pipe,
+    which may be read without end, and a folder are nothing of ours.
+    """
     name = re.compile(rf"{re.escape(store.stem)}\.kept\d*{re.escape(store.suffix)}")
     with contextlib.suppress(OSError):
-        return sorted(path for path in store.parent.iterdir() if name.fullmatch(path.name))
+        found = [path for path in store.parent.iterdir() if name.fullmatch(path.name)]
+        return sorted(
+            path
+            for path in found
+            if path.is_file() and not path.with_name(f"{path.name}.lock").exists()
+        )
     return []
+
+
+def _put_aside(kept: Path) -> None:
+    """Take a file out of those that wait, under a name that nothing has."""
+    numbers = itertools.chain([""], itertools.count(2))
+    free = (kept.with_name(f"{kept.name}.taken{number}") for number in numbers)
+    kept.rename(next(path for path in free if not os.path.lexists(path)))
+
+
+def _refuse_names_kept(store: Path) -> None:
+    """Raise `StoreError` where another store's failures or kept answers would have this name."""
+    for name in (store.name, os.path.basename(os.path.realpath(store))):
+        if re.search(r"\.(failed|kept\d*)(\.[^.]*)?$", name):
+            raise StoreError(
+                f"{store}: pujax names so what it keeps beside a store: name the store otherwise"
+            )
 
 
 def take_up(store: Path, contents: Contents, say: Callable[[str], None]) -> None:

@@ -12,12 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from pujax import __version__, benchmark, generate
+from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
-from pujax.errors import DataError, StopRequested
+from pujax.errors import ConfigError, DataError, StopRequested
+from pujax.files.locate import locate
 from pujax.run import commands
 from pujax.run.commands import command, masked, swept
+from pujax.run.finished import model_path, source_of
+from pujax.run.serving import to_serve
 from pujax.run.settings import TrainConfig
+from pujax.run.typed import told
 
 
 def called(monkeypatch, act, *arguments, name="train"):
@@ -81,6 +85,38 @@ def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, er
 
     assert called(monkeypatch, act, "experiment=smoke") == status
     assert capsys.readouterr().err == f"pujax.train: {said}\n"
+
+
+@pytest.mark.parametrize(
+    "act",
+    [
+        lambda path: locate(path),
+        lambda path: told("prompt", f"@{path}"),
+        lambda path: source_of(path, None),
+        lambda path: model_path(path),
+        lambda path: to_serve(path, None, kind="q8_0", say=print),
+        lambda path: report.run(report.ReportConfig(run=path)),
+        lambda path: export.run(export.ExportConfig(run=path, out="x")),
+        lambda path: export.run(export.ExportConfig(model="x", out=path)),
+        lambda path: generate.answer(generate.GenerateConfig(run=path, prompt="x")),
+        lambda path: evaluate.run(evaluate.EvaluateConfig(run=path)),
+    ],
+)
+def test_the_home_of_nobody_is_one_line(monkeypatch, act):
+    monkeypatch.setattr(generate, "compile_once", lambda: None)
+    monkeypatch.setattr(evaluate, "compile_once", lambda: None)
+    with pytest.raises(ConfigError, match=r"~nobody-at-all/x: no home directory .* the whole path"):
+        act("~nobody-at-all/x")
+
+
+def test_every_path_is_led_home_by_the_one_function():
+    package = Path(commands.__file__).parents[1]
+    found = {
+        str(file.relative_to(package))
+        for file in package.rglob("*.py")
+        if re.search(r"expanduser|Path\.home\(", file.read_text(encoding="utf-8"))
+    }
+    assert found == {"files/locate.py"}
 
 
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
@@ -209,6 +245,26 @@ def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
 def test_the_version_is_ours(monkeypatch, capsys):
     assert called(monkeypatch, lambda _: None, "--version") == 0
     assert capsys.readouterr().out == f"pujax {__version__}\n"
+
+
+@pytest.mark.parametrize("module", ["pujax", "pujax.report"])
+def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
+    words = f"exec {sys.executable} -m {module} --version"
+    for streams, status in ((">&-", 1), (">&- 2>&-", 1), ("<&-", 0), ("2>&-", 0)):
+        done = subprocess.run(f"{words} {streams}", shell=True, capture_output=True, text=True)
+        assert done.returncode == status, (streams, done)
+        if streams == ">&-":
+            assert done.stderr.startswith(f"{module}: standard output is closed: ")
+            assert done.stderr.count("\n") == 1
+
+
+def test_no_file_takes_the_number_of_a_closed_stream():
+    code = "import sys, pujax.run.streams as s; s.hold('x'); "
+    code += "print(open(sys.executable).fileno(), sys.stdin.read() == '')"
+    done = subprocess.run(
+        f'exec {sys.executable} -c "{code}" <&- 2>&-', shell=True, capture_output=True, text=True
+    )
+    assert done.stdout == "3 True\n"
 
 
 @pytest.mark.parametrize(

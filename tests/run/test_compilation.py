@@ -161,3 +161,15 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
     monkeypatch.setattr(f"{place}.compile_once", compile_once)
     with pytest.raises(Called):
         act()
+
+
+def test_who_has_no_home_keeps_no_programs(monkeypatch):
+    for name in ("JAX_COMPILATION_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.setenv(name, "")  # so that what is set is taken back
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getuid", lambda: 12345)
+    keep_compiled()
+    assert "JAX_COMPILATION_CACHE_DIR" not in os.environ
+    monkeypatch.setenv("HOME", "/h")
+    keep_compiled()
+    assert os.environ["JAX_COMPILATION_CACHE_DIR"] == "/h/.cache/pujax/xla"

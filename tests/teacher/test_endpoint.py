@@ -2,6 +2,7 @@ import asyncio
 import contextlib
 import gzip
 import json
+import re
 import shutil
 import socket
 import ssl
@@ -393,6 +394,28 @@ def test_an_answer_is_read_in_the_charset_that_it_names(server):
         ask(at(server))
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "unicode_escape", "utf-7"])
+def test_a_charset_that_no_server_writes_is_not_decoded(server, charset):
+    body = json.dumps(completion("a-b \\u0063")).encode()  # a backslash, which escapes would read
+    server.reply = lambda request: (200, {"content-type": f"a/b; charset={charset}"}, body)
+    assert ask(at(server)).text == r"a-b \u0063"
+
+
+@pytest.mark.parametrize("charset", ["latin-1", "Windows-1252", "GBK", "shift_jis", "euc-kr"])
+def test_the_charsets_of_old_servers_are_decoded(server, charset):
+    text = {"GBK": "é天", "shift_jis": "天", "euc-kr": "가"}.get(charset, "é")
+    body = json.dumps(completion(text), ensure_ascii=False).encode(charset)
+    server.reply = lambda request: (200, {"content-type": f"a/b; charset={charset}"}, body)
+    assert ask(at(server)).text == text
+
+
+def test_a_packed_answer_of_very_many_members_is_not_gone_through(server):
+    body = gzip.compress(b"") * endpoint.MEMBERS + gzip.compress(json.dumps({}).encode())
+    server.reply = lambda request: (200, {"content-encoding": "gzip"}, body)
+    with pytest.raises(Retryable, match=rf"more than {endpoint.MEMBERS} parts"):
+        ask(at(server))
+
+
 def test_an_answer_that_quotes_a_secret_is_a_failure_without_it(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", KEY)
     for reply in (completion(f"You sent {KEY}."), completion("x", finish_reason=KEY)):
@@ -550,6 +573,47 @@ def test_a_key_is_hidden_whole_in_parts_and_escaped(server, monkeypatch, shown):
         said = str(caught.value)
         assert "***" in said
         assert not any(key[n : n + 8] in said for n in range(len(key) - 8))
+
+
+@pytest.mark.parametrize("form", [KEY.upper(), KEY.title(), f"\u0130 {KEY.upper()}"])
+def test_a_key_in_capitals_is_a_key(server, monkeypatch, form):
+    monkeypatch.setenv("MY_KEY", KEY)
+    hidden = form.replace(KEY.upper(), "***").replace(KEY.title(), "***")
+    server.reply = lambda request: (200, {}, completion(f"{form}!"))
+    answer = ask(at(server, api_key_env="MY_KEY"))
+    assert (answer.failure, answer.text) == ("holds a key", f"{hidden}!")
+    server.reply = lambda request: error(401, f"{form}!")
+    with pytest.raises(TeacherError, match=rf"401: {re.escape(hidden)}!: check the key"):
+        ask(at(server, api_key_env="MY_KEY"))
+
+
+def test_a_short_key_may_be_a_word_and_hides_no_other_case(server, monkeypatch):
+    monkeypatch.setenv("MY_KEY", "EMPTY")
+    server.reply = lambda request: error(401, "EMPTY: messages is empty")
+    with pytest.raises(TeacherError, match=r"\*\*\*: messages is empty:"):
+        ask(at(server, api_key_env="MY_KEY"))
+
+
+ESCAPED = "".join(f"\\u{ord(one):04X}" for one in KEY)
+
+
+@pytest.mark.parametrize(
+    ("body", "shown"),
+    [
+        (json.dumps({"error": {"detail": KEY}}).encode("utf-16"), r'{"error": {"detail": "***"}}'),
+        (f"no {KEY}".encode("utf-16-le") + b"x", "no ***\ufffd"),
+        (f'{{"error": {{"detail": "{ESCAPED}"}}}}'.encode(), r'{"error": {"detail": "***"}}'),
+        (f'{{"error": {{"message": "{{\\"a\\": \\"{ESCAPED}\\"}}"}}}}'.encode(), '{"a": "***"}'),
+        (f'torn {{"error": "{ESCAPED}'.encode(), 'torn {"error": "***'),
+        (f"é {KEY}".encode("latin-1"), "\ufffd ***"),
+    ],
+)
+def test_a_key_is_hidden_however_an_error_is_written(server, monkeypatch, body, shown):
+    monkeypatch.setenv("MY_KEY", KEY)
+    server.reply = lambda request: (401, {}, body)
+    with pytest.raises(TeacherError) as caught:
+        ask(at(server, api_key_env="MY_KEY"))
+    assert f"401: {shown}: check" in str(caught.value)
 
 
 def test_no_escape_sequence_of_a_server_reaches_the_terminal(server):

@@ -1,13 +1,16 @@
 import json
+import os
 import subprocess
 import sys
 
 import pytest
 
+from pujax import collect
 from pujax.errors import ConfigError, PromptError
 from pujax.records import Prompt, messages_key
 from pujax.teacher import tables
-from pujax.teacher.prompts import load_prompts
+from pujax.teacher.prompts import load_prompts, refuse_pipes
+from pujax.teacher.settings import CollectRun, PromptsConfig, TeacherConfig
 
 
 def write(path, *rows):
@@ -103,6 +106,24 @@ def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
     (tmp_path / "p.csv").write_bytes(b"prompt\n" + b"caf\xc3\xa9\n" * 5000 + b"caf\xe9\n")
     with pytest.raises(PromptError, match=r"p\.csv:5002: not UTF-8 \(byte 3\): save it as UTF-8"):
         list(load_prompts(str(tmp_path / "p.csv")))
+
+
+def test_a_collection_reads_its_prompts_twice_and_says_so_of_a_pipe(tmp_path):
+    pipe, file = tmp_path / "pipe", write(tmp_path / "p.txt", "Hi")
+    os.mkfifo(pipe)
+    for source in (str(pipe), [file, str(pipe)]):
+        settings = CollectRun(
+            store=str(tmp_path / "a.jsonl"),
+            data=PromptsConfig(source),
+            teacher=TeacherConfig(base_url="http://127.0.0.1:9/v1", model="m"),
+        )
+        with pytest.raises(
+            PromptError, match=r"pipe: a pipe or a device can be read once only: write .* file"
+        ):
+            collect.run(settings)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["p.txt", "pipe"]
+    refuse_pipes([file, "nowhere.txt", str(tmp_path)])  # which are told where they are read
+    refuse_pipes({"dataset": "d"})
 
 
 def test_a_missing_file_and_an_empty_list_are_named(tmp_path):

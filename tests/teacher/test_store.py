@@ -16,13 +16,15 @@ from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import (
     Contents,
+    Mark,
     anchor_of,
     failures_path,
     read_anchors,
+    read_failures,
     read_records,
     said,
 )
-from pujax.teacher.writer import AnchorStore, take_up
+from pujax.teacher.writer import AnchorStore, kept_beside, take_up
 from tests.teacher_client import TURN, at, many, run, user
 from tests.teacher_server import completion
 
@@ -243,6 +245,13 @@ def test_a_save_by_an_editor_loses_no_answer(server, store, rename):
     assert any("another program replaced it" in line for line in said)
 
 
+def test_a_file_that_was_cut_short_has_changed(tmp_path):
+    with (tmp_path / "file").open("wb+", buffering=0) as file:
+        file.write(b"abc")
+        assert Mark(3, tail=b"abc").stands(file.fileno())
+        assert not Mark(3, tail=b"a line that was cut").stands(file.fileno())
+
+
 def test_a_save_after_the_last_answer_loses_none(server, store):
     said = collect_while(server, store, lambda: os.remove(store), at_answer=60)
     assert len(ids(store)) == 60
@@ -293,6 +302,35 @@ def test_a_claim_outlives_its_lock_file(store):
         assert other.stdout.readline() == "False\n"
         other.kill()
     book.close()
+
+
+def test_a_claim_holds_under_every_name_of_the_store(store):
+    link = store.with_name("link.jsonl")
+    link.symlink_to(store.name)
+    book = AnchorStore(store)
+    assert book.claim("aa" * 32)
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(link), "aa" * 32],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "False\n"
+        other.kill()
+    book.close()
+
+
+def test_a_store_with_two_hard_links_is_refused_and_a_copy_is_not(server, store):
+    run(many(2), server, store)
+    other = store.with_name("other.jsonl")
+    os.link(store, other)
+    with pytest.raises(StoreError, match=r"other\.jsonl: has another name too, .*hard link"):
+        run(many(3), server, other)
+    other.unlink()
+    other.write_bytes(store.read_bytes())
+    run(many(3), server, other)
+    assert server.delivered.total() == len(ids(other)) == 3
 
 
 def test_a_store_that_becomes_another_file_stops_and_the_answers_are_kept(server, store):
@@ -427,6 +465,73 @@ def test_what_a_run_kept_stays_where_it_can_not_be_read_or_stored(server, store,
         anchors_for(many(10), TeacherConfig(), store, CollectConfig(), say=said.append)
 
 
+def test_what_was_taken_up_is_renamed_and_never_written_over(server, store):
+    run(many(2), server, store)
+    whole = store.read_bytes()
+    for change in (b"mended by hand", b"otherwise"):
+        copy = store.with_name("anchors.kept7.jsonl")
+        copy.write_bytes(whole.replace(b"prompt 1", change))
+        run(many(2), server, store)
+        assert not copy.exists()
+    assert store.read_bytes() == whole
+    taken = sorted(store.parent.glob("anchors.kept7.jsonl.taken*"))
+    assert [b"by hand" in file.read_bytes() for file in taken] == [True, False]
+
+
+def test_a_store_named_like_what_a_run_kept_stays_a_store(server, store):
+    other = store.with_name("anchors.kept.jsonl")
+    run(many(3), server, store)
+    store.rename(other)
+    store.with_name("anchors.jsonl.lock").rename(store.with_name("anchors.kept.jsonl.lock"))
+    run(user("mine"), server, store)
+    assert ids(store) == ["id-mine"]
+    assert len(read_anchors(other)) == 3
+
+
+@pytest.mark.parametrize("name", ["a.kept.jsonl", "a.kept12.jsonl", "a.failed.jsonl", "a.failed"])
+def test_a_store_may_not_be_named_like_what_pujax_keeps_beside_one(server, store, name):
+    with pytest.raises(StoreError, match=rf"{name}: .*: name the store otherwise"):
+        run(many(1), server, store.with_name(name))
+    store.symlink_to(name)
+    with pytest.raises(StoreError, match="name the store otherwise"):
+        run(many(1), server, store)
+    assert not server.delivered
+
+
+def test_answers_are_no_failures_and_failures_no_answers(server, store):
+    run(many(2), server, store)
+    failed = failures_path(store)
+    store.rename(failed)  # as a store of the landed version could be named
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: an answer among failures, .*: rename"):
+        run(many(2), server, store)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: an answer among"):
+        list(read_failures(store))
+    failed.unlink()
+    server.reply = lambda request: (200, {}, completion(""))
+    run(many(2), server, store, retry_failed=True)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: a failure among answers"):
+        anchors_for(many(2), TeacherConfig(), failed, CollectConfig(), say=[].append)
+    with pytest.raises(StoreError, match=r"failed\.jsonl:1: a failure among answers"):
+        read_anchors(failed)
+    failed.rename(store.with_name("anchors.kept.jsonl"))
+    said = []
+    take_up(store, Contents(store), said.append)
+    assert "anchors.kept.jsonl:1: a failure among" in said[0]
+    assert not store.read_bytes()
+
+
+def test_a_pipe_or_folder_named_like_what_a_run_kept_is_passed_over(server, store):
+    os.mkfifo(store.with_name("anchors.kept.jsonl"))
+    store.with_name("anchors.kept2.jsonl").mkdir()
+    assert kept_beside(store) == []
+    kept = store.with_name("anchors.kept3.jsonl")
+    run(many(2), server, store)
+    store.rename(kept)
+    said = []
+    run(many(2), server, store, said)
+    assert said[-1].startswith("2 prompts: had 2, asked 0")
+
+
 def test_a_replay_names_what_waits_beside_the_store(server, store):
     kept = kept_by_a_run(server, store)
     store.touch()
@@ -512,9 +617,7 @@ def test_a_store_is_read_once_a_command(server, store, monkeypatch):
     run(many(5), server, store)
     read = []
     parse = store_module.parse
-    monkeypatch.setattr(
-        store_module, "parse", lambda raw, place: read.append(1) or parse(raw, place)
-    )
+    monkeypatch.setattr(store_module, "parse", lambda *line: read.append(1) or parse(*line))
     anchors = anchors_for(many(6), at(server), store, CollectConfig(), say=[].append)
     assert (len(anchors), len(read)) == (6, 6)  # the five of before and the one that was asked
 
