@@ -37,7 +37,8 @@ REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 def run(settings: CollectRun) -> int:
     """The exit status of collecting, planning or describing, as the settings ask."""
-    store, teacher = Path(settings.store), with_protocol(settings.teacher)
+    store = Path(settings.store)
+    teacher = with_protocol(settings.teacher, settings.trusted)
     if settings.stats or settings.collect.dry_run:
         for kept in kept_beside(store):
             warn(f"{kept} has answers that a run could not store: the next collection puts them in")

@@ -215,6 +215,25 @@ def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
     assert server.seen == 0
 
 
+def test_a_protocol_of_a_trusted_package_is_taken(server, prompts, tmp_path):
+    folder = tmp_path / "conf" / "teacher" / "protocol"
+    folder.mkdir(parents=True)
+    (tmp_path / "my_protocol.py").write_text(
+        "from pujax.teacher.protocols import openai_answer as answer, openai_request\n"
+        "def request(teacher, messages):\n    return openai_request(teacher, messages)\n"
+    )
+    (folder / "mine.yaml").write_text(
+        "_target_: pujax.teacher.endpoint.open_endpoint\n_partial_: true\n"
+        "request: {_target_: my_protocol.request, _partial_: true}\n"
+        "answer: {_target_: my_protocol.answer, _partial_: true}\n"
+    )
+    given = [*asking(server.url, prompts), "teacher/protocol=mine", "--config-dir=conf"]
+    assert "set trusted=[my_protocol]" in one_line(collect(tmp_path, *given))
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    done = collect(tmp_path, *given, "trusted=[my_protocol]", PYTHONPATH=path)
+    assert (done.returncode, len(server.requests)) == (0, 20)
+
+
 def test_an_unknown_key_is_refused(prompts, tmp_path):
     done = collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts), "collect.concurency=2")
     assert done.returncode == 1
