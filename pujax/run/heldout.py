@@ -122,15 +122,17 @@ def _all_but_the_seed(directory: Path) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def run_config(directory: Path) -> TrainConfig:
+def run_config(directory: Path, trusted: Sequence[str] = ()) -> TrainConfig:
     """The settings of a run as far as its held-out prompts go, whichever version stored them.
 
+    Trusted are the packages that the run was told to trust, whose metrics it has, and `trusted`.
     Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value that is
     out of its range.
     """
     stored = kept_settings(directory)
     try:
         return TrainConfig(
+            trusted=[*stored.get("trusted", []), *trusted],
             data=_record(DataConfig, stored["data"]),
             teacher=_record(TeacherConfig, stored.get("teacher", {})),
             collect=_record(CollectConfig, stored.get("collect", {})),
@@ -167,8 +169,8 @@ def evaluate_other(
         raise EvaluationError(
             f"name={name!r}: the run has it, or it can't name a file: choose another"
         )
-    config = run_config(directory)
-    metrics = build_metrics(config.eval, trusted)
+    config = run_config(directory, trusted)
+    metrics = build_metrics(config.eval, config.trusted)
     return evaluate_subject(subject_of(config, path), config, metrics, name)
 
 
