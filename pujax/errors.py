@@ -1,6 +1,10 @@
 """The errors of every room, and the checks that raise them."""
 
-from collections.abc import Iterable
+import inspect
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 
 class PujaxError(Exception):
@@ -88,3 +92,19 @@ def one_of(key: str, value: object, choices: Iterable[object]) -> None:
 def _listed(choices: tuple[object, ...]) -> str:
     *most, last = map(str, choices)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The module and name of a function, whatever of its settings is bound."""
+    plain = inspect.unwrap(getattr(function, "func", function))
+    return f"{plain.__module__}.{plain.__qualname__}"
+
+
+def raised_in(function: Callable[..., Any], error: Exception) -> str:
+    """What a function of the user's own raised, and on which line of its file."""
+    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [frame.lineno for frame in frames if code and frame.filename == code.co_filename]
+    at = f" ({Path(code.co_filename).name}, line {lines[-1]})" if code and lines else ""
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    return f"{name_of(function)} raised {type(error).__name__}: {said[:300]}{at}"
