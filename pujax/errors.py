@@ -1,6 +1,7 @@
 """The errors of every room, and the checks that raise them."""
 
 import inspect
+import sys
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -101,10 +102,15 @@ def name_of(function: Callable[..., Any]) -> str:
 
 
 def raised_in(function: Callable[..., Any], error: Exception) -> str:
-    """What a function of the user's own raised, and on which line of its file."""
-    code = getattr(inspect.unwrap(getattr(function, "func", function)), "__code__", None)
-    frames = traceback.extract_tb(error.__traceback__)
-    lines = [frame.lineno for frame in frames if code and frame.filename == code.co_filename]
-    at = f" ({Path(code.co_filename).name}, line {lines[-1]})" if code and lines else ""
+    """What a function of the user's own raised, and in which line of whose file."""
     said = next((line for line in str(error).splitlines() if line.strip()), "")
+    at = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if module not in PASSED_THROUGH and module not in sys.stdlib_module_names:
+            at = f" ({Path(frame.f_code.co_filename).name}, line {line})"
     return f"{name_of(function)} raised {type(error).__name__}: {said[:300]}{at}"
+
+
+PASSED_THROUGH = frozenset({"beartype", "jax", "jaxlib", "jaxtyping", "numpy", "pujax"})
+"""Packages between a user's function and whoever calls it, whose lines tell him nothing."""
