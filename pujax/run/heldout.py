@@ -9,7 +9,7 @@ from typing import Any
 
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import METRICS, Metric, Shown
+from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
 from pujax.evaluation.results import Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
@@ -31,14 +31,16 @@ from pujax.types import Params
 def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
     """The metrics that the settings name, or those that a run has when they name none.
 
-    Raises `ConfigError`, as `build` does.
+    Each is called once, on a made-up prompt. Raises `ConfigError`, as `build` and `try_metric` do.
     """
     metrics = {}
     for name, node in config.metrics.items():
         key = f"eval.metrics.{name}"
         try:
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            metrics[name] = Metric(build(function, f"{key}.function", trusted), Shown(**shown))
+            built = build(function, f"{key}.function", trusted)
+            try_metric(key, built)
+            metrics[name] = Metric(built, Shown(**shown))
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
