@@ -138,9 +138,7 @@ def own(tmp_path, monkeypatch, name):
 
 def test_a_metric_that_fails_on_a_prompt_is_named_with_it(tmp_path, monkeypatch):
     reading = replace(READING, response="abc")
-    said = (
-        r"^eval\.metrics\.mine: my_metrics\.divides raised ZeroDivisionError: .*line 3\)"
-    )
+    said = r"^eval\.metrics\.mine: my_metrics\.divides raised ZeroDivisionError: .*line 3\)"
     with pytest.raises(ConfigError, match=rf"{said}, on prompt '{reading.prompt.id}'"):
         measure(reading, own(tmp_path, monkeypatch, "divides"))
     with pytest.raises(ConfigError, match="returned 'high', want a number or None, on prompt"):
