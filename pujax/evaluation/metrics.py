@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pujax.errors import ConfigError, PujaxError, name_of, one_of, raised_in, require
+from pujax.errors import ConfigError, PujaxError, name_of, raised_in, require
 from pujax.evaluation import text
 from pujax.records import Prompt
 
@@ -50,7 +50,12 @@ class Shown:
             value = getattr(self, key)
             require(isinstance(value, kind), f"a metric's {key}", value, f"must be {kind.__name__}")
         require(self.digits >= 0, "a metric's digits", self.digits, "must not be negative")
-        one_of("a metric's better", self.better, ("higher", "lower", None))
+        require(
+            self.better in ("higher", "lower", None),
+            "a metric's better",
+            self.better,
+            "choose higher, lower or None, which YAML writes as null",
+        )
 
 
 @dataclass(frozen=True)

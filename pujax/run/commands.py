@@ -206,6 +206,8 @@ def in_new_words(name: str) -> None:
     for word in rest:
         if word in ("--model", "--name"):
             words.append(f"{word[2:]}={next(rest, '...')}")
+        elif word in VALUED:
+            words += [word, *([following] if (following := next(rest, "")) else [])]
         elif "=" in word or word.startswith("-"):
             words.append(word)
         else:

@@ -40,7 +40,10 @@ def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[st
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
             built = build(function, f"{key}.function", trusted)
             try_metric(key, built)
-            metrics[name] = Metric(built, Shown(**shown))
+            try:
+                metrics[name] = Metric(built, Shown(**shown))
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "

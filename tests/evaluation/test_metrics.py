@@ -90,6 +90,7 @@ def test_every_metric_measures_a_reading(path):
     [
         ({"title": None}, "title=None"),
         ({"better": "up"}, "better='up': choose higher, lower or None"),
+        ({"better": "up"}, r"^eval\.metrics\.mine: .* or None, which YAML writes as null"),
         ({"function": None}, r"eval\.metrics\.mine\.function=None: name a function"),
         ({"colour": "red"}, "colour"),
     ],

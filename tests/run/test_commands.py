@@ -344,3 +344,8 @@ def test_a_command_reads_alike_behind_the_one_entry_point():
     ]
     assert shown[0].stdout == shown[1].stdout
     assert "format: hf" in shown[0].stdout
+
+
+def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pujax evaluate", "--config-dir", str(tmp_path), "run=a"])
+    commands.in_new_words("evaluate")
