@@ -20,7 +20,7 @@ from pujax.run.generator import Generator, Reply
 from pujax.run.local_teacher import LocalTeacher
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.teacher.settings import CollectConfig, CollectRun, TeacherConfig
+from pujax.teacher.settings import CollectConfig, CollectRun, PriceConfig, TeacherConfig
 from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
@@ -132,6 +132,21 @@ def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tm
         assert line in done.stdout.splitlines()
     ids = re.findall(r"^ +\d+  (p\d+)", done.stdout, re.MULTILINE)
     assert ids == [f"p{n}" for n in range(1, 11)] + [f"p{n}" for n in range(19, 9, -1)]
+
+
+def test_stats_take_no_unknown_price_for_nothing(server, prompts, tmp_path, capsys):
+    store = tmp_path / "anchors.jsonl"
+    priced = PriceConfig(input=1.0e6, output=0.0)
+    for count, price, cost in (
+        (2, PriceConfig(), "unknown"),
+        (3, priced, "10.0000 (the price of 2 was unknown)"),
+    ):
+        write(prompts, count)
+        teacher = TeacherConfig(base_url=server.url, model="m", max_tokens=8, price=price)
+        anchors_for(list(load_prompts(str(prompts))), teacher, store, CollectConfig())
+        capsys.readouterr()
+        describe_and_tell(CollectRun(store=str(store), stats=True))
+        assert f"cost           {cost}\n" in capsys.readouterr().out
 
 
 def test_what_waits_beside_a_store_is_told_by_stats(tmp_path, capsys):
