@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from pujax.errors import PujaxError, require
 from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
+from pujax.run.finished import source_of
 from pujax.run.typed import lines, told
 
 if TYPE_CHECKING:
@@ -59,12 +60,11 @@ def run(settings: ChatConfig) -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    source, system = source_of(settings.run, settings.model)
     compile_once()
-    from pujax.run.finished import source_of
     from pujax.run.generator import Generator  # jax with it: --help does not need that
 
     given = told("system", settings.system)
-    source, system = source_of(settings.run, settings.model)
     system = system if given is None else given
     typed = sys.stdin.isatty()
     generator = Generator.load(source)

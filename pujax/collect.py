@@ -37,7 +37,8 @@ REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 def run(settings: CollectRun) -> int:
     """The exit status of collecting, planning or describing, as the settings ask."""
-    store, teacher = Path(settings.store), with_protocol(settings.teacher)
+    store = Path(settings.store)
+    teacher = with_protocol(settings.teacher, settings.trusted)
     if settings.stats or settings.collect.dry_run:
         for kept in kept_beside(store):
             warn(f"{kept} has answers that a run could not store: the next collection puts them in")
@@ -166,7 +167,7 @@ def describe(store: Path) -> str:
     lines += [f"failures       {_table(reasons) if reasons else 0}"]
     lines += [
         f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
-        f"cost           {bill['cost'] / 1e9:,.4f}" + _unpriced(bill["unpriced"]),
+        f"cost           {_money(bill['cost'] / 1e9, bill['unpriced'], bill['records'])}",
     ]
     if lengths:
         lines += [
@@ -184,6 +185,7 @@ def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
         bill[name] += (record["usage"] or {}).get(name, 0)
     bill["cost"] += round((record["cost"] or 0.0) * 1e9)
     bill["unpriced"] += record["cost"] is None
+    bill["records"] += 1
 
 
 def _table(counter: Counter[str]) -> str:
@@ -194,8 +196,11 @@ def _twice(count: int) -> str:
     return f" ({count:,} of them asked twice)" if count else ""
 
 
-def _unpriced(count: int) -> str:
-    return f" (the price of {count:,} was unknown)" if count else ""
+def _money(known: float, unpriced: int, records: int) -> str:
+    """A sum of money; what had no price is not taken for nothing."""
+    if records and unpriced == records:
+        return "unknown"
+    return f"{known:,.4f}" + (f" (the price of {unpriced:,} was unknown)" if unpriced else "")
 
 
 main = command("collect", CollectRun, run)

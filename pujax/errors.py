@@ -1,6 +1,11 @@
 """The errors of every room, and the checks that raise them."""
 
-from collections.abc import Iterable
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
 
 
 class PujaxError(Exception):
@@ -88,3 +93,24 @@ def one_of(key: str, value: object, choices: Iterable[object]) -> None:
 def _listed(choices: tuple[object, ...]) -> str:
     *most, last = map(str, choices)
     return f"{', '.join(most)} or {last}" if most else last
+
+
+def name_of(function: Callable[..., Any]) -> str:
+    """The module and name of a function, whatever of its settings is bound."""
+    plain = inspect.unwrap(getattr(function, "func", function))
+    return f"{plain.__module__}.{plain.__qualname__}"
+
+
+def raised_in(function: Callable[..., Any], error: Exception) -> str:
+    """What a function of the user's own raised, and in which line of whose file."""
+    said = next((line for line in str(error).splitlines() if line.strip()), "")
+    at = ""
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        module = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if module not in PASSED_THROUGH and module not in sys.stdlib_module_names:
+            at = f" ({Path(frame.f_code.co_filename).name}, line {line})"
+    return f"{name_of(function)} raised {type(error).__name__}: {said[:300]}{at}"
+
+
+PASSED_THROUGH = frozenset({"beartype", "jax", "jaxlib", "jaxtyping", "numpy", "pujax"})
+"""Packages between a user's function and whoever calls it, whose lines tell him nothing."""

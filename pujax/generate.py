@@ -6,9 +6,9 @@ from io import TextIOWrapper
 from itertools import chain, islice
 
 from pujax.errors import ConfigError, require
-from pujax.files.locate import at_home
 from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
+from pujax.run.finished import source_of
 from pujax.run.typed import lines, told
 
 BATCH = 8  # prompts of standard input that are answered at once
@@ -63,16 +63,12 @@ def run(settings: GenerateConfig) -> None:
 
 def answer(settings: GenerateConfig) -> None:
     """Answer as `settings` say. Raises `PujaxError` for what can't be."""
+    source, of_run = source_of(settings.run, settings.model)
+    system, prompt = told("system", settings.system), told("prompt", settings.prompt)
+    system = of_run if system is None else system
     compile_once()
-    from pujax.run.finished import finished_run
-    from pujax.run.generator import Generator  # jax with it: --help does not need that
+    from pujax.run.generator import Generator  # jax with it: what is refused does not need that
 
-    source, system = str(settings.model), told("system", settings.system)
-    if settings.run is not None:
-        run = finished_run(at_home(settings.run))
-        source = str(run.model)
-        system = run.system if system is None else system
-    prompt = told("prompt", settings.prompt)
     if prompt is not None:
         prompts, size = iter([prompt]), 1
     else:

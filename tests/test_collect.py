@@ -20,7 +20,7 @@ from pujax.run.generator import Generator, Reply
 from pujax.run.local_teacher import LocalTeacher
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.teacher.settings import CollectConfig, CollectRun, TeacherConfig
+from pujax.teacher.settings import CollectConfig, CollectRun, PriceConfig, TeacherConfig
 from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
@@ -134,6 +134,21 @@ def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tm
     assert ids == [f"p{n}" for n in range(1, 11)] + [f"p{n}" for n in range(19, 9, -1)]
 
 
+def test_stats_take_no_unknown_price_for_nothing(server, prompts, tmp_path, capsys):
+    store = tmp_path / "anchors.jsonl"
+    priced = PriceConfig(input=1.0e6, output=0.0)
+    for count, price, cost in (
+        (2, PriceConfig(), "unknown"),
+        (3, priced, "10.0000 (the price of 2 was unknown)"),
+    ):
+        write(prompts, count)
+        teacher = TeacherConfig(base_url=server.url, model="m", max_tokens=8, price=price)
+        anchors_for(list(load_prompts(str(prompts))), teacher, store, CollectConfig())
+        capsys.readouterr()
+        describe_and_tell(CollectRun(store=str(store), stats=True))
+        assert f"cost           {cost}\n" in capsys.readouterr().out
+
+
 def test_what_waits_beside_a_store_is_told_by_stats(tmp_path, capsys):
     store = tmp_path / "anchors.jsonl"
     for name in ("anchors.jsonl", "anchors.kept.jsonl", "anchors.kept-by-me.jsonl"):
@@ -213,6 +228,25 @@ def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
     assert said in line
     assert KEY not in line
     assert server.seen == 0
+
+
+def test_a_protocol_of_a_trusted_package_is_taken(server, prompts, tmp_path):
+    folder = tmp_path / "conf" / "teacher" / "protocol"
+    folder.mkdir(parents=True)
+    (tmp_path / "my_protocol.py").write_text(
+        "from pujax.teacher.protocols import openai_answer as answer, openai_request\n"
+        "def request(teacher, messages):\n    return openai_request(teacher, messages)\n"
+    )
+    (folder / "mine.yaml").write_text(
+        "_target_: pujax.teacher.endpoint.open_endpoint\n_partial_: true\n"
+        "request: {_target_: my_protocol.request, _partial_: true}\n"
+        "answer: {_target_: my_protocol.answer, _partial_: true}\n"
+    )
+    given = [*asking(server.url, prompts), "teacher/protocol=mine", "--config-dir=conf"]
+    assert "set trusted=[my_protocol]" in one_line(collect(tmp_path, *given))
+    path = f"{ROOT}{os.pathsep}{tmp_path}"
+    done = collect(tmp_path, *given, "trusted=[my_protocol]", PYTHONPATH=path)
+    assert (done.returncode, len(server.requests)) == (0, 20)
 
 
 def test_an_unknown_key_is_refused(prompts, tmp_path):

@@ -84,6 +84,12 @@ def test_help_needs_neither_jax_nor_transformers(command):
     assert loads(code, "jax", "transformers", "torch", "datasets", "matplotlib") == []
 
 
+@pytest.mark.parametrize("command", ["generate", "chat"])
+def test_a_run_that_is_not_there_is_refused_without_jax(command):
+    call = f"import sys, pujax.{command} as told; sys.argv = ['x', 'run=nowhere']"
+    assert loads(f"{call}\ntry: told.main()\nexcept SystemExit: pass\nimport sys", "jax") == []
+
+
 def test_the_front_door_is_quick():
     assert loads("import pujax; dir(pujax)", "jax", "numpy", "transformers", "hydra") == []
     assert loads("import pujax; pujax.load_prompts", "jax", "transformers") == []

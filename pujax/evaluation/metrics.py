@@ -4,13 +4,15 @@ A metric is a function of a `Reading` to a number, or None where the prompt has 
 `conf/eval/` that names it and says how it is shown.
 """
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import comb, exp
+from typing import Any
 
 import numpy as np
 
-from pujax.errors import one_of, require
+from pujax.errors import ConfigError, PujaxError, name_of, raised_in, require
 from pujax.evaluation import text
 from pujax.records import Prompt
 
@@ -48,7 +50,12 @@ class Shown:
             value = getattr(self, key)
             require(isinstance(value, kind), f"a metric's {key}", value, f"must be {kind.__name__}")
         require(self.digits >= 0, "a metric's digits", self.digits, "must not be negative")
-        one_of("a metric's better", self.better, ("higher", "lower", None))
+        require(
+            self.better in ("higher", "lower", None),
+            "a metric's better",
+            self.better,
+            "choose higher, lower or None, which YAML writes as null",
+        )
 
 
 @dataclass(frozen=True)
@@ -158,5 +165,54 @@ QUALITY = ("anchor_logp", "rouge_l", "exact", "contains")
 
 
 def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float | None]:
-    """Each metric's value on one reading."""
-    return {name: metric.function(reading) for name, metric in metrics.items()}
+    """Each metric's value on one reading.
+
+    Raises `ConfigError` naming the metric and the prompt, for one that raises or gives no number.
+    """
+    values = {}
+    for name, metric in metrics.items():
+        at = f"on prompt {reading.prompt.id!r}"
+        try:
+            made = metric.function(reading)
+        except PujaxError:
+            raise
+        except Exception as error:
+            said = f"{raised_in(metric.function, error)}, {at}: mend it, or leave it out"
+            raise ConfigError(f"eval.metrics.{name}: {said}") from error
+        values[name] = _number(f"eval.metrics.{name}", metric.function, made, at)
+    return values
+
+
+def try_metric(key: str, function: MetricFn) -> None:
+    """Call a metric on a made-up reading. Raises `ConfigError` for what no reading can mend.
+
+    That is a function that takes something else, or returns no number; whatever it raises may lie
+    in the reading, and is left to `measure`.
+    """
+    try:
+        inspect.signature(function).bind(MADE_UP)
+    except TypeError as error:
+        raise ConfigError(
+            f"{key}: {name_of(function)}: {error}: a metric takes one reading, and its settings "
+            "after a *"
+        ) from error
+    try:
+        made = function(MADE_UP)
+    except Exception:
+        return
+    _number(key, function, made, "on a made-up prompt")
+
+
+MADE_UP = Reading(
+    Prompt("made-up", ({"role": "user", "content": "2 + 2?"},), "4", "sum"),
+    *("4", "It is 4.", -1.0, 6.0, 1.0, ("4", "5")),
+)
+
+
+def _number(key: str, function: MetricFn, made: Any, at: str) -> float | None:
+    """What a metric made, as a float or None. Raises `ConfigError`."""
+    if made is None or isinstance(made, float):
+        return made
+    if isinstance(made, int | np.number | np.bool_) or getattr(made, "shape", None) == ():
+        return float(made)
+    raise ConfigError(f"{key}: {name_of(function)} returned {made!r}, want a number or None, {at}")

@@ -208,6 +208,8 @@ def in_new_words(name: str) -> None:
     for word in rest:
         if word in ("--model", "--name"):
             words.append(f"{word[2:]}={next(rest, '...')}")
+        elif word in VALUED:
+            words += [word, *([following] if (following := next(rest, "")) else [])]
         elif "=" in word or word.startswith("-"):
             words.append(word)
         else:
@@ -238,6 +240,10 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         return 130, "interrupted"
     if isinstance(error, HydraException | OmegaConfBaseException):
         return 1, _composition(error, overrides, schema)
+    if isinstance(error, yaml.MarkedYAMLError):
+        mark = error.problem_mark
+        at = f"{mark.name}:{mark.line + 1}: " if mark else ""
+        return 1, f"{at}no YAML: {error.problem}: mend that line, or the indentation above it"
     if isinstance(error, PujaxError):
         return 1, str(error)
     if isinstance(error, BrokenPipeError):
@@ -257,6 +263,11 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         key, _, value = error.override.partition("=")
         if not value:
             return f"{error.override!r}: write it as KEY=VALUE"
+        if whole := _parted(error.override, overrides):
+            return (
+                f"{key}: {value!r} has no end: write no space after a comma, or quote the whole, "
+                f"as in '{whole}'"
+            )
         quoted = value.replace('"', '\\"')
         return f"{key}: can't read its value: quote it twice, as in '{key}=\"{quoted}\"'"
     if found := re.search(r"Could not override '([^']*)'|could not delete.*'([^']*)'", text, re.I):
@@ -272,7 +283,9 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         why = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         if "Environment variable" in why:
             why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
-        why = _plain(why)
+        why = _of_ones_own(_plain(why))
+        if "is not a ListConfig" in why:
+            why = "a list is wanted, as in [A] or [A,B]"
         given = [o for o in overrides if o.lstrip("+~").split("=")[0] == found[1]]
         # What was not typed came from a file or an interpolation, and may be anything.
         if (value := re.search(r"Value '(.*)'", why)) and not any(value[1] in o for o in given):
@@ -285,6 +298,32 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             f"'{key}=[{value}]' for a list, or add -m to run one after the other"
         )
     return _plain(" ".join(text.split("\nSee https")[0].split()))
+
+
+def _parted(word: str, words: Sequence[str]) -> str | None:
+    """What a list was typed as that the shell parted at its spaces; None where it is none."""
+    if word not in words or word.count("[") <= word.count("]"):
+        return None
+    parts: list[str] = []
+    for part in words[words.index(word) :]:
+        parts.append(part)
+        if "".join(parts).count("[") == "".join(parts).count("]"):
+            return " ".join(parts)
+    return None
+
+
+def _of_ones_own(why: str) -> str:
+    """What to write where a scorer's or a metric's file has not the form that those have."""
+    found = re.match(r"In '(scorer|eval)/([^']+)': .*Key '\w+' not in", why)
+    if found is None:
+        return why
+    group, name = found.groups()
+    if group == "eval":
+        return f"eval/{name}.yaml: begin it with the line `# @package eval.metrics.{name}`"
+    return (
+        f"scorer/{name}.yaml: its function stands under `score:`, and beside that "
+        "`by: reference` or `by: policy`"
+    )
 
 
 def _unknown_key(key: str, error: Exception, schema: type) -> str:

@@ -141,6 +141,11 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
     target: str = node["_target_"]
+    module, _, name = target.rpartition(".")
+    if not module:
+        raise ConfigError(
+            f"{key}: _target_: {target}: name it with its module, as in mine.{target}"
+        )
     if node.get("_partial_") is not True:
         raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
     if not target.startswith((*OURS, *(f"{name}." for name in trusted))):
@@ -148,11 +153,13 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
             f"{key}: {target} is neither pujax's nor of a trusted package: if its code may run "
             f"here, set trusted=[{target.split('.')[0]}]"
         )
-    module, _, name = target.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # a package of the user's may fail in any way
-        raise ConfigError(f"{key}: cannot build {target!r}: {error}") from error
+        hint = ""
+        if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
+            hint = ": its folder must be on PYTHONPATH, as this one is by PYTHONPATH=."
+        raise ConfigError(f"{key}: cannot build {target!r}: {error}{hint}") from error
     if not (inspect.isfunction(inspect.unwrap(function)) or inspect.isclass(function)):
         raise ConfigError(f"{key}: {target} is a {type(function).__name__}, not a function")
     keywords = {
@@ -210,6 +217,12 @@ def _check_bound(target: str, function: Any, keywords: Mapping[str, Any], key: s
     }
     name = target.rpartition(".")[2]
     unknown = sorted(set(keywords) - set(choices))
+    before = [each for each in unknown if each in inspect.signature(function).parameters]
+    if before:
+        raise ConfigError(
+            f"{key}: {name} takes {before[0]} as an argument, not as a setting: write a * before "
+            f"it, as in def {name}(..., *, {', '.join(before)})"
+        )
     if unknown:
         raise ConfigError(f"{key}: {name} has no {unknown}; it takes {sorted(choices)}")
     unset = [

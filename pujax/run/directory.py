@@ -61,6 +61,8 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
     would write.
     """
     settings, theirs = asdict(config), False
+    place = Path(config.run.dir or Path(config.run.root) / config.run.name)
+    made = [folder for folder in (place, *place.parents) if not folder.exists()]
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
@@ -90,6 +92,9 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
                     (directory / LOCK).unlink()
                     if not theirs:
                         directory.rmdir()
+                    for folder in made:  # as far as nothing else is in them
+                        if folder != directory:
+                            folder.rmdir()
             raise
 
 
@@ -216,7 +221,7 @@ def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
     for number in range(1, 10_000):
         directory = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
-            directory.mkdir()
+            directory.mkdir(parents=True)  # another process may take the parent back meanwhile
             return directory, _lock(directory)
     raise ConfigError(f"{parent}: ten thousand runs of one second: choose another run.root")
 

@@ -31,6 +31,7 @@ from pujax.method.step import (
     make_sft_step,
     make_train_step,
 )
+from pujax.method.trial import try_recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.records import STAGES, Example
@@ -281,6 +282,8 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
     scorer = build(config.scorer.score, "scorer.score", trusted)
     Rewards(scorer)  # starts nothing yet, and refuses what it can't run
     loss_fn, said = build_loss(config.loss, trusted)
+    candidates = config.sampling.candidates
+    try_recipe(scorer, labels, loss_fn, frames=chat.frames, candidates=candidates)
     recipe = Recipe(
         sampling=config.sampling,
         response_size=config.data.max_response_tokens,
@@ -288,7 +291,7 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
         by_policy=config.scorer.by == "policy",
         labels=labels,
         frames=chat.frames,
-        needs=needs_of(loss_fn, labels, config.sampling.candidates, **said),
+        needs=needs_of(loss_fn, labels, candidates, **said),
         inner_epochs=config.align.inner_epochs,
     )
     return recipe, loss_fn

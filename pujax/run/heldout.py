@@ -9,7 +9,7 @@ from typing import Any
 
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import METRICS, Metric, Shown
+from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
 from pujax.evaluation.results import OWN, Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
@@ -31,14 +31,19 @@ from pujax.types import Params
 def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
     """The metrics that the settings name, or those that a run has when they name none.
 
-    Raises `ConfigError`, as `build` does.
+    Each is called once, on a made-up prompt. Raises `ConfigError`, as `build` and `try_metric` do.
     """
     metrics = {}
     for name, node in config.metrics.items():
         key = f"eval.metrics.{name}"
         try:
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            metrics[name] = Metric(build(function, f"{key}.function", trusted), Shown(**shown))
+            built = build(function, f"{key}.function", trusted)
+            try_metric(key, built)
+            try:
+                metrics[name] = Metric(built, Shown(**shown))
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
         except (KeyError, TypeError) as error:
             raise ConfigError(
                 f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
@@ -122,15 +127,17 @@ def _all_but_the_seed(directory: Path) -> str:
     return json.dumps(kept, sort_keys=True, default=str)
 
 
-def run_config(directory: Path) -> TrainConfig:
+def run_config(directory: Path, trusted: Sequence[str] = ()) -> TrainConfig:
     """The settings of a run as far as its held-out prompts go, whichever version stored them.
 
+    Trusted are the packages that the run was told to trust, whose metrics it has, and `trusted`.
     Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value that is
     out of its range.
     """
     stored = kept_settings(directory)
     try:
         return TrainConfig(
+            trusted=[*stored.get("trusted", []), *trusted],
             data=_record(DataConfig, stored["data"]),
             teacher=_record(TeacherConfig, stored.get("teacher", {})),
             collect=_record(CollectConfig, stored.get("collect", {})),
@@ -173,8 +180,8 @@ def evaluate_other(
         raise EvaluationError(
             f"name={name!r}: what a run calls its own models, which {path} is not: choose another"
         )
-    config = run_config(directory)
-    metrics = build_metrics(config.eval, trusted)
+    config = run_config(directory, trusted)
+    metrics = build_metrics(config.eval, config.trusted)
     return evaluate_subject(subject_of(config, path), config, metrics, name)
 
 

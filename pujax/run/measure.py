@@ -33,6 +33,7 @@ from pujax.method.step import (
     sample_candidates,
     update,
 )
+from pujax.method.trial import try_recipe
 from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
@@ -107,6 +108,8 @@ class Subject:
             run.scorer.score["_target_"],
             "what it takes depends on the reward, which runs on the host: choose another scorer",
         )
+        frames, most = self.chat.frames, max(2, run.benchmark.candidates)
+        try_recipe(self.scorer, self.labels, self.loss, frames=frames, candidates=most)
 
     def measure(self, shape: ShapesConfig) -> Cost:
         """Time `shape.steps` steps of that shape, and each of their phases."""

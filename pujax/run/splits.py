@@ -33,7 +33,7 @@ FINAL = "aligned"
 class Split:
     """Held-out prompts, how they are laid out and measured, and the folder that keeps the answers.
 
-    The settings are as far as held-out prompts go; `trusted` of them is the caller's, not a run's.
+    The settings are as far as held-out prompts go; `trusted` of them is the run's and the caller's.
     """
 
     config: TrainConfig
@@ -55,13 +55,15 @@ def split_of(
     `teacher` is whose anchors. Raises `ConfigError`, and `EvaluationError` for a run whose settings
     can't be read.
     """
-    own = TrainConfig(eval=EvalConfig()) if directory is None else run_config(directory)
+    own = TrainConfig(eval=EvalConfig(), trusted=list(trusted))
+    if directory is not None:
+        own = run_config(directory, trusted)
     of_data = _over(DataConfig() if directory is None else own.data, data)
     of_eval = _over(own.eval, replace(measured, metrics={}))
     nodes = {**own.eval.metrics, **measured.metrics}
     metrics = {
-        **build_metrics(own.eval, trusted),
-        **build_metrics(replace(own.eval, metrics=nodes), trusted),
+        **build_metrics(own.eval, own.trusted),
+        **build_metrics(replace(own.eval, metrics=nodes), own.trusted),
     }
     if data.heldout is not None:
         of_eval = replace(of_eval, prompts=measured.prompts)
@@ -73,7 +75,6 @@ def split_of(
         data=of_data,
         eval=replace(of_eval, metrics=nodes),
         teacher=whose,
-        trusted=list(trusted),
     )
     folder = Path("evaluations") if directory is None else directory
     name = _stem(of_data.heldout)

@@ -20,13 +20,15 @@ from pujax.errors import StoreError, TeacherError
 from pujax.records import Prompt, messages_key
 from pujax.teacher.endpoint import OpenTeacher, open_endpoint
 from pujax.teacher.plan import CHARS_PER_TOKEN, Spend, cost, estimate_tokens
-from pujax.teacher.protocols import Answer, Rejected, Retryable, Teacher, Unreachable
+from pujax.teacher.protocols import Answer, Rejected, Retryable, Teacher, Unreachable, Unread
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import FORMAT, digest, said
 from pujax.teacher.writer import AnchorStore
 from pujax.text import printable
 
 SEVERAL = 8  # prompts that are all refused before any is answered: the settings are at fault
+
+FEW = 3  # replies that a function of the user's own can't read before it has read any
 
 ALIKE = 32  # refusals in a row in the very same words: the account is at fault, late in a run
 
@@ -188,6 +190,12 @@ class Collection:
         except Rejected as error:
             await self._reject(prompt, key, error)
             return
+        except Unread as error:
+            tally.error = tally.error or error  # said at the end, where it does not stop the run
+            self._failing += 1
+            if self._failing >= (self._settings.concurrency if self._heard else FEW):
+                self._fail(error)
+            return
         except TeacherError as error:
             raise TeacherError(f"{error} (asked for {printable(prompt.id)})") from error
         if answer is None:
@@ -267,11 +275,20 @@ class Collection:
             tally.retried += 1
             if error.after:
                 self._hold(error.after)
-            if error.billed:  # the budget takes the worst for granted
-                spent = need
+            if error.billed:
+                spent = self._worst(need)
+            raise
+        except Unread:
+            spent = self._worst(need)
             raise
         finally:
             await self._settle(need, spent)
+
+    def _worst(self, need: Spend) -> Spend:
+        """What the budget takes for granted where an answer was lost; the cost may be unknown."""
+        if cost(self._identity.price, 1.0, 1.0) is None:
+            self._tally.cost = None
+        return need
 
     def _hold(self, seconds: float) -> None:
         """Ask nothing for as long as the server wishes, and say so; end the run when it is long."""

@@ -19,7 +19,7 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import httpx
 
-from pujax.errors import TeacherError
+from pujax.errors import PujaxError, TeacherError, name_of, raised_in
 from pujax.records import Messages
 from pujax.teacher.protocols import (
     Answer,
@@ -29,6 +29,7 @@ from pujax.teacher.protocols import (
     Retryable,
     Teacher,
     Unreachable,
+    Unread,
     openai_answer,
     openai_request,
 )
@@ -153,7 +154,7 @@ class HttpTeacher:
 
     async def ask(self, messages: Messages) -> Answer:
         """The answer to one request. Raises `Retryable` or `TeacherError`."""
-        path, body = self._request(self._settings, messages)
+        path, body = self._asked(messages)
         self._url = url = _joined(str(self._settings.base_url), path)
         clean = self._secrets.clean
         client = await self._idle.get()
@@ -180,6 +181,45 @@ class HttpTeacher:
             self._idle.put_nowait(client)
         return self._read(response, data)
 
+    def _asked(self, messages: Messages) -> tuple[str, dict[str, Any]]:
+        """What is sent. Raises `TeacherError` for a function of the user's own that fails."""
+        wanted = "want the path after base_url and the body, as in ('/chat', {...})"
+        try:
+            made: Any = self._request(self._settings, messages)
+        except Exception as error:
+            if isinstance(error, PujaxError) or not _is_own(self._request):
+                raise
+            said = f"{raised_in(self._request, error)}; it takes (teacher, messages): {wanted}"
+            raise TeacherError(self._secrets.clean(said)) from error
+        if not isinstance(made, tuple) or [type(part) for part in made] != [str, dict]:
+            kind = type(made).__name__
+            raise TeacherError(f"{name_of(self._request)} returned a {kind}: {wanted}")
+        return made
+
+    def _answered(self, body: Any) -> Answer:
+        """The answer by a function of the user's own. Raises `Unread` where it makes none."""
+        keys = list(body)[:20] if isinstance(body, dict) else type(body).__name__
+        wanted = f"want a pujax.teacher.protocols.Answer; the reply has {keys}"
+        try:
+            made: Any = self._answer(body)
+        except (PujaxError, Retryable):
+            raise
+        except Exception as error:
+            said = f"{raised_in(self._answer, error)}: {wanted}"
+            raise Unread(self._secrets.clean(said)) from error
+        if not isinstance(made, Answer):
+            said = f"{name_of(self._answer)} returned a {type(made).__name__}: {wanted}"
+            raise Unread(self._secrets.clean(said))
+        for name in ("text", "finish_reason", "model", "refusal"):
+            value = getattr(made, name)
+            if not isinstance(value, str) and (name == "text" or value is not None):
+                kind = type(value).__name__
+                said = (
+                    f"{name_of(self._answer)} returned an Answer whose {name} is {kind}: {wanted}"
+                )
+                raise Unread(self._secrets.clean(said))
+        return made
+
     def _read(self, response: httpx.Response, data: bytes) -> Answer:
         text = _text(response, data)
         try:
@@ -191,6 +231,8 @@ class HttpTeacher:
         fault = body.get("error") if isinstance(body, dict) else None
         if fault or not response.is_success:
             return self._fault(response, fault, text)
+        if _is_own(self._answer):
+            return self._masked(self._answered(body))
         try:
             return self._masked(self._answer(body))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
@@ -242,6 +284,11 @@ class HttpTeacher:
         if status < 400 or status in (401, 402, 404, 405, 407, 410):
             raise TeacherError(line)
         raise Rejected(line, certain=status == 413 or not ABOUT_PROMPT.isdisjoint(codes))
+
+
+def _is_own(function: Callable[..., Any]) -> bool:
+    """Whether a function is the user's own and not one of pujax."""
+    return not name_of(function).startswith("pujax.")
 
 
 async def _whole(response: httpx.Response) -> bytes:

@@ -2,7 +2,8 @@
 
 A request function takes the teacher's settings and the messages and returns the path after
 `base_url` and the JSON body. An answer function takes the body of the reply; whatever indexing
-raises when it isn't an answer, the endpoint takes as one more try.
+raises when it isn't an answer, the endpoint takes as one more try where the function is one of
+these. One of the user's own is named with what it raised, and the prompt is not asked again.
 """
 
 import math
@@ -61,6 +62,10 @@ class Rejected(TeacherError):
     def __init__(self, said: str, *, certain: bool) -> None:
         super().__init__(said)
         self.certain = certain
+
+
+class Unread(TeacherError):
+    """A function of the user's own made no `Answer` of a reply, which may have been charged."""
 
 
 @dataclass(frozen=True, slots=True)

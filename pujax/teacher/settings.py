@@ -333,6 +333,7 @@ class CollectRun:
     Attributes:
         store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
         stats: describe the store and ask nobody.
+        trusted: packages beside pujax whose functions may be named: their code runs here.
         data: the prompts.
         teacher: whom to ask.
         collect: how to ask.
@@ -340,6 +341,7 @@ class CollectRun:
 
     store: str = MISSING
     stats: bool = False
+    trusted: list[str] = field(default_factory=list)
     data: PromptsConfig = field(default_factory=PromptsConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)

@@ -1,6 +1,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from omegaconf import OmegaConf
 
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import metrics
-from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown
+from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown, measure
 from pujax.evaluation.results import Evaluation, Row, load, save
 from pujax.records import Prompt
 from pujax.run.compose import build, conf_dir
@@ -89,6 +90,7 @@ def test_every_metric_measures_a_reading(path):
     [
         ({"title": None}, "title=None"),
         ({"better": "up"}, "better='up': choose higher, lower or None"),
+        ({"better": "up"}, r"^eval\.metrics\.mine: .* or None, which YAML writes as null"),
         ({"function": None}, r"eval\.metrics\.mine\.function=None: name a function"),
         ({"colour": "red"}, "colour"),
     ],
@@ -96,6 +98,59 @@ def test_every_metric_measures_a_reading(path):
 def test_a_metric_that_is_told_wrongly_is_named(change, message):
     with pytest.raises(ConfigError, match=message):
         build_metrics(EvalConfig(metrics={"mine": node(FILES[0]) | change}))
+
+
+OWN = """
+def divides(reading):
+    return 1 / (len(reading.response) - 3)
+def says(reading):
+    return "high"
+def lists(reading):
+    return [1.0]
+def two(reading, other):
+    return 1.0
+def counts(reading):
+    return len(reading.response)
+def known(reading):
+    return reading.finished > 0
+"""
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("says", "my_metrics.says returned 'high', want a number or None, on a made-up prompt"),
+        ("lists", r"my_metrics.lists returned \[1.0\], want a number or None"),
+        ("two", "my_metrics.two: missing a required argument: 'other': a metric takes one reading"),
+    ],
+)
+def test_a_metric_of_ones_own_is_tried_when_it_is_built(tmp_path, monkeypatch, name, said):
+    with pytest.raises(ConfigError, match=rf"^eval\.metrics\.mine: {said}"):
+        own(tmp_path, monkeypatch, name)
+
+
+def own(tmp_path, monkeypatch, name):
+    (tmp_path / "my_metrics.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    function = {"_target_": f"my_metrics.{name}", "_partial_": True}
+    node = {"title": "mine", "function": function}
+    return build_metrics(EvalConfig(metrics={"mine": node}), ["my_metrics"])
+
+
+def test_a_metric_that_fails_on_a_prompt_is_named_with_it(tmp_path, monkeypatch):
+    reading = replace(READING, response="abc")
+    said = r"^eval\.metrics\.mine: my_metrics\.divides raised ZeroDivisionError: .*line 3\)"
+    with pytest.raises(ConfigError, match=rf"{said}, on prompt '{reading.prompt.id}'"):
+        measure(reading, own(tmp_path, monkeypatch, "divides"))
+    with pytest.raises(ConfigError, match="returned 'high', want a number or None, on prompt"):
+        measure(reading, {"x": Metric(cast(Any, lambda _: "high"), Shown("x"))})
+
+
+@pytest.mark.parametrize(("name", "value"), [("counts", 3.0), ("known", 1.0)])
+def test_what_counts_as_a_number_is_one(tmp_path, monkeypatch, name, value):
+    found = measure(replace(READING, response="abc"), own(tmp_path, monkeypatch, name))
+    assert found == {"mine": value}
+    assert isinstance(found["mine"], float)
 
 
 def row(**values):

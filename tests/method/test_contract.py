@@ -3,18 +3,28 @@
 import doctest
 import inspect
 from collections.abc import Callable
+from functools import partial
+from pathlib import Path
 
 import jax.numpy as jnp
 import pytest
 from groups import random_group
+from omegaconf import OmegaConf
 
 from pujax.method import labels, losses
+from pujax.run.compose import build_loss, conf_dir
 from pujax.types import Group, LossAndMetrics
 
-LOSSES = [losses.sft, losses.dpo, losses.ipo, losses.nnpu, losses.listwise, losses.grpo]
-LOSSES += [losses.ldl_grpo, losses.weighted_sft, losses.beside_anchor]
-LOSSES += [losses.raft, losses.slic, losses.simpo, losses.orpo]
-LOSSES += [losses.gamma_dpo, losses.kto, losses.distill]
+
+def function_of(path: Path) -> Callable:
+    loss, _ = build_loss(OmegaConf.load(path))
+    assert isinstance(loss, partial)
+    return loss.func
+
+
+CONFS = Path(conf_dir(), "loss").glob("*.yaml")
+LOSSES = sorted(set(map(function_of, CONFS)), key=lambda loss: loss.__name__)
+"""The function of every conf/loss/*.yaml: a new one is held to the contract by its YAML."""
 
 
 @pytest.mark.parametrize("module", [labels, losses])

@@ -181,6 +181,49 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
     assert line.startswith(f"pujax.train: {said}")
 
 
+@pytest.mark.parametrize(
+    ("file", "content", "words", "said"),
+    [
+        (
+            "loss/mine.yaml",
+            "_target_: mine.hinge\n  margin: 1\n",
+            ["loss=mine"],
+            "loss/mine.yaml:2: no YAML: mapping values are not allowed here: mend that line",
+        ),
+        (
+            "scorer/mine.yaml",
+            "_target_: mine.near\n_partial_: true\n",
+            ["scorer=mine"],
+            "scorer/mine.yaml: its function stands under `score:`, and beside that `by: reference`",
+        ),
+        (
+            "eval/mine.yaml",
+            "title: polite\nfunction: {_target_: mine.polite, _partial_: true}\n",
+            ["eval=[exact,mine]"],
+            "eval/mine.yaml: begin it with the line `# @package eval.metrics.mine`",
+        ),
+        ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
+        (
+            "x.yaml",
+            "",
+            ["data.prompts=[a.jsonl,", "b.jsonl]", "seed=1"],
+            "data.prompts: '[a.jsonl,' has no end: write no space after a comma, or quote the "
+            "whole, as in 'data.prompts=[a.jsonl, b.jsonl]'",
+        ),
+    ],
+)
+def test_a_slip_of_ones_own_is_one_line_that_says_what_to_write(
+    monkeypatch, capsys, tmp_path, file, content, words, said
+):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text(content)
+    given = ("+experiment=smoke", "--config-dir", str(tmp_path), *words)
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+    assert "Config" not in line
+
+
 def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("# @package _global_\nalign: {speed: 1}\n")
@@ -357,3 +400,8 @@ def test_a_command_reads_alike_behind_the_one_entry_point():
     ]
     assert shown[0].stdout == shown[1].stdout
     assert "format: hf" in shown[0].stdout
+
+
+def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["pujax evaluate", "--config-dir", str(tmp_path), "run=a"])
+    commands.in_new_words("evaluate")

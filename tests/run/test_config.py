@@ -289,6 +289,27 @@ def test_a_function_of_a_trusted_package_is_taken(tmp_path, monkeypatch):
     assert build(mine, "loss", ["my_losses"]).keywords == {"beta": 0.5}
 
 
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [
+        (
+            "my_slips.hinge",
+            r"hinge takes margin as an argument, .*: write a \* before it, as in",
+        ),
+        ("hinge", r"_target_: hinge: name it with its module, as in mine\.hinge"),
+        ("my_absent.hinge", "No module named 'my_absent': its folder must be on PYTHONPATH"),
+        ("my_slips_import.hinge", r"No module named 'my_absent'$"),
+    ],
+)
+def test_a_slip_in_a_function_of_ones_own_says_what_to_write(tmp_path, monkeypatch, target, said):
+    (tmp_path / "my_slips.py").write_text("def hinge(logps, group, margin):\n    pass\n")
+    (tmp_path / "my_slips_import.py").write_text("import my_absent\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"_target_": target, "_partial_": True, "margin": 1.0}
+    with pytest.raises(ConfigError, match=f"^loss: .*{said}"):
+        build(mine, "loss", ["my_slips", "my_absent", "my_slips_import"])
+
+
 def test_frozen_settings_compose():
     @dataclass(frozen=True)
     class Inner:

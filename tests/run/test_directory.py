@@ -237,6 +237,9 @@ def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path)
 
     assert not fails(f"run.root={tmp_path}").exists()
     assert not fails(f"run.dir={tmp_path}/run").exists()
+    fails(f"run.root={tmp_path}/a/b")
+    fails(f"run.dir={tmp_path}/c/run")
+    assert list(tmp_path.iterdir()) == []  # nor the folders that it was to lie in
     mine = tmp_path / "mine"
     mine.mkdir()
     fails(f"run.dir={mine}")

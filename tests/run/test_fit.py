@@ -113,6 +113,75 @@ def test_an_export_of_others_is_named_before_the_first_step(tmp_path, monkeypatc
         fit(config_of(), tmp_path)
 
 
+OWN = """
+import jax.numpy as jnp
+
+def no_group(logps):
+    return logps
+def scalar(logps, group):
+    return logps.mean(), {}
+def by_response(logps, group):
+    return logps.sum(axis=-1), {}
+def alone(logps, group):
+    return logps.sum(axis=(1, 2))
+def nothing(logps, group):
+    pass
+def named(logps, group):
+    return logps.sum(axis=(1, 2)), {"x": "high"}
+def wide(logps, group):
+    return logps.sum(axis=(1, 2)), {"x": logps[:, 0, 0]}
+def positional(logps, group, margin):
+    return logps.sum(axis=(1, 2)), {}
+def late(logps, group):
+    return group.there, {}
+def labels_alone(scores):
+    return scores
+def candidates_alone(scores):
+    return scores[:, 1:], scores[:, 1:] > 0
+def by_prompt(context):
+    return context.mask.sum(axis=(1, 2)) * 1.0
+def no_context():
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize(
+    ("key", "name", "said"),
+    [
+        (
+            "loss",
+            "no_group",
+            r"raised TypeError: no_group\(\) takes 1 .*: it takes \(logps, group",
+        ),
+        ("loss", "scalar", r"returned \(float32\[\], \{\}\), want .* \(float32\[6\], \{name: a"),
+        ("loss", "by_response", r"returned \(float32\[6, 5\], \{\}\), want one loss a prompt"),
+        ("loss", "alone", r"returned float32\[6\], want"),
+        ("loss", "nothing", "returned None, want"),
+        ("loss", "named", r"returned \(float32\[6\], \{x: str\}\), want"),
+        ("loss", "wide", r"returned \(float32\[6\], \{x: float32\[6\]\}\), want"),
+        ("loss", "positional", r"raised .* 'margin': it takes .*, its settings after a \*"),
+        ("loss", "late", r"raised AttributeError: .* 'there' \(my_functions\.py, line 21\)"),
+        ("labels", "labels_alone", r"returned float32\[6, 5\], want labels and which are valid"),
+        ("labels", "candidates_alone", r"returned \(float32\[6, 4\], bool\[6, 4\]\), want"),
+        ("scorer.score", "by_prompt", r"returned float32\[6\], want one score a response"),
+        ("scorer.score", "no_context", "raised TypeError: no_context"),
+    ],
+)
+def test_a_function_of_ones_own_is_tried_when_the_recipe_is_built(
+    chat, tmp_path, monkeypatch, key, name, said
+):
+    (tmp_path / "my_functions.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    config = config_of("trusted=[my_functions]")
+    node = {"_target_": f"my_functions.{name}", "_partial_": True}
+    if key == "scorer.score":
+        config = dataclasses.replace(config, scorer=dataclasses.replace(config.scorer, score=node))
+    else:
+        config = dataclasses.replace(config, **{key: node})
+    with pytest.raises(ConfigError, match=rf"^{key}: my_functions\.{name} {said}"):
+        build_recipe(config, chat)
+
+
 def test_a_loss_can_say_what_it_needs(chat):
     plain, _ = build_recipe(config_of("loss=grpo"), chat)
     assert not plain.needs.anchor

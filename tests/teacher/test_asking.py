@@ -3,6 +3,7 @@ import math
 import os
 import socket
 import time
+from functools import partial
 
 import pytest
 from aiolimiter import AsyncLimiter
@@ -11,6 +12,7 @@ from pujax.errors import ConfigError, TeacherError
 from pujax.records import Prompt, messages_key
 from pujax.teacher import asking
 from pujax.teacher.anchors import anchors_for, collect
+from pujax.teacher.endpoint import open_endpoint
 from pujax.teacher.plan import make_plan
 from pujax.teacher.settings import BudgetConfig, CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import Contents, failures_path, read_records
@@ -147,6 +149,19 @@ def test_a_teacher_that_only_fails_stops_the_run_early(server, store):
     with pytest.raises(TeacherError, match="4 prompts in a row failed: 500: down"):
         run(many(500), server, store, retries=1, concurrency=4)
     assert server.seen <= 4 * 2 * 2
+
+
+@pytest.mark.parametrize(("count", "asked"), [(2, 2), (50, 3)])
+def test_replies_that_ones_own_function_can_not_read_end_the_run_unretried(
+    server, store, count, asked
+):
+    teacher = at(server, protocol=partial(open_endpoint, answer=lambda body: body["respons"]))
+    said = []
+    with pytest.raises(TeacherError, match=r"KeyError: 'respons'.*the reply has"):
+        run(many(count), server, store, said, teacher, concurrency=1)
+    assert server.delivered.total() == asked
+    assert f"{asked} without an answer" in said[0]
+    assert said[0].endswith("cost unknown")
 
 
 @pytest.mark.parametrize("status", [401, 402, 404])

@@ -21,7 +21,7 @@ from omegaconf import OmegaConf
 from pujax.errors import ConfigError, TeacherError
 from pujax.run.compose import build, conf_dir
 from pujax.teacher import endpoint
-from pujax.teacher.protocols import Answer, Retryable, anthropic_answer, anthropic_request
+from pujax.teacher.protocols import Answer, Retryable, Unread, anthropic_answer, anthropic_request
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from tests.teacher_client import KEY, TURN, ask, at, error
 from tests.teacher_server import completion
@@ -276,6 +276,42 @@ def test_a_second_protocol_is_two_functions(server, monkeypatch):
 def test_a_protocol_that_needs_a_limit_says_so(server):
     with pytest.raises(ConfigError, match=r"teacher\.max_tokens=None: Anthropic's"):
         ask(at(server, max_tokens=None), request=anthropic_request, answer=anthropic_answer)
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (
+            lambda body: Answer(body["respons"]),
+            r"raised KeyError: 'respons' \(test_end.*, line \d+",
+        ),
+        (
+            lambda body: body["response"],
+            r"returned a str: want .*; the reply has \['response'",
+        ),
+        (lambda body: Answer(body["n"]), "returned an Answer whose text is int: want"),
+        (lambda: None, r"raised TypeError: .* takes 0 positional .*: want a .*\.Answer"),
+    ],
+)
+def test_an_answer_function_of_ones_own_is_named_with_what_it_got(server, answer, said):
+    server.reply = lambda request: (200, {}, {"response": "hi", "n": 1})
+    with pytest.raises(Unread, match=rf"^tests\.teacher\.test_endpoint\.<lambda> {said}"):
+        ask(at(server), answer=answer)
+
+
+@pytest.mark.parametrize(
+    ("request_function", "said"),
+    [
+        (lambda teacher: ("/x", {}), r"raised TypeError: .*; it takes \(teacher, messages\): want"),
+        (lambda teacher, messages: {"a": 1}, "returned a dict: want the path after base_url"),
+    ],
+)
+def test_a_request_function_of_ones_own_is_named_before_anything_is_sent(
+    server, request_function, said
+):
+    with pytest.raises(TeacherError, match=said):
+        ask(at(server), request=request_function)
+    assert not server.requests
 
 
 @pytest.mark.parametrize(
