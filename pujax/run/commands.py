@@ -101,8 +101,7 @@ def command(
     def main() -> None:
         hold(f"pujax.{name}")
         if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            # As a SystemExit, so that what is temporary is removed on the way out.
-            signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+            _exit_on_sigterm()
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return
@@ -144,6 +143,24 @@ def command(
                 del os.environ["HYDRA_FULL_ERROR"]
 
     return main
+
+
+def _exit_on_sigterm() -> None:
+    """SIGTERM becomes a SystemExit, so that what is temporary is removed on the way out."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    shown = sys.unraisablehook
+
+    def swallowed(unraisable: Any) -> None:
+        if not isinstance(unraisable.exc_value, SystemExit):
+            shown(unraisable)
+            return
+        # It came in a callback or a __del__, as imports have many, where Python drops what is
+        # raised: once more in a moment.
+        status = unraisable.exc_value.code
+        signal.signal(signal.SIGALRM, lambda *_: sys.exit(status))
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+
+    sys.unraisablehook = swallowed
 
 
 def swept() -> str:

@@ -405,3 +405,22 @@ def test_a_command_reads_alike_behind_the_one_entry_point():
 def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pujax evaluate", "--config-dir", str(tmp_path), "run=a"])
     commands.in_new_words("evaluate")
+
+
+def test_a_sigterm_that_comes_while_something_is_deleted_ends_the_command():
+    code = """
+import os, signal, sys, time
+from pujax.run.commands import command
+from pujax.run.settings import TrainConfig
+class Deleted:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0)
+def act(_):
+    Deleted()
+    time.sleep(30)
+sys.argv = ["x", "experiment=smoke"]
+command("train", TrainConfig, act)()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (143, "")
