@@ -36,8 +36,8 @@ class EvaluateConfig:
         suite: larger questions, by name, such as signal, ranking or winrate.
         out: the folder for what isn't a run's own table: RUN/heldout-FILE, evaluations/FILE.
         store: the judge's verdicts: verdicts.jsonl in the run's directory or in `out`.
-        trusted: packages beside pujax, and those that the run trusted for its metrics, whose
-            functions may be named: their code runs here.
+        trusted: packages beside pujax whose functions may be named, by the run's own settings too:
+            their code runs here.
         data: other held-out prompts, or the run's own laid out otherwise.
         eval: how they are measured.
         teacher: a suite's judge; of replay, `model` is whose anchors, where several are stored.

@@ -130,14 +130,14 @@ def _all_but_the_seed(directory: Path) -> str:
 def run_config(directory: Path, trusted: Sequence[str] = ()) -> TrainConfig:
     """The settings of a run as far as its held-out prompts go, whichever version stored them.
 
-    Trusted are the packages that the run was told to trust, whose metrics it has, and `trusted`.
-    Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value that is
+    Trusted is what the caller trusts, and not what a run's directory, which may be another's, says
+    of itself. Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value that is
     out of its range.
     """
     stored = kept_settings(directory)
     try:
         return TrainConfig(
-            trusted=[*stored.get("trusted", []), *trusted],
+            trusted=list(trusted),
             data=_record(DataConfig, stored["data"]),
             teacher=_record(TeacherConfig, stored.get("teacher", {})),
             collect=_record(CollectConfig, stored.get("collect", {})),

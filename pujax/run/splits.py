@@ -33,7 +33,7 @@ FINAL = "aligned"
 class Split:
     """Held-out prompts, how they are laid out and measured, and the folder that keeps the answers.
 
-    The settings are as far as held-out prompts go; `trusted` of them is the run's and the caller's.
+    The settings are as far as held-out prompts go; `trusted` of them is the caller's.
     """
 
     config: TrainConfig

@@ -132,21 +132,17 @@ def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
         split_of(finished / "export", HeldoutConfig(), MeasureConfig())
 
 
-def test_a_metric_of_a_package_that_the_run_trusted_is_measured_again(tmp_path, monkeypatch):
-    for name in ("runs_own", "callers_own"):
-        (tmp_path / f"{name}.py").write_text("def shout(reading):\n    return 1.0\n")
+def test_a_runs_own_metric_is_measured_again_where_the_caller_trusts_its_package(
+    tmp_path, monkeypatch
+):
+    (tmp_path / "mine.py").write_text("def shout(reading):\n    return 1.0\n")
     monkeypatch.syspath_prepend(tmp_path)
-
-    def node(name):
-        return {"title": "t", "function": {"_target_": f"{name}.shout", "_partial_": True}}
-
-    settings = {"data": {}, "eval": {"metrics": {"shout": node("runs_own")}}}
-    (tmp_path / "config.yaml").write_text(json.dumps(settings | {"trusted": ["runs_own"]}))
-    beside = MeasureConfig(metrics={"louder": node("callers_own")})
-    given = (tmp_path, HeldoutConfig("other.jsonl"), beside)
-    found = split_of(*given, trusted=["callers_own"])
-    assert list(found.metrics) == ["shout", "louder"]
-    with pytest.raises(ConfigError, match=r"set trusted=\[callers_own\]"):
+    node = {"title": "t", "function": {"_target_": "mine.shout", "_partial_": True}}
+    settings = {"data": {}, "eval": {"metrics": {"shout": node}}, "trusted": ["mine"]}
+    (tmp_path / "config.yaml").write_text(json.dumps(settings))
+    given = (tmp_path, HeldoutConfig("other.jsonl"), MeasureConfig())
+    assert list(split_of(*given, trusted=["mine"]).metrics) == ["shout"]
+    with pytest.raises(ConfigError, match=r"set trusted=\[mine\]"):  # a run may be a stranger's
         split_of(*given)
 
 
