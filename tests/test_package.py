@@ -23,7 +23,7 @@ def test_an_experiment_finds_its_data_from_any_folder(name, tmp_path, monkeypatc
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = from_hydra(TrainConfig, compose("train", overrides=[f"+experiment={name}"]))
     for path in (config.data.prompts, config.data.heldout, config.data.anchors):
-        assert Path(path).is_file()
+        assert Path(str(path)).is_file()
 
 
 def test_a_clones_own_data_comes_first_and_by_its_short_name(tmp_path, monkeypatch):
