@@ -131,8 +131,8 @@ def run_config(directory: Path, trusted: Sequence[str] = ()) -> TrainConfig:
     """The settings of a run as far as its held-out prompts go, whichever version stored them.
 
     Trusted is what the caller trusts, and not what a run's directory, which may be another's, says
-    of itself. Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a value
-    that is out of its range.
+    of itself. Raises `EvaluationError`, and `ConfigError` for settings that can't be read or a
+    value that is out of its range.
     """
     stored = kept_settings(directory)
     try:
