@@ -487,7 +487,7 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, mo
 def test_another_model_gets_no_name_of_the_runs_own(name, tmp_path, called, monkeypatch):
     monkeypatch.setattr("pujax.run.heldout.evaluate", lambda *_, **__: evaluation(name, [0.1]))
     monkeypatch.setattr("pujax.run.heldout.subject_of", MagicMock())
-    monkeypatch.setattr("pujax.run.heldout.run_config", lambda _: MagicMock(eval=EvalConfig()))
+    monkeypatch.setattr("pujax.run.heldout.run_config", lambda *_: MagicMock(eval=EvalConfig()))
     status, said = called(evaluate.main, f"run={tmp_path}", "model=m.gguf", f"name={name}")
     assert status == 1
     assert f"name={name!r}: what a run calls its own models, which m.gguf is not" in said
