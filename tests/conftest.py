@@ -25,6 +25,11 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is slow goes first: begun last, a long test leaves one of two processes without work."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(scope="session")
 def model() -> LanguageModel:
     """A tiny student whose EOS ids are 2 and 5."""
