@@ -2,14 +2,14 @@
 
 import sys
 from dataclasses import dataclass
-from io import TextIOWrapper
 from itertools import chain, islice
 
-from pujax.errors import ConfigError, require
+from pujax.errors import ConfigError
 from pujax.run.commands import command, one_source
 from pujax.run.compilation import compile_once
 from pujax.run.finished import source_of
-from pujax.run.typed import lines, told
+from pujax.run.streams import escape
+from pujax.run.typed import check_drawing, lines, told
 
 BATCH = 8  # prompts of standard input that are answered at once
 
@@ -44,20 +44,18 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
-        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
-        finite = 0 <= self.temperature < float("inf")
-        require(finite, "temperature", self.temperature, "0 is greedy, or positive and finite")
-        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
-        require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
+        check_drawing(
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
+        )
 
 
 def run(settings: GenerateConfig) -> None:
     """Print an answer to `prompt`, or one to each line of standard input, in their order."""
-    # Before the first print: what a terminal's encoding lacks is written as an escape.
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
+    escape()
     answer(settings)
 
 

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from io import TextIOWrapper
 
 
 def hold(name: str) -> None:
@@ -16,3 +17,10 @@ def hold(name: str) -> None:
         sys.exit(f"{name}: standard output is closed: write >/dev/null where nobody is to read it")
     if sys.stderr is None:
         sys.stderr = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w", encoding="utf-8")
+
+
+def escape() -> None:
+    """Have what a terminal's encoding lacks written as an escape; before the first print."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")

@@ -1,10 +1,22 @@
-"""What a command is told at length: a text in a file, lines on standard input."""
+"""What the commands that answer are told: how to, a text in a file, lines on standard input."""
 
 import sys
 from collections.abc import Iterator
 
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.files.locate import at_home
+
+
+def check_drawing(
+    *, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
+) -> None:
+    """Refuse what an answer can't be drawn by. Raises `ConfigError`."""
+    require(max_tokens > 0, "max_tokens", max_tokens, "must be positive")
+    finite = 0 <= temperature < float("inf")
+    require(finite, "temperature", temperature, "0 is greedy, or positive and finite")
+    require(top_k >= 0, "top_k", top_k, "must be 0 (off) or positive")
+    require(0 < top_p <= 1, "top_p", top_p, "must lie in (0, 1]")
+    require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
 
 
 def told(key: str, value: str | None) -> str | None:
