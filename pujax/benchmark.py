@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pujax.run.commands import command
-from pujax.run.settings import BenchmarkRun, ShapesConfig
+from pujax.run.tool_settings import BenchmarkRun, ShapesConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost

@@ -10,7 +10,7 @@ from pujax.errors import ConfigError, require
 from pujax.files.locate import at_home
 from pujax.run.commands import command, in_new_words, listed
 from pujax.run.compilation import compile_once
-from pujax.run.settings import HeldoutConfig, MeasureConfig
+from pujax.run.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 if TYPE_CHECKING:

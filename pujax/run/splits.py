@@ -22,7 +22,8 @@ from pujax.records import Example, canonical
 from pujax.run.data import load_heldout
 from pujax.run.finished import model_path
 from pujax.run.heldout import build_metrics, evaluate_subject, run_config, subject_for
-from pujax.run.settings import DataConfig, EvalConfig, HeldoutConfig, MeasureConfig, TrainConfig
+from pujax.run.settings import DataConfig, EvalConfig, TrainConfig
+from pujax.run.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.teacher.settings import TeacherConfig
 
 FINAL = "aligned"

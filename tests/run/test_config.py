@@ -19,7 +19,6 @@ from pujax.records import Sampling
 from pujax.run.compose import build, conf_dir, from_hydra, offered, register, structured
 from pujax.run.settings import (
     AlignConfig,
-    BenchmarkRun,
     DataConfig,
     EvalConfig,
     LoraConfig,
@@ -30,6 +29,7 @@ from pujax.run.settings import (
     ShapeConfig,
     TrainConfig,
 )
+from pujax.run.tool_settings import BenchmarkRun
 from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun
 

@@ -13,7 +13,8 @@ from pujax.generate import GenerateConfig
 from pujax.report import ReportConfig
 from pujax.run.compose import conf_dir, register
 from pujax.run.help import COLUMN, WIDTH, help_of, meanings
-from pujax.run.settings import BenchmarkRun, TrainConfig
+from pujax.run.settings import TrainConfig
+from pujax.run.tool_settings import BenchmarkRun
 from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun, DatasetConfig
 
