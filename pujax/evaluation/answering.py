@@ -52,16 +52,19 @@ def evaluate(
     budget, its padding is not computed. The same `params` draw the same samples each time. A metric
     that no prompt has, as all of samples when none are drawn, is left out.
     """
-    rows = []
+    # A batch decodes until its longest answer ends, so those with long anchors go together.
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].anchor_ids), reverse=True)
+    found: dict[int, Row] = {}
     for start in track(
         range(0, len(examples), batch), description=f"evaluating {name}", transient=True
     ):
-        some = list(examples[start : start + batch])
+        places = order[start : start + batch]
+        some = [examples[i] for i in places]
         padded = collate(some + some[-1:] * (batch - len(some)))
         key = jax.random.fold_in(jax.random.key(0), start)
         logp_B, best, drawn = jax.device_get(_read(model, draws, params, padded, key))
         _, length_BK, finished_BK = best
-        for b, example in enumerate(some):
+        for b, (place, example) in enumerate(zip(places, some, strict=True)):
             (response,) = _texts(best, b, decode)
             reading = Reading(
                 prompt=example.prompt,
@@ -72,7 +75,8 @@ def evaluate(
                 finished=float(finished_BK[b, 0]),
                 samples=() if drawn is None else tuple(_texts(drawn, b, decode)),
             )
-            rows.append(_row(reading, metrics))
+            found[place] = _row(reading, metrics)
+    rows = [found[place] for place in range(len(examples))]
     kept = [metric for metric in metrics if any(row.values[metric] is not None for row in rows)]
     rows = [replace(row, values={metric: row.values[metric] for metric in kept}) for row in rows]
     return Evaluation(name, tuple(rows), {metric: metrics[metric].shown for metric in kept})

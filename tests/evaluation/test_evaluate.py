@@ -405,6 +405,20 @@ def test_the_batch_size_changes_nothing_and_filled_up_rows_are_not_counted(model
         assert without_logp(one) == without_logp(other)
 
 
+def test_long_anchors_go_together_and_the_rows_stay_in_order(model, params, examples):
+    batches = []
+
+    def kept(some):
+        batches.append([len(example.anchor_ids) for example in some])
+        return collate(some)
+
+    found = answering.evaluate(
+        model, params, examples, name="base", batch=2, collate=kept, decode=decode
+    )
+    assert batches == [[6, 4], [2, 1]]
+    assert [row.id for row in found.rows] == ["p0", "p1", "p2", "p3"]
+
+
 def test_other_parameters_and_a_partial_batch_compile_nothing_again(model, params, examples):
     jitted: Any = answering._read
     run(model, params, examples, 4)
