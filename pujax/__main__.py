@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from pujax import __version__
-from pujax.run.streams import hold
+from pujax.config.streams import hold
 
 COMMANDS = (
     "train",

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.table import Table
 
-from pujax.run.commands import command
-from pujax.run.tool_settings import BenchmarkRun, ShapesConfig
+from pujax.config.commands import command
+from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost

@@ -7,15 +7,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from pujax.config.commands import command, one_source
+from pujax.config.streams import escape
+from pujax.config.typed import check_drawing, lines, told
 from pujax.errors import PujaxError
-from pujax.run.commands import command, one_source
+from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
-from pujax.run.finished import source_of
-from pujax.run.streams import escape
-from pujax.run.typed import check_drawing, lines, told
 
 if TYPE_CHECKING:
-    from pujax.run.generator import Generator
+    from pujax.inference.generator import Generator
 
 HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ends an answer"
 
@@ -61,7 +61,7 @@ def run(settings: ChatConfig) -> None:
     escape()
     source, system = source_of(settings.run, settings.model)
     compile_once()
-    from pujax.run.generator import Generator  # jax with it: --help does not need that
+    from pujax.inference.generator import Generator  # jax with it: --help does not need that
 
     given = told("system", settings.system)
     system = system if given is None else given
@@ -85,7 +85,7 @@ def converse(
     Raises what answering raises, unless it is `forgiving`: then a line that can't be answered is
     forgotten, and the reason told.
     """
-    from pujax.run.streaming import answer_aloud
+    from pujax.inference.streaming import answer_aloud
 
     start = [] if system is None else [{"role": "system", "content": system}]
     turns = list(start)

@@ -19,10 +19,10 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from pujax.config.commands import command
+from pujax.config.functions import with_protocol
 from pujax.errors import ConfigError, StoreError, TeacherError
 from pujax.records import Prompt
-from pujax.run.commands import command
-from pujax.run.compose import with_protocol
 from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.asking import Tally
 from pujax.teacher.plan import Plan, make_plan

@@ -6,17 +6,17 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pujax.config.commands import command, in_new_words, listed
+from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError, require
 from pujax.files.locate import at_home
-from pujax.run.commands import command, in_new_words, listed
 from pujax.run.compilation import compile_once
-from pujax.run.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 if TYPE_CHECKING:
     from pujax.evaluation.results import Evaluation
     from pujax.evaluation.subjects import Answer, Judge, Subject
-    from pujax.run.splits import Split
+    from pujax.inference.splits import Split
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,8 @@ def run(settings: EvaluateConfig) -> None:
     from pujax.evaluation.findings import told
     from pujax.evaluation.results import save
     from pujax.evaluation.tables import named, table
-    from pujax.run.finished import newest_run
-    from pujax.run.heldout import arms, evaluate_other, evaluations_of
+    from pujax.inference.finished import newest_run
+    from pujax.inference.heldout import arms, evaluate_other, evaluations_of
 
     console = Console()
     directories = [newest_run(at_home(run)) for run in settings.runs]
@@ -141,7 +141,7 @@ def run(settings: EvaluateConfig) -> None:
 
 
 def _split(settings: EvaluateConfig, directory: Path | None) -> "Split":
-    from pujax.run.splits import split_of
+    from pujax.inference.splits import split_of
 
     return split_of(
         directory,
@@ -155,7 +155,7 @@ def _split(settings: EvaluateConfig, directory: Path | None) -> "Split":
 
 def _on_split(settings: EvaluateConfig, directory: Path | None) -> Path:
     """The folder with the models' evaluations on a split, made now where they weren't there."""
-    from pujax.run.splits import FINAL, evaluated
+    from pujax.inference.splits import FINAL, evaluated
 
     split = _split(settings, directory)
     models = list(zip(settings.models, settings.names, strict=True)) if settings.models else []
@@ -166,9 +166,9 @@ def _on_split(settings: EvaluateConfig, directory: Path | None) -> Path:
 
 def _asked(settings: EvaluateConfig, directories: Sequence[Path]) -> "tuple[Answer, Path]":
     """What the suite finds, and the file that its records are in."""
-    from pujax.run import suites
-    from pujax.run.compose import with_protocol
-    from pujax.run.heldout import evaluations_of, final, run_config, titles
+    from pujax.config.functions import with_protocol
+    from pujax.inference import suites
+    from pujax.inference.heldout import evaluations_of, final, run_config, titles
 
     directory = directories[0] if len(directories) == 1 else None
     if settings.splits:

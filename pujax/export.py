@@ -5,10 +5,10 @@ from dataclasses import dataclass
 
 from omegaconf import MISSING
 
+from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.locate import at_home
-from pujax.run.commands import command, one_source
-from pujax.run.finished import require_kind
+from pujax.inference.finished import require_kind
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Export as told, and print where to."""
-    from pujax.run.finished import export
+    from pujax.inference.finished import export
 
     print(
         export(

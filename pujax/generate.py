@@ -4,12 +4,12 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from pujax.config.commands import command, one_source
+from pujax.config.streams import escape
+from pujax.config.typed import check_drawing, lines, told
 from pujax.errors import ConfigError
-from pujax.run.commands import command, one_source
+from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
-from pujax.run.finished import source_of
-from pujax.run.streams import escape
-from pujax.run.typed import check_drawing, lines, told
 
 BATCH = 8  # prompts of standard input that are answered at once
 
@@ -65,7 +65,9 @@ def answer(settings: GenerateConfig) -> None:
     system, prompt = told("system", settings.system), told("prompt", settings.prompt)
     system = of_run if system is None else system
     compile_once()
-    from pujax.run.generator import Generator  # jax with it: what is refused does not need that
+    from pujax.inference.generator import (
+        Generator,  # jax with it: what is refused does not need that
+    )
 
     if prompt is not None:
         prompts, size = iter([prompt]), 1

@@ -5,9 +5,9 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from pujax.config.commands import command, in_new_words, listed
 from pujax.errors import require
 from pujax.files.locate import at_home
-from pujax.run.commands import command, in_new_words, listed
 
 
 @dataclass(frozen=True)

@@ -3,9 +3,9 @@
 import sys
 from dataclasses import dataclass
 
+from pujax.config.commands import command, one_source
 from pujax.errors import require
-from pujax.run.commands import command, one_source
-from pujax.run.finished import require_kind
+from pujax.inference.finished import require_kind
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class ServeConfig:
 
 def run(settings: ServeConfig) -> None:
     """Serve as told, until SIGINT or SIGTERM."""
-    from pujax.run.serving import require_free, require_server, serve, to_serve
+    from pujax.inference.serving import require_free, require_server, serve, to_serve
 
     require_server()
     require_free(settings.host, settings.port)

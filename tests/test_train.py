@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from pujax.config.functions import build_metrics
 from pujax.evaluation.results import load
-from pujax.run.heldout import build_metrics, evaluate_subject, reference_for, run_config
+from pujax.inference.heldout import evaluate_subject, reference_for, run_config
 
 ROOT = Path(__file__).parents[1]
 SMALL = [

@@ -36,10 +36,10 @@ from experiments.paper.plan import (
     told,
     whole,
 )
+from pujax.config.compose import conf_dir, from_hydra, register
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, PujaxError, require
 from pujax.files.durable import write_whole
-from pujax.run.compose import conf_dir, from_hydra, register
-from pujax.run.settings import TrainConfig
 
 HERE = Path(__file__).resolve().parent
 

@@ -1,9 +1,9 @@
 """Suites: larger questions to a model than what a metric asks of each answer.
 
 A suite is a function, its settings keywords, and a YAML in `conf/tools/suite/`. Its other
-parameters are named for what it asks for, and get it (`pujax.run.suites`): `subject`, a model with
-its prompts; `reference`, what a run's alignment started from; `answers`, the evaluations there are;
-`judge`; and `records`, in which a long one keeps what it has.
+parameters are named for what it asks for, and get it (`pujax.inference.suites`): `subject`, a model
+with its prompts; `reference`, what a run's alignment started from; `answers`, the evaluations
+there are; `judge`; and `records`, in which a long one keeps what it has.
 """
 
 from collections.abc import Callable, Mapping, Sequence

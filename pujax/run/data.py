@@ -9,12 +9,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from pujax.config.functions import with_protocol
+from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PujaxError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
-from pujax.run.compose import with_protocol
 from pujax.run.gate import gated, told
-from pujax.run.settings import DataConfig, GateConfig, TrainConfig
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts

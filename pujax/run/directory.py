@@ -10,9 +10,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, PujaxError
 from pujax.files.settings import SETTINGS, keep_settings, kept_settings
-from pujax.run.settings import TrainConfig
 
 DONE, LOCK = "done", ".lock"
 

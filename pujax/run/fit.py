@@ -13,6 +13,8 @@ import jax.numpy as jnp
 import optax
 from rich.console import Console
 
+from pujax.config.functions import build, build_loss, build_metrics
+from pujax.config.settings import TrainConfig
 from pujax.errors import require
 from pujax.evaluation import findings, page, tables
 from pujax.evaluation.results import Evaluation
@@ -36,18 +38,15 @@ from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.records import STAGES, Example
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.compose import build, build_loss
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
 from pujax.run.ending import ending
-from pujax.run.heldout import build_metrics
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
 from pujax.run.provenance import provenance
 from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
-from pujax.run.settings import TrainConfig
 from pujax.run.stages import Run, Stage
 from pujax.run.student import like_state, load_student, new_state
 from pujax.run.trackers import telling

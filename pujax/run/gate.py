@@ -5,10 +5,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+from pujax.config.settings import GateConfig
 from pujax.errors import DataError
 from pujax.evaluation import text
 from pujax.records import Example
-from pujax.run.settings import GateConfig
 
 REFUSAL = re.compile(
     r"\W*(?:(?:i'?m|i am|we'?re) (?:very |really |so )?(?:sorry|afraid)|sorry\b|apologies\b|"

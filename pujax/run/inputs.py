@@ -6,13 +6,13 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import DataError
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.records import Example, canonical
 from pujax.run.checkpoint import checksums
 from pujax.run.data import Dataset
-from pujax.run.settings import TrainConfig
 
 FILE = "inputs.json"
 

@@ -20,6 +20,8 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from pujax.config.functions import build, build_loss
+from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
 from pujax.errors import require
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
@@ -38,9 +40,7 @@ from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
-from pujax.run.compose import build, build_loss
 from pujax.run.student import Student, load_student, new_state
-from pujax.run.tool_settings import BenchmarkRun, ShapesConfig
 from pujax.types import Batch, Completions, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak

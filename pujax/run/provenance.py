@@ -4,9 +4,9 @@ import re
 from pathlib import Path
 from typing import Any
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import PujaxError
 from pujax.files.durable import read_jsonl
-from pujax.run.settings import TrainConfig
 
 
 def provenance(student: str, config: TrainConfig, results: str) -> dict[str, Any]:

@@ -8,9 +8,9 @@ that decided nothing (`pujax evaluate` on another run's, or a suite).
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import one_of, require
 from pujax.evaluation.metrics import Metric
-from pujax.run.settings import TrainConfig
 
 Values = Mapping[int, float | None]
 """A metric by the steps of a stage at which it was measured, 0 for what the stage began with."""

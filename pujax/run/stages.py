@@ -12,6 +12,7 @@ import numpy as np
 from jax.sharding import Mesh
 from rich.console import Console
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import NonFiniteError, StopRequested, require
 from pujax.evaluation import results
 from pujax.evaluation.answering import Draws, evaluate
@@ -28,7 +29,6 @@ from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import Criterion
-from pujax.run.settings import TrainConfig
 from pujax.run.symptoms import Symptoms, group_notes
 from pujax.types import Batch, Completions, Group, Params, TrainState
 

@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from pujax.config.settings import LoraConfig, ModelConfig
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
 from pujax.models.sharding import placer, tree_shardings
-from pujax.run.settings import LoraConfig, ModelConfig
 from pujax.types import Params, TrainState
 
 

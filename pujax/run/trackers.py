@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError
-from pujax.run.settings import TrainConfig
 
 Tell = Callable[[str, int, Mapping[str, Any]], None]
 """What a run log calls with a stage's name, or eval- and a model's, a step of it, and metrics."""

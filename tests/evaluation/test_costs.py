@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir
+from pujax.config.functions import build
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import costs as module
 from pujax.evaluation.costs import UNKNOWN, costs, kept, peak_memory
 from pujax.evaluation.suites import Subject
 from pujax.records import Example, Prompt
-from pujax.run.compose import build, conf_dir
 from pujax.types import Batch, Frames, Tokens
 
 PIECE = np.array([7, 8], np.int32)

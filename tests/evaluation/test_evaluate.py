@@ -15,6 +15,7 @@ import pytest
 from rich.console import Console
 
 from pujax import evaluate
+from pujax.config.settings import EvalConfig
 from pujax.evaluation import answering, tables
 from pujax.evaluation.metrics import METRICS, Shown
 from pujax.evaluation.results import Evaluation, Row, load, load_all, save
@@ -24,7 +25,6 @@ from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
-from pujax.run.settings import EvalConfig
 from pujax.types import Batch, Tokens
 
 T = 6
@@ -499,9 +499,13 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, mo
 
 @pytest.mark.parametrize("name", ["base", "sft", "aligned", "Aligned"])
 def test_another_model_gets_no_name_of_the_runs_own(name, tmp_path, called, monkeypatch):
-    monkeypatch.setattr("pujax.run.heldout.evaluate", lambda *_, **__: evaluation(name, [0.1]))
-    monkeypatch.setattr("pujax.run.heldout.subject_of", MagicMock())
-    monkeypatch.setattr("pujax.run.heldout.run_config", lambda *_: MagicMock(eval=EvalConfig()))
+    monkeypatch.setattr(
+        "pujax.inference.heldout.evaluate", lambda *_, **__: evaluation(name, [0.1])
+    )
+    monkeypatch.setattr("pujax.inference.heldout.subject_of", MagicMock())
+    monkeypatch.setattr(
+        "pujax.inference.heldout.run_config", lambda *_: MagicMock(eval=EvalConfig())
+    )
     status, said = called(evaluate.main, f"run={tmp_path}", "model=m.gguf", f"name={name}")
     assert status == 1
     assert f"name={name!r}: what a run calls its own models, which m.gguf is not" in said

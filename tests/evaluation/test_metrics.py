@@ -7,14 +7,14 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir
+from pujax.config.functions import build, build_metrics
+from pujax.config.settings import EvalConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import metrics
 from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown, measure
 from pujax.evaluation.results import Evaluation, Row, load, save
 from pujax.records import Prompt
-from pujax.run.compose import build, conf_dir
-from pujax.run.heldout import build_metrics
-from pujax.run.settings import EvalConfig
 
 READING = Reading(
     prompt=Prompt("p", ({"role": "user", "content": "1 + 1"},), "2"),

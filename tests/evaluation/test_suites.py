@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 
+from pujax.config.compose import conf_dir, from_hydra, offered
+from pujax.config.functions import build
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.evaluation import suites
@@ -16,7 +18,6 @@ from pujax.method import scoring
 from pujax.method.labels import softmax_labels
 from pujax.method.scoring import ScoringContext
 from pujax.records import Example, Prompt
-from pujax.run.compose import build, conf_dir, from_hydra, offered
 from pujax.types import Batch, Frames, Tokens
 
 PIECE = np.array([7, 8], np.int32)

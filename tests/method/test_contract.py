@@ -11,8 +11,9 @@ import pytest
 from groups import random_group
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir
+from pujax.config.functions import build_loss
 from pujax.method import labels, losses
-from pujax.run.compose import build_loss, conf_dir
 from pujax.types import Group, LossAndMetrics
 
 

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir
+from pujax.config.functions import build
 from pujax.errors import ConfigError
 from pujax.method import labels
-from pujax.run.compose import build, conf_dir
 
 quick = settings(deadline=None, max_examples=50)
 

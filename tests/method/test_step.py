@@ -10,6 +10,7 @@ import optax
 import pytest
 from recipes import recipe
 
+from pujax.config.settings import LoraConfig
 from pujax.errors import ConfigError
 from pujax.method import labels, losses, scoring
 from pujax.method import step as step_module
@@ -29,7 +30,6 @@ from pujax.models.logps import mean_logps
 from pujax.models.lora import init_adapter
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
-from pujax.run.settings import LoraConfig
 from pujax.types import Batch, Completions, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)

@@ -14,6 +14,7 @@ import pytest
 from pujax import evaluate, generate
 from pujax.evaluate import EvaluateConfig
 from pujax.generate import GenerateConfig
+from pujax.inference.local_teacher import LocalTeacher
 from pujax.run import compilation
 from pujax.run.compilation import (
     COMPILED,
@@ -22,7 +23,6 @@ from pujax.run.compilation import (
     keep_compiled,
     release_compiler_memory,
 )
-from pujax.run.local_teacher import LocalTeacher
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
@@ -149,7 +149,7 @@ class Called(Exception):
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", suite={"a": 1}))),
         ("pujax.generate", lambda: generate.answer(GenerateConfig(model="m", prompt="p"))),
         (
-            "pujax.run.local_teacher",
+            "pujax.inference.local_teacher",
             lambda: LocalTeacher(TeacherConfig(max_tokens=1), CollectConfig()),
         ),
     ],

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
+from pujax.config.settings import DataConfig, ModelConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PromptError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
@@ -21,7 +22,6 @@ from pujax.run.data import (
     picks,
     with_system,
 )
-from pujax.run.settings import DataConfig, ModelConfig, TrainConfig
 
 
 class Letters:

@@ -14,11 +14,11 @@ import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 
+from pujax.config.compose import conf_dir, from_hydra, register
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError
 from pujax.files.settings import keep_settings, kept_settings
-from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.directory import run_directory, traces
-from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
 

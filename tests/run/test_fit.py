@@ -14,12 +14,13 @@ import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 
+from pujax.config.compose import conf_dir, from_hydra, register
+from pujax.config.settings import DataConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, NonFiniteError
 from pujax.evaluation import results
 from pujax.evaluation.answering import evaluate
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
-from pujax.run.compose import conf_dir, from_hydra, register
 from pujax.run.data import load_data, make_dataset
 from pujax.run.fit import (
     build_recipe,
@@ -29,7 +30,6 @@ from pujax.run.fit import (
     stop_signals,
 )
 from pujax.run.logs import RunLog
-from pujax.run.settings import DataConfig, TrainConfig
 from pujax.run.stages import budget_for
 from pujax.run.student import load_student
 

@@ -1,9 +1,9 @@
 import pytest
 
+from pujax.config.settings import GateConfig
 from pujax.errors import ConfigError, DataError
 from pujax.records import Example, Prompt
 from pujax.run.gate import gated, near_duplicates
-from pujax.run.settings import GateConfig
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps all day"
 

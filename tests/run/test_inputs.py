@@ -4,12 +4,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from pujax.config.settings import DataConfig, ModelConfig, TrainConfig
 from pujax.errors import DataError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.data import load_heldout, make_dataset
 from pujax.run.inputs import hold_inputs
-from pujax.run.settings import DataConfig, ModelConfig, TrainConfig
 
 CONFIG = TrainConfig(
     model=ModelConfig(path="m"),

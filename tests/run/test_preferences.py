@@ -8,9 +8,9 @@ from hydra import compose, initialize_config_dir
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pujax.run.compose import conf_dir, from_hydra, register
+from pujax.config.compose import conf_dir, from_hydra, register
+from pujax.config.settings import TrainConfig
 from pujax.run.fit import fit
-from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
 

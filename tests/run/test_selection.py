@@ -2,11 +2,11 @@ import doctest
 
 import pytest
 
+from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
 from pujax.errors import ConfigError
 from pujax.evaluation.metrics import METRICS
 from pujax.run import selection
 from pujax.run.selection import Criterion, criterion_of
-from pujax.run.settings import CheckpointConfig, EvalConfig, TrainConfig
 
 
 def test_the_examples_in_docstrings_hold():

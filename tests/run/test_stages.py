@@ -10,13 +10,13 @@ import jax.numpy as jnp
 import pytest
 from rich.console import Console
 
+from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
 from pujax.models.sharding import make_mesh
 from pujax.records import Example, Prompt
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.data import Dataset
 from pujax.run.logs import RunLog
 from pujax.run.selection import Criterion
-from pujax.run.settings import CheckpointConfig, EvalConfig, TrainConfig
 from pujax.run.stages import Run, Stage
 from pujax.types import TrainState
 

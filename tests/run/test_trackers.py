@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 
 from pujax import train
+from pujax.config.settings import LogConfig, RunConfig, SftConfig, TrainConfig
 from pujax.errors import ConfigError
 from pujax.run.logs import RunLog
-from pujax.run.settings import LogConfig, RunConfig, SftConfig, TrainConfig
 from pujax.run.trackers import OPENERS, telling
 from pujax.teacher.settings import TeacherConfig
 

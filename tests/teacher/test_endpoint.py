@@ -18,8 +18,9 @@ import h2.events
 import pytest
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir
+from pujax.config.functions import build
 from pujax.errors import ConfigError, TeacherError
-from pujax.run.compose import build, conf_dir
 from pujax.teacher import endpoint
 from pujax.teacher.protocols import Answer, Retryable, Unread, anthropic_answer, anthropic_request
 from pujax.teacher.settings import CollectConfig, TeacherConfig

@@ -15,7 +15,7 @@ import hydra
 import yaml
 from omegaconf import MISSING, OmegaConf
 
-from pujax.run.compose import conf_dir
+from pujax.config.compose import conf_dir
 
 WIDTH, COLUMN = 100, 40  # of the whole, and where meanings begin
 

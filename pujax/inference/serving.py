@@ -18,7 +18,7 @@ import pujax
 from pujax.errors import ConfigError
 from pujax.files.durable import on_disk
 from pujax.files.locate import at_home, cache_folder, locate
-from pujax.run.finished import finished_run
+from pujax.inference.finished import finished_run
 
 STOPS = (signal.SIGINT, signal.SIGTERM)
 

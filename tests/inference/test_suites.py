@@ -11,11 +11,11 @@ from toy_gguf import toy_chat
 from pujax import evaluate
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
+from pujax.inference.generator import Generator
+from pujax.inference.local_teacher import LocalTeacher, weighed
+from pujax.inference.suites import answered, offered_answers, offered_judge
 from pujax.models.decoder import LanguageModel
 from pujax.records import Prompt
-from pujax.run.generator import Generator
-from pujax.run.local_teacher import LocalTeacher, weighed
-from pujax.run.suites import answered, offered_answers, offered_judge
 from pujax.teacher.protocols import Answer
 from pujax.teacher.settings import BudgetConfig, CollectConfig, PriceConfig, TeacherConfig
 

@@ -14,14 +14,14 @@ import pytest
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
+from pujax.config import commands
+from pujax.config.commands import command, masked, swept
+from pujax.config.settings import TrainConfig
+from pujax.config.typed import told
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
-from pujax.run import commands
-from pujax.run.commands import command, masked, swept
-from pujax.run.finished import model_path, source_of
-from pujax.run.serving import to_serve
-from pujax.run.settings import TrainConfig
-from pujax.run.typed import told
+from pujax.inference.finished import model_path, source_of
+from pujax.inference.serving import to_serve
 
 
 def called(monkeypatch, act, *arguments, name="train"):
@@ -302,7 +302,7 @@ def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
 
 
 def test_no_file_takes_the_number_of_a_closed_stream():
-    code = "import sys, pujax.run.streams as s; s.hold('x'); "
+    code = "import sys, pujax.config.streams as s; s.hold('x'); "
     code += "print(open(sys.executable).fileno(), sys.stdin.read() == '')"
     done = subprocess.run(
         f'exec {sys.executable} -c "{code}" <&- 2>&-', shell=True, capture_output=True, text=True
@@ -410,8 +410,8 @@ def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
 def test_a_sigterm_that_comes_while_something_is_deleted_ends_the_command():
     code = """
 import os, signal, sys, time
-from pujax.run.commands import command
-from pujax.run.settings import TrainConfig
+from pujax.config.commands import command
+from pujax.config.settings import TrainConfig
 class Deleted:
     def __del__(self):
         os.kill(os.getpid(), signal.SIGTERM)

@@ -7,49 +7,25 @@ from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pujax.errors import ConfigError, EvaluationError
+from pujax.config.functions import build_metrics
+from pujax.config.settings import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from pujax.errors import EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
+from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import OWN, Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.settings import kept_settings
+from pujax.inference.finished import model_path
 from pujax.method.step import assemble
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh
-from pujax.run.compose import build
 from pujax.run.data import Dataset, collate, load_heldout
-from pujax.run.finished import model_path
-from pujax.run.settings import DataConfig, EvalConfig, ModelConfig, TrainConfig
 from pujax.run.student import load_student
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.types import Params
-
-
-def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
-    """The metrics that the settings name, or those that a run has when they name none.
-
-    Each is called once, on a made-up prompt. Raises `ConfigError`, as `build` and `try_metric` do.
-    """
-    metrics = {}
-    for name, node in config.metrics.items():
-        key = f"eval.metrics.{name}"
-        try:
-            function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            built = build(function, f"{key}.function", trusted)
-            try_metric(key, built)
-            try:
-                metrics[name] = Metric(built, Shown(**shown))
-            except ConfigError as error:
-                raise ConfigError(f"{key}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
-                "and better, as in conf/eval/"
-            ) from error
-    return metrics or METRICS
 
 
 def evaluations_of(directory: Path) -> list[Evaluation]:

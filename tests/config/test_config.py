@@ -9,15 +9,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from pujax.chat import ChatConfig
-from pujax.errors import ConfigError
-from pujax.evaluate import GROUPS, EvaluateConfig
-from pujax.export import ExportConfig
-from pujax.files.locate import package_file
-from pujax.generate import GenerateConfig
-from pujax.method import losses, scoring
-from pujax.records import Sampling
-from pujax.run.compose import build, conf_dir, from_hydra, offered, register, structured
-from pujax.run.settings import (
+from pujax.config.compose import conf_dir, from_hydra, offered, register, structured
+from pujax.config.functions import build
+from pujax.config.settings import (
     AlignConfig,
     DataConfig,
     EvalConfig,
@@ -29,7 +23,15 @@ from pujax.run.settings import (
     ShapeConfig,
     TrainConfig,
 )
-from pujax.run.tool_settings import BenchmarkRun
+from pujax.config.tool_settings import BenchmarkRun
+from pujax.errors import ConfigError
+from pujax.evaluate import GROUPS, EvaluateConfig
+from pujax.export import ExportConfig
+from pujax.files.locate import package_file
+from pujax.generate import GenerateConfig
+from pujax.inference.local_teacher import LocalTeacher
+from pujax.method import losses, scoring
+from pujax.records import Sampling
 from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun
 
@@ -181,6 +183,11 @@ def test_build_binds_the_keywords_and_builds_what_is_inside():
         node("scoring.blend", scores=[node("scoring.rouge")], weights=[1.0]), "scorer.score"
     )
     assert blend.keywords["scores"][0].func is scoring.rouge
+
+
+def test_a_function_is_found_under_the_name_that_older_runs_have_for_it():
+    kept = {"_target_": "pujax.run.local_teacher.LocalTeacher", "_partial_": True}
+    assert build(kept, "teacher.protocol").func is LocalTeacher
 
 
 @pytest.mark.parametrize(

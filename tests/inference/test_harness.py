@@ -11,8 +11,8 @@ import pytest
 from pujax.errors import ConfigError
 from pujax.files import safetensors
 from pujax.files.chat import Chat
+from pujax.inference.generator import Generator
 from pujax.models.decoder import LanguageModel
-from pujax.run.generator import Generator
 
 lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra lm_eval")
 
@@ -34,7 +34,7 @@ def path(model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def harness(path):
-    from pujax.run.harness import PujaxLM
+    from pujax.inference.harness import PujaxLM
 
     return PujaxLM(str(path), batch_size=2)
 
@@ -99,7 +99,7 @@ def test_answers_end_before_the_first_stop_sequence(harness):
 
 
 def test_settings_that_do_not_fit_are_named(path):
-    from pujax.run.harness import PujaxLM
+    from pujax.inference.harness import PujaxLM
 
     with pytest.raises(ConfigError, match="batch_size='many': a positive number"):
         PujaxLM(str(path), batch_size="many")

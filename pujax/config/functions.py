@@ -1,133 +1,30 @@
-"""The bridge from Hydra: schemas in, checked settings and bound functions out."""
+"""The functions that settings name by `_target_`, checked and bound; nothing is called."""
 
 import functools
 import importlib
 import inspect
-import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import fields, is_dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
-
+from pujax.config.settings import EvalConfig
 from pujax.errors import ConfigError, require
+from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
 from pujax.teacher.settings import TeacherConfig
-
-T = TypeVar("T")
-
-
-def conf_dir() -> str:
-    """The absolute path of the YAML tree: inside the installed package, or beside it in a clone."""
-    package = Path(__file__).resolve().parents[1]
-    for candidate in (package / "conf", package.parent / "conf"):
-        if (candidate / "train.yaml").is_file():
-            return str(candidate)
-    raise ConfigError(f"no conf/train.yaml beside {package}: reinstall pujax")
-
-
-def shipped(path: str) -> str:
-    """Where an experiment's file lies: below the folder one is in, as in a clone, or with pujax.
-
-    What `${shipped:quickstart/train.jsonl}` stands for in conf/experiment/.
-    """
-    name, package = f"experiments/{path}", Path(__file__).resolve().parents[1]
-    if not Path(name).is_file():
-        for folder in (package, package.parent):
-            if (folder / name).is_file():
-                return str(folder / name)
-    return name
-
-
-OmegaConf.register_new_resolver("shipped", shipped, replace=True)
-
-
-def register(name: str, schema: type) -> None:
-    """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
-    ConfigStore.instance().store(name=name, node=structured(schema))
-
-
-@contextmanager
-def offered(groups: Sequence[str]) -> Iterator[None]:
-    """Within the block, Hydra knows the choices of these `groups` of `conf/`.
-
-    For a command whose YAML lies further down. With `conf/` itself on its path Hydra would take
-    each of the folders there for a group, and a setting called `model` could not be told a path.
-    """
-    root, repository = Path(conf_dir()), ConfigStore.instance().repo
-    for path in (path for group in groups for path in sorted((root / group).rglob("*.yaml"))):
-        text = path.read_text(encoding="utf-8")
-        packaged = re.match(r"# @package (\S+)\n", text)
-        ConfigStore.instance().store(
-            name=path.stem,
-            node=OmegaConf.create(text),
-            group=str(path.parent.relative_to(root)),
-            package=packaged and packaged[1],
-        )
-    try:
-        yield
-    finally:
-        # Where the folders are on the path, Hydra would find each choice twice.
-        for group in groups:
-            repository.pop(group, None)
-
-
-def structured(schema: type) -> DictConfig:
-    """The node of a settings record, to merge values into."""
-    node = OmegaConf.structured(schema)
-    _unlock(node)  # a frozen dataclass is read-only at every level, which stops composition
-    return node
-
-
-def _unlock(node: DictConfig) -> None:
-    OmegaConf.set_readonly(node, False)
-    for key in node:
-        child = None if OmegaConf.is_missing(node, key) else node[key]
-        if isinstance(child, DictConfig):
-            _unlock(child)
-
-
-def from_hydra(schema: type[T], composed: DictConfig) -> T:
-    """The composed settings as an instance of `schema`, every value present and checked.
-
-    Raises `ConfigError` for a missing mandatory value, naming its key.
-    """
-    missing = sorted(OmegaConf.missing_keys(composed))
-    if missing:
-        raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
-    for key in _foreign(composed):
-        raise ConfigError(f"{key}: no such setting: take it out")
-    settings = OmegaConf.to_object(composed)
-    if not isinstance(settings, schema):
-        raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
-    return settings
-
-
-def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:
-    """The dotted keys that were added (`+key=value`) to a record that has no such field."""
-    schema = OmegaConf.get_type(node)
-    if schema is None or not is_dataclass(schema):
-        return
-    known = {field.name for field in fields(schema)}
-    for key in node:
-        if key not in known:
-            yield f"{prefix}{key}"
-        child = node._get_node(key)
-        if isinstance(child, DictConfig) and not child._is_none():
-            yield from _foreign(child, f"{prefix}{key}.")
-
 
 OURS = (
     "pujax.method.",
     "pujax.rewards.",
     "pujax.evaluation.",
     "pujax.teacher.",
-    "pujax.run.local_teacher.",
+    "pujax.inference.local_teacher.",
 )
 """Where the functions live that settings may name, beside the packages in `trusted`."""
+
+
+MOVED = {"pujax.run.local_teacher.": "pujax.inference.local_teacher."}
+"""What the settings of older runs call a module, and what it is called now."""
 
 
 def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
@@ -141,6 +38,8 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
     target: str = node["_target_"]
+    for before, now in MOVED.items():
+        target = target.replace(before, now) if target.startswith(before) else target
     module, _, name = target.rpartition(".")
     if not module:
         raise ConfigError(
@@ -199,6 +98,30 @@ def build_loss(
             "say `needs: {anchor: true}`, {reference: true} or both",
         )
     return build(entries, "loss", trusted), needs
+
+
+def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
+    """The metrics that the settings name, or those that a run has when they name none.
+
+    Each is called once, on a made-up prompt. Raises `ConfigError`, as `build` and `try_metric` do.
+    """
+    metrics = {}
+    for name, node in config.metrics.items():
+        key = f"eval.metrics.{name}"
+        try:
+            function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
+            built = build(function, f"{key}.function", trusted)
+            try_metric(key, built)
+            try:
+                metrics[name] = Metric(built, Shown(**shown))
+            except ConfigError as error:
+                raise ConfigError(f"{key}: {error}") from error
+        except (KeyError, TypeError) as error:
+            raise ConfigError(
+                f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
+                "and better, as in conf/eval/"
+            ) from error
+    return metrics or METRICS
 
 
 def with_protocol(teacher: TeacherConfig, trusted: Sequence[str] = ()) -> TeacherConfig:

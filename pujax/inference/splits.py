@@ -12,18 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pujax.config.functions import build_metrics
+from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
+from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, write_whole
 from pujax.files.locate import at_home, locate
+from pujax.inference.finished import model_path
+from pujax.inference.heldout import evaluate_subject, run_config, subject_for
 from pujax.records import Example, canonical
 from pujax.run.data import load_heldout
-from pujax.run.finished import model_path
-from pujax.run.heldout import build_metrics, evaluate_subject, run_config, subject_for
-from pujax.run.settings import DataConfig, EvalConfig, TrainConfig
-from pujax.run.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.teacher.settings import TeacherConfig
 
 FINAL = "aligned"

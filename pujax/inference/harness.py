@@ -1,6 +1,6 @@
 """A run, an export or a GGUF file as a model of the lm-evaluation-harness.
 
-    python -m pujax.run.harness run --model pujax --model_args path=runs/mine/TIME --tasks gsm8k
+    python -m pujax.inference.harness run --model pujax --model_args path=runs/mine --tasks gsm8k
 
 is the harness's own command with this model in it; `pip install 'pujax[lm_eval]'` installs it
 (its core has no torch). Nothing else imports this module.
@@ -20,14 +20,14 @@ from jaxtyping import Array, Bool, Float
 
 from pujax.errors import PujaxError, require
 from pujax.files.locate import at_home
+from pujax.inference.finished import finished_run
+from pujax.inference.generator import Generator, compiled
 from pujax.models.decoder import LanguageModel
 from pujax.run.data import with_system
-from pujax.run.finished import finished_run
-from pujax.run.generator import Generator, compiled
 from pujax.types import Params, Tokens
 
 if __name__ == "__main__" and find_spec("lm_eval") is None:
-    sys.exit("pujax.run.harness: lm_eval is not installed: pip install 'pujax[lm_eval]'")
+    sys.exit("pujax.inference.harness: lm_eval is not installed: pip install 'pujax[lm_eval]'")
 
 _harness: Any = import_module("lm_eval.api.model")
 _registry: Any = import_module("lm_eval.api.registry")
@@ -258,7 +258,7 @@ def main() -> None:
     try:
         import_module("lm_eval.__main__").cli_evaluate()
     except PujaxError as error:
-        sys.exit(f"pujax.run.harness: {error}")
+        sys.exit(f"pujax.inference.harness: {error}")
 
 
 if __name__ == "__main__":

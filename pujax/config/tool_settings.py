@@ -5,8 +5,8 @@ from typing import Any
 
 from omegaconf import MISSING
 
+from pujax.config.settings import MeshConfig, ModelConfig, ScorerConfig, check_seed
 from pujax.errors import require
-from pujax.run.settings import MeshConfig, ModelConfig, ScorerConfig, check_seed
 
 
 @dataclass(frozen=True)

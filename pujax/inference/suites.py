@@ -10,18 +10,18 @@ from pathlib import Path
 from typing import Any
 
 from pujax import __version__
+from pujax.config.functions import build
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import Answer, Judge, Records, Subject
 from pujax.files.chat import Chat
+from pujax.inference.finished import model_path
+from pujax.inference.heldout import reference_for, subject_for
+from pujax.inference.local_teacher import LocalTeacher, weighed
+from pujax.inference.splits import asked_of, model_digest
 from pujax.records import Prompt, canonical, messages_key
-from pujax.run.compose import build
 from pujax.run.data import load_heldout
-from pujax.run.finished import model_path
-from pujax.run.heldout import reference_for, subject_for
-from pujax.run.local_teacher import LocalTeacher, weighed
-from pujax.run.settings import TrainConfig
-from pujax.run.splits import asked_of, model_digest
 from pujax.teacher.anchors import collect
 from pujax.teacher.plan import make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig

@@ -7,14 +7,14 @@ from typing import get_type_hints
 import pytest
 
 from pujax.chat import ChatConfig
+from pujax.config.compose import conf_dir, register
+from pujax.config.help import COLUMN, WIDTH, help_of, meanings
+from pujax.config.settings import TrainConfig
+from pujax.config.tool_settings import BenchmarkRun
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
 from pujax.report import ReportConfig
-from pujax.run.compose import conf_dir, register
-from pujax.run.help import COLUMN, WIDTH, help_of, meanings
-from pujax.run.settings import TrainConfig
-from pujax.run.tool_settings import BenchmarkRun
 from pujax.serve import ServeConfig
 from pujax.teacher.settings import CollectRun, DatasetConfig
 

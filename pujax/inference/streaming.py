@@ -10,9 +10,9 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from pujax.files.chat import Message
+from pujax.inference.generator import Generator, Reply, padded
 from pujax.method.sampling import sample_token
 from pujax.models.decoder import Cache, Decoding, LanguageModel
-from pujax.run.generator import Generator, Reply, padded
 from pujax.types import Params, Tokens
 
 HELD = "\N{REPLACEMENT CHARACTER}"

@@ -11,8 +11,8 @@ from jaxtyping import Array, Float, Int
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.inference.finished import model_path
 from pujax.models.decoder import LanguageModel
-from pujax.run.finished import model_path
 from pujax.types import Completions, Params, Tokens
 
 

@@ -7,11 +7,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from omegaconf import OmegaConf
 
+from pujax.config.compose import conf_dir, from_hydra, register, structured
+from pujax.config.overrides import in_hydra_words
+from pujax.config.settings import TrainConfig
 from pujax.evaluate import EvaluateConfig
 from pujax.generate import GenerateConfig
-from pujax.run.compose import conf_dir, from_hydra, register, structured
-from pujax.run.overrides import in_hydra_words
-from pujax.run.settings import TrainConfig
 
 register("train_schema", TrainConfig)
 GROUPS = ("model", "loss", "experiment", "suite")

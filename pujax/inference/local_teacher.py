@@ -43,7 +43,7 @@ class LocalTeacher:
                 f"be a number and takes top_k, top_p and seed alone in extra_body, not {unknown}"
             )
         compile_once()
-        from pujax.run.generator import Generator
+        from pujax.inference.generator import Generator
 
         self._settings = settings
         self._answers = answers or written

@@ -24,11 +24,11 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
+from pujax.config.compose import conf_dir, from_hydra, offered, register
+from pujax.config.help import help_of
+from pujax.config.overrides import in_hydra_words
+from pujax.config.streams import hold
 from pujax.errors import ConfigError, PujaxError, StopRequested, require
-from pujax.run.compose import conf_dir, from_hydra, offered, register
-from pujax.run.help import help_of
-from pujax.run.overrides import in_hydra_words
-from pujax.run.streams import hold
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")

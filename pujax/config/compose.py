@@ -1,0 +1,115 @@
+"""The bridge from Hydra: schemas in, checked settings out."""
+
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
+
+from pujax.errors import ConfigError
+
+T = TypeVar("T")
+
+
+def conf_dir() -> str:
+    """The absolute path of the YAML tree: inside the installed package, or beside it in a clone."""
+    package = Path(__file__).resolve().parents[1]
+    for candidate in (package / "conf", package.parent / "conf"):
+        if (candidate / "train.yaml").is_file():
+            return str(candidate)
+    raise ConfigError(f"no conf/train.yaml beside {package}: reinstall pujax")
+
+
+def shipped(path: str) -> str:
+    """Where an experiment's file lies: below the folder one is in, as in a clone, or with pujax.
+
+    What `${shipped:quickstart/train.jsonl}` stands for in conf/experiment/.
+    """
+    name, package = f"experiments/{path}", Path(__file__).resolve().parents[1]
+    if not Path(name).is_file():
+        for folder in (package, package.parent):
+            if (folder / name).is_file():
+                return str(folder / name)
+    return name
+
+
+OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+
+
+def register(name: str, schema: type) -> None:
+    """Make `schema` the Hydra schema `name`, so that composition rejects wrong keys and types."""
+    ConfigStore.instance().store(name=name, node=structured(schema))
+
+
+@contextmanager
+def offered(groups: Sequence[str]) -> Iterator[None]:
+    """Within the block, Hydra knows the choices of these `groups` of `conf/`.
+
+    For a command whose YAML lies further down. With `conf/` itself on its path Hydra would take
+    each of the folders there for a group, and a setting called `model` could not be told a path.
+    """
+    root, repository = Path(conf_dir()), ConfigStore.instance().repo
+    for path in (path for group in groups for path in sorted((root / group).rglob("*.yaml"))):
+        text = path.read_text(encoding="utf-8")
+        packaged = re.match(r"# @package (\S+)\n", text)
+        ConfigStore.instance().store(
+            name=path.stem,
+            node=OmegaConf.create(text),
+            group=str(path.parent.relative_to(root)),
+            package=packaged and packaged[1],
+        )
+    try:
+        yield
+    finally:
+        # Where the folders are on the path, Hydra would find each choice twice.
+        for group in groups:
+            repository.pop(group, None)
+
+
+def structured(schema: type) -> DictConfig:
+    """The node of a settings record, to merge values into."""
+    node = OmegaConf.structured(schema)
+    _unlock(node)  # a frozen dataclass is read-only at every level, which stops composition
+    return node
+
+
+def _unlock(node: DictConfig) -> None:
+    OmegaConf.set_readonly(node, False)
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        if isinstance(child, DictConfig):
+            _unlock(child)
+
+
+def from_hydra(schema: type[T], composed: DictConfig) -> T:
+    """The composed settings as an instance of `schema`, every value present and checked.
+
+    Raises `ConfigError` for a missing mandatory value, naming its key.
+    """
+    missing = sorted(OmegaConf.missing_keys(composed))
+    if missing:
+        raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
+    for key in _foreign(composed):
+        raise ConfigError(f"{key}: no such setting: take it out")
+    settings = OmegaConf.to_object(composed)
+    if not isinstance(settings, schema):
+        raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
+    return settings
+
+
+def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:
+    """The dotted keys that were added (`+key=value`) to a record that has no such field."""
+    schema = OmegaConf.get_type(node)
+    if schema is None or not is_dataclass(schema):
+        return
+    known = {field.name for field in fields(schema)}
+    for key in node:
+        if key not in known:
+            yield f"{prefix}{key}"
+        child = node._get_node(key)
+        if isinstance(child, DictConfig) and not child._is_none():
+            yield from _foreign(child, f"{prefix}{key}.")

@@ -1,0 +1,1 @@
+"""A finished model at work: it answers, is served and is evaluated."""
