@@ -63,7 +63,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     chat = Chat.load(config.model.path)
     # What is wrong in these shows before anything is read, and before a teacher is paid.
     recipe, loss_fn = build_recipe(config, chat)
