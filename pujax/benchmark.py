@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pujax.config.commands import command
-from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
@@ -40,18 +40,18 @@ ROWS = {
 }
 
 
-def run(settings: BenchmarkRun) -> None:
+def run(settings: BenchmarkConfig) -> None:
     """Measure, show a table, and print one JSON object as the last line."""
-    from pujax.run.measure import Subject
+    from pujax.run.measure import Benchmark
 
-    subject = Subject(settings)
+    benchmark = Benchmark(settings)
     console = Console(stderr=False)
-    cost = subject.measure(settings.benchmark)
+    cost = benchmark.measure(settings.benchmark)
     console.print(table(cost))
     line: dict[str, Any] = described(settings) | asdict(cost)
     if settings.benchmark.sweep:
         line["sweep"], written = [asdict(cost)], list[Path]()
-        for key, value, cost in sweep(subject.measure, settings.benchmark):
+        for key, value, cost in sweep(benchmark.measure, settings.benchmark):
             console.print(f"{key}={value}: step {cost.step_s:.2f} s")
             line["sweep"].append(asdict(cost))
             # After each, so that a sweep that is cut off leaves what it measured.
@@ -61,7 +61,7 @@ def run(settings: BenchmarkRun) -> None:
     print(json.dumps(line))
 
 
-def described(run: BenchmarkRun) -> dict[str, Any]:
+def described(run: BenchmarkConfig) -> dict[str, Any]:
     """What was measured and with what: the settings' names, versions and the device."""
     import jax
 
@@ -73,7 +73,7 @@ def described(run: BenchmarkRun) -> dict[str, Any]:
         "loss": run.loss["_target_"].rpartition(".")[2],
         "scorer": run.scorer.score["_target_"].rpartition(".")[2],
         "offline": run.benchmark.offline,
-        "mesh": [run.mesh.data, run.mesh.fsdp, run.mesh.tensor],
+        "mesh": list(vars(run.mesh).values()),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "seed": run.seed,
@@ -98,7 +98,7 @@ def table(cost: "Cost") -> Table:
 
 
 def sweep(
-    measure: Callable[[ShapesConfig], "Cost"], shape: ShapesConfig
+    measure: Callable[[WorkConfig], "Cost"], shape: WorkConfig
 ) -> Iterator[tuple[str, int, "Cost"]]:
     """The costs around `shape`, one of its sizes changed at a time: which, to what, the cost."""
     for key, values in SWEPT.items():
@@ -158,7 +158,7 @@ def _short(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-main = command("benchmark", BenchmarkRun, run)
+main = command("benchmark", BenchmarkConfig, run)
 
 if __name__ == "__main__":
     main()

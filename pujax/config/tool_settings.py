@@ -10,7 +10,7 @@ from pujax.errors import require
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class WorkConfig:
     """The work that a benchmark times; every prompt and response has its full length.
 
     Attributes:
@@ -47,7 +47,7 @@ class ShapesConfig:
 
 
 @dataclass(frozen=True)
-class BenchmarkRun:
+class BenchmarkConfig:
     """Everything `pujax benchmark` is told.
 
     Attributes:
@@ -69,7 +69,7 @@ class BenchmarkRun:
     labels: Any = MISSING
     loss: Any = MISSING
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    benchmark: ShapesConfig = field(default_factory=ShapesConfig)
+    benchmark: WorkConfig = field(default_factory=WorkConfig)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

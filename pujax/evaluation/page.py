@@ -172,7 +172,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
 
 
 def _findings(evaluations: Sequence[Evaluation]) -> str:
-    verdict = findings.judge(evaluations)
+    verdict = findings.verdict_on(evaluations)
     told = "".join(f"<li>{escape(warning)}</li>" for warning in findings.warnings(evaluations))
     return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""

@@ -9,13 +9,13 @@ import numpy as np
 
 from pujax.files import gguf, safetensors
 from pujax.files.locate import locate
-from pujax.files.tensors import Checkpoint, Place, assemble
+from pujax.files.tensors import Checkpoint, Placer, read_params
 from pujax.models.decoder import DecoderConfig
 from pujax.types import Params
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = np.float32, place: Place | None = None
+    path: str | os.PathLike[str], *, dtype: Any = np.float32, place: Placer | None = None
 ) -> tuple[DecoderConfig, Params]:
     """The model at `path`, its parameters [L, ...] stacked over layers, in `dtype`.
 
@@ -26,7 +26,7 @@ def load(
     """
     checkpoint = _open(locate(path))
     put = place or (lambda _, array: jnp.asarray(array))
-    return checkpoint.config, assemble(checkpoint, dtype=dtype, place=put)
+    return checkpoint.config, read_params(checkpoint, dtype=dtype, place=put)
 
 
 def read_config(path: str | os.PathLike[str]) -> DecoderConfig:

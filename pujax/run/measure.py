@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pujax.config.functions import build, build_loss
-from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.errors import require
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
@@ -77,10 +77,10 @@ class Cost:
     load_s: float
 
 
-class Subject:
+class Benchmark:
     """A loaded student with what is chosen once, to be measured at one shape or several."""
 
-    def __init__(self, run: BenchmarkRun) -> None:
+    def __init__(self, run: BenchmarkConfig) -> None:
         # An empty cache of compiled programs, so that a first compilation is a cold one.
         # It goes with this object, or with the process.
         self._cache = tempfile.TemporaryDirectory(prefix="pujax-xla-", ignore_cleanup_errors=True)
@@ -88,7 +88,7 @@ class Subject:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         release_compiler_memory()
         self.run = run
-        self.mesh: Mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        self.mesh: Mesh = make_mesh(**vars(run.mesh))
         self.chat = Chat.load(run.model.path)
         begun = time.monotonic()
         student = load_student(run.model, self.chat, self.mesh, run.seed)
@@ -111,7 +111,7 @@ class Subject:
         frames, most = self.chat.frames, max(2, run.benchmark.candidates)
         try_recipe(self.scorer, self.labels, self.loss, frames=frames, candidates=most)
 
-    def measure(self, shape: ShapesConfig) -> Cost:
+    def measure(self, shape: WorkConfig) -> Cost:
         """Time `shape.steps` steps of that shape, and each of their phases."""
         model, base = self.student.model, self.student.base
         recipe = self._recipe(shape)
@@ -205,7 +205,7 @@ class Subject:
             load_s=self.load_s,
         )
 
-    def _recipe(self, shape: ShapesConfig) -> Recipe:
+    def _recipe(self, shape: WorkConfig) -> Recipe:
         return Recipe(
             # Given responses are never sampled, and one of them is enough.
             sampling=Sampling(candidates=max(2, shape.candidates), temperature=1.0),
@@ -217,7 +217,7 @@ class Subject:
             needs=needs_of(self.loss, self.labels, shape.candidates, **self.said),
         )
 
-    def _work(self, shape: ShapesConfig) -> tuple[Batch, Completions]:
+    def _work(self, shape: WorkConfig) -> tuple[Batch, Completions]:
         """A batch of random tokens on the mesh, and candidates for where they are given."""
         B, K, P, T = shape.prompts, shape.candidates, shape.prompt_tokens, shape.response_tokens
         rng = np.random.default_rng(self.run.seed)
@@ -255,7 +255,7 @@ def matmul_rate(dtype: Any, repeats: int = 7) -> float:
     return 2 * PEAK_SIZE**3 / statistics.median(times)
 
 
-def flops(config: DecoderConfig, shape: ShapesConfig, recipe: Recipe) -> tuple[float, float]:
+def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[float, float]:
     """The work in the update, and in the rest of the step, in floating-point operations.
 
     Matrix products and attention alone, each at what it takes at least: no padding, no
