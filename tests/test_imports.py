@@ -1,5 +1,6 @@
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +61,15 @@ def test_rooms_import_one_way():
         for other in imported(path):
             down = floor[room(other)] < floor[room(name)]
             assert down or (room(other) == room(name) and "." in name), f"{name} imports {other}"
+
+
+def test_the_readmes_map_names_every_file_and_lists_the_lowest_floor_first():
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    listed = readme.partition("## The code")[2].split("```")[1]
+    assert {name.rpartition(".")[2] for name in FILES} <= set(re.findall(r"\w+", listed))
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    order = [floor[name] for name in re.findall(r"^  (\w+)", listed, re.MULTILINE)]
+    assert order == sorted(order)
 
 
 def test_no_two_files_import_each_other():
