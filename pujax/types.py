@@ -12,7 +12,7 @@ Index 0 of G is the anchor, the teacher's answer; the others are the student's c
 Everything is right-padded, and every mask comes from a length, never from a token's value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,14 @@ class Tokens:
         """True over the real tokens."""
         at = jnp.arange(self.ids.shape[-1]).reshape((1,) * self.lengths.ndim + (-1,))
         return at < self.lengths[..., None]
+
+
+def right_padded(rows: Sequence[Sequence[int]], size: int) -> Tokens:
+    """Token ids as [B S], S the `size`; none of the `rows` is longer. Padding is 0."""
+    ids = np.zeros((len(rows), size), np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return Tokens(jnp.asarray(ids), jnp.array([len(row) for row in rows], jnp.int32))
 
 
 @flax.struct.dataclass

@@ -34,6 +34,11 @@ class Reading:
     samples: tuple[str, ...] = ()
 
 
+def of_text(prompt: Prompt, anchor: str, response: str) -> Reading:
+    """A text as a reading, for metrics of texts: its log-prob and length are nobody's to know."""
+    return Reading(prompt, anchor, response, anchor_logp=0.0, length=0.0, finished=0.0)
+
+
 MetricFn = Callable[[Reading], float | None]
 
 
@@ -129,10 +134,7 @@ def distinct_n(reading: Reading, *, n: int = 2) -> float | None:
 
 def sampled(reading: Reading, *, metric: MetricFn) -> float | None:
     """The mean of a metric of texts (`exact`, `contains`, `rouge_l`) over the sampled answers."""
-    values = [
-        metric(Reading(reading.prompt, reading.anchor, sample, 0.0, 0.0, 0.0))
-        for sample in reading.samples
-    ]
+    values = [metric(of_text(reading.prompt, reading.anchor, sample)) for sample in reading.samples]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
 

@@ -19,7 +19,7 @@ from pujax.teacher.anchors import anchors_for
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.text import counted
-from pujax.types import Batch, Completions, Tokens
+from pujax.types import Batch, Completions, right_padded
 
 
 @dataclass(frozen=True)
@@ -373,19 +373,11 @@ def with_system(messages: Sequence[dict[str, str]], system: str | None) -> list[
 
 def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
     """Right-pad examples to the dataset's shapes. Padding is 0; lengths tell what is real."""
-
-    def padded(rows: Iterable[Sequence[int]], size: int) -> Tokens:
-        rows = list(rows)
-        tokens = np.zeros((len(rows), size), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        return Tokens(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
     return Batch(
-        prompts=padded((e.prompt_ids for e in examples), dataset.prompt_size),
-        anchors=padded((e.anchor_ids for e in examples), dataset.response_size),
+        prompts=right_padded([e.prompt_ids for e in examples], dataset.prompt_size),
+        anchors=right_padded([e.anchor_ids for e in examples], dataset.response_size),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
-        references=padded((e.reference_ids for e in examples), dataset.reference_size),
+        references=right_padded([e.reference_ids for e in examples], dataset.reference_size),
         given=_given(examples, dataset) if dataset.candidates else None,
         anchor_weights=jnp.array([e.weight for e in examples]) if dataset.weighed else None,
     )
