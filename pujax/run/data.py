@@ -14,7 +14,7 @@ from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PujaxError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
-from pujax.run.gate import gated, told
+from pujax.run.gate import gated, in_words
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
@@ -53,7 +53,7 @@ class Dataset:
         if not self.gated:
             return None
         kept = "weighed down in SFT" if self.weighed else "left out"
-        return f"anchors that are not trusted ({told(self.gated)}) are {kept}"
+        return f"anchors that are not trusted ({in_words(self.gated)}) are {kept}"
 
     @property
     def parts(self) -> dict[str, "Dataset"]:

@@ -17,7 +17,7 @@ from pujax.__main__ import COMMANDS
 from pujax.config import commands
 from pujax.config.commands import command, masked, swept
 from pujax.config.settings import TrainConfig
-from pujax.config.typed import told
+from pujax.config.typed import text_or_file
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
 from pujax.inference.finished import model_path, source_of
@@ -91,14 +91,14 @@ def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, er
     "act",
     [
         lambda path: locate(path),
-        lambda path: told("prompt", f"@{path}"),
+        lambda path: text_or_file("prompt", f"@{path}"),
         lambda path: source_of(path, None),
         lambda path: model_path(path),
         lambda path: to_serve(path, None, kind="q8_0", say=print),
         lambda path: report.run(report.ReportConfig(run=path)),
         lambda path: export.run(export.ExportConfig(run=path, out="x")),
         lambda path: export.run(export.ExportConfig(model="x", out=path)),
-        lambda path: generate.answer(generate.GenerateConfig(run=path, prompt="x")),
+        lambda path: generate.run(generate.GenerateConfig(run=path, prompt="x")),
         lambda path: evaluate.run(evaluate.EvaluateConfig(run=path)),
     ],
 )
