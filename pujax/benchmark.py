@@ -15,6 +15,7 @@ from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
+    from pujax.run.plan import Plan
 
 # What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
 SWEPT: Mapping[str, Sequence[int]] = {
@@ -41,7 +42,10 @@ ROWS = {
 
 
 def run(settings: BenchmarkConfig) -> None:
-    """Measure, show a table, and print one JSON object as the last line."""
+    """Measure or plan, show a table, and print one JSON object as the last line."""
+    if settings.plan:
+        planned(settings)
+        return
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)
@@ -59,6 +63,55 @@ def run(settings: BenchmarkConfig) -> None:
         for path in written:
             console.print(path, markup=False)
     print(json.dumps(line))
+
+
+def planned(settings: BenchmarkConfig) -> None:
+    """Show what a step would take, for each chip whether it fits and how fast it could be."""
+    from pujax.run.plan import CHIPS, have_devices, make_plan
+
+    have_devices(settings.mesh)
+    plan = make_plan(settings)
+    console = Console(stderr=False)
+    console.print(plan_table(plan, settings))
+    chips = {
+        name: {"fits": plan.fits(chip), "step_s": plan.seconds(chip)}
+        for name, chip in CHIPS.items()
+    }
+    for name, chip in CHIPS.items():
+        verdict = "fits" if plan.fits(chip) else "does not fit"
+        line = f"{name}: {verdict}; a step takes {plan.seconds(chip):.2g} s at the very best"
+        if not plan.fits(chip):
+            line += f"; {plan.remedy(chip, settings.mesh.fsdp)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    line = described(settings) | asdict(plan) | asdict(settings.benchmark) | {"chips": chips}
+    print(json.dumps(line))
+
+
+def plan_table(plan: "Plan", settings: BenchmarkConfig) -> Table:
+    """What one device holds, does and is told."""
+    shape, mesh = settings.benchmark, settings.mesh
+    shown = Table(
+        title=f"each of {plan.devices} devices (data {max(1, mesh.data)} x fsdp {mesh.fsdp} x "
+        f"tensor {mesh.tensor}), {plan.dtype}\n{shape.prompts} prompts x {shape.candidates} "
+        f"candidates x ({shape.prompt_tokens} + {shape.response_tokens}) tokens",
+        show_header=False,
+    )
+    shown.add_column()
+    shown.add_column(justify="right")
+    for title, size in (
+        ("parameters", plan.parameters),
+        ("reference, frozen base", plan.reference),
+        ("optimizer", plan.optimizer),
+        ("gradient, activations, caches at most", plan.scratch),
+        ("  of that caches while sampling", plan.caches),
+        ("everything at the peak", plan.peak),
+        *([("this process with it", plan.here)] if plan.here else []),
+    ):
+        shown.add_row(title, f"{size / 2**30:.2f} GiB")
+    shown.add_row("work", f"{plan.flops / 1e12:.3g} TFLOP a step")
+    for kind, each in plan.collectives.items():
+        shown.add_row(f"{kind}, {each.count} a step", f"{each.bytes / 2**30:.2f} GiB a step")
+    return shown
 
 
 def described(run: BenchmarkConfig) -> dict[str, Any]:

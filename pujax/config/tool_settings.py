@@ -60,6 +60,7 @@ class BenchmarkConfig:
         loss: a function, by `_target_`, and its keywords.
         mesh: devices.
         benchmark: the work.
+        plan: run nothing: say what the step would take on devices that need not be here.
     """
 
     seed: int = 0
@@ -70,6 +71,7 @@ class BenchmarkConfig:
     loss: Any = MISSING
     mesh: MeshConfig = field(default_factory=MeshConfig)
     benchmark: WorkConfig = field(default_factory=WorkConfig)
+    plan: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

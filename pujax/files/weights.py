@@ -31,7 +31,7 @@ def load(
 
 def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
     """The settings of the model at `path` (as in `load`), without its weights."""
-    local = locate(path)
+    local = locate(path, tensors=False)
     return _open(local).config if local.is_file() else safetensors.read_config(local)
 
 

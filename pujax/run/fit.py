@@ -48,7 +48,7 @@ from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
-from pujax.run.student import like_state, load_student, new_state
+from pujax.run.student import check_memory, like_state, load_student, new_state
 from pujax.run.trackers import telling
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
@@ -70,6 +70,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     metrics = build_metrics(config.eval, config.trusted)
     criterion = criterion_of(config, metrics)
     refuse_foreign_directory(directory / EXPORT)
+    check_memory(config.model, chat, mesh)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
     check_candidates(recipe, loss_fn, train_data)

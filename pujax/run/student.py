@@ -1,8 +1,10 @@
 """A student on its mesh: what is frozen of it, what is trained, and the state of its training."""
 
 import dataclasses
+import os
 from dataclasses import dataclass
 from functools import partial
+from math import prod
 from typing import Any
 
 import jax
@@ -10,12 +12,13 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pujax.config.settings import LoraConfig, ModelConfig
+from pujax.config.settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
+from pujax.models.parameters import param_shapes
 from pujax.models.sharding import placer, tree_shardings
 from pujax.types import Params, TrainState
 
@@ -39,38 +42,117 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
     """
     dtype = compute_dtype(config.dtype)
     if config.shape.layers:
-        shape = config.shape
-        settings = DecoderConfig(
-            family="llama",
-            vocab=chat.vocab,
-            width=shape.width,
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            head_width=shape.width // shape.heads,
-            mlp_width=shape.mlp_width,
-            norm_eps=1e-5,
-            rope_base=10_000.0,
-            tied=True,
-            eos_ids=chat.eos_ids,
-        )
+        settings = _shaped(config.shape, chat)
         params = LanguageModel(settings).init_params(jax.random.key(seed))
         params = jax.device_put(params, tree_shardings(mesh, params))
     else:
-        # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
-        kept = dtype if config.lora.rank else jnp.float32
-        settings, params = weights.load(config.path, dtype=kept, place=placer(mesh))
+        settings, params = weights.load(
+            config.path, dtype=_kept_dtype(config, dtype), place=placer(mesh)
+        )
+    model = _model(config, settings, chat, dtype)
+    if not config.lora.rank:
+        return Student(model, None, params)
+    return Student(model, params, make_adapter(config.lora, params, mesh, seed))
+
+
+def abstract_student(config: ModelConfig, chat: Chat, mesh: Mesh, dtype: Any) -> Student:
+    """The student that `load_student` makes, computing in `dtype`, as shapes, types and places.
+
+    No weight is read, nor fetched where the model lies in a repository on the hub. Raises as
+    `load_student` does.
+    """
+    if config.shape.layers:
+        settings = _shaped(config.shape, chat)
+    else:
+        settings = weights.read_config(config.path)
+    model, kept = _model(config, settings, chat, dtype), _kept_dtype(config, dtype)
+    params = jax.tree.map(
+        lambda shape: jax.ShapeDtypeStruct(shape, kept),
+        param_shapes(settings),
+        is_leaf=lambda node: isinstance(node, tuple),
+    )
+    if not config.lora.rank:
+        return Student(model, None, placed(params, mesh))
+    start = partial(init_adapter, rank=config.lora.rank, targets=config.lora.targets)
+    adapter = jax.eval_shape(start, jax.random.key(0), params)
+    return Student(model, placed(params, mesh), placed(adapter, mesh))
+
+
+def placed(shapes: Params, mesh: Mesh) -> Params:
+    """Shapes and types of parameters or of a state, with the places where they lie on `mesh`."""
+    return jax.tree.map(
+        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
+        shapes,
+        tree_shardings(mesh, shapes),
+    )
+
+
+def held(tree: Params | None) -> int:
+    """The bytes of a tree on each of its devices."""
+    return sum(
+        prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(tree)
+    )
+
+
+def check_memory(config: ModelConfig, chat: Chat, mesh: Mesh) -> None:
+    """Raise `ConfigError` for a model of which not even parameters and AdamW fit a device.
+
+    They are the trained parameters, their gradient and two moments in float32, and the frozen base
+    of a LoRA; activations come on top.
+    """
+    student = abstract_student(config, chat, mesh, compute_dtype(config.dtype))
+    least, room = 4 * held(student.trainable) + held(student.base), memory_of(mesh)
+    if room is not None and least > room:
+        raise ConfigError(
+            f"model.path={config.path!r}: parameters, gradient and AdamW's moments take "
+            f"{least / 2**30:.1f} GiB a device, which has {room / 2**30:.1f}: train adapters alone "
+            "(model.lora.rank=16), split it (mesh.fsdp, mesh.tensor), or take a smaller model; "
+            "`pujax benchmark plan=true` says what would fit"
+        )
+
+
+def memory_of(mesh: Mesh) -> float | None:
+    """The bytes that each of this process's devices has; None where nobody says."""
+    device, count = mesh.local_devices[0], len(mesh.local_devices)
+    if device.platform == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+    return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def _shaped(shape: ShapeConfig, chat: Chat) -> DecoderConfig:
+    """The settings of a random model."""
+    return DecoderConfig(
+        family="llama",
+        vocab=chat.vocab,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.width // shape.heads,
+        mlp_width=shape.mlp_width,
+        norm_eps=1e-5,
+        rope_base=10_000.0,
+        tied=True,
+        eos_ids=chat.eos_ids,
+    )
+
+
+def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:
+    """Trained parameters are float32; a LoRA's frozen base is kept in what it computes in."""
+    return dtype if config.lora.rank else jnp.float32
+
+
+def _model(config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any) -> LanguageModel:
     if chat.vocab > settings.vocab:
         raise ConfigError(
             f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
             f"{settings.vocab} rows: take both from one source"
         )
     settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
-    if not config.lora.rank:
-        return Student(LanguageModel(settings, dtype, config.remat), None, params)
-    settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
-    adapter = make_adapter(config.lora, params, mesh, seed)
-    return Student(LanguageModel(settings, dtype, config.remat), params, adapter)
+    if config.lora.rank:
+        settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
+    return LanguageModel(settings, dtype, config.remat)
 
 
 def make_adapter(config: LoraConfig, params: Params, mesh: Mesh, seed: int) -> Params:
@@ -97,12 +179,7 @@ def like_state(
     trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh
 ) -> TrainState:
     """Shapes, types and places of the states that train `trainable`: both stages' are alike."""
-    shapes = jax.eval_shape(partial(_first_state, optimizer=optimizer), trainable)
-    return jax.tree.map(
-        lambda x, place: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place),
-        shapes,
-        tree_shardings(mesh, shapes),
-    )
+    return placed(jax.eval_shape(partial(_first_state, optimizer=optimizer), trainable), mesh)
 
 
 def _first_state(params: Params, *, optimizer: optax.GradientTransformation) -> TrainState:
