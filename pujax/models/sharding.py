@@ -74,17 +74,46 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
     return place
 
 
+def ways(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Prompts are split over `data` and `fsdp` together; all else of a batch stays whole."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
+def split_rows(mesh: Mesh | None, x: Array, axis: int = 0) -> Array:
+    """`x`, whose prompts lie along `axis`, split as a batch is; as it is without several devices.
+
+    Left to itself XLA follows the parameters: it would split what a layer sums over, give every
+    device all prompts, and add up what each made of them after every product.
+    """
+    if mesh is None or x.shape[axis] % ways(mesh):
+        return x
+    dimensions: list = [P.UNCONSTRAINED] * x.ndim
+    dimensions[axis] = ("data", "fsdp")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*dimensions)))
+
+
+def gathered(mesh: Mesh | None, name: str, kernel: Array) -> Array:
+    """A layer's kernel [in, out], or the table `name` [V, D], with nothing split along `fsdp`."""
+    if mesh is None:
+        return kernel
+    axes = mesh_axes(name) or ()
+    kept = [
+        axis if axis == "tensor" and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes[-kernel.ndim :], kernel.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(*kept)))
+
+
 def put_batch(mesh: Mesh, batch: Params, size: int) -> Params:
     """A batch of `size` prompts on the mesh. Raises `ConfigError` when it can't be split evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % ways:
+    if size % ways(mesh):
         raise ConfigError(
-            f"a batch of {size} prompts can't be split over mesh.data x mesh.fsdp = {ways}: "
+            f"a batch of {size} prompts can't be split over mesh.data x mesh.fsdp = {ways(mesh)}: "
             "make it a multiple"
         )
     return jax.device_put(batch, batch_sharding(mesh))

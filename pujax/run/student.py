@@ -49,7 +49,7 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
         settings, params = weights.load(
             config.path, dtype=_kept_dtype(config, dtype), place=placer(mesh)
         )
-    model = _model(config, settings, chat, dtype)
+    model = _model(config, settings, chat, dtype, mesh)
     if not config.lora.rank:
         return Student(model, None, params)
     return Student(model, params, make_adapter(config.lora, params, mesh, seed))
@@ -65,7 +65,7 @@ def abstract_student(config: ModelConfig, chat: Chat, mesh: Mesh, dtype: Any) ->
         settings = _shaped(config.shape, chat)
     else:
         settings = weights.read_config(config.path)
-    model, kept = _model(config, settings, chat, dtype), _kept_dtype(config, dtype)
+    model, kept = _model(config, settings, chat, dtype, mesh), _kept_dtype(config, dtype)
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, kept),
         param_shapes(settings),
@@ -143,7 +143,9 @@ def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:
     return dtype if config.lora.rank else jnp.float32
 
 
-def _model(config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any) -> LanguageModel:
+def _model(
+    config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any, mesh: Mesh
+) -> LanguageModel:
     if chat.vocab > settings.vocab:
         raise ConfigError(
             f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
@@ -152,7 +154,7 @@ def _model(config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any)
     settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
     if config.lora.rank:
         settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
-    return LanguageModel(settings, dtype, config.remat)
+    return LanguageModel(settings, dtype, config.remat, mesh=mesh if mesh.size > 1 else None)
 
 
 def make_adapter(config: LoraConfig, params: Params, mesh: Mesh, seed: int) -> Params:
