@@ -64,9 +64,13 @@ def traffic(program: str, *, trips: int = 1) -> Table:
             whole = max(given, _size(result))  # the one before it is scattered, or once gathered
             return {operation: Traffic(1, whole * (2 if operation == "all-reduce" else 1))}
         if operation == "while":
-            said = _TRIPS.search(line)
-            times, body = int(said[1]) if said else trips, of(_BODY.search(line)[1])
-            return {k: Traffic(each.count * times, each.bytes * times) for k, each in body.items()}
+            said, body = _TRIPS.search(line), _BODY.search(line)
+            assert body is not None, line
+            times = int(said[1]) if said else trips
+            return {
+                kind: Traffic(each.count * times, each.bytes * times)
+                for kind, each in of(body[1]).items()
+            }
         if operation == "conditional":
             names = [one for some in _BRANCHES.findall(line) for one in some.split(",")]
             return max((of(one.strip("% ")) for one in names), key=total)

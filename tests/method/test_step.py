@@ -109,8 +109,8 @@ def test_a_mesh_samples_the_same_tokens_and_makes_the_same_update_as_one_device(
 def test_a_mesh_gathers_parameters_once_a_pass_and_adds_up_the_gradient_once(model, params, batch):
     """Left to itself XLA splits what a layer sums over: it moved 31 times the parameters, not 7.
 
-    They are gathered for the prompts, for sampling, for the reference and its scores, for the policy
-    and for its backward pass.
+    They are gathered for the prompts, for sampling, for the reference and its scores, for the
+    policy and for its backward pass.
     """
     loss = partial(losses.ldl_grpo, kl_coef=0.1)
     step, arguments = step_and_arguments((1, 8, 1), model, params, batch, loss)
