@@ -16,7 +16,7 @@ from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
-from pujax.models.sharding import placer, tree_shardings
+from pujax.models.sharding import check_heads, placer, tree_shardings
 from pujax.types import Params, TrainState
 
 
@@ -35,7 +35,7 @@ class Student:
 def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
     """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
 
-    Raises `ConfigError` where tokenizer and embedding don't match.
+    Raises `ConfigError` where tokenizer and embedding don't match, or heads and mesh.
     """
     dtype = compute_dtype(config.dtype)
     if config.shape.layers:
@@ -60,6 +60,7 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
         # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
         kept = dtype if config.lora.rank else jnp.float32
         settings, params = weights.load(config.path, dtype=kept, place=placer(mesh))
+    check_heads(mesh, settings)
     if chat.vocab > settings.vocab:
         raise ConfigError(
             f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
