@@ -291,7 +291,7 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
     if isinstance(error, PujaxError):
         return 1, str(error)
     if type(error).__module__.partition(".")[0] in LAUNCHERS.values():
-        why = re.split(r"[.\n]", str(error).strip())[0]
+        why = " ".join(re.split(r"\. |\n[A-Z]", str(error).strip())[0].split())
         return 1, f"a job's process ended by itself ({why}): the same command does what is left"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on

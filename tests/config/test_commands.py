@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from joblib.externals import cloudpickle  # as Hydra's launchers do it
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
@@ -305,6 +307,15 @@ def test_a_job_that_fails_says_so_and_costs_a_sweep_no_other_job(monkeypatch, ca
         "pujax.train: 2 jobs of the sweep failed (seed=0, seed=1): mend it, and give the same "
         "command again"
     )
+
+
+def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        commands.hydra, "main", lambda **_: lambda job: lambda: sent.append(cloudpickle.dumps(job))
+    )
+    assert called(monkeypatch, print, "-m", "+experiment=smoke", "seed=0,1") == 0
+    assert pickle.loads(sent[0]).__module__ == "pujax.train"
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):

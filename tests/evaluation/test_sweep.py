@@ -91,6 +91,13 @@ def test_runs_that_no_sweep_made_are_named_by_what_differs(tmp_path):
     assert names == ["loss=dpo sft.steps=3", "loss=dpo sft.steps=4"]
 
 
+def test_what_was_swept_parts_rows_even_where_it_touches_no_number(tmp_path):
+    for size in (1, 4):
+        directory = done(tmp_path / str(size), 0.5, seed=0, mesh={"fsdp": size})
+        (directory / "swept.json").write_text(json.dumps({"mesh.fsdp": str(size)}))
+    assert [row.name for row in gather(tmp_path).rows] == ["mesh.fsdp=1", "mesh.fsdp=4"]
+
+
 def test_runs_on_other_prompts_are_not_passed_off_as_comparable(sweep):
     other = done(sweep / "smoke" / "3_seed=2", 0.5, seed=2, loss="grpo")
     save(evaluation(0.5, anchor="b"), other)
