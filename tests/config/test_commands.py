@@ -11,8 +11,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cloudpickle  # joblib's, as Hydra's launchers use it
 import pytest
-from joblib.externals import cloudpickle  # as Hydra's launchers do it
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
