@@ -28,7 +28,7 @@ from pujax.config.streams import hold
 from pujax.config.sweeps import (
     LAUNCHERS,
     beside_others,
-    failures,
+    hold_failures,
     note_failure,
     overrides_apart,
     sweep_folder,
@@ -36,7 +36,7 @@ from pujax.config.sweeps import (
     title,
 )
 from pujax.errors import ConfigError, PujaxError, StopRequested, require
-from pujax.text import MASKED, counted, from_environment, hide, mask, secrets_in
+from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
 
@@ -156,12 +156,8 @@ def command(
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
                 hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
-                if aside and (failed := failures(aside)):
-                    count = counted(len(failed), "job of the sweep", "jobs of the sweep")
-                    raise ConfigError(
-                        f"{count} failed ({', '.join(failed)}): mend it, and give the same command "
-                        "again"
-                    )
+                if aside:
+                    hold_failures(aside)
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None

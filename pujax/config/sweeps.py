@@ -16,7 +16,11 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
+from pujax.errors import ConfigError
+from pujax.text import counted
+
 _FAILED = "failed-"  # and a job's number: what sets it apart, in the sweep's folder
+_SUBMITIT = ".submitit"  # where submitit keeps what its jobs print, in the sweep's folder
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
 """Hydra's launchers that an extra of pujax brings, by name."""
@@ -60,6 +64,18 @@ def failures(folder: Path) -> list[str]:
     return [path.read_text(encoding="utf-8") for path in found]
 
 
+def hold_failures(folder: Path) -> None:
+    """Raise `ConfigError` that names the jobs which failed, where any did."""
+    failed = failures(folder)
+    if failed:
+        count = counted(len(failed), "job of the sweep", "jobs of the sweep")
+        kept = folder / _SUBMITIT
+        why = f"what they said is in {kept}; " if kept.exists() else ""
+        raise ConfigError(
+            f"{count} failed ({', '.join(failed)}): {why}mend it, and give the same command again"
+        )
+
+
 @contextmanager
 def sweep_folder(typed: Sequence[str]) -> Iterator[Path]:
     """A folder for what Hydra and its launcher write of a sweep, which may hold a secret.
@@ -76,6 +92,7 @@ def sweep_folder(typed: Sequence[str]) -> Iterator[Path]:
     parent = Path(*(roots[-1:] or ["runs"]), ".sweeps").absolute()
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S-"), dir=parent))
+    print(f"what the jobs say is in {folder / _SUBMITIT}", flush=True)
     yield folder
     if not failures(folder):
         shutil.rmtree(folder, ignore_errors=True)
