@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -65,6 +66,16 @@ class Batch:
     rewards: tuple[Float[Array, "B G"], ...] = ()  # what the host says of them, see `rewards_of`
     ref_logps: Float[Array, "B G T"] | None = None  # the reference's, where they are known
     anchor_weights: Float[Array, " B"] | None = None  # in SFT; None weighs all alike
+    # So many rows at the end fill a mesh: copies of the last prompt, which count for nothing.
+    padding: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def counted(self) -> "Batch":
+        """The rows that count."""
+        if not self.padding:
+            return self
+        rows = len(self.anchor_finished) - self.padding
+        return jax.tree.map(lambda x: x[:rows], self).replace(padding=0)
 
 
 @flax.struct.dataclass

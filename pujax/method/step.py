@@ -17,6 +17,7 @@ from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
+from pujax.models.sharding import spreader
 from pujax.records import Sampling
 from pujax.types import (
     Batch,
@@ -74,7 +75,8 @@ def rollout(
     """A group of the anchors and the batch's given candidates, or of ones that the policy samples.
 
     Both `params` and `ref_params` are whole models (see `assemble`). The prompts are encoded once
-    by each. Where the batch's real tokens fit the model's budget, padding is not scored.
+    by each. Where the batch's real tokens fit the model's budget, padding is not scored. Rows that
+    fill a mesh are neither in the group nor in the metrics.
     """
     sample_key, score_key = jax.random.split(key)
     prefix = model.unpacked.prefill(params, batch.prompts)
@@ -84,6 +86,8 @@ def rollout(
     group, notes = score_group(
         model, recipe, params, ref_params, batch, prefix, completions, score_key
     )
+    if batch.padding:
+        group, completions = jax.tree.map(lambda x: x[: -batch.padding], (group, completions))
     candidates = group.scores[:, 1:]
     there = None if completions.scores is None else jnp.isfinite(candidates)
     metrics = {
@@ -238,6 +242,7 @@ def update(
     on_policy: bool = False,
     microbatch: int | None = None,
     in_place: bool = False,
+    spread: Callable[[Group], Group] = lambda group: group,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
 
@@ -248,11 +253,14 @@ def update(
 
     A loss, a gradient or new parameters that aren't finite leave parameters and optimizer as they
     were and count in `skipped`; finite ones set that count to 0. `in_place` is for one CPU device,
-    see `optimizer.apply_in_place`.
+    see `optimizer.apply_in_place`; `spread` is for a mesh, see `sharding.spreader`: what goes
+    through the gradient at a time, it splits over the devices, and the rows it adds count nowhere.
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
-        logps = policy_logps(model, assemble(base, trainable), part, anchor=needs.anchor)
+        policy = assemble(base, trainable)
+        logps = policy_logps(model, policy, spread(part), anchor=needs.anchor)
+        logps = logps[: part.mask.shape[0]]
         fixed = jax.lax.stop_gradient(logps)
         old_logps = part.old_logps if part.has_old_logps else fixed
         # The sampler and this pass must agree while the policy is the one that sampled.
@@ -338,7 +346,7 @@ def make_train_step(
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
     the same group is learnt from that many times, and the metrics are those of the last time.
     """
-    in_place = on_one_cpu(shardings)
+    in_place, spread = on_one_cpu(shardings), spreader(shardings)
 
     def group_and_learn(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
@@ -359,6 +367,7 @@ def make_train_step(
                 on_policy=recipe.inner_epochs == 1,
                 microbatch=microbatch,
                 in_place=in_place,
+                spread=spread,
             )
 
         state, metrics = once(state)
@@ -402,9 +411,10 @@ def make_sft_step(
     shardings: Params,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
-    in_place = on_one_cpu(shardings)
+    in_place, spread = on_one_cpu(shardings), spreader(shardings)
 
     def sft_step(state, base, batch):
+        batch = batch.counted
         group = anchor_group(batch)
 
         def weighed(logps: Array, group: Group) -> LossAndMetrics:
@@ -412,7 +422,9 @@ def make_sft_step(
             return loss_B * batch.anchor_weights, metrics
 
         loss = loss_fn if batch.anchor_weights is None else weighed
-        state, metrics = update(model, loss, optimizer, state, base, group, in_place=in_place)
+        state, metrics = update(
+            model, loss, optimizer, state, base, group, in_place=in_place, spread=spread
+        )
         kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
         return state, {name: metrics[name] for name in kept if name in metrics}
 

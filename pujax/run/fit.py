@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.config.functions import build, build_loss, build_metrics
@@ -35,7 +36,7 @@ from pujax.method.step import (
 )
 from pujax.method.trial import try_recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.models.sharding import make_mesh, tree_shardings
+from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.data import Dataset, load_data
@@ -50,6 +51,7 @@ from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state
 from pujax.run.trackers import telling
+from pujax.text import counted
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 EXPORT = "export"  # in a run's directory
@@ -73,6 +75,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     check_memory(config.model, chat, mesh)
     train_data, heldout = load_data(config, chat, say)
     check_batches(config, train_data)
+    for line in filling(config, mesh):
+        say(line)
     check_candidates(recipe, loss_fn, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
     check_positions(student.model.config, train_data)
@@ -251,6 +255,23 @@ def check_batches(config: TrainConfig, data: Dataset) -> None:
             size,
             f"there are {least} training prompts: lower it",
         )
+
+
+def filling(config: TrainConfig, mesh: Mesh) -> list[str]:
+    """Where a step computes copies to fill the mesh, and which sizes would need none."""
+    sft, align, ways = config.sft, config.align, mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {
+        "sft.batch": sft.batch if sft.steps else 0,
+        "align.prompts": align.prompts if align.steps else 0,
+        "align.microbatch": (align.microbatch or 0) if align.steps else 0,
+        "eval.batch": config.eval.batch,
+    }
+    return [
+        f"{key}={size}: {counted(padding, 'row')} of padding more to fill {ways} devices; "
+        f"{size + padding} would need none"
+        for key, size in sizes.items()
+        if (padding := padding_of(mesh, size))
+    ]
 
 
 def check_candidates(recipe: Recipe, loss_fn: LossFn, data: Dataset) -> None:

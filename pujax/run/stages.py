@@ -89,7 +89,7 @@ class Run:
         tokens, mask = jax.device_get((made.tokens, made.mask))
         texts = [
             [self.chat.decode(ids[real].tolist()) for ids, real in zip(*group, strict=True)]
-            for group in zip(tokens, mask, strict=True)
+            for group in zip(tokens[: len(examples)], mask[: len(examples)], strict=True)
         ]
         found = rewards.of(examples, texts)
         for line in found.failures:

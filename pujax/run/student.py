@@ -19,7 +19,7 @@ from pujax.files.chat import Chat
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
 from pujax.models.parameters import param_shapes
-from pujax.models.sharding import placer, tree_shardings
+from pujax.models.sharding import check_heads, placer, tree_shardings
 from pujax.types import Params, TrainState
 
 
@@ -38,7 +38,7 @@ class Student:
 def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
     """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
 
-    Raises `ConfigError` where tokenizer and embedding don't match.
+    Raises `ConfigError` where tokenizer and embedding don't match, or heads and mesh.
     """
     dtype = compute_dtype(config.dtype)
     if config.shape.layers:
@@ -146,6 +146,7 @@ def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:
 def _model(
     config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any, mesh: Mesh
 ) -> LanguageModel:
+    check_heads(mesh, settings)
     if chat.vocab > settings.vocab:
         raise ConfigError(
             f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cloudpickle  # joblib's, as Hydra's launchers use it
 import pytest
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
@@ -139,7 +141,8 @@ def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
     seen = []
 
     def act(config):
-        seen.append((config.seed, config.data.system, swept()))
+        apart = "_".join(f"{key}={value}" for key, value in swept().items())
+        seen.append((config.seed, config.data.system, apart))
 
     sweep = ("-m", "experiment=smoke", f"run.root={tmp_path}", "seed=0,1", "data.system=Be brief.")
     assert called(monkeypatch, act, *sweep) == 0
@@ -273,7 +276,7 @@ def test_a_sweep_keeps_no_file_of_what_it_was_given(monkeypatch, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
+def test_a_sweep_ends_when_it_is_told_to_stop(monkeypatch, tmp_path):
     seen = []
 
     def act(config):
@@ -283,6 +286,44 @@ def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
     given = ("-m", "+experiment=smoke", f"run.root={tmp_path}", "seed=0,1")
     assert called(monkeypatch, act, *given) == 143
     assert seen == [0]
+
+
+def test_a_job_that_fails_says_so_and_costs_a_sweep_no_other_job(monkeypatch, capsys):
+    seen = []
+
+    def act(config):
+        seen.append(config.seed)
+        if config.seed == 0:
+            raise DataError("p.jsonl:3: no")
+        return [][1] if config.seed == 1 else None
+
+    assert called(monkeypatch, act, "-m", "+experiment=smoke", "seed=0,1,2") == 1
+    assert seen == [0, 1, 2]
+    first, *traced, second, last = capsys.readouterr().err.splitlines()
+    assert first == "pujax.train: seed=0: p.jsonl:3: no"
+    assert traced[-1] == "IndexError: list index out of range"
+    assert second == "pujax.train: seed=1: ended by a fault of pujax"
+    assert last == (
+        "pujax.train: 2 jobs of the sweep failed (seed=0, seed=1): mend it, and give the same "
+        "command again"
+    )
+
+
+def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        commands.hydra, "main", lambda **_: lambda job: lambda: sent.append(cloudpickle.dumps(job))
+    )
+    assert called(monkeypatch, print, "-m", "+experiment=smoke", "seed=0,1") == 0
+    assert pickle.loads(sent[0]).__module__ == "pujax.train"
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(commands.LAUNCHERS, "nobodys", "mine")
+    given = ("-m", "+experiment=smoke", "seed=0,1", "hydra/launcher=nobodys")
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "pujax.train: hydra/launcher=nobodys: not installed: pip install 'pujax[mine]'"
 
 
 def test_the_version_is_ours(monkeypatch, capsys):

@@ -20,12 +20,14 @@ from pujax.errors import ConfigError, DataError, NonFiniteError
 from pujax.evaluation import results
 from pujax.evaluation.answering import evaluate
 from pujax.files.chat import Chat
+from pujax.models.sharding import make_mesh
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.data import load_data, make_dataset
 from pujax.run.fit import (
     build_recipe,
     check_batches,
     check_positions,
+    filling,
     fit,
     stop_signals,
 )
@@ -269,6 +271,14 @@ def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
     with pytest.raises(ConfigError, match=r"align\.prompts=4: there are 3"):
         check_batches(config_of("sft.batch=3", "align.prompts=4"), data)
     check_batches(config_of("sft.batch=9", "sft.steps=0"), data)
+
+
+def test_what_fills_up_a_mesh_is_told_with_a_size_that_needs_no_filling():
+    config = config_of("sft.batch=8", "align.prompts=6", "eval.batch=4")
+    assert filling(config, make_mesh(4, 1, 2)) == [
+        "align.prompts=6: 2 rows of padding more to fill 4 devices; 8 would need none"
+    ]
+    assert filling(config, make_mesh(1, 1, 1)) == []
 
 
 def test_lengths_beyond_the_models_positions_are_refused(chat, model):

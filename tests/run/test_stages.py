@@ -11,14 +11,14 @@ import pytest
 from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
-from pujax.models.sharding import make_mesh
+from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.data import Dataset
+from pujax.run.data import Dataset, collate
 from pujax.run.logs import RunLog
 from pujax.run.selection import Criterion
 from pujax.run.stages import Run, Stage
-from pujax.types import TrainState
+from pujax.types import Completions, TrainState
 
 EXAMPLES = tuple(
     Example(Prompt(str(i), ({"role": "user", "content": "?"},)), (1, 2), (1,), "a", (3,), True)
@@ -99,6 +99,27 @@ def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=la
         params, step = run.through(stage, state, place.step)
     checkpoints.close()
     return float(params["embed"][0, 0]), step, said
+
+
+def test_a_reward_is_asked_of_the_examples_and_not_of_what_fills_up_the_mesh():
+    asked = []
+
+    def of(examples, texts):
+        asked.extend(texts)
+        return SimpleNamespace(
+            failures=(), scores=(jnp.array([[1.0, 2.0], [3.0, 4.0]]),), metrics={}
+        )
+
+    mesh, rewards, run = make_mesh(), SimpleNamespace(of=of), SimpleNamespace()
+    run.mesh, run.chat, run.say = mesh, SimpleNamespace(decode=list), print
+    some: Any = EXAMPLES[:2]
+    batch = put_batch(mesh, collate(some, DATA), 2)
+    tokens = put_batch(mesh, jnp.array([[[7]], [[9]]], jnp.int32), 2)
+    made = Completions(tokens, tokens > 0, tokens[:, :, 0] > 0, None)
+    toys: Any = (run, rewards)
+    batch, _ = Run.rewarded(*toys, batch, made, some)
+    assert asked == [[[7]], [[9]]]
+    assert batch.rewards[0].tolist() == [[1.0, 2.0], *[[3.0, 4.0]] * 7]
 
 
 def metrics(directory):
