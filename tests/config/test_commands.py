@@ -342,6 +342,10 @@ def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
         "data.on_too_long=${oc.env:SECOND}",
         "align.steps=${model.path}",
         "align.steps=of-the-house-hush4",
+        "teacher.Headers={X-Of-Mine: hush4",
+        "TEACHER.HEADERS.Cookie=hush4",
+        "Teacher.BASE_URL=http://h/v1?sig=hush4",
+        "+teacher.extra_body={a: {b: 1}, Api_Key: hush4",
     ],
 )
 def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypatch, capsys, given):
