@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pujax.errors import CheckpointError
-from pujax.files.durable import write_whole
+from pujax.files.durable import on_disk, write_whole
 from pujax.types import Params, TrainState
 
 
@@ -74,12 +74,26 @@ class Checkpoints:
         self._say = say
         self._directory = directory.resolve()
         self._model = json.loads(json.dumps(model))
-        self._manager = ocp.CheckpointManager(
-            self._directory / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            ),
-        )
+        self._keep = keep
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's, when it is first asked for: who reads a reference needs none, and no folder."""
+        if self._opened is None:
+            folder = self._directory / "checkpoints"
+            with on_disk(folder):
+                if os.path.lexists(folder):
+                    _refuse_closed(folder)
+                self._opened = ocp.CheckpointManager(
+                    folder,
+                    options=ocp.CheckpointManagerOptions(
+                        max_to_keep=self._keep,
+                        enable_async_checkpointing=False,
+                        cleanup_tmp_directories=True,
+                    ),
+                )
+        return self._opened
 
     def newest(self, like: TrainState) -> tuple[Place, TrainState] | None:
         """Where the newest whole checkpoint stands and its state; None without a checkpoint.
@@ -143,10 +157,11 @@ class Checkpoints:
             kept = self._manager.latest_step()
             for leftover in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            reason = _first_line(error)
             raise CheckpointError(
                 f"checkpoint {number} could not be written to {self._directory}/checkpoints "
-                f"({_first_line(error)}); the last good one is {kept}: make room and start "
-                "the same command again"
+                f"({reason}); the last good one is {kept}: {_cure(reason)} and start the same "
+                "command again"
             ) from error
 
     def numbers(self) -> list[int]:
@@ -178,18 +193,21 @@ class Checkpoints:
     def keep_best(self, stage: str, steps: Iterable[int]) -> None:
         """Remove what `save_best` kept of `stage`, but for these steps."""
         kept = {f"{stage}-{step}" for step in steps}
-        for path in (self._directory / "best").glob(f"{stage}-*"):
-            if path.name.removesuffix(".json") in kept:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        folder = self._directory / "best"
+        with on_disk(folder):
+            for path in folder.glob(f"{stage}-*"):
+                if path.name.removesuffix(".json") in kept:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _save_params(self, path: Path, params: Params) -> None:
-        if path.exists():
-            return
-        path.parent.mkdir(exist_ok=True)
+        with on_disk(path):
+            if path.is_dir():
+                return
+            path.parent.mkdir(exist_ok=True)
         self._room_for(params)
         content = json.dumps(checksums(params)).encode()
         try:
@@ -197,9 +215,10 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as saver:
                 saver.save(path, params)
         except Exception as error:
+            reason = _first_line(error)
             raise CheckpointError(
-                f"{path} could not be written ({_first_line(error)}): make room and start "
-                "the same command again"
+                f"{path} could not be written ({reason}): {_cure(reason)} and start the same "
+                "command again"
             ) from error
 
     def _restore_params(self, path: Path, params: Params, why: str) -> Params:
@@ -212,6 +231,8 @@ class Checkpoints:
             else:
                 self._say(f"{kept} is not there: what was read of {path} is not held against it")
         except Exception as error:
+            if reason := _hindrance(error, path):
+                raise _passing(path, reason) from error
             raise CheckpointError(
                 f"{path} can't be read ({_first_line(error)}), and {why}: put back a copy, or "
                 "begin another run with resume=never and without run.dir"
@@ -220,7 +241,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release what Orbax holds."""
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _read(self, number: int, like: TrainState) -> tuple[Place, TrainState]:
         """A checkpoint, held against its checksums where it has any."""
@@ -231,10 +253,7 @@ class Checkpoints:
                 return self._manager.restore(number, args=ocp.args.Composite(**items))
             except Exception as error:
                 if reason := _hindrance(error, Path(folder)):
-                    raise CheckpointError(
-                        f"{folder} can't be read at the moment ({reason}): see to that and start "
-                        "the same command again; it is left as it is"
-                    ) from error
+                    raise _passing(folder, reason) from error
                 raise _Damaged(f"{folder} can't be read ({_first_line(error)})") from error
 
         meta = restored(meta=ocp.args.JsonRestore())["meta"]
@@ -336,6 +355,27 @@ def _hindrance(error: BaseException | None, folder: Path) -> str:
     return _unreadable(folder)
 
 
+def _passing(folder: Path | str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} can't be read at the moment ({reason}): see to that and start the same command "
+        "again; it is left as it is"
+    )
+
+
+def _refuse_closed(folder: Path) -> None:
+    """Raise `CheckpointError` for what Orbax takes for an empty folder, and can't write to."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no folder, and a run's checkpoints go there: move it away, or choose "
+            "another run.dir"
+        )
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{folder}: can't be read and written: mend its permissions and start the same command "
+            "again"
+        )
+
+
 def _unreadable(folder: Path) -> str:
     """Why some file below `folder` can't be read; nothing where each can."""
 
@@ -357,6 +397,12 @@ def _first_line(error: Exception) -> str:
     """What the system said where it was the system, else the first line."""
     said = re.search(r"No space left on device|Read-only file system|Permission denied", str(error))
     return said[0] if said else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _cure(reason: str) -> str:
+    if reason in ("Permission denied", "Read-only file system"):
+        return "mend its permissions"
+    return "make room"
 
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:

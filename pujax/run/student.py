@@ -32,15 +32,14 @@ class Student:
     trainable: Params
 
 
-def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
-    """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
+def shape_of(config: ModelConfig, chat: Chat) -> DecoderConfig:
+    """What `load_student` will load, without reading a weight.
 
-    Raises `ConfigError` where tokenizer and embedding don't match.
+    Raises `ConfigError` where tokenizer and embedding don't match, and `WeightsError`.
     """
-    dtype = compute_dtype(config.dtype)
     if config.shape.layers:
         shape = config.shape
-        settings = DecoderConfig(
+        return DecoderConfig(
             family="llama",
             vocab=chat.vocab,
             width=shape.width,
@@ -54,18 +53,28 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
             tied=True,
             eos_ids=chat.eos_ids,
         )
-        params = LanguageModel(settings).init_params(jax.random.key(seed))
-        params = jax.device_put(params, tree_shardings(mesh, params))
-    else:
-        # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
-        kept = dtype if config.lora.rank else jnp.float32
-        settings, params = weights.load(config.path, dtype=kept, place=placer(mesh))
+    settings = weights.open_model(config.path).config
     if chat.vocab > settings.vocab:
         raise ConfigError(
             f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
             f"{settings.vocab} rows: take both from one source"
         )
-    settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
+    return dataclasses.replace(settings, eos_ids=chat.eos_ids)
+
+
+def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
+    """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
+
+    Raises as `shape_of` does, and `WeightsError`.
+    """
+    dtype, settings = compute_dtype(config.dtype), shape_of(config, chat)
+    if config.shape.layers:
+        params = LanguageModel(settings).init_params(jax.random.key(seed))
+        params = jax.device_put(params, tree_shardings(mesh, params))
+    else:
+        # Trained parameters are float32; a LoRA's frozen base is kept in what it computes in.
+        kept = dtype if config.lora.rank else jnp.float32
+        _, params = weights.load(config.path, dtype=kept, place=placer(mesh))
     if not config.lora.rank:
         return Student(LanguageModel(settings, dtype, config.remat), None, params)
     settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
