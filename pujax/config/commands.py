@@ -91,6 +91,10 @@ def command(
     def job(composed: DictConfig) -> None:
         try:
             status = act(from_hydra(schema, composed))
+        except SystemExit as error:
+            if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing
+                raise _Ended([]) from error.__context__
+            raise
         except Exception as error:
             raise _Ended(_hidden_in(composed)) from error
         if status:

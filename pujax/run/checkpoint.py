@@ -44,6 +44,10 @@ class _Damaged(CheckpointError):
     """A checkpoint whose bytes are not what was saved."""
 
 
+class _Foreign(CheckpointError):
+    """What another run saved."""
+
+
 class _Quiet(logging.Filter):
     """Keeps what Orbax logs of its threads off the screen: what failed is raised, and said once."""
 
@@ -60,7 +64,8 @@ class Checkpoints:
     """The checkpoints of the run in `directory`; keeps the newest `keep`.
 
     `model` describes the student. It is stored beside every state, and a stored one that differs
-    is refused before anything is read.
+    is refused before anything is read; so is a state with another `mark`, which somebody took from
+    another run, where both have one.
     """
 
     def __init__(
@@ -69,11 +74,13 @@ class Checkpoints:
         *,
         keep: int,
         model: Mapping[str, Any],
+        mark: str | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self._say = say
         self._directory = directory.resolve()
         self._model = json.loads(json.dumps(model))
+        self._mark = {} if mark is None else {"mark": mark}
         self._keep = keep
         self._opened: ocp.CheckpointManager | None = None
 
@@ -142,7 +149,7 @@ class Checkpoints:
         """
         if number in self._manager.all_steps():
             return
-        meta = {"stage": place.stage, "step": place.step, "model": self._model}
+        meta = {"stage": place.stage, "step": place.step, "model": self._model} | self._mark
         meta["checksums"] = checksums(state) | _sealed(place)
         meta["checksum"] = _of_meta(meta)
         self._room_for(state)
@@ -209,7 +216,7 @@ class Checkpoints:
                 return
             path.parent.mkdir(exist_ok=True)
         self._room_for(params)
-        content = json.dumps(checksums(params)).encode()
+        content = json.dumps(checksums(params) | self._mark).encode()
         try:
             write_whole(path.with_suffix(".json"), content)  # first: what is there has checksums
             with ocp.StandardCheckpointer() as saver:
@@ -227,9 +234,13 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as saver:
                 restored = saver.restore(path, _abstract(params))
             if kept.exists():
-                _verify(checksums(restored), json.loads(kept.read_bytes()), str(path))
+                saved = json.loads(kept.read_bytes())
+                _verify(checksums(restored), saved, str(path))
+                self._refuse_foreign(path, saved)
             else:
                 self._say(f"{kept} is not there: what was read of {path} is not held against it")
+        except _Foreign:
+            raise
         except Exception as error:
             if reason := _hindrance(error, path):
                 raise _passing(path, reason) from error
@@ -265,6 +276,7 @@ class Checkpoints:
             place, model = Place(meta["stage"], meta["step"]), dict(meta["model"])
         except (TypeError, ValueError) as error:
             raise _Damaged(f"{folder} can't be read (in its meta: {error})") from error
+        self._refuse_foreign(folder, meta)
         if differing := _differences(model, self._model):
             raise CheckpointError(
                 f"{folder} is of another model ({differing}): choose another run.dir"
@@ -273,6 +285,15 @@ class Checkpoints:
         if meta.get("checksums"):  # a pujax before them left none
             _verify(checksums(state) | _sealed(place), meta["checksums"], folder)
         return place, state
+
+    def _refuse_foreign(self, place: Path | str, saved: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` for what was saved with another mark."""
+        ours, theirs = self._mark.get("mark"), saved.get("mark")
+        if None not in (ours, theirs) and ours != theirs:
+            raise _Foreign(
+                f"{place} was saved by another run: move it away, and put back this one's where "
+                "there was one"
+            )
 
     def _room_for(self, tree: Any) -> None:
         """Refuse to begin a save that the disk can't hold."""
@@ -308,9 +329,10 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 _FIRST = {"stage", "step", "model"}
-_METAS = (_FIRST, _FIRST | {"checksums"}, _FIRST | {"checksums", "checksum"})
-"""The keys of a meta at first, since there are checksums, and now: where one is missing because a
-bit of its name has changed, that must not pass for a meta of before."""
+_SEALED = _FIRST | {"checksums", "checksum"}
+_METAS = (_FIRST, _FIRST | {"checksums"}, _SEALED, _SEALED | {"mark"})
+"""The keys of a meta at first, since there are checksums, without a mark, and now: where one is
+missing because a bit of its name has changed, that must not pass for a meta of before."""
 
 
 def _of_meta(meta: Mapping[str, Any]) -> int:

@@ -80,7 +80,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     train_data, heldout = load_data(config, chat, say, check, begun=begun)
     check(train_data)  # anchors may be refused, or not trusted
     student = load_student(config.model, chat, mesh, config.seed)
-    hold_inputs(
+    mark = hold_inputs(
         directory,
         config,
         chat,
@@ -94,6 +94,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         directory,
         keep=config.checkpoint.keep,
         model=dataclasses.asdict(student.model.config),
+        mark=mark,
         say=say,
     )
     with stop_signals() as stopping:

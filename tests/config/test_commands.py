@@ -11,6 +11,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
@@ -299,6 +300,18 @@ def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
         if streams == ">&-":
             assert done.stderr.startswith(f"{module}: standard output is closed: ")
             assert done.stderr.count("\n") == 1
+
+
+def test_where_nobody_reads_on_richs_silent_exit_gets_its_line(monkeypatch, capfd):
+    def printed(_):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            Console().on_broken_pipe()
+
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert called(monkeypatch, printed, "+experiment=smoke") == 1
+    assert capfd.readouterr().err == "pujax.train: the reader of the output went away\n"
 
 
 def test_no_file_takes_the_number_of_a_closed_stream():

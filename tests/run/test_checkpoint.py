@@ -349,3 +349,34 @@ def test_who_reads_what_alignment_started_from_leaves_the_run_as_it_was(checkpoi
         == before
         == ["reference", "reference.json"]
     )
+
+
+def test_what_another_run_saved_is_not_taken_for_a_runs_own(tmp_path):
+    def saved(name):
+        made = Checkpoints(tmp_path / name, keep=2, model=MODEL, mark=name, say=said.append)
+        made.save(3, Place("sft", 3), make_state())
+        made.save_reference(make_state().params)
+        return made
+
+    said: list[str] = []
+    ours, theirs = saved("ours"), saved("theirs")
+    theirs.save(4, Place("sft", 4), make_state())
+    shutil.copytree(
+        tmp_path / "theirs" / "checkpoints" / "4", tmp_path / "ours" / "checkpoints" / "4"
+    )
+    again = Checkpoints(tmp_path / "ours", keep=2, model=MODEL, mark="ours")
+    with pytest.raises(CheckpointError, match=r"ours/checkpoints/4 was saved by another run: move"):
+        again.newest(make_state())
+    shutil.rmtree(tmp_path / "ours" / "reference")
+    shutil.copytree(tmp_path / "theirs" / "reference", tmp_path / "ours" / "reference")
+    shutil.copy(tmp_path / "theirs" / "reference.json", tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"ours/reference was saved by another run"):
+        again.restore_reference(make_state().params)
+    # Whoever has no mark, as a run of a pujax before, asks for none.
+    unmarked = Checkpoints(tmp_path / "ours", keep=2, model=MODEL)
+    found = unmarked.newest(make_state())
+    assert found is not None
+    assert found[0] == Place("sft", 4)
+    for opened in (ours, theirs, again, unmarked):
+        opened.close()
+    assert said == []
