@@ -122,5 +122,6 @@ def test_rewards_and_their_workers_need_neither_jax_nor_numpy():
     assert loads("import pujax.rewards, pujax.run.workers", *heavy) == []
 
 
-def test_the_teacher_needs_no_jax():
+def test_the_teacher_needs_no_jax_and_its_command_no_numpy():
     assert loads("import pujax.teacher.anchors", "jax", "flax", "transformers") == []
+    assert loads("import pujax.collect, pujax.teacher.asking", "jax", "numpy") == []

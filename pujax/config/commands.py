@@ -119,6 +119,10 @@ def command(
             hidden = _hidden_in(composed)
             try:
                 status = act(from_hydra(schema, composed))
+            except SystemExit as error:
+                if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing
+                    raise _Ended([]) from error.__context__
+                raise
             except Exception as error:
                 stop = isinstance(error, StopRequested) and not beside_others()
                 if whole or stop or not sweeping():
@@ -401,8 +405,11 @@ def _plain(text: str) -> str:
 
 def masked(text: str, overrides: Iterable[str]) -> str:
     """`text` with three stars for what is secret of `overrides` and of the environment."""
+    before = ""
     for given in overrides:
-        key, _, value = given.lstrip("+~").partition("=")
-        for secret in secrets_in(key, value):
+        key, sign, value = given.lstrip("+~-").partition("=")
+        # Who writes `api_key VALUE` has written no override, and a secret all the same.
+        for secret in secrets_in(key, value) if sign else secrets_in(before, given):
             text = hide(text, secret)
+        before = "" if sign else key
     return mask(text)

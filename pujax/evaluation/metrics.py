@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from math import comb, exp
 from typing import Any
 
-import numpy as np
-
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in, require
 from pujax.evaluation import text
 from pujax.records import Prompt
@@ -134,6 +132,8 @@ def distinct_n(reading: Reading, *, n: int = 2) -> float | None:
 
 def sampled(reading: Reading, *, metric: MetricFn) -> float | None:
     """The mean of a metric of texts (`exact`, `contains`, `rouge_l`) over the sampled answers."""
+    import numpy as np  # no command that asks a teacher needs it, and each names metrics
+
     values = [metric(of_text(reading.prompt, reading.anchor, sample)) for sample in reading.samples]
     known = [value for value in values if value is not None]
     return float(np.mean(known)) if known else None
@@ -215,6 +215,6 @@ def _number(key: str, function: MetricFn, made: Any, at: str) -> float | None:
     """What a metric made, as a float or None. Raises `ConfigError`."""
     if made is None or isinstance(made, float):
         return made
-    if isinstance(made, int | np.number | np.bool_) or getattr(made, "shape", None) == ():
+    if isinstance(made, int) or getattr(made, "shape", None) == ():  # numpy's have one
         return float(made)
     raise ConfigError(f"{key}: {name_of(function)} returned {made!r}, want a number or None, {at}")

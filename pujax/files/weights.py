@@ -24,9 +24,17 @@ def load(
     default device. Raises `WeightsError` for an unknown architecture, a missing or an extra
     tensor, a wrong shape or a truncated file.
     """
-    checkpoint = _open(locate(path))
+    checkpoint = open_model(path)
     put = place or (lambda _, array: jnp.asarray(array))
     return checkpoint.config, read_params(checkpoint, dtype=dtype, place=put)
+
+
+def open_model(path: str | os.PathLike[str]) -> Checkpoint:
+    """The settings of the model at `path` (as in `load`), and where its tensors lie: none is read.
+
+    Raises `WeightsError`.
+    """
+    return _open(locate(path))
 
 
 def read_config(path: str | os.PathLike[str]) -> DecoderConfig:

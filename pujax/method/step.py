@@ -17,7 +17,7 @@ from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
-from pujax.models.sharding import spreader
+from pujax.models.sharding import spread
 from pujax.records import Sampling
 from pujax.types import (
     Batch,
@@ -242,7 +242,6 @@ def update(
     on_policy: bool = False,
     microbatch: int | None = None,
     in_place: bool = False,
-    spread: Callable[[Group], Group] = lambda group: group,
 ) -> tuple[TrainState, Metrics]:
     """One gradient step on a group. `microbatch` prompts at a time; the sum is the same.
 
@@ -253,13 +252,13 @@ def update(
 
     A loss, a gradient or new parameters that aren't finite leave parameters and optimizer as they
     were and count in `skipped`; finite ones set that count to 0. `in_place` is for one CPU device,
-    see `optimizer.apply_in_place`; `spread` is for a mesh, see `sharding.spreader`: what goes
-    through the gradient at a time, it splits over the devices, and the rows it adds count nowhere.
+    see `optimizer.apply_in_place`. With a mesh what goes through the gradient at a time is split
+    over its devices, and the rows that fill it up count nowhere.
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
         policy = assemble(base, trainable)
-        logps = policy_logps(model, policy, spread(part), anchor=needs.anchor)
+        logps = policy_logps(model, policy, spread(model.mesh, part), anchor=needs.anchor)
         logps = logps[: part.mask.shape[0]]
         fixed = jax.lax.stop_gradient(logps)
         old_logps = part.old_logps if part.has_old_logps else fixed
@@ -346,7 +345,7 @@ def make_train_step(
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
     the same group is learnt from that many times, and the metrics are those of the last time.
     """
-    in_place, spread = on_one_cpu(shardings), spreader(shardings)
+    in_place = on_one_cpu(shardings)
 
     def group_and_learn(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
@@ -367,7 +366,6 @@ def make_train_step(
                 on_policy=recipe.inner_epochs == 1,
                 microbatch=microbatch,
                 in_place=in_place,
-                spread=spread,
             )
 
         state, metrics = once(state)
@@ -411,7 +409,7 @@ def make_sft_step(
     shardings: Params,
 ) -> Callable[[TrainState, Params | None, Batch], tuple[TrainState, Metrics]]:
     """The supervised step on anchors, jitted: (state, base, batch) to (state, metrics)."""
-    in_place, spread = on_one_cpu(shardings), spreader(shardings)
+    in_place = on_one_cpu(shardings)
 
     def sft_step(state, base, batch):
         batch = batch.counted
@@ -422,9 +420,7 @@ def make_sft_step(
             return loss_B * batch.anchor_weights, metrics
 
         loss = loss_fn if batch.anchor_weights is None else weighed
-        state, metrics = update(
-            model, loss, optimizer, state, base, group, in_place=in_place, spread=spread
-        )
+        state, metrics = update(model, loss, optimizer, state, base, group, in_place=in_place)
         kept = ("loss", "grad_norm", "skipped", "logps/anchor", "samples/packed")
         return state, {name: metrics[name] for name in kept if name in metrics}
 

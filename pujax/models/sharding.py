@@ -169,21 +169,12 @@ def _filled(tree: Rows, padding: int) -> Rows:
     )
 
 
-def spreader(shardings: Params) -> Callable[[Rows], Rows]:
-    """What a jitted function does to split rows evenly over the mesh that `shardings` are of.
+def spread(mesh: Mesh | None, tree: Rows) -> Rows:
+    """Rows within a jitted function split evenly over the mesh, filled up as `put_batch` does.
 
-    It fills them up as `put_batch` does. Where there is one device it does nothing.
+    Without a mesh they are left as they are.
     """
-    meshes = {
-        place.mesh for place in jax.tree.leaves(shardings) if isinstance(place, NamedSharding)
-    }
-    mesh = meshes.pop() if meshes else None
-    if mesh is None or mesh.size == 1:
-        return lambda tree: tree
-
-    def spread(tree: Rows) -> Rows:
-        rows = jax.tree.leaves(tree)[0].shape[0]
-        filled = _filled(tree, padding_of(mesh, rows))
-        return jax.lax.with_sharding_constraint(filled, batch_sharding(mesh))
-
-    return spread
+    if mesh is None:
+        return tree
+    filled = _filled(tree, padding_of(mesh, jax.tree.leaves(tree)[0].shape[0]))
+    return jax.lax.with_sharding_constraint(filled, batch_sharding(mesh))

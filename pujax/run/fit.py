@@ -49,7 +49,7 @@ from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
-from pujax.run.student import check_memory, like_state, load_student, new_state
+from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
 from pujax.text import counted
 from pujax.types import Batch, Group, LossFn, Params, TrainState
@@ -72,21 +72,26 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     metrics = build_metrics(config.eval, config.trusted)
     criterion = criterion_of(config, metrics)
     refuse_foreign_directory(directory / EXPORT)
+    shape, begun = shape_of(config.model, chat), bool(traces(directory))
+
+    def check(data: Dataset) -> None:
+        check_batches(config, data)
+        check_candidates(recipe, loss_fn, data)
+        check_positions(shape, data)
+
     check_memory(config.model, chat, mesh)
-    train_data, heldout = load_data(config, chat, say)
-    check_batches(config, train_data)
+    train_data, heldout = load_data(config, chat, say, check, begun=begun)
+    check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):
         say(line)
-    check_candidates(recipe, loss_fn, train_data)
     student = load_student(config.model, chat, mesh, config.seed)
-    check_positions(student.model.config, train_data)
-    hold_inputs(
+    mark = hold_inputs(
         directory,
         config,
         chat,
         {**train_data.parts, "data.heldout": heldout},
         (student.base, student.trainable),
-        begun=bool(traces(directory)),
+        begun=begun,
         rows=bool(rewards_of(recipe.scorer)),
         say=say,
     )
@@ -94,6 +99,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         directory,
         keep=config.checkpoint.keep,
         model=dataclasses.asdict(student.model.config),
+        mark=mark,
         say=say,
     )
     with stop_signals() as stopping:

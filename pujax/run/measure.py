@@ -37,7 +37,7 @@ from pujax.method.step import (
 )
 from pujax.method.trial import try_recipe
 from pujax.models.parameters import DecoderConfig, param_shapes
-from pujax.models.sharding import make_mesh, put_batch, spreader, tree_shardings
+from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
 from pujax.run.student import Student, load_student, new_state
@@ -132,7 +132,6 @@ class Benchmark:
                 needs=recipe.needs,
                 on_policy=True,
                 in_place=on_one_cpu(shardings),
-                spread=spreader(shardings),
             )
 
         arguments = (state, reference, base, step_batch, key)

@@ -1,5 +1,6 @@
 """One stage of a run: its steps, logged and saved, and which of its states is handed on."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +24,8 @@ from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import put_batch
-from pujax.records import STAGES, Example
-from pujax.run.checkpoint import Checkpoints, Place
+from pujax.records import STAGES, Example, canonical
+from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.rewarding import Rewards
@@ -120,7 +121,8 @@ class Run:
         `same` is one of the same parameters under another name.
         """
         examples = self.heldout.examples[: self.config.eval.prompts]
-        result = self._kept(name, examples) if keep else None
+        of = self._digest(trainable, examples) if keep else None
+        result = self._kept(name, examples, of) if keep else None
         if result is None and same is not None:
             result = replace(same, model=name)
             results.save(result, self.directory)
@@ -143,14 +145,24 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
             )
             if keep:
+                result = replace(result, of=of)
                 results.save(result, self.directory)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
         self.pause(f"after evaluating {name}")
         return result
 
-    def _kept(self, name: str, examples: Sequence[Example]) -> Evaluation | None:
-        """The evaluation on disk, where it is whole and of these examples."""
+    def _digest(self, trainable: Params, examples: Sequence[Example]) -> str:
+        """Of all that decides what a model answers to these examples, and what is measured."""
+        settings = self.config.eval
+        drawn = (settings.samples, settings.temperature if settings.samples else None)
+        asked = [[e.prompt_ids, e.anchor_ids] for e in examples]
+        params = checksums(assemble(self.base, trainable))
+        whole = [params, asked, self.heldout.response_size, drawn, settings.metrics]
+        return hashlib.sha256(canonical(whole)).hexdigest()
+
+    def _kept(self, name: str, examples: Sequence[Example], of: str | None) -> Evaluation | None:
+        """The evaluation on disk, where it is whole, and of this model and these examples."""
         path = self.directory / f"eval-{name}.jsonl"
         if not path.exists():
             return None
@@ -162,6 +174,9 @@ class Run:
         kept = [(row.id, row.kind, row.answer, row.anchor) for row in result.rows]
         if kept != [(e.prompt.id, e.prompt.kind, e.prompt.answer, e.anchor) for e in examples]:
             self.say(f"{path} is not of these held-out prompts: evaluating {name} again")
+            return None
+        if result.of not in (of, None):  # a pujax before said nothing
+            self.say(f"{path} is of another model, or asked otherwise: evaluating {name} again")
             return None
         return result
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pujax.config.settings import LoraConfig, ModelConfig, ShapeConfig
+from pujax.config.settings import LoraConfig, ModelConfig
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
@@ -35,21 +35,51 @@ class Student:
     trainable: Params
 
 
+def shape_of(config: ModelConfig, chat: Chat, *, tensors: bool = True) -> DecoderConfig:
+    """What `load_student` will load, without reading a weight.
+
+    Without `tensors` it doesn't matter whether they are here. Raises `ConfigError` where tokenizer
+    and embedding don't match, and `WeightsError`.
+    """
+    if config.shape.layers:
+        shape = config.shape
+        return DecoderConfig(
+            family="llama",
+            vocab=chat.vocab,
+            width=shape.width,
+            layers=shape.layers,
+            heads=shape.heads,
+            kv_heads=shape.kv_heads,
+            head_width=shape.width // shape.heads,
+            mlp_width=shape.mlp_width,
+            norm_eps=1e-5,
+            rope_base=10_000.0,
+            tied=True,
+            eos_ids=chat.eos_ids,
+        )
+    path = config.path
+    settings = weights.open_model(path).config if tensors else weights.read_config(path)
+    if chat.vocab > settings.vocab:
+        raise ConfigError(
+            f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
+            f"{settings.vocab} rows: take both from one source"
+        )
+    return dataclasses.replace(settings, eos_ids=chat.eos_ids)
+
+
 def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Student:
     """The model at `config.path`, or a random one of `config.shape` with its tokenizer.
 
-    Raises `ConfigError` where tokenizer and embedding don't match, or heads and mesh.
+    Raises as `shape_of` does, `ConfigError` where heads and mesh don't match, and `WeightsError`.
     """
-    dtype = compute_dtype(config.dtype)
+    dtype, settings = compute_dtype(config.dtype), shape_of(config, chat)
+    model = _model(config, settings, dtype, mesh)
     if config.shape.layers:
-        settings = _shaped(config.shape, chat)
         params = LanguageModel(settings).init_params(jax.random.key(seed))
         params = jax.device_put(params, tree_shardings(mesh, params))
     else:
-        settings, params = weights.load(
-            config.path, dtype=_kept_dtype(config, dtype), place=placer(mesh)
-        )
-    model = _model(config, settings, chat, dtype, mesh)
+        kept = _kept_dtype(config, dtype)
+        _, params = weights.load(config.path, dtype=kept, place=placer(mesh))
     if not config.lora.rank:
         return Student(model, None, params)
     return Student(model, params, make_adapter(config.lora, params, mesh, seed))
@@ -61,11 +91,8 @@ def abstract_student(config: ModelConfig, chat: Chat, mesh: Mesh, dtype: Any) ->
     No weight is read, nor fetched where the model lies in a repository on the hub. Raises as
     `load_student` does.
     """
-    if config.shape.layers:
-        settings = _shaped(config.shape, chat)
-    else:
-        settings = weights.read_config(config.path)
-    model, kept = _model(config, settings, chat, dtype, mesh), _kept_dtype(config, dtype)
+    settings = shape_of(config, chat, tensors=False)
+    model, kept = _model(config, settings, dtype, mesh), _kept_dtype(config, dtype)
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, kept),
         param_shapes(settings),
@@ -120,39 +147,13 @@ def memory_of(mesh: Mesh) -> float | None:
     return (device.memory_stats() or {}).get("bytes_limit")
 
 
-def _shaped(shape: ShapeConfig, chat: Chat) -> DecoderConfig:
-    """The settings of a random model."""
-    return DecoderConfig(
-        family="llama",
-        vocab=chat.vocab,
-        width=shape.width,
-        layers=shape.layers,
-        heads=shape.heads,
-        kv_heads=shape.kv_heads,
-        head_width=shape.width // shape.heads,
-        mlp_width=shape.mlp_width,
-        norm_eps=1e-5,
-        rope_base=10_000.0,
-        tied=True,
-        eos_ids=chat.eos_ids,
-    )
-
-
 def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:
     """Trained parameters are float32; a LoRA's frozen base is kept in what it computes in."""
     return dtype if config.lora.rank else jnp.float32
 
 
-def _model(
-    config: ModelConfig, settings: DecoderConfig, chat: Chat, dtype: Any, mesh: Mesh
-) -> LanguageModel:
+def _model(config: ModelConfig, settings: DecoderConfig, dtype: Any, mesh: Mesh) -> LanguageModel:
     check_heads(mesh, settings)
-    if chat.vocab > settings.vocab:
-        raise ConfigError(
-            f"model.path={config.path!r}: the tokenizer has {chat.vocab} tokens but the embedding "
-            f"{settings.vocab} rows: take both from one source"
-        )
-    settings = dataclasses.replace(settings, eos_ids=chat.eos_ids)
     if config.lora.rank:
         settings = dataclasses.replace(settings, lora_scale=config.lora.alpha / config.lora.rank)
     return LanguageModel(settings, dtype, config.remat, mesh=mesh if mesh.size > 1 else None)

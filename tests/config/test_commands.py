@@ -13,6 +13,7 @@ from pathlib import Path
 
 import cloudpickle  # joblib's, as Hydra's launchers use it
 import pytest
+from rich.console import Console
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
@@ -342,6 +343,18 @@ def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
             assert done.stderr.count("\n") == 1
 
 
+def test_where_nobody_reads_on_richs_silent_exit_gets_its_line(monkeypatch, capfd):
+    def printed(_):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            Console().on_broken_pipe()
+
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert called(monkeypatch, printed, "+experiment=smoke") == 1
+    assert capfd.readouterr().err == "pujax.train: the reader of the output went away\n"
+
+
 def test_no_file_takes_the_number_of_a_closed_stream():
     code = "import sys, pujax.config.streams as s; s.hold('x'); "
     code += "print(open(sys.executable).fileno(), sys.stdin.read() == '')"
@@ -383,6 +396,10 @@ def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
         "data.on_too_long=${oc.env:SECOND}",
         "align.steps=${model.path}",
         "align.steps=of-the-house-hush4",
+        "teacher.Headers={X-Of-Mine: hush4",
+        "TEACHER.HEADERS.Cookie=hush4",
+        "Teacher.BASE_URL=http://h/v1?sig=hush4",
+        "+teacher.extra_body={a: {b: 1}, Api_Key: hush4",
     ],
 )
 def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypatch, capsys, given):

@@ -49,7 +49,7 @@ def sweep(tmp_path):
 def test_a_row_is_a_setting_and_its_error_that_of_the_mean_over_seeds(sweep):
     first, second = gather(sweep).rows
     assert (first.name, len(first.runs), first.seeds) == ("loss=dpo", 3, 3)
-    mean, error = first.mean("rouge_l")
+    mean, error = first.mean("rouge_l") or (None, None)
     # Deviations of -0.2, -0.1 and 0.3 from 0.4: sqrt(0.14 / 2 / 3).
     assert (mean, error) == (pytest.approx(0.4), pytest.approx((0.14 / 6) ** 0.5))
     assert (second.name, len(second.runs), second.seeds) == ("loss=grpo", 1, 2)

@@ -34,7 +34,6 @@ from pujax.models.sharding import (
     make_mesh,
     put_batch,
     sharding_of,
-    spreader,
     tree_shardings,
 )
 from pujax.run.collectives import traffic
@@ -197,6 +196,7 @@ def test_neither_filling_up_nor_microbatches_on_a_mesh_change_the_step(
     mesh, optimizer = make_mesh(*sizes), optax.adam(1e-2)
     state = state_of(params, optimizer)
     shardings = tree_shardings(mesh, state)
+    model = model.clone(mesh=mesh)
     step = make_train_step(model, recipe(), FULL, optimizer, shardings, microbatch=microbatch)
     reference = jax.device_put(other_than(params), tree_shardings(mesh, params))
     six = put_batch(mesh, jax.tree.map(lambda x: x[:6], batch), 6)
@@ -222,14 +222,15 @@ def test_supervised_weights_and_the_largest_gap_are_the_same_on_a_mesh(model, pa
     shardings = tree_shardings(mesh, state)
     six = jax.tree.map(lambda x: x[:6], group)
     wrong = six.replace(old_logps=six.old_logps.at[2:, 1, 0].add(jnp.array([0.5, 0, 0, 0.25])))
-    learn = partial(update, model, losses.grpo, optimizer, microbatch=2)
-    _, metrics = jax.jit(partial(learn, spread=spreader(shardings)))(state, None, wrong)
+    parted = model.clone(mesh=mesh)
+    learn = partial(update, parted, losses.grpo, optimizer, microbatch=2)
+    _, metrics = jax.jit(learn)(state, None, wrong)
     np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
 
     weights = jnp.array([1.0, 0.25, 0.0, 1.0, 0.5, 1.0])
     weighed = dataclasses.replace(jax.tree.map(lambda x: x[:6], batch), anchor_weights=weights)
     on_one = make_sft_step(model, losses.sft, optimizer, None)(state, None, weighed)
-    step = make_sft_step(model, losses.sft, optimizer, shardings)
+    step = make_sft_step(parted, losses.sft, optimizer, shardings)
     state = jax.device_put(state_of(params, optimizer), shardings)
     on_mesh = step(state, None, put_batch(mesh, weighed, 6))
     for ours, theirs in zip(*map(jax.tree.leaves, (on_mesh, on_one)), strict=True):
@@ -548,7 +549,7 @@ def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeyp
     assert not gathered(alone, state.params, state)
 
     def whole_step():
-        step = make_sft_step(model, losses.sft, optimizer, shardings)
+        step = make_sft_step(model.clone(mesh=mesh), losses.sft, optimizer, shardings)
         return gathered(step, state, None, put_batch(mesh, batch, 8))
 
     whole = whole_step()

@@ -115,6 +115,25 @@ def test_an_export_of_others_is_named_before_the_first_step(tmp_path, monkeypatc
         fit(config_of(), tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("sft.batch=3", r"sft\.batch=3: there are 2 training prompts"),
+        ("data.max_response_tokens=9000", r"data\.max_prompt_tokens=\d+: .* 8192 positions"),
+        ("model.path=nobody/nothing", "nobody/nothing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_teacher_is_asked(tmp_path, monkeypatch, wrong, said):
+    monkeypatch.setattr("pujax.run.data.anchors_for", lambda *_, **__: pytest.fail("asked"))
+    texts = {"prompts": "One?\nTwo?\n", "heldout": "Three?\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    few = [f"data.{name}={tmp_path}/{name}.txt" for name in texts]
+    config = config_of(*few, "sft.batch=2", "align.prompts=2", wrong)
+    with pytest.raises(ConfigError, match=said):
+        fit(config, tmp_path, console=Console(quiet=True))
+
+
 OWN = """
 import jax.numpy as jnp
 
