@@ -86,11 +86,10 @@ def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
     arms = [some[0]["arm"] for some in groups]
     return [
         Line(
-            some[0]["title"]
-            + (f" ({raw.chosen(some[0])})" if arms.count(some[0]["arm"]) > 1 else ""),
-            tuple(some),
+            first["title"] + (f" ({raw.chosen(first)})" if arms.count(first["arm"]) > 1 else ""),
+            (first, *others),
         )
-        for some in groups
+        for first, *others in groups
     ]
 
 
