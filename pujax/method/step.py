@@ -273,15 +273,16 @@ def update(
         return loss.mean(), {name: metrics[name] for name in metrics if _was_made(name, needs)}
 
     def gradients(part: Group) -> tuple[Params, Metrics]:
-        lengths, budget = part.prompts.lengths, model.budget
+        budget, wide = model.budget, spread(model.mesh, part)
+        lengths, mask = wide.prompts.lengths, wide.mask
         grads, metrics = packed(
             model,
             lengths,
-            part.mask,
+            mask,
             lambda model: jax.grad(mean_loss, has_aux=True)(state.params, part, model),
         )
         if budget is not None:
-            metrics["samples/packed"] = budget.fits(lengths, part.mask).astype(jnp.float32)
+            metrics["samples/packed"] = budget.fits(lengths, mask).astype(jnp.float32)
         return grads, metrics
 
     def nothing(part: Group) -> tuple[Params, Metrics]:

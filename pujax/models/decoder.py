@@ -381,12 +381,12 @@ class LanguageModel(nn.Module):
 
         pack = None
         if budget is not None:
+            assert self.budget is not None
             real_BGT = jnp.ones((B, G, T), bool) if mask is None else mask
-            pack = places(row(at_BP < lengths[:, None], real_BGT), budget)
+            pack = places(row(at_BP < lengths[:, None], real_BGT), budget, self.budget.ways)
         # S is P + G·T. Between `taken` and `spread` a token may stand in a pack instead of its row.
         grid = Grid((B, P + G * T), pack)
-        x = split_rows(self.mesh, self._embedded(params, row(prompts_BP, responses)))
-        x = grid.taken(x)
+        x = grid.taken(split_rows(self.mesh, self._embedded(params, row(prompts_BP, responses))))
         rope = grid.taken_angles(_rotations(config, row(at_BP, at_BGT)))
 
         def layer(carry, inputs):
@@ -408,7 +408,7 @@ class LanguageModel(nn.Module):
                 )
                 attended.append(mixed_BGT.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(attended, axis=1)))
-            x = x if pack is not None else split_rows(self.mesh, x)
+            x = split_rows(self.mesh, x)
             if tapped is not None:
                 tapped = jnp.where(i + 1 == tap, x, tapped)
             return (x, tapped, i + 1), None if G else prompt_kv

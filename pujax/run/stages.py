@@ -23,7 +23,7 @@ from pujax.files.chat import Chat
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
-from pujax.models.sharding import put_batch
+from pujax.models.sharding import put_batch, ways
 from pujax.records import STAGES, Example, canonical
 from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.data import Dataset, batch_at, collate
@@ -79,9 +79,7 @@ class Run:
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
-        # Packing mixes prompts, which a mesh keeps on devices of their own.
-        alone = self.mesh.size == 1
-        return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
+        return self.model.clone(budget=budget_for(data, prompts, responses, ways(self.mesh)))
 
     def rewarded(
         self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
@@ -334,21 +332,29 @@ class Run:
         )
 
 
-def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
+def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> TokenBudget | None:
     """A budget for the real tokens of most batches, a third above the mean.
 
-    Candidates are taken to be as long as their anchors, or are as long as they were given. None
-    where padding is too little to matter.
+    On a mesh that splits a batch in `ways` it is that of each part, and no less than what holds the
+    longest part of nine batches in ten: parts are short, and all must fit. Candidates are taken to
+    be as long as their anchors, or are as long as they were given. None where padding is too little
+    to matter.
     """
+    prompts = -(-prompts // ways)
 
     def most(lengths: Sequence[float], each: int, size: int) -> int:
         whole = prompts * each * size
-        return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
+        wanted = 1.33 * sum(lengths) / len(lengths) * prompts * each
+        if ways > 1:
+            drawn = np.random.default_rng(0).choice(lengths, (200, ways, prompts))
+            wanted = max(wanted, float(np.quantile(drawn.sum(axis=2).max(axis=1), 0.9)) * each)
+        return min(whole, -(-round(wanted) // 32) * 32)
 
     P, T = data.prompt_size, data.response_size
     budget = TokenBudget(
         prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
         responses=most([_response_length(e) for e in data.examples], responses, T),
+        ways=ways,
     )
     whole = prompts * P + prompts * responses * T
     return budget if budget.prompts + budget.responses < 0.8 * whole else None

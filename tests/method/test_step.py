@@ -215,22 +215,32 @@ def test_neither_filling_up_nor_microbatches_on_a_mesh_change_the_step(
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
 
 
-def test_supervised_weights_and_the_largest_gap_are_the_same_on_a_mesh(model, params, group, batch):
-    """The gap is of a prompt in the second of three microbatches; a padded row has none."""
+def test_weights_packed_microbatches_and_the_largest_gap_are_the_same_on_a_mesh(
+    model, params, group, batch
+):
+    """The gap is of a prompt in the second of three microbatches, each packed device by device."""
     mesh, optimizer = make_mesh(4, 1, 2), optax.sgd(1.0)
     state = state_of(params, optimizer)
     shardings = tree_shardings(mesh, state)
     six = jax.tree.map(lambda x: x[:6], group)
     wrong = six.replace(old_logps=six.old_logps.at[2:, 1, 0].add(jnp.array([0.5, 0, 0, 0.25])))
-    parted = model.clone(mesh=mesh)
-    learn = partial(update, parted, losses.grpo, optimizer, microbatch=2)
-    _, metrics = jax.jit(learn)(state, None, wrong)
+    most = int(six.mask.sum(axis=(1, 2)).max())
+    # For two prompts a device.
+    lean = model.clone(budget=TokenBudget(2 * 6, 2 * most, ways=4), mesh=mesh)
+    learn = jax.jit(partial(update, lean, losses.grpo, optimizer, microbatch=2))
+    learnt, metrics = learn(state, None, wrong)
+    assert metrics["samples/packed"] == 1
     np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
+    whole, _ = jax.jit(partial(update, model, losses.grpo, optimizer))(state, None, wrong)
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (learnt.params, whole.params, params)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-5 * np.abs(theirs - start).max())
 
     weights = jnp.array([1.0, 0.25, 0.0, 1.0, 0.5, 1.0])
     weighed = dataclasses.replace(jax.tree.map(lambda x: x[:6], batch), anchor_weights=weights)
     on_one = make_sft_step(model, losses.sft, optimizer, None)(state, None, weighed)
-    step = make_sft_step(parted, losses.sft, optimizer, shardings)
+    step = make_sft_step(model.clone(mesh=mesh), losses.sft, optimizer, shardings)
     state = jax.device_put(state_of(params, optimizer), shardings)
     on_mesh = step(state, None, put_batch(mesh, weighed, 6))
     for ours, theirs in zip(*map(jax.tree.leaves, (on_mesh, on_one)), strict=True):

@@ -77,6 +77,15 @@ def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(c
     assert 4 * 5 * 2 <= budget.responses < 4 * 5 * 40  # a word and EOS each
     assert budget.prompts % 32 == budget.responses % 32 == 0
     assert budget_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
+    part = budget_for(data, prompts=7, responses=5, ways=4)  # two prompts a part
+    assert part is not None
+    assert part.ways == 4
+    assert 2 * sum(lengths) / 4 <= part.prompts < budget.prompts
+    mixed = dataset(chat, ["Yes"] * 9 + ["yes, " * 60], 400)
+    one, of_four = (budget_for(mixed, prompts=n, responses=1, ways=n) for n in (1, 4))
+    assert one is not None
+    assert of_four is not None
+    assert of_four.responses >= 120 > one.responses  # the longest of four must fit
 
 
 def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
