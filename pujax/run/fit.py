@@ -255,12 +255,10 @@ def check_batches(config: TrainConfig, data: Dataset) -> None:
         ("align.prompts", config.align.steps, config.align.prompts, data),
     ):
         least = min(len(each.examples) for each in part.parts.values())
-        require(
-            not steps or size <= least,
-            key,
-            size,
-            f"there are {least} training prompts: lower it",
-        )
+        remedy = f"there are {least} training prompts: lower it"
+        if not least:
+            remedy = "no training prompt has an answer with a token in it: look at data.anchors"
+        require(not steps or size <= least, key, size, remedy)
 
 
 def filling(config: TrainConfig, mesh: Mesh) -> list[str]:

@@ -338,8 +338,10 @@ def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> To
     On a mesh that splits a batch in `ways` it is that of each part, and no less than what holds the
     longest part of nine batches in ten: parts are short, and all must fit. Candidates are taken to
     be as long as their anchors, or are as long as they were given. None where padding is too little
-    to matter.
+    to matter, or there is nothing.
     """
+    if not data.examples:  # as of no anchors, where there is no SFT
+        return None
     prompts = -(-prompts // ways)
 
     def most(lengths: Sequence[float], each: int, size: int) -> int:

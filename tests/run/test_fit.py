@@ -86,6 +86,8 @@ def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(c
     assert one is not None
     assert of_four is not None
     assert of_four.responses >= 120 > one.responses  # the longest of four must fit
+    none = dataclasses.replace(dataset(chat, ["Yes"], 40), examples=())
+    assert budget_for(none, prompts=4, responses=5) is None
 
 
 def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
@@ -299,6 +301,10 @@ def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
     with pytest.raises(ConfigError, match=r"align\.prompts=4: there are 3"):
         check_batches(config_of("sft.batch=3", "align.prompts=4"), data)
     check_batches(config_of("sft.batch=9", "sft.steps=0"), data)
+    cut = [dataclasses.replace(example, anchor_ids=()) for example in data.examples]
+    empty = dataclasses.replace(data, examples=tuple(cut))
+    with pytest.raises(ConfigError, match=r"sft\.batch=1: no training prompt has an answer"):
+        check_batches(config_of("sft.batch=1"), empty)
 
 
 def test_what_fills_up_a_mesh_is_told_with_a_size_that_needs_no_filling():
