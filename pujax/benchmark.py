@@ -11,10 +11,11 @@ from rich.console import Console
 from rich.table import Table
 
 from pujax.config.commands import command
-from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
+    from pujax.run.plan import Plan
 
 # What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
 SWEPT: Mapping[str, Sequence[int]] = {
@@ -40,18 +41,21 @@ ROWS = {
 }
 
 
-def run(settings: BenchmarkRun) -> None:
-    """Measure, show a table, and print one JSON object as the last line."""
-    from pujax.run.measure import Subject
+def run(settings: BenchmarkConfig) -> None:
+    """Measure or plan, show a table, and print one JSON object as the last line."""
+    if settings.plan:
+        planned(settings)
+        return
+    from pujax.run.measure import Benchmark
 
-    subject = Subject(settings)
+    benchmark = Benchmark(settings)
     console = Console(stderr=False)
-    cost = subject.measure(settings.benchmark)
+    cost = benchmark.measure(settings.benchmark)
     console.print(table(cost))
     line: dict[str, Any] = described(settings) | asdict(cost)
     if settings.benchmark.sweep:
         line["sweep"], written = [asdict(cost)], list[Path]()
-        for key, value, cost in sweep(subject.measure, settings.benchmark):
+        for key, value, cost in sweep(benchmark.measure, settings.benchmark):
             console.print(f"{key}={value}: step {cost.step_s:.2f} s")
             line["sweep"].append(asdict(cost))
             # After each, so that a sweep that is cut off leaves what it measured.
@@ -61,7 +65,56 @@ def run(settings: BenchmarkRun) -> None:
     print(json.dumps(line))
 
 
-def described(run: BenchmarkRun) -> dict[str, Any]:
+def planned(settings: BenchmarkConfig) -> None:
+    """Show what a step would take, for each chip whether it fits and how fast it could be."""
+    from pujax.run.plan import CHIPS, have_devices, make_plan
+
+    have_devices(settings.mesh)
+    plan = make_plan(settings)
+    console = Console(stderr=False)
+    console.print(plan_table(plan, settings))
+    chips = {
+        name: {"fits": plan.fits(chip), "step_s": plan.seconds(chip)}
+        for name, chip in CHIPS.items()
+    }
+    for name, chip in CHIPS.items():
+        verdict = "fits" if plan.fits(chip) else "does not fit"
+        line = f"{name}: {verdict}; a step takes {plan.seconds(chip):.2g} s at the very best"
+        if not plan.fits(chip):
+            line += f"; {plan.remedy(chip, settings.mesh.fsdp)}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+    line = described(settings) | asdict(plan) | asdict(settings.benchmark) | {"chips": chips}
+    print(json.dumps(line))
+
+
+def plan_table(plan: "Plan", settings: BenchmarkConfig) -> Table:
+    """What one device holds, does and is told."""
+    shape, mesh = settings.benchmark, settings.mesh
+    shown = Table(
+        title=f"each of {plan.devices} devices (data {max(1, mesh.data)} x fsdp {mesh.fsdp} x "
+        f"tensor {mesh.tensor}), {plan.dtype}\n{shape.prompts} prompts x {shape.candidates} "
+        f"candidates x ({shape.prompt_tokens} + {shape.response_tokens}) tokens",
+        show_header=False,
+    )
+    shown.add_column()
+    shown.add_column(justify="right")
+    for title, size in (
+        ("parameters", plan.parameters),
+        ("reference, frozen base", plan.reference),
+        ("optimizer", plan.optimizer),
+        ("gradient, activations, caches at most", plan.scratch),
+        ("  of that caches while sampling", plan.caches),
+        ("everything at the peak", plan.peak),
+        *([("this process with it", plan.here)] if plan.here else []),
+    ):
+        shown.add_row(title, f"{size / 2**30:.2f} GiB")
+    shown.add_row("work", f"{plan.flops / 1e12:.3g} TFLOP a step")
+    for kind, each in plan.collectives.items():
+        shown.add_row(f"{kind}, {each.count} a step", f"{each.bytes / 2**30:.2f} GiB a step")
+    return shown
+
+
+def described(run: BenchmarkConfig) -> dict[str, Any]:
     """What was measured and with what: the settings' names, versions and the device."""
     import jax
 
@@ -73,7 +126,7 @@ def described(run: BenchmarkRun) -> dict[str, Any]:
         "loss": run.loss["_target_"].rpartition(".")[2],
         "scorer": run.scorer.score["_target_"].rpartition(".")[2],
         "offline": run.benchmark.offline,
-        "mesh": [run.mesh.data, run.mesh.fsdp, run.mesh.tensor],
+        "mesh": list(vars(run.mesh).values()),
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "seed": run.seed,
@@ -98,7 +151,7 @@ def table(cost: "Cost") -> Table:
 
 
 def sweep(
-    measure: Callable[[ShapesConfig], "Cost"], shape: ShapesConfig
+    measure: Callable[[WorkConfig], "Cost"], shape: WorkConfig
 ) -> Iterator[tuple[str, int, "Cost"]]:
     """The costs around `shape`, one of its sizes changed at a time: which, to what, the cost."""
     for key, values in SWEPT.items():
@@ -158,7 +211,7 @@ def _short(value: float | int | None) -> str:
     return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
-main = command("benchmark", BenchmarkRun, run)
+main = command("benchmark", BenchmarkConfig, run)
 
 if __name__ == "__main__":
     main()

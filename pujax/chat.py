@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from pujax.config.commands import command, one_source
 from pujax.config.streams import escape
-from pujax.config.typed import check_drawing, lines, told
+from pujax.config.typed import check_drawing, lines, text_or_file
 from pujax.errors import PujaxError
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
@@ -63,7 +63,7 @@ def run(settings: ChatConfig) -> None:
     compile_once()
     from pujax.inference.generator import Generator  # jax with it: --help does not need that
 
-    given = told("system", settings.system)
+    given = text_or_file("system", settings.system)
     system = system if given is None else given
     typed = sys.stdin.isatty()
     generator = Generator.load(source)

@@ -13,9 +13,11 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -27,12 +29,45 @@ from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.asking import Tally
 from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
-from pujax.teacher.settings import CollectRun, TeacherConfig
+from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
 from pujax.teacher.writer import kept_beside
 from pujax.text import printable
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
+
+
+@dataclass(frozen=True)
+class PromptsConfig:
+    """Where prompts are.
+
+    Attributes:
+        prompts: a file, a list of files, or a dataset as in {dataset: NAME, split: train,
+            slice: "0:100", columns: {prompt: question}, template: "{question}"}.
+    """
+
+    prompts: Any = None
+
+
+@dataclass(frozen=True)
+class CollectRun:
+    """Everything `python -m pujax.collect` is told.
+
+    Attributes:
+        store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
+        stats: describe the store and ask nobody.
+        trusted: packages beside pujax whose functions may be named: their code runs here.
+        data: the prompts.
+        teacher: whom to ask.
+        collect: how to ask.
+    """
+
+    store: str = MISSING
+    stats: bool = False
+    trusted: list[str] = field(default_factory=list)
+    data: PromptsConfig = field(default_factory=PromptsConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
 
 
 def run(settings: CollectRun) -> int:

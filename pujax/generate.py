@@ -6,7 +6,7 @@ from itertools import chain, islice
 
 from pujax.config.commands import command, one_source
 from pujax.config.streams import escape
-from pujax.config.typed import check_drawing, lines, told
+from pujax.config.typed import check_drawing, lines, text_or_file
 from pujax.errors import ConfigError
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
@@ -56,13 +56,9 @@ class GenerateConfig:
 def run(settings: GenerateConfig) -> None:
     """Print an answer to `prompt`, or one to each line of standard input, in their order."""
     escape()
-    answer(settings)
-
-
-def answer(settings: GenerateConfig) -> None:
-    """Answer as `settings` say. Raises `PujaxError` for what can't be."""
     source, of_run = source_of(settings.run, settings.model)
-    system, prompt = told("system", settings.system), told("prompt", settings.prompt)
+    system = text_or_file("system", settings.system)
+    prompt = text_or_file("prompt", settings.prompt)
     system = of_run if system is None else system
     compile_once()
     from pujax.inference.generator import (

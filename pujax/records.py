@@ -1,4 +1,4 @@
-"""The records of text that cross a room: prompts, what the teacher said, both as tokens. No jax."""
+"""Records without arrays that cross a room: prompts, answers, both as tokens, sampling. No jax."""
 
 import hashlib
 import json

@@ -1,9 +1,8 @@
-"""`pujax report`: a run's curves.png and report.html made anew, of its files alone."""
+"""`pujax report`: a run's page and curves made anew, or the table of a sweep, of files alone."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
-
-from omegaconf import MISSING
 
 from pujax.config.commands import command, in_new_words, listed
 from pujax.errors import require
@@ -16,12 +15,15 @@ class ReportConfig:
 
     Attributes:
         run: a run's directory, or a list of them: [A,B].
+        sweep: a folder with runs below it: their table and plot, a row a setting.
     """
 
-    run: Any = MISSING
+    run: Any = None
+    sweep: str | None = None
 
     def __post_init__(self) -> None:
-        require(bool(self.runs), "run", self.run, "set run=DIRECTORY")
+        one = bool(self.runs) != (self.sweep is not None)
+        require(one, "run", self.run, "set run=DIRECTORY, or sweep=DIRECTORY for all runs below it")
 
     @property
     def runs(self) -> list[str]:
@@ -30,13 +32,29 @@ class ReportConfig:
 
 
 def run(settings: ReportConfig) -> None:
-    """Write the report of each run, and print where."""
+    """Write the report of each run, and print where; or that of a sweep, and print it."""
+    if settings.sweep is not None:
+        of_sweep(at_home(settings.sweep))
+        return
     from pujax.evaluation.page import refuse_foreign, write
 
     for run in settings.runs:
         directory = at_home(run)
         refuse_foreign(directory)
         print(write(directory))
+
+
+def of_sweep(directory: Path) -> None:
+    """Print the table of the runs below `directory`, and which are unfinished."""
+    from rich.console import Console
+
+    from pujax.evaluation.sweep import write
+
+    table, told = write(directory)
+    if table is not None:
+        Console().print(table)
+    for line in told:
+        print(line)
 
 
 _main = command("report", ReportConfig, run, folder="tools")

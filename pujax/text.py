@@ -27,8 +27,9 @@ HARMLESS_HEADERS = frozenset(
 """Headers whose values may stand in a file; every other header's comes from the environment."""
 
 _SECRET_NAME = re.compile(
-    r"api[-_]?key|secret|passw|credential|authorization|cookie|signature|private[-_]?key"
-    r"|(^|[-_])(access|token|key|sig|auth|bearer|pat)$",
+    r"api[-_. ]?key|secret|passw|credential|authorization|cookie|signature|private[-_. ]?key"
+    r"|(access|auth|bearer|refresh|session)token$"
+    r"|(^|[-_. ])(access|token|key|sig|auth|bearer|pat)$",
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
@@ -36,6 +37,9 @@ _SECRET_VALUE = re.compile(
 )
 _BEGINS_AS_KEYS = re.compile(r"(sk|hf|gh[a-z])[-_]|(bearer|basic) ", re.IGNORECASE)
 """What is typed with such a beginning is not said, though it be too short for a key."""
+
+_INNER = re.compile(r"([\w.-]+)['\"]?\s*[:=]\s*\{?\s*([^\s{},\]][^{},\]]*)")
+"""What stands under a name in braces."""
 
 _USER = re.compile(r"(?<=://)[^/@\s]+@")
 _SURROGATES = re.compile("[\ud800-\udfff]")
@@ -80,15 +84,29 @@ def counted(count: int, one: str, several: str | None = None) -> str:
 
 
 def secret_name(name: str) -> bool:
-    """Whether what has this name is secret: OPENAI_API_KEY is, max_tokens and key_env are not."""
-    return bool(_SECRET_NAME.search(name)) and not name.lower().endswith("_env")
+    """Whether what has this name is secret: OPENAI_API_KEY is, max_tokens and key_env are not.
+
+    However it is written: Authorization, AUTHORIZATION, Api_Key, subscriptionKey.
+    """
+    parted = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", name)
+    found = _SECRET_NAME.search(name) or _SECRET_NAME.search(parted)
+    return bool(found) and not name.casefold().endswith("_env")
+
+
+def _are_headers(name: str) -> bool:
+    return name.casefold() == "headers"
+
+
+def _may_be_said(header: str) -> bool:
+    return header.casefold() in HARMLESS_HEADERS
 
 
 def secret_value(text: str) -> str | None:
     """Why `text` looks secret: it has the form of a key, or holds an environment's secret."""
     for name, value in os.environ.items():
         value = value.strip()
-        if secret_name(name) and len(value) >= LEAST_SECRET and value in text:
+        known = secret_name(name) and len(value) >= LEAST_SECRET
+        if known and value.casefold() in text.casefold():
             return f"the value of the environment variable {name}"
     return "what looks like a key" if _SECRET_VALUE.fullmatch(text) else None
 
@@ -106,34 +124,40 @@ def secret_segment(url: str) -> bool:
 
 def _secret_part(name: str, value: str) -> bool:
     plain = unquote(name)
-    return secret_name(plain) or plain == "code" or bool(_SECRET_VALUE.fullmatch(unquote(value)))
+    named = secret_name(plain) or plain.casefold() == "code"
+    return named or bool(_SECRET_VALUE.fullmatch(unquote(value)))
 
 
 def secrets_in(key: str, value: str) -> list[str]:
     """What may not be said of a setting that was typed as `key=value`; `key` is dotted.
 
-    That is all of it under a secret's name, among headers, and where it begins as keys do; a URL's
-    user and password and what is secret in its query, of a base_url all the query; and what
-    `${oc.env:NAME}` in it stands for.
+    That is all of it under a secret's name, among headers, and where it begins as keys do; what
+    stands under such a name in braces; a URL's user and password and what is secret in its query,
+    of a base_url all the query; and what `${oc.env:NAME}` in it stands for.
 
     >>> secrets_in("teacher.base_url", "http://me:pw@h/v1?sig=1")
     ['me:pw', 'sig=1', '1']
+    >>> secrets_in("+teacher.extra_body", "{a: {b: 1}, Api_Key: x y}")
+    ['x y']
     """
     *above, name = key.split(".")
     bare = value.strip("'\"")
     if not bare:
         return []
-    if above[-1:] == ["headers"]:
-        whole = not bare.startswith("env:") and name.casefold() not in HARMLESS_HEADERS
+    if any(map(_are_headers, above[-1:])):
+        whole = not bare.startswith("env:") and not _may_be_said(name)
     else:
-        whole = name == "headers" or secret_name(name)
+        whole = _are_headers(name) or secret_name(name)
     found = [value, bare] if whole or _BEGINS_AS_KEYS.match(bare) else []
+    for inner, text in _INNER.findall(value) if "{" in value else ():
+        if secret_name(inner) or _are_headers(inner):
+            found.append(text.strip(" '\""))
     if "://" in value:
         found += re.findall(r"://(\S*)@", value)
-        if name == "base_url":
+        if name.casefold() == "base_url":
             found += re.findall(r"\?([^\s'\"]+)", value)
         for part, secret in re.findall(r"[?&]([^=&#\s]+)=([^&#\s'\"]+)", value):
-            found += [secret] if secret_name(part) or part == "code" else []
+            found += [secret] if _secret_part(part, secret) else []
     return list(dict.fromkeys(found + from_environment(value)))
 
 
@@ -144,13 +168,16 @@ def from_environment(text: str) -> list[str]:
 
 
 def hide(text: str, secret: str) -> str:
-    """`text` without `secret`, as it stands, as Python shows it or with its quotes escaped."""
+    """`text` without `secret`, as it stands, as Python shows it or with its quotes escaped.
+
+    In capitals or small letters, it is the same secret.
+    """
     forms = {secret, repr(secret)[1:-1], secret.replace('"', '\\"')}
     for form in sorted(forms, key=len, reverse=True):
         if len(form) < 4:  # inside of a word it would be found in any text
-            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASKED, text)
+            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASKED, text, flags=re.IGNORECASE)
         else:
-            text = text.replace(form, MASKED)
+            text = re.sub(re.escape(form), MASKED, text, flags=re.IGNORECASE)
     return text
 
 
@@ -161,7 +188,7 @@ def mask(value: Any, name: str = "") -> Any:
     passwords and keys in a URL, and the value of each secret of the environment.
     """
     if isinstance(value, Mapping):
-        if name == "headers":
+        if _are_headers(name):
             return {key: _header(str(key), part) for key, part in value.items()}
         return {key: mask(part, str(key)) for key, part in value.items()}
     if isinstance(value, list | tuple):
@@ -173,7 +200,7 @@ def mask(value: Any, name: str = "") -> Any:
     for variable, secret in os.environ.items():
         secret = secret.strip()
         if secret_name(variable) and len(secret) >= LEAST_SECRET:
-            value = value.replace(secret, MASKED)
+            value = hide(value, secret)
     if "://" in value:
         value = _USER.sub(f"{MASKED}@", value)
         value = re.sub(
@@ -194,4 +221,4 @@ def mask(value: Any, name: str = "") -> Any:
 def _header(name: str, value: Any) -> Any:
     if isinstance(value, str) and value.startswith("env:"):
         return value
-    return mask(value) if name.casefold() in HARMLESS_HEADERS else MASKED
+    return mask(value) if _may_be_said(name) else MASKED

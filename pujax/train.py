@@ -2,22 +2,37 @@
 
 from pujax.config.commands import command, swept
 from pujax.config.settings import TrainConfig
+from pujax.config.sweeps import beside_others, title
 from pujax.run.compilation import compile_once
-from pujax.run.directory import run_directory
+from pujax.run.directory import OUTPUT, finished, run_directory
 from pujax.run.trackers import require_trackers
 
 
 def run(config: TrainConfig) -> None:
     """Train as told, in a directory of the run's own or in the one to go on with.
 
-    What a sweep goes through is in the directories' names.
+    What a sweep goes through is in the directories' names; a job of it that is done is not done
+    again. Jobs that run beside each other write what they have to say into their directories.
     """
     require_trackers(config.log.to)
-    with run_directory(config, swept()) as directory:
+    apart = swept()
+    if apart and config.resume == "auto" and (done := finished(config, apart)):
+        print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
+        return
+    with run_directory(config, apart) as directory:
         compile_once()
+        import rich
+
         from pujax.run.fit import fit
 
-        fit(config, directory)
+        if not beside_others():
+            fit(config, directory)
+            return
+        print(f"{title(apart)}: begun, see {directory / OUTPUT}", flush=True)
+        with (directory / OUTPUT).open("a", encoding="utf-8") as output:
+            rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
+            fit(config, directory, console=rich.get_console())
+    print(f"{title(apart)}: done in {directory}", flush=True)
 
 
 main = command("train", TrainConfig, run)

@@ -12,11 +12,12 @@ Index 0 of G is the anchor, the teacher's answer; the others are the student's c
 Everything is right-padded, and every mask comes from a length, never from a token's value.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -41,6 +42,14 @@ class Tokens:
         return at < self.lengths[..., None]
 
 
+def right_padded(rows: Sequence[Sequence[int]], size: int) -> Tokens:
+    """Token ids as [B S], S the `size`; none of the `rows` is longer. Padding is 0."""
+    ids = np.zeros((len(rows), size), np.int32)
+    for padded, row in zip(ids, rows, strict=True):
+        padded[: len(row)] = row
+    return Tokens(jnp.asarray(ids), jnp.array([len(row) for row in rows], jnp.int32))
+
+
 @flax.struct.dataclass
 class Batch:
     """B prompts with their anchors, and their candidates where someone gives those.
@@ -57,6 +66,16 @@ class Batch:
     rewards: tuple[Float[Array, "B G"], ...] = ()  # what the host says of them, see `rewards_of`
     ref_logps: Float[Array, "B G T"] | None = None  # the reference's, where they are known
     anchor_weights: Float[Array, " B"] | None = None  # in SFT; None weighs all alike
+    # So many rows at the end fill a mesh: copies of the last prompt, which count for nothing.
+    padding: int = flax.struct.field(pytree_node=False, default=0)
+
+    @property
+    def counted(self) -> "Batch":
+        """The rows that count."""
+        if not self.padding:
+            return self
+        rows = len(self.anchor_finished) - self.padding
+        return jax.tree.map(lambda x: x[:rows], self).replace(padding=0)
 
 
 @flax.struct.dataclass

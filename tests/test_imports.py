@@ -1,5 +1,6 @@
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,15 @@ def test_rooms_import_one_way():
             assert down or (room(other) == room(name) and "." in name), f"{name} imports {other}"
 
 
+def test_the_readmes_map_names_every_file_and_lists_the_lowest_floor_first():
+    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+    listed = readme.partition("## The code")[2].split("```")[1]
+    assert {name.rpartition(".")[2] for name in FILES} <= set(re.findall(r"\w+", listed))
+    floor = {name: i for i, names in enumerate(FLOORS) for name in names}
+    order = [floor[name] for name in re.findall(r"^  (\w+)", listed, re.MULTILINE)]
+    assert order == sorted(order)
+
+
 def test_no_two_files_import_each_other():
     graph = {name: imported(path) for name, path in FILES.items()}
     tuple(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError
@@ -112,5 +122,6 @@ def test_rewards_and_their_workers_need_neither_jax_nor_numpy():
     assert loads("import pujax.rewards, pujax.run.workers", *heavy) == []
 
 
-def test_the_teacher_needs_no_jax():
+def test_the_teacher_needs_no_jax_and_its_command_no_numpy():
     assert loads("import pujax.teacher.anchors", "jax", "flax", "transformers") == []
+    assert loads("import pujax.collect, pujax.teacher.asking", "jax", "numpy") == []

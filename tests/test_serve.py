@@ -14,7 +14,7 @@ from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.inference import serving
-from pujax.inference.serving import Served, require_free, require_server, to_serve, with_system
+from pujax.inference.serving import Served, require_free, require_server, template_with, to_serve
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.serve import ServeConfig
 
@@ -70,7 +70,7 @@ def test_a_gguf_file_is_served_as_it_lies(run):
 
 def test_the_runs_system_message_stands_before_who_says_none():
     chat = Chat.load(SMOLLM2)
-    theirs = with_system(str(chat.tokenizer.chat_template), SYSTEM)
+    theirs = template_with(str(chat.tokenizer.chat_template), SYSTEM)
 
     def rendered(messages, template=None):
         return chat.tokenizer.apply_chat_template(

@@ -3,7 +3,15 @@ import doctest
 import pytest
 
 from pujax import text
-from pujax.text import mask, printable, secret_name, surrogate_at, well_formed
+from pujax.text import (
+    mask,
+    printable,
+    secret_name,
+    secret_query,
+    secret_value,
+    surrogate_at,
+    well_formed,
+)
 
 
 def test_the_examples_of_the_docstrings_hold():
@@ -11,14 +19,22 @@ def test_the_examples_of_the_docstrings_hold():
 
 
 @pytest.mark.parametrize(
-    "name", ["OPENAI_API_KEY", "HF_TOKEN", "api-key", "Authorization", "pw_secret"]
+    "name",
+    [
+        *("OPENAI_API_KEY", "HF_TOKEN", "api-key", "Authorization", "pw_secret", "AUTHORIZATION"),
+        *("Api_Key", "api.key", "apiKey", "subscriptionKey", "accessToken", "ACCESSTOKEN"),
+    ],
 )
 def test_names_of_secrets(name):
     assert secret_name(name)
 
 
 @pytest.mark.parametrize(
-    "name", ["api_key_env", "max_tokens", "tokens_per_minute", "tokenizer", "monkey", "PATH"]
+    "name",
+    [
+        *("api_key_env", "API_KEY_ENV", "max_tokens", "maxTokens", "tokens_per_minute"),
+        *("tokenizer", "monkey", "MONKEY", "PATH"),
+    ],
 )
 def test_names_that_are_none(name):
     assert not secret_name(name)
@@ -48,6 +64,24 @@ def test_settings_are_masked_and_nothing_else(monkeypatch):
             "extra_body": {"note": "say ***", "list": ["***", 1.5]},
         },
     }
+
+
+def test_what_is_secret_is_so_however_it_is_written(monkeypatch):
+    monkeypatch.setenv("Their_Token", "Hush-Hush-9")
+    settings = {
+        "Headers": {"AUTHORIZATION": "abc", "Content-TYPE": "x"},
+        "url": "HTTP://h/v1?CODE=abc&Api_Key=abc&v=1",
+        "Passwd": "abc",
+        "note": "say HUSH-HUSH-9",
+    }
+    assert mask(settings) == {
+        "Headers": {"AUTHORIZATION": "***", "Content-TYPE": "x"},
+        "url": "HTTP://h/v1?CODE=***&Api_Key=***&v=1",
+        "Passwd": "***",
+        "note": "say ***",
+    }
+    assert secret_value("it is hush-hush-9") == "the value of the environment variable Their_Token"
+    assert secret_query("http://h/v1?Code=abc") == "Code"
 
 
 def test_half_a_character_is_found_and_replaced():

@@ -57,6 +57,15 @@ def _style(place: int) -> dict[str, Any]:
     return {"color": COLOURS[place % len(COLOURS)], "marker": MARKERS[place % len(MARKERS)]}
 
 
+def _names(arms: Arms) -> list[str]:
+    """What each is called: its arm, and its settings where an arm is there with several."""
+    titles = [runs[0]["title"] for runs in arms.values()]
+    return [
+        title + (f": {raw.chosen(runs[0])}" if titles.count(title) > 1 else "")
+        for title, runs in zip(titles, arms.values(), strict=True)
+    ]
+
+
 def _title(arms: Arms) -> str:
     """What the metric that decides is called."""
     (first, *_), *_ = arms.values()
@@ -75,12 +84,12 @@ def curves(arms: Arms) -> bytes:
         1,
     ):
         axes = figure.add_subplot(1, 2, column)
-        for place, runs in enumerate(arms.values()):
+        for place, (name, runs) in enumerate(zip(_names(arms), arms.values(), strict=True)):
             courses = [_course(run) for run in runs]
             points = [each for each in zip(*courses, strict=False) if each]
             x = [fmean(at(point) for point in each) for each in points]
             y = [fmean(_value(runs[0], point) for point in each) for each in points]
-            axes.plot(x, y, label=f"{runs[0]['title']} ({len(runs)})", **_style(place), ms=4)
+            axes.plot(x, y, label=f"{name} ({len(runs)})", **_style(place), ms=4)
         _label(axes, label, _title(arms))
     handles, titles = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, titles, loc="outside right upper", frameon=False, fontsize=8)
@@ -106,10 +115,10 @@ def kl_against_gain(arms: Arms) -> bytes:
     """Every run's gain on validation over what it started from, against its KL to that."""
     figure = _figure(8.5, 4.2)
     axes = figure.add_subplot()
-    for place, runs in enumerate(arms.values()):
+    for place, (name, runs) in enumerate(zip(_names(arms), arms.values(), strict=True)):
         x = [_last(run)["kl"] for run in runs]
         y = [_value(run, _course(run)[-1]) - _value(run, _course(run)[0]) for run in runs]
-        axes.plot(x, y, linestyle="none", label=runs[0]["title"], **_style(place), ms=6)
+        axes.plot(x, y, linestyle="none", label=name, **_style(place), ms=6)
     axes.axhline(0, color="#999999", linewidth=0.8)
     _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {_title(arms)}")
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)

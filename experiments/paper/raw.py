@@ -54,6 +54,11 @@ def write(folder: Path, result: Raw) -> Path:
     return path
 
 
+def chosen(result: Raw) -> str:
+    """The settings that were tried for it, for a person."""
+    return ", ".join(f"{key} {value}" for key, value in result["chosen"].items())
+
+
 def mean(result: Raw, metric: str) -> float:
     """A metric's mean over the prompts that have it. Raises `EvaluationError` when none has."""
     values = [value for value in result["values"].get(metric, []) if value is not None]

@@ -86,15 +86,11 @@ def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
     arms = [some[0]["arm"] for some in groups]
     return [
         Line(
-            some[0]["title"] + (f" ({_chosen(some[0])})" if arms.count(some[0]["arm"]) > 1 else ""),
-            tuple(some),
+            first["title"] + (f" ({raw.chosen(first)})" if arms.count(first["arm"]) > 1 else ""),
+            (first, *others),
         )
-        for some in groups
+        for first, *others in groups
     ]
-
-
-def _chosen(result: raw.Raw) -> str:
-    return ", ".join(f"{key} {value}" for key, value in result["chosen"].items())
 
 
 def of_group(lines: Iterable[Line], *groups: str) -> list[Line]:
@@ -193,7 +189,7 @@ def training(lines: Sequence[Line]) -> str:
             spent = [sum((s[kind] or 0) for s in run["seconds"].values()) for run in line.runs]
             cells.append(f"{fmean(spent) / 60:.1f}")
         prompts = str(line.first["teacher"]["queries"])
-        rows.append([line.title, *cells, prompts, _chosen(line.first) or "–"])
+        rows.append([line.title, *cells, prompts, raw.chosen(line.first) or "–"])
     header = ["arm", "SFT steps", "alignment steps", "minutes", "processor minutes"]
     return grid([*header, "anchors", "chosen"], rows)
 
@@ -334,7 +330,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
 
 
 def _named(line: Line) -> str:
-    chosen = _chosen(line.first)
+    chosen = raw.chosen(line.first)
     return line.first["title"] + (f": {chosen}" if chosen else "")
 
 

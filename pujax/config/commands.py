@@ -7,19 +7,16 @@ import os
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, TypeVar
 
 import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
-from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -28,6 +25,16 @@ from pujax.config.compose import conf_dir, from_hydra, offered, register
 from pujax.config.help import help_of
 from pujax.config.overrides import in_hydra_words
 from pujax.config.streams import hold
+from pujax.config.sweeps import (
+    LAUNCHERS,
+    beside_others,
+    hold_failures,
+    note_failure,
+    overrides_apart,
+    sweep_folder,
+    sweeping,
+    title,
+)
 from pujax.errors import ConfigError, PujaxError, StopRequested, require
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
@@ -83,20 +90,13 @@ def command(
 
     The exit status is what `act` returns (0 for None), 2 for an unknown option, 128 + the signal's
     number after `StopRequested`, and 1 with one line on standard error for a `PujaxError`, an
-    OSError, and settings that don't compose. A sweep (`-m`) ends with its first job that fails.
-    Anything else is a fault of ours and keeps its traceback; so does all under HYDRA_FULL_ERROR=1.
+    OSError, and settings that don't compose. Anything else is a fault of ours and keeps its
+    traceback; so does all under HYDRA_FULL_ERROR=1.
+
+    In a sweep (`-m`) a job that fails says why, the others are done all the same, and the status is
+    1. A wish to stop ends the sweep, or the one job where a launcher gave it a process of its own.
     """
     register(f"{name}_schema", schema)
-
-    def job(composed: DictConfig) -> None:
-        try:
-            status = act(from_hydra(schema, composed))
-        except Exception as error:
-            raise _Ended(_hidden_in(composed)) from error
-        if status:
-            raise SystemExit(status)
-
-    job.__module__ = f"pujax.{name}"  # Hydra names the application after it
 
     def main() -> None:
         hold(f"pujax.{name}")
@@ -111,6 +111,39 @@ def command(
         whole = os.environ.get("HYDRA_FULL_ERROR") == "1"
         os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra then raises, and what is said is said here
         overrides: list[str] = []
+        argv = [sys.argv[0]]
+
+        def job(composed: DictConfig) -> None:
+            """What went wrong in a job of a sweep is told here, whichever process this may be."""
+            sys.argv = argv  # a launcher's process has words of its own
+            hidden = _hidden_in(composed)
+            try:
+                status = act(from_hydra(schema, composed))
+            except SystemExit as error:
+                if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing
+                    raise _Ended([]) from error.__context__
+                raise
+            except Exception as error:
+                stop = isinstance(error, StopRequested) and not beside_others()
+                if whole or stop or not sweeping():
+                    raise _Ended(hidden) from error
+                _, line = _ending(error, typed, schema)
+                if line is None:
+                    traceback.print_exception(error)
+                    line = "ended by a fault of pujax"
+            else:
+                if not status:
+                    return
+                if not sweeping():
+                    sys.exit(status)
+                line = f"ended with status {status}"
+            for secret in hidden:
+                line = hide(line, secret)
+            called = title(swept())
+            print(f"pujax.{name}: {called}: {masked(line, argv)}", file=sys.stderr, flush=True)
+            note_failure(called)
+
+        job.__module__ = f"pujax.{name}"  # Hydra names the application after it
         try:
             where = Path(conf_dir(), folder)
             groups = _groups(name, where)
@@ -118,16 +151,17 @@ def command(
                 raise ConfigError("experiment: train alone takes one: name what it sets by itself")
             sweep = not {"-m", "--multirun"}.isdisjoint(options)
             overrides = in_hydra_words(typed, schema, groups, sweep=sweep)
-            beside = TemporaryDirectory() if sweep else nullcontext()
+            beside = sweep_folder(typed) if sweep else nullcontext()
             with offered(shared), beside as aside:
                 if options and set(options) <= {"--help", "-h"}:
                     told = help_of(name, where, schema, groups, overrides)
                     print(masked(told, [*typed, *overrides]))
                     return
-                # Hydra keeps a file of all that a sweep was given, which may be a secret.
-                put_aside = [f"hydra.sweep.dir='{aside}'"] if sweep else []
-                sys.argv = [sys.argv[0], *options, *overrides, *put_aside]
+                put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
+                sys.argv = argv = [*argv, *options, *overrides, *put_aside]
                 hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
+                if aside:
+                    hold_failures(aside)
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
@@ -163,16 +197,9 @@ def _exit_on_sigterm() -> None:
     sys.unraisablehook = swallowed
 
 
-def swept() -> str:
-    """What sets this job of a sweep apart, as in `seed=0_loss=dpo`; nothing outside of a sweep."""
-    if not HydraConfig.initialized() or HydraConfig.get().mode != RunMode.MULTIRUN:
-        return ""
-    parse = OverridesParser.create().parse_overrides
-    given = [word for word in sys.argv[1:] if "=" in word and not word.startswith("-")]
-    several = {each.key_or_group for each in parse(given) if each.is_sweep_override()}
-    job = parse(HydraConfig.get().overrides.task)
-    apart = [f"{e.key_or_group}={e.value()}" for e in job if e.key_or_group in several]
-    return masked("_".join(apart), given)
+def swept() -> dict[str, str]:
+    """What sets this job of a sweep apart, by key, without secrets; nothing outside of a sweep."""
+    return {key: masked(value, sys.argv[1:]) for key, value in overrides_apart().items()}
 
 
 def _hidden_in(composed: DictConfig) -> list[str]:
@@ -263,6 +290,9 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         return 1, f"{at}no YAML: {error.problem}: mend that line, or the indentation above it"
     if isinstance(error, PujaxError):
         return 1, str(error)
+    if type(error).__module__.partition(".")[0] in LAUNCHERS.values():
+        why = " ".join(re.split(r"\. |\n[A-Z]", str(error).strip())[0].split())
+        return 1, f"a job's process ended by itself ({why}): the same command does what is left"
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on
         return 1, "the reader of the output went away"
@@ -292,6 +322,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         choices = list(error.options or ())
+        if group == "hydra/launcher" and choice in LAUNCHERS:
+            return f"{group}={choice}: not installed: pip install 'pujax[{LAUNCHERS[choice]}]'"
         listed = f" ({group} has {', '.join(choices)})" if choices else ""
         return f"{group}={choice}: no such choice{_nearest(choice, choices)}{listed}"
     if found := re.search(r"full_key: (\S+)", cause or text):
@@ -373,8 +405,11 @@ def _plain(text: str) -> str:
 
 def masked(text: str, overrides: Iterable[str]) -> str:
     """`text` with three stars for what is secret of `overrides` and of the environment."""
+    before = ""
     for given in overrides:
-        key, _, value = given.lstrip("+~").partition("=")
-        for secret in secrets_in(key, value):
+        key, sign, value = given.lstrip("+~-").partition("=")
+        # Who writes `api_key VALUE` has written no override, and a secret all the same.
+        for secret in secrets_in(key, value) if sign else secrets_in(before, given):
             text = hide(text, secret)
+        before = "" if sign else key
     return mask(text)

@@ -442,12 +442,13 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis.
+    """Devices along each mesh axis; -1 takes all that the others leave. One each is one alone.
 
     Attributes:
-        data: devices that part a batch; -1 takes all that the others leave.
-        fsdp: devices that part parameters, and a batch too.
-        tensor: devices that part matrices.
+        data: devices that part a batch.
+        fsdp: devices that part parameters, and a batch too; of data and this both -1 this takes
+            all.
+        tensor: devices that part matrices by heads; of several -1 this takes all.
     """
 
     data: int = -1
@@ -455,9 +456,9 @@ class MeshConfig:
     tensor: int = 1
 
     def __post_init__(self) -> None:
-        for axis in ("fsdp", "tensor"):
-            require(getattr(self, axis) > 0, f"mesh.{axis}", getattr(self, axis), "be positive")
-        require(self.data > 0 or self.data == -1, "mesh.data", self.data, "positive, or -1")
+        for axis in ("data", "fsdp", "tensor"):
+            size = getattr(self, axis)
+            require(size > 0 or size == -1, f"mesh.{axis}", size, "must be positive, or -1")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pujax.errors import require
 
 
 @dataclass(frozen=True)
-class ShapesConfig:
+class WorkConfig:
     """The work that a benchmark times; every prompt and response has its full length.
 
     Attributes:
@@ -47,7 +47,7 @@ class ShapesConfig:
 
 
 @dataclass(frozen=True)
-class BenchmarkRun:
+class BenchmarkConfig:
     """Everything `pujax benchmark` is told.
 
     Attributes:
@@ -60,6 +60,7 @@ class BenchmarkRun:
         loss: a function, by `_target_`, and its keywords.
         mesh: devices.
         benchmark: the work.
+        plan: run nothing: say what the step would take on devices that need not be here.
     """
 
     seed: int = 0
@@ -69,7 +70,8 @@ class BenchmarkRun:
     labels: Any = MISSING
     loss: Any = MISSING
     mesh: MeshConfig = field(default_factory=MeshConfig)
-    benchmark: ShapesConfig = field(default_factory=ShapesConfig)
+    benchmark: WorkConfig = field(default_factory=WorkConfig)
+    plan: bool = False
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

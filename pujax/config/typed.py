@@ -1,4 +1,4 @@
-"""What the commands that answer are told: how to, a text in a file, lines on standard input."""
+"""What generate and chat share of what is typed: how to draw, a text or its file, the input."""
 
 import sys
 from collections.abc import Iterator
@@ -19,7 +19,7 @@ def check_drawing(
     require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
 
 
-def told(key: str, value: str | None) -> str | None:
+def text_or_file(key: str, value: str | None) -> str | None:
     """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
 
     Raises `ConfigError`.

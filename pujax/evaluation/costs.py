@@ -11,7 +11,7 @@ import numpy as np
 from rich.progress import track
 
 from pujax.errors import EvaluationError, require
-from pujax.evaluation.metrics import MetricFn, Reading, correct
+from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.statistics import interval_of_mean
 from pujax.evaluation.subjects import Answer, Subject
 from pujax.method.sampling import greedy
@@ -64,7 +64,7 @@ def costs(
         text = subject.decode(np.asarray(made.tokens)[0, 0, :tokens].tolist())
 
         def regard(response: str, example: Any = example) -> float | None:
-            return quality(Reading(example.prompt, example.anchor, response, 0.0, 0.0, 0.0))
+            return quality(of_text(example.prompt, example.anchor, response))
 
         records.append(
             {

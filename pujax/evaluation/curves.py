@@ -60,17 +60,9 @@ LIGHT = Theme("#1f2328", "#d9dee3", "#ffffff", {"sft": "#d55e00", "align": "#007
 DARK = Theme("#e6edf3", "#343b44", "none", {"sft": "#e69f00", "align": "#56b4e9"})
 
 
-def drawable(lines: Sequence[Line]) -> list[Panel]:
-    """The panels whose metric the run has."""
-    return [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
-
-
-def curves(
-    lines: Sequence[Line], theme: Theme, form: str, panels: Sequence[Panel], *, columns: int = 3
-) -> bytes:
-    """The run's metrics as small plots, `columns` of them side by side, as a `png` or an `svg`."""
-    rows = max(1, -(-len(panels) // columns))
-    style: dict[Any, Any] = {
+def style_of(theme: Theme) -> dict[Any, Any]:
+    """How a figure in these colours is drawn, for matplotlib."""
+    return {
         "font.size": 9.5,
         "text.color": theme.ink,
         "axes.labelcolor": theme.ink,
@@ -84,7 +76,19 @@ def curves(
         "axes.spines.left": False,
         "svg.hashsalt": "pujax",
     }
-    with matplotlib.rc_context(style):
+
+
+def drawable(lines: Sequence[Line]) -> list[Panel]:
+    """The panels whose metric the run has."""
+    return [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
+
+
+def curves(
+    lines: Sequence[Line], theme: Theme, form: str, panels: Sequence[Panel], *, columns: int = 3
+) -> bytes:
+    """The run's metrics as small plots, `columns` of them side by side, as a `png` or an `svg`."""
+    rows = max(1, -(-len(panels) // columns))
+    with matplotlib.rc_context(style_of(theme)):
         layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
         figure = Figure(
             figsize=(11 / 3 * columns, 2.6 * rows), layout=layout, facecolor=theme.paper

@@ -28,7 +28,7 @@ class Verdict:
     style: str
 
 
-def judge(evaluations: Sequence[Evaluation]) -> Verdict:
+def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
     """How a run's last model does against the one before it; a collapse goes before any gain.
 
     Models that were put beside the run's own are spoken of after those, and colour nothing.
@@ -98,7 +98,7 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
 
 def told(evaluations: Sequence[Evaluation]) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
-    lines = [judge(evaluations).sentence]
+    lines = [verdict_on(evaluations).sentence]
     lines += [f"warning: {warning}" for warning in warnings(evaluations)]
     if ceiling := teacher(evaluations[0]):
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())

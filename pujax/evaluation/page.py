@@ -30,8 +30,8 @@ def write(directory: Path) -> Path:
     """Write `curves.png` and `report.html` into a run's directory; returns the page's path.
 
     Files that an unfinished run doesn't have yet are left out. Raises `EvaluationError` naming the
-    file, and the line where there is one, for a log that can't be read or a page that can't be
-    written, and `ConfigError` for settings that can't be read.
+    file, and the line where there is one, for a log that can't be read, `DiskError` for a page that
+    can't be written, and `ConfigError` for settings that can't be read.
     """
     path = directory / "metrics.jsonl"
     if not path.is_file():
@@ -40,13 +40,8 @@ def write(directory: Path) -> Path:
     page = directory / "report.html"
     drawn = curves(lines, LIGHT, "png", drawable(lines))
     html = _page(directory, lines).encode(errors="xmlcharrefreplace")
-    try:
-        write_whole(directory / "curves.png", drawn)
-        write_whole(page, html)
-    except OSError as error:
-        raise EvaluationError(
-            f"{page}: {error.strerror}: make room or allow writing, then `python -m pujax.report`"
-        ) from error
+    write_whole(directory / "curves.png", drawn)
+    write_whole(page, html)
     return page
 
 
@@ -172,7 +167,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
 
 
 def _findings(evaluations: Sequence[Evaluation]) -> str:
-    verdict = findings.judge(evaluations)
+    verdict = findings.verdict_on(evaluations)
     told = "".join(f"<li>{escape(warning)}</li>" for warning in findings.warnings(evaluations))
     return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""

@@ -3,7 +3,7 @@
 import json
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +37,14 @@ class Row:
 class Evaluation:
     """What one model (base, sft, aligned) did on every held-out prompt.
 
-    `shown` says how the metrics are shown that the rows have, in the order of the tables.
+    `shown` says how the metrics are shown that the rows have, in the order of the tables. `of` is
+    the digest of the parameters and of what else decides the answers, where a run has made it.
     """
 
     model: str
     rows: tuple[Row, ...]
     shown: Mapping[str, Shown] = field(default_factory=lambda: KNOWN)
+    of: str | None = None
 
     def __post_init__(self) -> None:
         if not self.rows:
@@ -65,9 +67,7 @@ class Evaluation:
         """The evaluation split by the prompts' kinds, in alphabetical order."""
         kinds = sorted({row.kind for row in self.rows if row.kind is not None})
         return {
-            kind: Evaluation(
-                self.model, tuple(row for row in self.rows if row.kind == kind), self.shown
-            )
+            kind: replace(self, rows=tuple(row for row in self.rows if row.kind == kind))
             for kind in kinds
         }
 
@@ -75,12 +75,14 @@ class Evaluation:
 def save(evaluation: Evaluation, directory: Path) -> Path:
     """Write `eval-<model>.jsonl` and return its path: one row a line, each with its CRC-32.
 
-    A first line says how metrics are shown that not every reader knows.
+    First lines say how metrics are shown that not every reader knows, and `of` what the rows are.
     """
     path = directory / f"eval-{evaluation.model}.jsonl"
     lines = []
     if dict(evaluation.shown) != KNOWN:
         lines.append({"metrics": {name: vars(shown) for name, shown in evaluation.shown.items()}})
+    if evaluation.of is not None:
+        lines.append({"of": evaluation.of})
     for row in evaluation.rows:
         line = vars(row) | {"values": dict(row.values)}
         if not row.samples:
@@ -96,9 +98,10 @@ def load(path: Path) -> Evaluation:
     """Read what `save` wrote, now or when the values stood in the row beside its texts.
 
     Raises `EvaluationError` naming file and line for anything else, as for a line that is not what
-    was written. Lines of a pujax that wrote none have no CRC-32, but then none in the file has.
+    was written. Lines of a pujax that wrote none have no CRC-32, but then none in the file has;
+    nor did an earlier one say `of` what the rows are.
     """
-    rows, shown, lines = [], dict(KNOWN), read_jsonl(path)
+    rows, shown, of, lines = [], dict(KNOWN), None, read_jsonl(path)
     sealed = any("crc32" in line for line in lines)
     for number, line in enumerate(lines, 1):
         try:
@@ -106,6 +109,8 @@ def load(path: Path) -> Evaluation:
                 raise ValueError("it is not what was written")
             if "metrics" in line and "id" not in line:
                 shown = {name: Shown(**told) for name, told in line["metrics"].items()}
+            elif line.keys() == {"of"}:
+                of = str(line["of"])
             else:
                 rows.append(_row(line))
         except (TypeError, ValueError, AttributeError) as error:
@@ -117,7 +122,7 @@ def load(path: Path) -> Evaluation:
         raise EvaluationError(f"{path}: no rows in it: delete it, and evaluate again")
     for name in dict.fromkeys(name for row in rows for name in row.values):
         shown.setdefault(name, Shown(name))
-    return Evaluation(path.stem.removeprefix("eval-"), tuple(rows), shown)
+    return Evaluation(path.stem.removeprefix("eval-"), tuple(rows), shown, of)
 
 
 def _crc32(line: Mapping[str, Any]) -> int:

@@ -19,7 +19,7 @@ from rich.progress import track
 from pujax.errors import EvaluationError, require
 from pujax.evaluation import ranking as ranks
 from pujax.evaluation.judging import first_is_better, question
-from pujax.evaluation.metrics import MetricFn, Reading, correct
+from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.signal import Signal
 from pujax.evaluation.signal import signal as signal_of
 from pujax.evaluation.statistics import Difference, interval_of_mean
@@ -118,7 +118,7 @@ def _enough(prompts: int) -> None:
 
 
 def _regard(oracle: MetricFn, example: Example, text: str) -> float | None:
-    return oracle(Reading(example.prompt, example.anchor, text, 0.0, 0.0, 0.0))
+    return oracle(of_text(example.prompt, example.anchor, text))
 
 
 def _name(function: Any) -> str:

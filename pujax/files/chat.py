@@ -64,7 +64,7 @@ class Chat:
 
         Raises `ChatError` where there is no tokenizer or it is of another model.
         """
-        local = locate(path)
+        local = locate(path, tensors=False)
         if local.is_file():
             return cls.from_gguf(gguf.read(local))
         tokenizer = _from_directory(local)

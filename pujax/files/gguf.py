@@ -375,8 +375,9 @@ def write(
         finally:
             writer.close()
         written = open_model(beside).config
-        # The tokenizer's own ids and a run's scale are not the architecture's.
-        own = {"eos_ids": config.eos_ids, "bos_id": config.bos_id, "lora_scale": config.lora_scale}
+        # The tokenizer's ids and a run's scale are not the architecture's, which families share.
+        own = {"family": config.family, "lora_scale": config.lora_scale}
+        own |= {"eos_ids": config.eos_ids, "bos_id": config.bos_id}
         if replace(written, **own) != config:
             raise WeightsError(f"GGUF can't say all of {config}; it would be read as {written}")
 

@@ -23,10 +23,11 @@ def cache_folder() -> Path:
     return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
-def locate(path: str | os.PathLike[str]) -> Path:
+def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
     """The local file or directory that `path` (as in `load`) stands for, fetched if need be.
 
-    Raises `WeightsError` when it is nowhere, `ConfigError` for a missing package or home.
+    Without `tensors` a repository's safetensors are left on the hub. Raises `WeightsError` when it
+    is nowhere, `ConfigError` for a missing package or home.
     """
     text = os.fspath(path)
     if text.startswith("package://"):
@@ -41,7 +42,7 @@ def locate(path: str | os.PathLike[str]) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     owner, name, *file = text.split("/", 2)
-    patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer*"]
+    patterns = ["*.json", "*.jinja", "tokenizer*", *(["*.safetensors"] if tensors else [])]
     try:
         if file:
             return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file[0]))

@@ -1,6 +1,6 @@
 """A run's settings, as its directory keeps them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,24 @@ import yaml
 from pujax.errors import ConfigError
 from pujax.files.durable import write_whole
 
-SETTINGS = "config.yaml"
+SETTINGS, SWEPT, DONE = "config.yaml", "swept.json", "done"
+"""All settings of a run; what set it apart in its sweep, as typed; and what is there at its end."""
+
+UNTOUCHED = (
+    "run",
+    "resume",
+    "trusted",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "checkpoint.clean",
+    "log",
+    "mesh",
+    "collect",
+)
+"""Settings that don't touch a run's numbers.
+
+A mesh adds in another order, so with another one numbers agree to float32's last digits.
+"""
 
 
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
@@ -35,6 +52,21 @@ def kept_settings(directory: Path) -> dict[str, Any]:
     if not settings:
         raise _not_settings(path, ": there are none in it")
     return {str(key): value for key, value in settings.items()}
+
+
+def flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """The leaves of nested settings by dotted key."""
+    if not isinstance(value, Mapping) or not value:
+        return {prefix: value}
+    items: dict[str, Any] = {}
+    for key, part in value.items():
+        items |= flat(part, f"{prefix}.{key}" if prefix else str(key))
+    return items
+
+
+def within(key: str, keys: Iterable[str]) -> bool:
+    """Whether a dotted key is one of `keys`, or below one."""
+    return any(key == other or key.startswith(f"{other}.") for other in keys)
 
 
 def _not_settings(path: Path, why: str) -> ConfigError:

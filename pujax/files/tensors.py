@@ -19,7 +19,7 @@ from pujax.types import Params
 
 TreePath = tuple[str, ...]
 
-Place = Callable[[str, np.ndarray], jax.Array]
+Placer = Callable[[str, np.ndarray], jax.Array]
 """Puts the finished parameter at a path, "embed" or "layers/q", on its devices."""
 
 
@@ -54,7 +54,7 @@ class Checkpoint(Protocol):
         ...
 
 
-def assemble(checkpoint: Checkpoint, *, dtype: Any, place: Place) -> Params:
+def read_params(checkpoint: Checkpoint, *, dtype: Any, place: Placer) -> Params:
     """The parameters [L, ...] of a checkpoint in `dtype`, each handed to `place` once whole.
 
     Raises `WeightsError` for a tensor that is missing, has no place or another shape.

@@ -9,13 +9,13 @@ import numpy as np
 
 from pujax.files import gguf, safetensors
 from pujax.files.locate import locate
-from pujax.files.tensors import Checkpoint, Place, assemble
+from pujax.files.tensors import Checkpoint, Placer, read_params
 from pujax.models.decoder import DecoderConfig
 from pujax.types import Params
 
 
 def load(
-    path: str | os.PathLike[str], *, dtype: Any = np.float32, place: Place | None = None
+    path: str | os.PathLike[str], *, dtype: Any = np.float32, place: Placer | None = None
 ) -> tuple[DecoderConfig, Params]:
     """The model at `path`, its parameters [L, ...] stacked over layers, in `dtype`.
 
@@ -24,14 +24,22 @@ def load(
     default device. Raises `WeightsError` for an unknown architecture, a missing or an extra
     tensor, a wrong shape or a truncated file.
     """
-    checkpoint = _open(locate(path))
+    checkpoint = open_model(path)
     put = place or (lambda _, array: jnp.asarray(array))
-    return checkpoint.config, assemble(checkpoint, dtype=dtype, place=put)
+    return checkpoint.config, read_params(checkpoint, dtype=dtype, place=put)
+
+
+def open_model(path: str | os.PathLike[str]) -> Checkpoint:
+    """The settings of the model at `path` (as in `load`), and where its tensors lie: none is read.
+
+    Raises `WeightsError`.
+    """
+    return _open(locate(path))
 
 
 def read_config(path: str | os.PathLike[str]) -> DecoderConfig:
     """The settings of the model at `path` (as in `load`), without its weights."""
-    local = locate(path)
+    local = locate(path, tensors=False)
     return _open(local).config if local.is_file() else safetensors.read_config(local)
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from pujax.errors import PujaxError, require
@@ -24,7 +23,7 @@ from pujax.inference.finished import finished_run
 from pujax.inference.generator import Generator, compiled
 from pujax.models.decoder import LanguageModel
 from pujax.run.data import with_system
-from pujax.types import Params, Tokens
+from pujax.types import Params, Tokens, right_padded
 
 if __name__ == "__main__" and find_spec("lm_eval") is None:
     sys.exit("pujax.inference.harness: lm_eval is not installed: pip install 'pujax[lm_eval]'")
@@ -220,12 +219,8 @@ def _batches(order: Sequence[int], size: int) -> Iterator[Sequence[int]]:
 
 def _padded(rows: Sequence[Sequence[int]]) -> Tokens:
     """Token ids [B S], S a power of two, so that few shapes are compiled."""
-    lengths = np.array([len(row) for row in rows], np.int32)
-    size = max(8, 1 << (int(lengths.max()) - 1).bit_length())
-    ids = np.zeros((len(rows), size), np.int32)
-    for row, known in zip(ids, rows, strict=True):
-        row[: len(known)] = known
-    return Tokens(jnp.asarray(ids), jnp.asarray(lengths))
+    longest = max(len(row) for row in rows)
+    return right_padded(rows, max(8, 1 << (longest - 1).bit_length()))
 
 
 @partial(jax.jit, static_argnums=0)

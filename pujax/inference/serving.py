@@ -73,7 +73,7 @@ def content_of(model: Path) -> str:
     return whole.hexdigest()
 
 
-def with_system(template: str, system: str) -> str:
+def template_with(template: str, system: str) -> str:
     """A chat template that puts `system` before a conversation that has no system message."""
     message = json.dumps({"role": "system", "content": system}, ensure_ascii=False)
     return (
@@ -138,7 +138,7 @@ def serve(
         settings.cpuparams.n_threads = threads
     if served.system is not None:
         template = gguf.read(served.path).metadata.get("tokenizer.chat_template", "")
-        settings.chat_template = with_system(template, served.system)
+        settings.chat_template = template_with(template, served.system)
     # Any thread may get the signal, and of those of the library none runs Python's handlers: what
     # wakes this one is the byte that Python writes as soon as a signal comes.
     asleep, waker = socket.socketpair()

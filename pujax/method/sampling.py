@@ -136,6 +136,7 @@ def _generate(
             logps=drawn.logps.at[:, :, t].set(jnp.where(alive, logp, 0.0)),
         )
 
+    params = model.ready_to_decode(params)
     start = Completions(
         tokens=jnp.zeros((*shape, size), jnp.int32),
         mask=jnp.zeros((*shape, size), bool),

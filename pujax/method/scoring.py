@@ -303,7 +303,7 @@ def blend(
     total = mean = jnp.zeros(())
     for score, weight in zip(scores, weights, strict=True):
         raw = score(context)
-        noted = raw[:, 1:].mean()
+        noted = raw[: raw.shape[0] - context.batch.padding, 1:].mean()
         context.notes[f"score/{_name(score)}"] = noted
         mean += weight * noted
         total += weight * standardize(raw, candidates)

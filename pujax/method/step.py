@@ -17,6 +17,7 @@ from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
+from pujax.models.sharding import spread
 from pujax.records import Sampling
 from pujax.types import (
     Batch,
@@ -74,7 +75,8 @@ def rollout(
     """A group of the anchors and the batch's given candidates, or of ones that the policy samples.
 
     Both `params` and `ref_params` are whole models (see `assemble`). The prompts are encoded once
-    by each. Where the batch's real tokens fit the model's budget, padding is not scored.
+    by each. Where the batch's real tokens fit the model's budget, padding is not scored. Rows that
+    fill a mesh are neither in the group nor in the metrics.
     """
     sample_key, score_key = jax.random.split(key)
     prefix = model.unpacked.prefill(params, batch.prompts)
@@ -84,6 +86,8 @@ def rollout(
     group, notes = score_group(
         model, recipe, params, ref_params, batch, prefix, completions, score_key
     )
+    if batch.padding:
+        group, completions = jax.tree.map(lambda x: x[: -batch.padding], (group, completions))
     candidates = group.scores[:, 1:]
     there = None if completions.scores is None else jnp.isfinite(candidates)
     metrics = {
@@ -248,11 +252,14 @@ def update(
 
     A loss, a gradient or new parameters that aren't finite leave parameters and optimizer as they
     were and count in `skipped`; finite ones set that count to 0. `in_place` is for one CPU device,
-    see `optimizer.apply_in_place`.
+    see `optimizer.apply_in_place`. With a mesh what goes through the gradient at a time is split
+    over its devices, and the rows that fill it up count nowhere.
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
-        logps = policy_logps(model, assemble(base, trainable), part, anchor=needs.anchor)
+        policy = assemble(base, trainable)
+        logps = policy_logps(model, policy, spread(model.mesh, part), anchor=needs.anchor)
+        logps = logps[: part.mask.shape[0]]
         fixed = jax.lax.stop_gradient(logps)
         old_logps = part.old_logps if part.has_old_logps else fixed
         # The sampler and this pass must agree while the policy is the one that sampled.
@@ -266,15 +273,16 @@ def update(
         return loss.mean(), {name: metrics[name] for name in metrics if _was_made(name, needs)}
 
     def gradients(part: Group) -> tuple[Params, Metrics]:
-        lengths, budget = part.prompts.lengths, model.budget
+        budget, wide = model.budget, spread(model.mesh, part)
+        lengths, mask = wide.prompts.lengths, wide.mask
         grads, metrics = packed(
             model,
             lengths,
-            part.mask,
+            mask,
             lambda model: jax.grad(mean_loss, has_aux=True)(state.params, part, model),
         )
         if budget is not None:
-            metrics["samples/packed"] = budget.fits(lengths, part.mask).astype(jnp.float32)
+            metrics["samples/packed"] = budget.fits(lengths, mask).astype(jnp.float32)
         return grads, metrics
 
     def nothing(part: Group) -> tuple[Params, Metrics]:
@@ -405,6 +413,7 @@ def make_sft_step(
     in_place = on_one_cpu(shardings)
 
     def sft_step(state, base, batch):
+        batch = batch.counted
         group = anchor_group(batch)
 
         def weighed(logps: Array, group: Group) -> LossAndMetrics:

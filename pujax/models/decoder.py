@@ -18,6 +18,7 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
@@ -29,6 +30,7 @@ from pujax.models.parameters import (
     first_value,
     param_shapes,
 )
+from pujax.models.sharding import gathered, split_rows
 from pujax.types import Params, Tokens
 
 
@@ -92,7 +94,8 @@ class LanguageModel(nn.Module):
 
     As of any Flax module, `init` makes parameters and `apply` runs the plain forward. All else
     takes a tree of them, which may hold an adapter's entries beside the kernels (see `lora`).
-    With a `budget` it leaves padding out, and must be given batches that fit: see `packed`.
+    With a `budget` it leaves padding out, and must be given batches that fit: see `packed`. With a
+    `mesh`, of several devices, each works on its share of the prompts: see `sharding.split_rows`.
     Hashable, so a jitted function may close over it or take it as a static argument.
     """
 
@@ -100,9 +103,10 @@ class LanguageModel(nn.Module):
     dtype: Any = jnp.float32
     remat: str = "none"
     budget: TokenBudget | None = None
+    mesh: Mesh | None = None
 
     def __hash__(self) -> int:
-        return hash((self.config, self.dtype, self.remat, self.budget))
+        return hash((self.config, self.dtype, self.remat, self.budget, self.mesh))
 
     @nn.compact
     def __call__(self, tokens: Int[Array, "B P"]) -> Float[Array, "B P V"]:
@@ -169,6 +173,17 @@ class LanguageModel(nn.Module):
         """The residual stream of responses after `layers` layers; the later layers never run."""
         return _responses(self._run(params, after, tokens, layers=layers)[0], tokens)
 
+    def ready_to_decode(self, params: Params) -> Params:
+        """The parameters with the tables that every token reads gathered, once, on a mesh."""
+        if self.mesh is None:
+            return params
+        tables = {
+            name: gathered(self.mesh, name, params[name].astype(self.dtype))
+            for name in ("embed", "unembed")
+            if name in params
+        }
+        return params | tables
+
     def decoding(self, params: Params, prefix: Prefix) -> Decoding:
         """What `decode` needs of the layers and of the prompts.
 
@@ -180,7 +195,11 @@ class LanguageModel(nn.Module):
         def layer(i: int) -> Params:
             kernels = [name for name in layers if name in KERNELS]
             rest = {name: stack[i] for name, stack in layers.items() if name not in kernels}
-            return rest | {f"{name}_rows": layers[name][i].astype(self.dtype).T for name in kernels}
+            return rest | {f"{name}_rows": rows(name, layers[name][i]) for name in kernels}
+
+        def rows(name: str, kernel: Array) -> Array:
+            # On a mesh it is gathered here, once a loop and not once a token.
+            return gathered(self.mesh, name, kernel.astype(self.dtype)).T
 
         count = range(self.config.layers)
         return Decoding(
@@ -200,7 +219,7 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Normed hidden state of every response's token `t`, and the cache with it added."""
         config = self.config
-        x = self._embedded(params, tokens)[:, :, None]
+        x = split_rows(self.mesh, self._embedded(params, tokens)[:, :, None])
         positions = (decoding.lengths + t)[:, None, None]
         # Without the barrier every layer works the cosines and sines out anew.
         rope = jax.lax.optimization_barrier(_rotations(config, positions))
@@ -222,7 +241,7 @@ class LanguageModel(nn.Module):
                 lengths=decoding.lengths,
                 reach=config.window if local else None,
             )
-            x = self._finish(weights, x, mixed[:, :, None])
+            x = split_rows(self.mesh, self._finish(weights, x, mixed[:, :, None]))
         hidden = self._norm(x[:, :, 0], params["final_norm"])
         return hidden, Cache(k=tuple(keys), v=tuple(values))
 
@@ -238,8 +257,8 @@ class LanguageModel(nn.Module):
     def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
         """Room for `size` tokens of each of `candidates` responses to each prompt."""
         config, lead = self.config, (prompts, self.config.kv_heads, candidates)
-        k = jnp.zeros((*lead, config.head_width, size), self.dtype)
-        v = jnp.zeros((*lead, size, config.head_width), self.dtype)
+        k = split_rows(self.mesh, jnp.zeros((*lead, config.head_width, size), self.dtype))
+        v = split_rows(self.mesh, jnp.zeros((*lead, size, config.head_width), self.dtype))
         return Cache(k=(k,) * config.layers, v=(v,) * config.layers)
 
     # ------------------------------------------------------------------ the layers
@@ -262,7 +281,11 @@ class LanguageModel(nn.Module):
         return jnp.where(local, self.config.window, jnp.iinfo(jnp.int32).max)
 
     def _embedded(self, params: Params, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
-        x = params["embed"].at[tokens].get(mode="clip").astype(self.dtype)
+        table = params["embed"]
+        if self.mesh is not None and self.mesh.shape["tensor"] > 1:
+            # Split both ways, a looked-up row would be on the wrong devices twice over.
+            table = gathered(self.mesh, "embed", table)
+        x = table.at[tokens].get(mode="clip").astype(self.dtype)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 
@@ -358,11 +381,12 @@ class LanguageModel(nn.Module):
 
         pack = None
         if budget is not None:
+            assert self.budget is not None
             real_BGT = jnp.ones((B, G, T), bool) if mask is None else mask
-            pack = places(row(at_BP < lengths[:, None], real_BGT), budget)
+            pack = places(row(at_BP < lengths[:, None], real_BGT), budget, self.budget.ways)
         # S is P + G·T. Between `taken` and `spread` a token may stand in a pack instead of its row.
         grid = Grid((B, P + G * T), pack)
-        x = grid.taken(self._embedded(params, row(prompts_BP, responses)))
+        x = grid.taken(split_rows(self.mesh, self._embedded(params, row(prompts_BP, responses))))
         rope = grid.taken_angles(_rotations(config, row(at_BP, at_BGT)))
 
         def layer(carry, inputs):
@@ -384,6 +408,7 @@ class LanguageModel(nn.Module):
                 )
                 attended.append(mixed_BGT.reshape(B, G * T, -1))
             x = self._finish(weights, x, grid.taken(jnp.concatenate(attended, axis=1)))
+            x = split_rows(self.mesh, x)
             if tapped is not None:
                 tapped = jnp.where(i + 1 == tap, x, tapped)
             return (x, tapped, i + 1), None if G else prompt_kv

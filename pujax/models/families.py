@@ -6,7 +6,7 @@ a Hugging Face config, so that both kinds of file go through the same settings f
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,9 +29,12 @@ class Name:
 class Family:
     """What tells one family from another, outside of the decoder.
 
-    `norm_offset` is what its Hugging Face norm weights lack: our tree (and GGUF) holds 1 + w where
-    it is 1. `permuted` says that its GGUF files hold the rows of q and k in interleaved order.
-    `own` is what its files say beyond what all families' do.
+    `architecture` is its name in a config.json, `gguf` that in a GGUF file, which families that
+    compute the same may share: the first of them reads those. `norm_offset` is what its Hugging
+    Face norm weights lack: our tree (and GGUF) holds 1 + w where it is 1. `permuted` says that its
+    GGUF files hold the rows of q and k in interleaved order. `fixed` are settings of a config.json
+    for which the decoder has one value alone: it is written, and another is refused. `own` is what
+    its files say beyond all that.
     """
 
     settings: Callable[[Settings], DecoderConfig]
@@ -40,6 +43,7 @@ class Family:
     gguf: str
     norm_offset: float = 0.0
     permuted: bool = False
+    fixed: Settings = field(default_factory=dict)
     own: "Own | None" = None
 
 
@@ -58,31 +62,21 @@ class Own:
 
 def llama(config: Settings) -> DecoderConfig:
     """Llama 2, Llama 3.x (with its rope scaling) and SmolLM2."""
-    _refuse(config, attention_bias=False, mlp_bias=False)
     return _decoder(config, "llama")
 
 
 def qwen2(config: Settings) -> DecoderConfig:
     """Qwen 2.5: biases on the queries, keys and values."""
-    _refuse(config, use_sliding_window=False)
     return _decoder(config, "qwen2", qkv_bias=True)
 
 
 def qwen3(config: Settings) -> DecoderConfig:
     """Qwen 3 (dense): normed queries and keys, a head width of its own."""
-    _refuse(config, use_sliding_window=False, attention_bias=False)
     return _decoder(config, "qwen3", qk_norm=True)
 
 
 def gemma3(config: Settings) -> DecoderConfig:
     """Gemma 3, text alone: local and global layers, four norms a layer, scaled embeddings."""
-    _refuse(
-        config,
-        attention_bias=False,
-        attn_logit_softcapping=None,
-        final_logit_softcapping=None,
-        use_bidirectional_attention=False,
-    )
     pattern = _pattern(config["layer_types"])
     return _decoder(
         config,
@@ -170,15 +164,40 @@ _FOUR_NORMS = {
 }
 
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family(llama, _PLAIN, "LlamaForCausalLM", "llama", permuted=True),
-    "qwen2": Family(qwen2, _PLAIN | _BIASES, "Qwen2ForCausalLM", "qwen2"),
-    "qwen3": Family(qwen3, _PLAIN | _QK_NORMS, "Qwen3ForCausalLM", "qwen3"),
+    "llama": Family(
+        llama,
+        _PLAIN,
+        "LlamaForCausalLM",
+        "llama",
+        permuted=True,
+        fixed={"attention_bias": False, "mlp_bias": False},
+    ),
+    "qwen2": Family(
+        qwen2,
+        _PLAIN | _BIASES,
+        "Qwen2ForCausalLM",
+        "qwen2",
+        fixed={"use_sliding_window": False},
+    ),
+    "qwen3": Family(
+        qwen3,
+        _PLAIN | _QK_NORMS,
+        "Qwen3ForCausalLM",
+        "qwen3",
+        fixed={"use_sliding_window": False, "attention_bias": False},
+    ),
     "gemma3_text": Family(
         gemma3,
         _PLAIN | _QK_NORMS | _FOUR_NORMS,
         "Gemma3ForCausalLM",
         "gemma3",
         norm_offset=1.0,
+        fixed={
+            "attention_bias": False,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "use_bidirectional_attention": False,
+        },
         own=Own(_gemma3_to_hf, _gemma3_to_gguf, _gemma3_from_gguf),
     ),
 }
@@ -201,6 +220,7 @@ def from_hf(config: Settings) -> DecoderConfig:
     try:
         # transformers knows each family's defaults and both generations of rope keys.
         whole = AutoConfig.for_model(**config).to_dict()
+        _refuse_others(whole, FAMILIES[kind].fixed)
         decoder = FAMILIES[kind].settings(whole)
     except WeightsError:
         raise
@@ -293,8 +313,9 @@ def from_gguf(
     }
     if rope_factors is not None:
         config["rope_scaling"] = _llama3_scaling(rope_factors, base, head_width)
-    own = FAMILIES[kinds[0]].own
-    return from_hf(config | dict(own.from_gguf(keys)) if own else config)
+    family = FAMILIES[kinds[0]]
+    own = family.own.from_gguf(keys) if family.own else {}
+    return from_hf({**config, **family.fixed, **own})
 
 
 def _refuse_gguf_scaling(keys: GgufKeys) -> None:
@@ -362,7 +383,8 @@ def hf_config(config: DecoderConfig) -> dict[str, Any]:
             "high_freq_factor": config.rope_scaling.high_freq_factor,
             "original_max_position_embeddings": config.rope_scaling.original_positions,
         }
-    return settings | (dict(family.own.to_hf(config)) if family.own else {})
+    own = family.own.to_hf(config) if family.own else {}
+    return {**settings, **family.fixed, **own}
 
 
 def rope_factors(scaling: RopeScaling, base: float, head_width: int) -> np.ndarray:
@@ -535,8 +557,8 @@ def _check(key: str, value: object, kind: _Kind) -> None:
         raise WeightsError(f"{key}={shown} must be {kind.words}")
 
 
-def _refuse(config: Settings, **allowed: Any) -> None:
+def _refuse_others(config: Settings, fixed: Settings) -> None:
     """Raise for a trait that the decoder lacks, rather than compute something else."""
-    for key, value in allowed.items():
+    for key, value in fixed.items():
         if config.get(key, value) != value:
             raise WeightsError(f"{key}={config[key]!r} is not supported: only {value!r} is")

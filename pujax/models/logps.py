@@ -1,9 +1,12 @@
 """Log-probs of responses under a model, for sampling, scoring and training alike."""
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.sharding import ways
 from pujax.models.unembed import chosen_logps
 from pujax.types import Params, Tokens
 
@@ -24,7 +27,8 @@ def token_logps(
     [B, G, T, V] is never in memory and padding costs next to nothing.
     """
     B, G, T, _ = hidden.shape
-    size = min(G * T, max(1, CHUNK // B))
+    mesh = model.mesh if model.mesh is not None and B % ways(model.mesh) == 0 else None
+    size = min(G * T, max(1, CHUNK // (B if mesh is None else B // ways(mesh))))
     order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
 
     def chunked(values: Array) -> Array:
@@ -36,7 +40,20 @@ def token_logps(
         return flat.reshape(B, -1, size, *flat.shape[2:]).swapaxes(0, 1)
 
     used = -(-mask.sum(axis=(1, 2)).max() // size)
-    logps = chosen_logps(chunked(hidden), model.unembedding(params), chunked(tokens), used)
+    chosen = chosen_logps
+    if mesh is not None:
+        # Each device on its own prompts: summed over devices the table's gradient is once, at the
+        # end, where XLA would do so in every block of every chunk.
+        rows, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
+        chosen = jax.shard_map(
+            chosen_logps,
+            mesh=mesh,
+            in_specs=(rows, whole, rows, whole),
+            out_specs=rows,
+            axis_names={"data", "fsdp"},
+            check_vma=False,
+        )
+    logps = chosen(chunked(hidden), model.unembedding(params), chunked(tokens), used)
     logps = logps.swapaxes(0, 1).reshape(B, -1)[:, : G * T]
     logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(B, G, T)
     return jnp.where(mask, logps, 0.0)

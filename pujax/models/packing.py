@@ -1,31 +1,49 @@
 """Batches without their padding: how many real tokens a pass takes, and where they stand."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """How many real tokens of prompts and of responses a packed pass takes; chosen before jit."""
+    """How many real tokens of prompts and of responses a packed pass takes; chosen before jit.
+
+    On a mesh each of `ways` equal parts of a batch has that budget, and is packed by itself: no
+    token leaves its prompt's device.
+    """
 
     prompts: int
     responses: int
+    ways: int = 1
 
     def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
-        """Whether a batch's real tokens are no more than that."""
-        return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
+        """Whether a batch's real tokens, or those of each of its parts, are no more than that."""
+        if self.ways == 1:
+            return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
+        prompts, responses = (x.reshape(self.ways, -1).sum(axis=1) for x in (prompt_lengths, mask))
+        return jnp.all(prompts <= self.prompts) & jnp.all(responses <= self.responses)
 
     def share(self, part: int, whole: int) -> "TokenBudget":
         """The budget of `part` of `whole` prompts, rounded up."""
-        return TokenBudget(-(-self.prompts * part // whole), -(-self.responses * part // whole))
+        part, whole = (-(-count // self.ways) for count in (part, whole))
+        prompts, responses = (-(-n * part // whole) for n in (self.prompts, self.responses))
+        return replace(self, prompts=prompts, responses=responses)
 
 
-def places(mask: Bool[Array, "..."], budget: int) -> Int[Array, " C"]:
-    """Where the marked tokens stand in the flattened grid; what is left points beyond its end."""
-    return jnp.nonzero(mask.ravel(), size=budget, fill_value=mask.size)[0]
+def places(mask: Bool[Array, "B S"], budget: int, ways: int = 1) -> Int[Array, "*W C"]:
+    """Where the marked tokens stand in the flattened grid; what is left points beyond its end.
+
+    With several `ways` that is told of each of so many parts of the grid.
+    """
+
+    def found(flat: Bool[Array, " N"]) -> Int[Array, " C"]:
+        return jnp.nonzero(flat, size=budget, fill_value=flat.size)[0]
+
+    return found(mask.ravel()) if ways == 1 else jax.vmap(found)(mask.reshape(ways, -1))
 
 
 @dataclass(frozen=True)
@@ -33,25 +51,38 @@ class Grid:
     """Tokens as the grid [B, S] that attention needs, or packed [C] as all else may be.
 
     Norms, projections and the MLP treat each token alone, so where padding is much of the grid
-    they run on the real tokens only. Without `pack` the two forms are one.
+    they run on the real tokens only. Without `pack` the two forms are one. Where it is [W, C], each
+    of W parts of the batch is packed by itself, and what is packed is [W, C, ...].
     """
 
     shape: tuple[int, int]
-    pack: Int[Array, " C"] | None
+    pack: Int[Array, "*W C"] | None
 
     def taken(self, x: Float[Array, "B S *F"]) -> Array:
         """[B, S, ...] to [C, ...]; unused places are 0."""
         if self.pack is None:
             return x
-        flat = x.reshape(math.prod(self.shape), *x.shape[2:])
-        return flat.at[self.pack].get(mode="fill", fill_value=0)
+
+        def take(flat: Array, pack: Array) -> Array:
+            return flat.at[pack].get(mode="fill", fill_value=0)
+
+        *ways, _ = self.pack.shape
+        flat = x.reshape(*ways, math.prod(self.shape) // math.prod(ways), *x.shape[2:])
+        return jax.vmap(take)(flat, self.pack) if ways else take(flat, self.pack)
 
     def spread(self, x: Array) -> Float[Array, "B S *F"]:
         """[C, ...] to [B, S, ...]; tokens that were not taken are 0."""
         if self.pack is None:
             return x
-        flat = jnp.zeros((math.prod(self.shape), *x.shape[1:]), x.dtype)
-        return flat.at[self.pack].set(x, mode="drop").reshape(*self.shape, *x.shape[1:])
+
+        def put(x: Array, pack: Array) -> Array:
+            flat = jnp.zeros((size, *x.shape[1:]), x.dtype)
+            return flat.at[pack].set(x, mode="drop")
+
+        *ways, _ = self.pack.shape
+        size = math.prod(self.shape) // math.prod(ways)
+        flat = jax.vmap(put)(x, self.pack) if ways else put(x, self.pack)
+        return flat.reshape(*self.shape, *x.shape[len(ways) + 1 :])
 
     def taken_angles(self, rotations: dict[bool, Array]) -> dict[bool, Array]:
         """Cosines and sines [2, B, S, 1, F] to [2, C, 1, F]."""

@@ -1,36 +1,70 @@
 """Devices as a mesh of (data, fsdp, tensor), and how arrays lie on it."""
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
-from pujax.errors import ConfigError
-from pujax.models.parameters import mesh_axes
-from pujax.types import Params
+from pujax.errors import ConfigError, require
+from pujax.models.parameters import DecoderConfig, mesh_axes
+from pujax.types import Batch, Params
+
+Rows = TypeVar("Rows")
+"""A tree of arrays whose first dimension is that of a batch's prompts."""
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """The mesh over this process's devices; `data=-1` takes all that the other axes leave.
+    """The mesh over this process's devices; three times 1 takes the first of them alone.
 
-    Raises `ConfigError` when the sizes don't multiply to the number of devices.
+    An axis of -1 takes all that the others leave; of several that are -1 the last one does. Raises
+    `ConfigError` when the sizes don't multiply to the number of devices.
     """
-    devices = jax.devices()
-    rest = fsdp * tensor
-    data = len(devices) // rest if data == -1 else data
-    if data * rest != len(devices):
+    sizes, devices = [data, fsdp, tensor], jax.devices()
+    if sizes == [1, 1, 1]:
+        devices = devices[:1]
+    for place in (2, 1, 0):
+        if sizes[place] == -1:
+            sizes[place] = len(devices) // math.prod(size for size in sizes if size != -1)
+    if math.prod(sizes) != len(devices):
         raise ConfigError(
-            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is not the "
-            f"number of devices, {len(devices)}"
+            f"mesh.data={data} x mesh.fsdp={fsdp} x mesh.tensor={tensor} is not the number of "
+            f"devices, {len(devices)}: choose from {_listed(_divisors(len(devices)))} so that it "
+            "is; -1 takes what the others leave"
         )
     return jax.make_mesh(
-        (data, fsdp, tensor),
+        tuple(sizes),
         ("data", "fsdp", "tensor"),
         axis_types=(AxisType.Auto,) * 3,
+        devices=devices,
     )
+
+
+def check_heads(mesh: Mesh, model: DecoderConfig) -> None:
+    """Refuse to split heads in their midst. Raises `ConfigError` that says what would fit."""
+    shares = _divisors(math.gcd(model.heads, model.kv_heads))
+    fit = [size for size in shares if mesh.size % size == 0]
+    require(
+        mesh.shape["tensor"] in shares,
+        "mesh.tensor",
+        mesh.shape["tensor"],
+        f"must divide the model's {model.heads} query heads and {model.kv_heads} key-value heads: "
+        f"of {mesh.size} devices choose {_listed(fit)}, and leave the others to mesh.data or fsdp",
+    )
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers))
 
 
 def sharding_of(mesh: Mesh, path: str, shape: tuple[int, ...]) -> NamedSharding:
@@ -74,17 +108,73 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
     return place
 
 
+def ways(mesh: Mesh) -> int:
+    """How many parts a batch is split into."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Prompts are split over `data` and `fsdp` together; all else of a batch stays whole."""
     return NamedSharding(mesh, P(("data", "fsdp")))
 
 
-def put_batch(mesh: Mesh, batch: Params, size: int) -> Params:
-    """A batch of `size` prompts on the mesh. Raises `ConfigError` when it can't be split evenly."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if size % ways:
-        raise ConfigError(
-            f"a batch of {size} prompts can't be split over mesh.data x mesh.fsdp = {ways}: "
-            "make it a multiple"
-        )
+def split_rows(mesh: Mesh | None, x: Array, axis: int = 0) -> Array:
+    """`x`, whose prompts lie along `axis`, split as a batch is; as it is without several devices.
+
+    Left to itself XLA follows the parameters: it would split what a layer sums over, give every
+    device all prompts, and add up what each made of them after every product.
+    """
+    if mesh is None or x.shape[axis] % ways(mesh):
+        return x
+    dimensions: list = [P.UNCONSTRAINED] * x.ndim
+    dimensions[axis] = ("data", "fsdp")
+    return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*dimensions)))
+
+
+def gathered(mesh: Mesh | None, name: str, kernel: Array) -> Array:
+    """A layer's kernel [in, out], or the table `name` [V, D], with nothing split along `fsdp`."""
+    if mesh is None:
+        return kernel
+    axes = mesh_axes(name) or ()
+    kept = [
+        axis if axis == "tensor" and size % mesh.shape[axis] == 0 else None
+        for axis, size in zip(axes[-kernel.ndim :], kernel.shape, strict=True)
+    ]
+    return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(*kept)))
+
+
+def put_batch(mesh: Mesh, batch: Rows, size: int) -> Rows:
+    """A batch of `size` prompts on the mesh, filled up to what that can split evenly.
+
+    The rows that fill it up are copies of the last one; a `Batch` knows them as its `padding`.
+    """
+    padding = padding_of(mesh, size)
+    batch = _filled(batch, padding)
+    if isinstance(batch, Batch) and padding:
+        batch = replace(batch, padding=padding)
     return jax.device_put(batch, batch_sharding(mesh))
+
+
+def padding_of(mesh: Mesh, size: int) -> int:
+    """How many rows fill a batch of `size` prompts up to what the mesh can split evenly."""
+    return -size % ways(mesh)
+
+
+def _filled(tree: Rows, padding: int) -> Rows:
+    if not padding:
+        return tree
+    return jax.tree.map(
+        lambda x: jnp.concatenate([x, jnp.repeat(x[-1:], padding, axis=0)]),
+        tree,
+    )
+
+
+def spread(mesh: Mesh | None, tree: Rows) -> Rows:
+    """Rows within a jitted function split evenly over the mesh, filled up as `put_batch` does.
+
+    Without a mesh they are left as they are.
+    """
+    if mesh is None:
+        return tree
+    filled = _filled(tree, padding_of(mesh, jax.tree.leaves(tree)[0].shape[0]))
+    return jax.lax.with_sharding_constraint(filled, batch_sharding(mesh))

@@ -28,7 +28,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 
 from pujax.errors import CheckpointError
-from pujax.files.durable import write_whole
+from pujax.files.durable import on_disk, write_whole
 from pujax.types import Params, TrainState
 
 
@@ -42,6 +42,10 @@ class Place:
 
 class _Damaged(CheckpointError):
     """A checkpoint whose bytes are not what was saved."""
+
+
+class _Foreign(CheckpointError):
+    """What another run saved."""
 
 
 class _Quiet(logging.Filter):
@@ -60,7 +64,8 @@ class Checkpoints:
     """The checkpoints of the run in `directory`; keeps the newest `keep`.
 
     `model` describes the student. It is stored beside every state, and a stored one that differs
-    is refused before anything is read.
+    is refused before anything is read; so is a state with another `mark`, which somebody took from
+    another run, where both have one.
     """
 
     def __init__(
@@ -69,17 +74,33 @@ class Checkpoints:
         *,
         keep: int,
         model: Mapping[str, Any],
+        mark: str | None = None,
         say: Callable[[str], None] = print,
     ) -> None:
         self._say = say
         self._directory = directory.resolve()
         self._model = json.loads(json.dumps(model))
-        self._manager = ocp.CheckpointManager(
-            self._directory / "checkpoints",
-            options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=False, cleanup_tmp_directories=True
-            ),
-        )
+        self._mark = {} if mark is None else {"mark": mark}
+        self._keep = keep
+        self._opened: ocp.CheckpointManager | None = None
+
+    @property
+    def _manager(self) -> ocp.CheckpointManager:
+        """Orbax's, when it is first asked for: who reads a reference needs none, and no folder."""
+        if self._opened is None:
+            folder = self._directory / "checkpoints"
+            with on_disk(folder):
+                if os.path.lexists(folder):
+                    _refuse_closed(folder)
+                self._opened = ocp.CheckpointManager(
+                    folder,
+                    options=ocp.CheckpointManagerOptions(
+                        max_to_keep=self._keep,
+                        enable_async_checkpointing=False,
+                        cleanup_tmp_directories=True,
+                    ),
+                )
+        return self._opened
 
     def newest(self, like: TrainState) -> tuple[Place, TrainState] | None:
         """Where the newest whole checkpoint stands and its state; None without a checkpoint.
@@ -128,7 +149,7 @@ class Checkpoints:
         """
         if number in self._manager.all_steps():
             return
-        meta = {"stage": place.stage, "step": place.step, "model": self._model}
+        meta = {"stage": place.stage, "step": place.step, "model": self._model} | self._mark
         meta["checksums"] = checksums(state) | _sealed(place)
         meta["checksum"] = _of_meta(meta)
         self._room_for(state)
@@ -143,10 +164,11 @@ class Checkpoints:
             kept = self._manager.latest_step()
             for leftover in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(leftover, ignore_errors=True)
+            reason = _first_line(error)
             raise CheckpointError(
                 f"checkpoint {number} could not be written to {self._directory}/checkpoints "
-                f"({_first_line(error)}); the last good one is {kept}: make room and start "
-                "the same command again"
+                f"({reason}); the last good one is {kept}: {_cure(reason)} and start the same "
+                "command again"
             ) from error
 
     def numbers(self) -> list[int]:
@@ -178,28 +200,32 @@ class Checkpoints:
     def keep_best(self, stage: str, steps: Iterable[int]) -> None:
         """Remove what `save_best` kept of `stage`, but for these steps."""
         kept = {f"{stage}-{step}" for step in steps}
-        for path in (self._directory / "best").glob(f"{stage}-*"):
-            if path.name.removesuffix(".json") in kept:
-                continue
-            if path.is_dir():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
+        folder = self._directory / "best"
+        with on_disk(folder):
+            for path in folder.glob(f"{stage}-*"):
+                if path.name.removesuffix(".json") in kept:
+                    continue
+                if path.is_dir():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
 
     def _save_params(self, path: Path, params: Params) -> None:
-        if path.exists():
-            return
-        path.parent.mkdir(exist_ok=True)
+        with on_disk(path):
+            if path.is_dir():
+                return
+            path.parent.mkdir(exist_ok=True)
         self._room_for(params)
-        content = json.dumps(checksums(params)).encode()
+        content = json.dumps(checksums(params) | self._mark).encode()
         try:
             write_whole(path.with_suffix(".json"), content)  # first: what is there has checksums
             with ocp.StandardCheckpointer() as saver:
                 saver.save(path, params)
         except Exception as error:
+            reason = _first_line(error)
             raise CheckpointError(
-                f"{path} could not be written ({_first_line(error)}): make room and start "
-                "the same command again"
+                f"{path} could not be written ({reason}): {_cure(reason)} and start the same "
+                "command again"
             ) from error
 
     def _restore_params(self, path: Path, params: Params, why: str) -> Params:
@@ -208,10 +234,16 @@ class Checkpoints:
             with ocp.StandardCheckpointer() as saver:
                 restored = saver.restore(path, _abstract(params))
             if kept.exists():
-                _verify(checksums(restored), json.loads(kept.read_bytes()), str(path))
+                saved = json.loads(kept.read_bytes())
+                _verify(checksums(restored), saved, str(path))
+                self._refuse_foreign(path, saved)
             else:
                 self._say(f"{kept} is not there: what was read of {path} is not held against it")
+        except _Foreign:
+            raise
         except Exception as error:
+            if reason := _hindrance(error, path):
+                raise _passing(path, reason) from error
             raise CheckpointError(
                 f"{path} can't be read ({_first_line(error)}), and {why}: put back a copy, or "
                 "begin another run with resume=never and without run.dir"
@@ -220,7 +252,8 @@ class Checkpoints:
 
     def close(self) -> None:
         """Release what Orbax holds."""
-        self._manager.close()
+        if self._opened is not None:
+            self._opened.close()
 
     def _read(self, number: int, like: TrainState) -> tuple[Place, TrainState]:
         """A checkpoint, held against its checksums where it has any."""
@@ -231,10 +264,7 @@ class Checkpoints:
                 return self._manager.restore(number, args=ocp.args.Composite(**items))
             except Exception as error:
                 if reason := _hindrance(error, Path(folder)):
-                    raise CheckpointError(
-                        f"{folder} can't be read at the moment ({reason}): see to that and start "
-                        "the same command again; it is left as it is"
-                    ) from error
+                    raise _passing(folder, reason) from error
                 raise _Damaged(f"{folder} can't be read ({_first_line(error)})") from error
 
         meta = restored(meta=ocp.args.JsonRestore())["meta"]
@@ -246,6 +276,7 @@ class Checkpoints:
             place, model = Place(meta["stage"], meta["step"]), dict(meta["model"])
         except (TypeError, ValueError) as error:
             raise _Damaged(f"{folder} can't be read (in its meta: {error})") from error
+        self._refuse_foreign(folder, meta)
         if differing := _differences(model, self._model):
             raise CheckpointError(
                 f"{folder} is of another model ({differing}): choose another run.dir"
@@ -254,6 +285,15 @@ class Checkpoints:
         if meta.get("checksums"):  # a pujax before them left none
             _verify(checksums(state) | _sealed(place), meta["checksums"], folder)
         return place, state
+
+    def _refuse_foreign(self, place: Path | str, saved: Mapping[str, Any]) -> None:
+        """Raise `CheckpointError` for what was saved with another mark."""
+        ours, theirs = self._mark.get("mark"), saved.get("mark")
+        if None not in (ours, theirs) and ours != theirs:
+            raise _Foreign(
+                f"{place} was saved by another run: move it away, and put back this one's where "
+                "there was one"
+            )
 
     def _room_for(self, tree: Any) -> None:
         """Refuse to begin a save that the disk can't hold."""
@@ -289,9 +329,10 @@ def checksums(tree: Any) -> dict[str, int]:
 
 
 _FIRST = {"stage", "step", "model"}
-_METAS = (_FIRST, _FIRST | {"checksums"}, _FIRST | {"checksums", "checksum"})
-"""The keys of a meta at first, since there are checksums, and now: where one is missing because a
-bit of its name has changed, that must not pass for a meta of before."""
+_SEALED = _FIRST | {"checksums", "checksum"}
+_METAS = (_FIRST, _FIRST | {"checksums"}, _SEALED, _SEALED | {"mark"})
+"""The keys of a meta at first, since there are checksums, without a mark, and now: where one is
+missing because a bit of its name has changed, that must not pass for a meta of before."""
 
 
 def _of_meta(meta: Mapping[str, Any]) -> int:
@@ -336,6 +377,27 @@ def _hindrance(error: BaseException | None, folder: Path) -> str:
     return _unreadable(folder)
 
 
+def _passing(folder: Path | str, reason: str) -> CheckpointError:
+    return CheckpointError(
+        f"{folder} can't be read at the moment ({reason}): see to that and start the same command "
+        "again; it is left as it is"
+    )
+
+
+def _refuse_closed(folder: Path) -> None:
+    """Raise `CheckpointError` for what Orbax takes for an empty folder, and can't write to."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"{folder}: no folder, and a run's checkpoints go there: move it away, or choose "
+            "another run.dir"
+        )
+    if not os.access(folder, os.R_OK | os.W_OK | os.X_OK):
+        raise CheckpointError(
+            f"{folder}: can't be read and written: mend its permissions and start the same command "
+            "again"
+        )
+
+
 def _unreadable(folder: Path) -> str:
     """Why some file below `folder` can't be read; nothing where each can."""
 
@@ -357,6 +419,12 @@ def _first_line(error: Exception) -> str:
     """What the system said where it was the system, else the first line."""
     said = re.search(r"No space left on device|Read-only file system|Permission denied", str(error))
     return said[0] if said else (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _cure(reason: str) -> str:
+    if reason in ("Permission denied", "Read-only file system"):
+        return "mend its permissions"
+    return "make room"
 
 
 def _differences(stored: Mapping[str, Any], given: Mapping[str, Any]) -> str:

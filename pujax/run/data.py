@@ -14,12 +14,12 @@ from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PujaxError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
-from pujax.run.gate import gated, told
+from pujax.run.gate import gated, in_words
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.text import counted
-from pujax.types import Batch, Completions, Tokens
+from pujax.types import Batch, Completions, right_padded
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Dataset:
         if not self.gated:
             return None
         kept = "weighed down in SFT" if self.weighed else "left out"
-        return f"anchors that are not trusted ({told(self.gated)}) are {kept}"
+        return f"anchors that are not trusted ({in_words(self.gated)}) are {kept}"
 
     @property
     def parts(self) -> dict[str, "Dataset"]:
@@ -87,12 +87,19 @@ class _Fitted:
 
 
 def load_data(
-    config: TrainConfig, chat: Chat, say: Callable[[str], None]
+    config: TrainConfig,
+    chat: Chat,
+    say: Callable[[str], None],
+    check: Callable[[Dataset], None] = lambda data: None,
+    *,
+    begun: bool = False,
 ) -> tuple[Dataset, Dataset]:
     """Training and held-out examples of the same static shape.
 
     A configured teacher is asked for the anchors that the store lacks, once it is known that their
-    prompts can be used. Raises `DataError`, and what reading prompts and asking raise.
+    prompts can be used: `check` gets the training data with empty anchors before that, to refuse
+    them. A run that has `begun` had every anchor, and asks nobody. Raises `DataError`, and what
+    reading prompts, checking and asking raise.
     """
     data = config.data
     given = [] if data.preferences is None else [make_preferences(data.preferences, chat, data)]
@@ -104,21 +111,22 @@ def load_data(
         fits = [_fit(load_prompts(source), chat, data) for source in sources]
         if data.prompts is not None:
             _check_apart(fits[0][0], fits[1][0], data.prompts, data.heldout)
-        anchors = anchors_for(
-            [fitted.prompt for part, _ in fits for fitted in part],
-            teacher,
-            Path(data.anchors),
-            config.collect,
-            say=say,
-        )
+        prompts = [fitted.prompt for part, _ in fits for fitted in part]
+        empty = {messages_key(prompt.messages): _EMPTY for prompt in prompts}
+        *own, _ = (_with_anchors(part, dropped, empty, chat, data) for part, dropped in fits)
+        check(_joined(own, given, data))
+        if begun and teacher.asks:
+            teacher = replace(teacher, protocol=_ask_nobody)
+        anchors = anchors_for(prompts, teacher, Path(data.anchors), config.collect, say=say)
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
         own = [_trusted(part, data.gate) for part in own]
     for part in given:
         _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
-    if own and given:  # batches of either have the same shape, but for the candidates
-        size = max(part.reference_size for part in (*own, *given))
-        own, given = ([replace(p, reference_size=size) for p in parts] for parts in (own, given))
-    for name, part in (*(("training", part) for part in (*own, *given)), ("held-out", heldout)):
+    train_data = _joined(own, given, data)
+    for name, part in (
+        *(("training", part) for part in train_data.parts.values()),
+        ("held-out", heldout),
+    ):
         cut = counted(part.anchors_cut, "anchor")
         notes = [
             *([f"{part.dropped} dropped as too long"] if part.dropped else []),
@@ -130,10 +138,21 @@ def load_data(
         say(", ".join([counted(len(part.examples), f"{name} prompt") + kind, *notes]))
         if part.gate_note:
             say(part.gate_note)
-    train_data = (own or given)[0]
-    if own and given:
-        train_data = replace(train_data, other=given[0], share=data.preference_share)
     return train_data, heldout
+
+
+_EMPTY = Anchor("", "stop", "")
+"""In the place of an answer that nobody has given yet."""
+
+
+def _joined(own: Sequence[Dataset], given: Sequence[Dataset], config: DataConfig) -> Dataset:
+    """Prompts with anchors of their own, preference data, or both, of which there is one each."""
+    if not (own and given):
+        return [*own, *given][0]
+    # Batches of either have the same shape, but for the candidates.
+    size = max(part.reference_size for part in (*own, *given))
+    first, second = (replace(part, reference_size=size) for part in (*own, *given))
+    return replace(first, other=second, share=config.preference_share)
 
 
 def _check_apart(
@@ -175,8 +194,8 @@ def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
 
 def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:
     raise DataError(
-        "data.anchors lacks answers to data.heldout that the run had: put them back, or collect "
-        "them with `pujax collect`"
+        "data.anchors lacks answers to data.heldout or data.prompts, and the run had them all when "
+        "it began: put back the prompts or the answers that it had, or begin another run"
     )
 
 
@@ -373,19 +392,11 @@ def with_system(messages: Sequence[dict[str, str]], system: str | None) -> list[
 
 def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
     """Right-pad examples to the dataset's shapes. Padding is 0; lengths tell what is real."""
-
-    def padded(rows: Iterable[Sequence[int]], size: int) -> Tokens:
-        rows = list(rows)
-        tokens = np.zeros((len(rows), size), np.int32)
-        for i, row in enumerate(rows):
-            tokens[i, : len(row)] = row
-        return Tokens(jnp.asarray(tokens), jnp.array([len(row) for row in rows], jnp.int32))
-
     return Batch(
-        prompts=padded((e.prompt_ids for e in examples), dataset.prompt_size),
-        anchors=padded((e.anchor_ids for e in examples), dataset.response_size),
+        prompts=right_padded([e.prompt_ids for e in examples], dataset.prompt_size),
+        anchors=right_padded([e.anchor_ids for e in examples], dataset.response_size),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
-        references=padded((e.reference_ids for e in examples), dataset.reference_size),
+        references=right_padded([e.reference_ids for e in examples], dataset.reference_size),
         given=_given(examples, dataset) if dataset.candidates else None,
         anchor_weights=jnp.array([e.weight for e in examples]) if dataset.weighed else None,
     )

@@ -1,6 +1,7 @@
 """The directory of a run: found or made, locked for the life of the process, its settings in it."""
 
 import fcntl
+import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -8,57 +9,59 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, is_dataclass
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, PujaxError
-from pujax.files.settings import SETTINGS, keep_settings, kept_settings
+from pujax.files.durable import write_whole
+from pujax.files.settings import (
+    DONE,
+    SETTINGS,
+    SWEPT,
+    UNTOUCHED,
+    flat,
+    keep_settings,
+    kept_settings,
+    within,
+)
 
-DONE, LOCK = "done", ".lock"
+LOCK, OUTPUT = ".lock", "output.log"
 
 _WRITTEN = re.compile(
-    r"(metrics|samples)\.jsonl|inputs\.json|eval-(?!base\.).*\.jsonl|nonfinite-.*\.npz|done|table\.md"
-    r"|curves\.png|report\.html|tensorboard|checkpoints|damaged|best|reference(\.json)?|export"
+    r"(metrics|samples)\.jsonl|inputs\.json|eval-(?!base\.).*\.jsonl"
+    r"|nonfinite-.*\.npz|done|table\.md|curves\.png|report\.html|tensorboard|checkpoints"
+    r"|damaged|best|reference(\.json)?|export"
 )
 """What a run writes into its directory, after its settings.
 
-But for eval-base.jsonl, which may be put there: what a run begins with may have been evaluated.
+But for eval-base.jsonl, which may be put there: what a run begins with may have been evaluated;
+and for output.log, which begins before the run does.
 """
 
-UNTOUCHED = frozenset(
-    (
-        "run",
-        "resume",
-        "trusted",
-        "checkpoint.every",
-        "checkpoint.keep",
-        "checkpoint.clean",
-        "log",
-        "mesh",
-        "collect",
-    )
-)
 MEASURING = frozenset(("eval.every", "eval.batch"))
-"""Settings that may differ when a run goes on: they don't touch its numbers, and those that measure
-don't unless `checkpoint.best` chooses by what they find.
+"""Settings that measure: like the `UNTOUCHED` ones they may differ when a run goes on, unless
+`checkpoint.best` chooses by what they find.
 
 Of the teacher its model alone counts: whether it gave the same anchors is held against the digests
-of `pujax.run.inputs`. A mesh adds in another order, so numbers agree to float32's last digits.
+of `pujax.run.inputs`.
 """
+
+NOTHING: Mapping[str, str] = MappingProxyType({})
 
 
 @contextmanager
-def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
+def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> Iterator[Path]:
     """The directory of the run to do or to go on with, with `config` in it, locked meanwhile.
 
-    A new one is named by the time and the `label`, and goes away again where the block fails before
-    anything but settings is in it.
+    A new one is named by the time and by what sets a job of a sweep `apart`, which it keeps too,
+    and goes away again where the block fails before anything but settings is in it.
 
     `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there, and for a `run.dir` with files that no run wrote where this one
-    would write.
+    would write. A job of a sweep that somebody does at this moment is in use, and not begun again.
     """
     settings, theirs = asdict(config), False
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
@@ -76,26 +79,42 @@ def run_directory(config: TrainConfig, label: str = "") -> Iterator[Path]:
         lock = _lock(directory)
     else:
         parent = Path(config.run.root) / config.run.name
-        found = _unfinished(parent, settings) if config.resume == "auto" else None
-        directory, lock = found or _fresh(parent, label)
+        found = _unfinished(parent, settings, apart) if config.resume == "auto" else None
+        directory, lock = found or _fresh(parent, "_".join(f"{k}={v}" for k, v in apart.items()))
     with lock:
         if (directory / SETTINGS).is_file():
             _may_go_on(directory, settings, config.resume)
         begun = (directory / SETTINGS).is_file()
         keep_settings(directory, settings)
+        if apart:
+            write_whole(directory / SWEPT, json.dumps(apart).encode())
         try:
             yield directory
         except BaseException:
-            if not begun and {path.name for path in directory.iterdir()} <= {SETTINGS, LOCK}:
+            first = {SETTINGS, LOCK, SWEPT, OUTPUT}
+            if not begun and {path.name for path in directory.iterdir()} <= first:
                 with suppress(OSError):  # something may have come into it just now
-                    (directory / SETTINGS).unlink()
-                    (directory / LOCK).unlink()
+                    for name in first:
+                        (directory / name).unlink(missing_ok=True)
                     if not theirs:
                         directory.rmdir()
                     for folder in made:  # as far as nothing else is in them
                         if folder != directory:
                             folder.rmdir()
             raise
+
+
+def finished(config: TrainConfig, apart: Mapping[str, str]) -> Path | None:
+    """The newest run that has done this job of a sweep already; None where there is none."""
+    settings, parent = asdict(config), Path(config.run.root) / config.run.name
+    found = sorted(parent.glob(f"*/{DONE}"), reverse=True)
+    if config.run.dir is not None:
+        found = [Path(config.run.dir) / DONE]
+    for directory in (path.parent for path in found if path.exists()):
+        with suppress(PujaxError):  # not readable: not of this job
+            if not _differing(kept_settings(directory), settings, apart):
+                return directory
+    return None
 
 
 def traces(directory: Path) -> list[str]:
@@ -197,17 +216,25 @@ def _flock_folder(folder: int) -> None:
         return
 
 
-def _unfinished(parent: Path, settings: Mapping[str, Any]) -> tuple[Path, _Lock] | None:
+def _unfinished(
+    parent: Path, settings: Mapping[str, Any], apart: Mapping[str, str]
+) -> tuple[Path, _Lock] | None:
     """The newest run under `parent` with these settings that isn't done or in use, locked."""
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
-        with suppress(PujaxError):  # in use, or not readable: not a run to go on with
-            directory = stored.parent
-            if (directory / DONE).exists() or _differing(kept_settings(directory), settings):
+        directory = stored.parent
+        try:
+            if (directory / DONE).exists() or _differing(kept_settings(directory), settings, apart):
                 continue
             lock = _lock(directory)
-            if not (directory / DONE).exists():
-                return directory, lock
-            lock.__exit__()  # it came to its end just now
+        except InUse:
+            if apart:
+                raise
+            continue
+        except PujaxError:  # not readable: not a run to go on with
+            continue
+        if not (directory / DONE).exists():
+            return directory, lock
+        lock.__exit__()  # it came to its end just now
     return None
 
 
@@ -226,20 +253,13 @@ def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
     raise ConfigError(f"{parent}: ten thousand runs of one second: choose another run.root")
 
 
-def _differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]:
-    """The settings, by dotted key, in which two runs' numbers could differ.
+def _differing(
+    stored: Mapping[str, Any], given: Mapping[str, Any], apart: Mapping[str, str] = NOTHING
+) -> list[str]:
+    """The settings, by dotted key, in which two runs' numbers could differ, and those swept.
 
     A setting that `stored` lacks is younger than that run, which had what is the default now.
     """
-
-    def flat(value: Any, prefix: str = "") -> dict[str, Any]:
-        if isinstance(value, Mapping) and value:
-            items: dict[str, Any] = {}
-            for key, part in value.items():
-                items |= flat(part, f"{prefix}.{key}" if prefix else str(key))
-            return items
-        return {prefix: value}
-
     before, now = flat(stored), flat(given)
     if not any(key.startswith("eval.metrics") for key in before):  # they had one set, ours
         now = {key: value for key, value in now.items() if not key.startswith("eval.metrics")}
@@ -247,16 +267,16 @@ def _differing(stored: Mapping[str, Any], given: Mapping[str, Any]) -> list[str]
     keys = sorted(
         key
         for key in before.keys() | now.keys()
-        if _matters(key) and (choosing or key not in MEASURING)
+        if within(key, apart)
+        or (not within(key, UNTOUCHED) and (choosing or key not in MEASURING) and _of_model(key))
     )
     pairs = [(key, before.get(key, _default(key)), now.get(key)) for key in keys]
     return [f"{key} was {was!r}, is {is_!r}" for key, was, is_ in pairs if was != is_]
 
 
-def _matters(key: str) -> bool:
-    if key.startswith("teacher"):
-        return key == "teacher.model"
-    return not any(key == name or key.startswith(f"{name}.") for name in UNTOUCHED)
+def _of_model(key: str) -> bool:
+    """Whether a setting is not one of how a teacher is asked."""
+    return not key.startswith("teacher") or key == "teacher.model"
 
 
 def _default(key: str) -> Any:

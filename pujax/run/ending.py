@@ -4,8 +4,8 @@ import os
 import shutil
 from pathlib import Path
 
-CHECKPOINTS = "checkpoints"
-"""The states to go on from, which a run that is done goes on from no more."""
+STATES = ("checkpoints", "damaged")
+"""The states to go on from, and those that once were: a run that is done needs neither."""
 
 
 def ending(directory: Path, *, clean: bool) -> str:
@@ -13,16 +13,18 @@ def ending(directory: Path, *, clean: bool) -> str:
 
     What alignment started from, reference/, stays: suites ask it.
     """
-    states = directory / CHECKPOINTS
+    states = [directory / name for name in STATES]
     if clean:
-        shutil.rmtree(states, ignore_errors=True)
-    whole, spare = size_of(directory), size_of(states)
+        for folder in states:
+            shutil.rmtree(folder, ignore_errors=True)
+    whole, spare = size_of(directory), {folder: size_of(folder) for folder in states}
     disk = f"disk: {amount(whole)}"
-    if spare:
-        disk += (
-            f", {amount(spare)} of it {states}, which is needed no more: remove it, or set "
-            "checkpoint.clean=true"
-        )
+    for folder, size in spare.items():
+        if size:
+            disk += (
+                f", {amount(size)} of it {folder}, which is needed no more: remove it, or set "
+                "checkpoint.clean=true"
+            )
     return "\n".join(
         [
             f"run: {directory}",

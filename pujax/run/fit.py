@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.config.functions import build, build_loss, build_metrics
@@ -35,7 +36,7 @@ from pujax.method.step import (
 )
 from pujax.method.trial import try_recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.models.sharding import make_mesh, tree_shardings
+from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.data import Dataset, load_data
@@ -48,8 +49,9 @@ from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
-from pujax.run.student import like_state, load_student, new_state
+from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
+from pujax.text import counted
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 
 EXPORT = "export"  # in a run's directory
@@ -63,25 +65,33 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**vars(config.mesh))
     chat = Chat.load(config.model.path)
     # What is wrong in these shows before anything is read, and before a teacher is paid.
     recipe, loss_fn = build_recipe(config, chat)
     metrics = build_metrics(config.eval, config.trusted)
     criterion = criterion_of(config, metrics)
     refuse_foreign_directory(directory / EXPORT)
-    train_data, heldout = load_data(config, chat, say)
-    check_batches(config, train_data)
-    check_candidates(recipe, loss_fn, train_data)
+    shape, begun = shape_of(config.model, chat), bool(traces(directory))
+
+    def check(data: Dataset) -> None:
+        check_batches(config, data)
+        check_candidates(recipe, loss_fn, data)
+        check_positions(shape, data)
+
+    check_memory(config.model, chat, mesh)
+    train_data, heldout = load_data(config, chat, say, check, begun=begun)
+    check(train_data)  # anchors may be refused, or not trusted
+    for line in filling(config, mesh):
+        say(line)
     student = load_student(config.model, chat, mesh, config.seed)
-    check_positions(student.model.config, train_data)
-    hold_inputs(
+    mark = hold_inputs(
         directory,
         config,
         chat,
         {**train_data.parts, "data.heldout": heldout},
         (student.base, student.trainable),
-        begun=bool(traces(directory)),
+        begun=begun,
         rows=bool(rewards_of(recipe.scorer)),
         say=say,
     )
@@ -89,6 +99,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         directory,
         keep=config.checkpoint.keep,
         model=dataclasses.asdict(student.model.config),
+        mark=mark,
         say=say,
     )
     with stop_signals() as stopping:
@@ -244,12 +255,27 @@ def check_batches(config: TrainConfig, data: Dataset) -> None:
         ("align.prompts", config.align.steps, config.align.prompts, data),
     ):
         least = min(len(each.examples) for each in part.parts.values())
-        require(
-            not steps or size <= least,
-            key,
-            size,
-            f"there are {least} training prompts: lower it",
-        )
+        remedy = f"there are {least} training prompts: lower it"
+        if not least:
+            remedy = "no training prompt has an answer with a token in it: look at data.anchors"
+        require(not steps or size <= least, key, size, remedy)
+
+
+def filling(config: TrainConfig, mesh: Mesh) -> list[str]:
+    """Where a step computes copies to fill the mesh, and which sizes would need none."""
+    sft, align, ways = config.sft, config.align, mesh.shape["data"] * mesh.shape["fsdp"]
+    sizes = {
+        "sft.batch": sft.batch if sft.steps else 0,
+        "align.prompts": align.prompts if align.steps else 0,
+        "align.microbatch": (align.microbatch or 0) if align.steps else 0,
+        "eval.batch": config.eval.batch,
+    }
+    return [
+        f"{key}={size}: {counted(padding, 'row')} of padding more to fill {ways} devices; "
+        f"{size + padding} would need none"
+        for key, size in sizes.items()
+        if (padding := padding_of(mesh, size))
+    ]
 
 
 def check_candidates(recipe: Recipe, loss_fn: LossFn, data: Dataset) -> None:

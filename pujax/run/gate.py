@@ -41,12 +41,12 @@ def gated(
             kept.append(example)
     if not kept:
         raise DataError(
-            f"data.gate leaves no anchor ({told(counts)} of {len(examples)}): loosen it"
+            f"data.gate leaves no anchor ({in_words(counts)} of {len(examples)}): loosen it"
         )
     return tuple(kept), dict(counts)
 
 
-def told(counts: Mapping[str, int]) -> str:
+def in_words(counts: Mapping[str, int]) -> str:
     """The counts in words: "3 refusals, 2 near duplicates"."""
     return ", ".join(f"{count} {why}" for why, count in counts.items())
 

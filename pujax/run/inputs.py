@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import DataError
@@ -27,8 +28,11 @@ def hold_inputs(
     begun: bool,
     rows: bool = False,
     say: Callable[[str], None],
-) -> None:
+) -> str | None:
     """Keep the digests of a run's inputs, or hold them against those that it began with.
+
+    Returns the mark that all states of this run have and no other's do, by chance; None of a run
+    whose first digests are lost, or that a pujax without marks began.
 
     `parts` are its datasets by the setting that names their prompts, `params` every parameter of
     the student before training; `rows` says that a reward may read all of a prompt's line. A run
@@ -45,8 +49,10 @@ def hold_inputs(
     if not path.exists():
         if begun:
             say(f"{directory} has no {FILE}: its inputs are taken to be what they were")
-        write_whole(path, (json.dumps(now, indent=2) + "\n").encode())
-        return
+        mark = None if begun else uuid4().hex
+        marked = now if mark is None else now | {"mark": mark}
+        write_whole(path, (json.dumps(marked, indent=2) + "\n").encode())
+        return mark
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in now if before.get(name) != now[name]]
@@ -69,7 +75,7 @@ def hold_inputs(
             "the chat template renders the same prompts otherwise than when this run began (does "
             "it write the date?): going on with today's"
         )
-        return
+        return before.get("mark")
 
     def setting(name: str) -> str:
         key = name.partition(" ")[0]
@@ -81,6 +87,7 @@ def hold_inputs(
             f"{directory} began with other inputs ({'; '.join(dict.fromkeys(named))}): put back "
             "what was there, or choose another run.dir"
         )
+    return before.get("mark")
 
 
 def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from pujax.config.functions import build, build_loss
-from pujax.config.tool_settings import BenchmarkRun, ShapesConfig
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.errors import require
 from pujax.files.chat import Chat
 from pujax.method.needs import needs_of
@@ -41,7 +41,7 @@ from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
 from pujax.run.student import Student, load_student, new_state
-from pujax.types import Batch, Completions, Params, Tokens, TrainState
+from pujax.types import Batch, Completions, LossFn, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak
 
@@ -77,10 +77,10 @@ class Cost:
     load_s: float
 
 
-class Subject:
+class Benchmark:
     """A loaded student with what is chosen once, to be measured at one shape or several."""
 
-    def __init__(self, run: BenchmarkRun) -> None:
+    def __init__(self, run: BenchmarkConfig) -> None:
         # An empty cache of compiled programs, so that a first compilation is a cold one.
         # It goes with this object, or with the process.
         self._cache = tempfile.TemporaryDirectory(prefix="pujax-xla-", ignore_cleanup_errors=True)
@@ -88,7 +88,7 @@ class Subject:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         release_compiler_memory()
         self.run = run
-        self.mesh: Mesh = make_mesh(run.mesh.data, run.mesh.fsdp, run.mesh.tensor)
+        self.mesh: Mesh = make_mesh(**vars(run.mesh))
         self.chat = Chat.load(run.model.path)
         begun = time.monotonic()
         student = load_student(run.model, self.chat, self.mesh, run.seed)
@@ -99,22 +99,12 @@ class Subject:
         self.student = Student(
             replace(student.model, config=settings), student.base, student.trainable
         )
-        self.labels = build(run.labels, "labels", run.trusted)
-        self.loss, self.said = build_loss(run.loss, run.trusted)
-        self.scorer = build(run.scorer.score, "scorer.score", run.trusted)
-        require(
-            not rewards_of(self.scorer),
-            "scorer.score",
-            run.scorer.score["_target_"],
-            "what it takes depends on the reward, which runs on the host: choose another scorer",
-        )
-        frames, most = self.chat.frames, max(2, run.benchmark.candidates)
-        try_recipe(self.scorer, self.labels, self.loss, frames=frames, candidates=most)
+        self.loss, self.recipe = step_of(run, self.chat)
 
-    def measure(self, shape: ShapesConfig) -> Cost:
+    def measure(self, shape: WorkConfig) -> Cost:
         """Time `shape.steps` steps of that shape, and each of their phases."""
         model, base = self.student.model, self.student.base
-        recipe = self._recipe(shape)
+        recipe = self.recipe(shape)
         optimizer = optax.adamw(1e-6)
         reference = self.student.trainable
         state = new_state(jax.tree.map(jnp.copy, reference), optimizer, self.mesh)
@@ -205,26 +195,12 @@ class Subject:
             load_s=self.load_s,
         )
 
-    def _recipe(self, shape: ShapesConfig) -> Recipe:
-        return Recipe(
-            # Given responses are never sampled, and one of them is enough.
-            sampling=Sampling(candidates=max(2, shape.candidates), temperature=1.0),
-            response_size=shape.response_tokens,
-            scorer=self.scorer,
-            by_policy=self.run.scorer.by == "policy",
-            labels=self.labels,
-            frames=self.chat.frames,
-            needs=needs_of(self.loss, self.labels, shape.candidates, **self.said),
-        )
-
-    def _work(self, shape: ShapesConfig) -> tuple[Batch, Completions]:
+    def _work(self, shape: WorkConfig) -> tuple[Batch, Completions]:
         """A batch of random tokens on the mesh, and candidates for where they are given."""
         B, K, P, T = shape.prompts, shape.candidates, shape.prompt_tokens, shape.response_tokens
         rng = np.random.default_rng(self.run.seed)
         vocab = self.student.model.config.vocab
-        question = [{"role": "user", "content": "?"}]
-        shown = len(self.chat.reference_head(question)) - len(self.chat.render(question))
-        R = P + max(0, shown)
+        R = reference_tokens(self.chat, P)
 
         def ids(*size: int) -> Array:
             return jnp.asarray(rng.integers(0, vocab, size), jnp.int32)
@@ -247,6 +223,45 @@ class Subject:
         return put_batch(self.mesh, batch, B), put_batch(self.mesh, completions, B)
 
 
+def step_of(run: BenchmarkConfig, chat: Chat) -> tuple[LossFn, Callable[[WorkConfig], Recipe]]:
+    """The loss that `run` names, and the recipe of a step of any shape.
+
+    Raises `ConfigError`, also for a scorer whose time is not the step's own.
+    """
+    labels = build(run.labels, "labels", run.trusted)
+    loss, said = build_loss(run.loss, run.trusted)
+    scorer = build(run.scorer.score, "scorer.score", run.trusted)
+    require(
+        not rewards_of(scorer),
+        "scorer.score",
+        run.scorer.score["_target_"],
+        "what it takes depends on the reward, which runs on the host: choose another scorer",
+    )
+    most = max(2, run.benchmark.candidates)
+    try_recipe(scorer, labels, loss, frames=chat.frames, candidates=most)
+
+    def recipe(shape: WorkConfig) -> Recipe:
+        return Recipe(
+            # Given responses are never sampled, and one of them is enough.
+            sampling=Sampling(candidates=max(2, shape.candidates), temperature=1.0),
+            response_size=shape.response_tokens,
+            scorer=scorer,
+            by_policy=run.scorer.by == "policy",
+            labels=labels,
+            frames=chat.frames,
+            needs=needs_of(loss, labels, shape.candidates, **said),
+        )
+
+    return loss, recipe
+
+
+def reference_tokens(chat: Chat, prompt_tokens: int) -> int:
+    """How long a prompt of that many tokens is with its anchor's frame around it."""
+    question = [{"role": "user", "content": "?"}]
+    shown = len(chat.reference_head(question)) - len(chat.render(question))
+    return prompt_tokens + max(0, shown)
+
+
 def matmul_rate(dtype: Any, repeats: int = 7) -> float:
     """Floating-point operations a second of a large matrix product: the median of `repeats`."""
     one = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), dtype)
@@ -255,7 +270,7 @@ def matmul_rate(dtype: Any, repeats: int = 7) -> float:
     return 2 * PEAK_SIZE**3 / statistics.median(times)
 
 
-def flops(config: DecoderConfig, shape: ShapesConfig, recipe: Recipe) -> tuple[float, float]:
+def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[float, float]:
     """The work in the update, and in the rest of the step, in floating-point operations.
 
     Matrix products and attention alone, each at what it takes at least: no padding, no

@@ -1,5 +1,6 @@
 """One stage of a run: its steps, logged and saved, and which of its states is handed on."""
 
+import hashlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,9 +23,9 @@ from pujax.files.chat import Chat
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
-from pujax.models.sharding import put_batch
-from pujax.records import STAGES, Example
-from pujax.run.checkpoint import Checkpoints, Place
+from pujax.models.sharding import put_batch, ways
+from pujax.records import STAGES, Example, canonical
+from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.rewarding import Rewards
@@ -78,9 +79,7 @@ class Run:
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
-        # Packing mixes prompts, which a mesh keeps on devices of their own.
-        alone = self.mesh.size == 1
-        return self.model.clone(budget=budget_for(data, prompts, responses) if alone else None)
+        return self.model.clone(budget=budget_for(data, prompts, responses, ways(self.mesh)))
 
     def rewarded(
         self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
@@ -89,7 +88,7 @@ class Run:
         tokens, mask = jax.device_get((made.tokens, made.mask))
         texts = [
             [self.chat.decode(ids[real].tolist()) for ids, real in zip(*group, strict=True)]
-            for group in zip(tokens, mask, strict=True)
+            for group in zip(tokens[: len(examples)], mask[: len(examples)], strict=True)
         ]
         found = rewards.of(examples, texts)
         for line in found.failures:
@@ -120,7 +119,8 @@ class Run:
         `same` is one of the same parameters under another name.
         """
         examples = self.heldout.examples[: self.config.eval.prompts]
-        result = self._kept(name, examples) if keep else None
+        of = self._digest(trainable, examples) if keep else None
+        result = self._kept(name, examples, of) if keep else None
         if result is None and same is not None:
             result = replace(same, model=name)
             results.save(result, self.directory)
@@ -143,14 +143,24 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
             )
             if keep:
+                result = replace(result, of=of)
                 results.save(result, self.directory)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
         self.pause(f"after evaluating {name}")
         return result
 
-    def _kept(self, name: str, examples: Sequence[Example]) -> Evaluation | None:
-        """The evaluation on disk, where it is whole and of these examples."""
+    def _digest(self, trainable: Params, examples: Sequence[Example]) -> str:
+        """Of all that decides what a model answers to these examples, and what is measured."""
+        settings = self.config.eval
+        drawn = (settings.samples, settings.temperature if settings.samples else None)
+        asked = [[e.prompt_ids, e.anchor_ids] for e in examples]
+        params = checksums(assemble(self.base, trainable))
+        whole = [params, asked, self.heldout.response_size, drawn, settings.metrics]
+        return hashlib.sha256(canonical(whole)).hexdigest()
+
+    def _kept(self, name: str, examples: Sequence[Example], of: str | None) -> Evaluation | None:
+        """The evaluation on disk, where it is whole, and of this model and these examples."""
         path = self.directory / f"eval-{name}.jsonl"
         if not path.exists():
             return None
@@ -162,6 +172,9 @@ class Run:
         kept = [(row.id, row.kind, row.answer, row.anchor) for row in result.rows]
         if kept != [(e.prompt.id, e.prompt.kind, e.prompt.answer, e.anchor) for e in examples]:
             self.say(f"{path} is not of these held-out prompts: evaluating {name} again")
+            return None
+        if result.of not in (of, None):  # a pujax before said nothing
+            self.say(f"{path} is of another model, or asked otherwise: evaluating {name} again")
             return None
         return result
 
@@ -319,21 +332,31 @@ class Run:
         )
 
 
-def budget_for(data: Dataset, prompts: int, responses: int) -> TokenBudget | None:
+def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> TokenBudget | None:
     """A budget for the real tokens of most batches, a third above the mean.
 
-    Candidates are taken to be as long as their anchors, or are as long as they were given. None
-    where padding is too little to matter.
+    On a mesh that splits a batch in `ways` it is that of each part, and no less than what holds the
+    longest part of nine batches in ten: parts are short, and all must fit. Candidates are taken to
+    be as long as their anchors, or are as long as they were given. None where padding is too little
+    to matter, or there is nothing.
     """
+    if not data.examples:  # as of no anchors, where there is no SFT
+        return None
+    prompts = -(-prompts // ways)
 
     def most(lengths: Sequence[float], each: int, size: int) -> int:
         whole = prompts * each * size
-        return min(whole, -(-round(1.33 * sum(lengths) / len(lengths) * prompts * each) // 32) * 32)
+        wanted = 1.33 * sum(lengths) / len(lengths) * prompts * each
+        if ways > 1:
+            drawn = np.random.default_rng(0).choice(lengths, (200, ways, prompts))
+            wanted = max(wanted, float(np.quantile(drawn.sum(axis=2).max(axis=1), 0.9)) * each)
+        return min(whole, -(-round(wanted) // 32) * 32)
 
     P, T = data.prompt_size, data.response_size
     budget = TokenBudget(
         prompts=most([len(e.prompt_ids) for e in data.examples], 1, P),
         responses=most([_response_length(e) for e in data.examples], responses, T),
+        ways=ways,
     )
     whole = prompts * P + prompts * responses * T
     return budget if budget.prompts + budget.responses < 0.8 * whole else None

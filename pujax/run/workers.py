@@ -27,7 +27,7 @@ STARTING = 120.0  # seconds that a worker may take to load the function's module
 
 BOOT = (
     "import json, sys; descriptor, parent, sys.path = json.loads(sys.argv[1]); "
-    "from pujax.run.workers import serve; serve(descriptor, parent)"
+    "from pujax.run.workers import work; work(descriptor, parent)"
 )
 
 
@@ -205,7 +205,7 @@ class _Worker:
 # ---------------------------------------------------------------------- in the worker's own process
 
 
-def serve(descriptor: int, parent: int) -> None:
+def work(descriptor: int, parent: int) -> None:
     """Load the function that comes first, then answer calls until the pipe is closed.
 
     Ends with the process `parent`, which may be gone already: so it is told, and not asked for.

@@ -114,7 +114,8 @@ class HttpTeacher:
         self._timeout = timeout
         self._request, self._answer = request, answer
         self._secrets = Secrets()
-        headers = {"Accept-Encoding": "gzip"} | self._secrets.headers(settings.headers)
+        headers = httpx.Headers({"Accept-Encoding": "gzip"})  # in which authorization is one name
+        headers.update(self._secrets.headers(settings.headers))
         if settings.api_key_env is not None:
             headers["Authorization"] = f"Bearer {self._secrets.read(settings.api_key_env)}"
         address = urlsplit(str(settings.base_url))

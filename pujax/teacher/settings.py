@@ -312,36 +312,3 @@ class DatasetConfig:
         )
         unknown = sorted(set(self.columns) - set(MAPPED))
         require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(MAPPED)}")
-
-
-@dataclass(frozen=True)
-class PromptsConfig:
-    """Where prompts are.
-
-    Attributes:
-        prompts: a file, a list of files, or a dataset as in {dataset: NAME, split: train,
-            slice: "0:100", columns: {prompt: question}, template: "{question}"}.
-    """
-
-    prompts: Any = None
-
-
-@dataclass(frozen=True)
-class CollectRun:
-    """Everything `python -m pujax.collect` is told.
-
-    Attributes:
-        store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
-        stats: describe the store and ask nobody.
-        trusted: packages beside pujax whose functions may be named: their code runs here.
-        data: the prompts.
-        teacher: whom to ask.
-        collect: how to ask.
-    """
-
-    store: str = MISSING
-    stats: bool = False
-    trusted: list[str] = field(default_factory=list)
-    data: PromptsConfig = field(default_factory=PromptsConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    collect: CollectConfig = field(default_factory=CollectConfig)

@@ -3,6 +3,7 @@
 import errno
 import importlib
 import os
+import pickle
 import re
 import signal
 import subprocess
@@ -10,14 +11,16 @@ import sys
 import tempfile
 from pathlib import Path
 
+import cloudpickle  # joblib's, as Hydra's launchers use it
 import pytest
+from rich.console import Console
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
 from pujax.config import commands
 from pujax.config.commands import command, masked, swept
 from pujax.config.settings import TrainConfig
-from pujax.config.typed import told
+from pujax.config.typed import text_or_file
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
 from pujax.inference.finished import model_path, source_of
@@ -91,14 +94,14 @@ def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, er
     "act",
     [
         lambda path: locate(path),
-        lambda path: told("prompt", f"@{path}"),
+        lambda path: text_or_file("prompt", f"@{path}"),
         lambda path: source_of(path, None),
         lambda path: model_path(path),
         lambda path: to_serve(path, None, kind="q8_0", say=print),
         lambda path: report.run(report.ReportConfig(run=path)),
         lambda path: export.run(export.ExportConfig(run=path, out="x")),
         lambda path: export.run(export.ExportConfig(model="x", out=path)),
-        lambda path: generate.answer(generate.GenerateConfig(run=path, prompt="x")),
+        lambda path: generate.run(generate.GenerateConfig(run=path, prompt="x")),
         lambda path: evaluate.run(evaluate.EvaluateConfig(run=path)),
     ],
 )
@@ -139,7 +142,8 @@ def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
     seen = []
 
     def act(config):
-        seen.append((config.seed, config.data.system, swept()))
+        apart = "_".join(f"{key}={value}" for key, value in swept().items())
+        seen.append((config.seed, config.data.system, apart))
 
     sweep = ("-m", "experiment=smoke", f"run.root={tmp_path}", "seed=0,1", "data.system=Be brief.")
     assert called(monkeypatch, act, *sweep) == 0
@@ -273,7 +277,7 @@ def test_a_sweep_keeps_no_file_of_what_it_was_given(monkeypatch, tmp_path):
     assert list(tmp_path.rglob("*")) == []
 
 
-def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
+def test_a_sweep_ends_when_it_is_told_to_stop(monkeypatch, tmp_path):
     seen = []
 
     def act(config):
@@ -283,6 +287,44 @@ def test_a_sweep_ends_with_its_first_job_that_fails(monkeypatch, tmp_path):
     given = ("-m", "+experiment=smoke", f"run.root={tmp_path}", "seed=0,1")
     assert called(monkeypatch, act, *given) == 143
     assert seen == [0]
+
+
+def test_a_job_that_fails_says_so_and_costs_a_sweep_no_other_job(monkeypatch, capsys):
+    seen = []
+
+    def act(config):
+        seen.append(config.seed)
+        if config.seed == 0:
+            raise DataError("p.jsonl:3: no")
+        return [][1] if config.seed == 1 else None
+
+    assert called(monkeypatch, act, "-m", "+experiment=smoke", "seed=0,1,2") == 1
+    assert seen == [0, 1, 2]
+    first, *traced, second, last = capsys.readouterr().err.splitlines()
+    assert first == "pujax.train: seed=0: p.jsonl:3: no"
+    assert traced[-1] == "IndexError: list index out of range"
+    assert second == "pujax.train: seed=1: ended by a fault of pujax"
+    assert last == (
+        "pujax.train: 2 jobs of the sweep failed (seed=0, seed=1): mend it, and give the same "
+        "command again"
+    )
+
+
+def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):
+    sent = []
+    monkeypatch.setattr(
+        commands.hydra, "main", lambda **_: lambda job: lambda: sent.append(cloudpickle.dumps(job))
+    )
+    assert called(monkeypatch, print, "-m", "+experiment=smoke", "seed=0,1") == 0
+    assert pickle.loads(sent[0]).__module__ == "pujax.train"
+
+
+def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
+    monkeypatch.setitem(commands.LAUNCHERS, "nobodys", "mine")
+    given = ("-m", "+experiment=smoke", "seed=0,1", "hydra/launcher=nobodys")
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "pujax.train: hydra/launcher=nobodys: not installed: pip install 'pujax[mine]'"
 
 
 def test_the_version_is_ours(monkeypatch, capsys):
@@ -299,6 +341,18 @@ def test_who_can_not_be_answered_is_not_told_that_all_is_well(module):
         if streams == ">&-":
             assert done.stderr.startswith(f"{module}: standard output is closed: ")
             assert done.stderr.count("\n") == 1
+
+
+def test_where_nobody_reads_on_richs_silent_exit_gets_its_line(monkeypatch, capfd):
+    def printed(_):
+        try:
+            raise BrokenPipeError
+        except BrokenPipeError:
+            Console().on_broken_pipe()
+
+    monkeypatch.setattr("os.dup2", lambda *_: None)
+    assert called(monkeypatch, printed, "+experiment=smoke") == 1
+    assert capfd.readouterr().err == "pujax.train: the reader of the output went away\n"
 
 
 def test_no_file_takes_the_number_of_a_closed_stream():
@@ -342,6 +396,10 @@ def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
         "data.on_too_long=${oc.env:SECOND}",
         "align.steps=${model.path}",
         "align.steps=of-the-house-hush4",
+        "teacher.Headers={X-Of-Mine: hush4",
+        "TEACHER.HEADERS.Cookie=hush4",
+        "Teacher.BASE_URL=http://h/v1?sig=hush4",
+        "+teacher.extra_body={a: {b: 1}, Api_Key: hush4",
     ],
 )
 def test_no_message_holds_what_came_from_elsewhere_or_goes_to_a_server(monkeypatch, capsys, given):

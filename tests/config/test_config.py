@@ -9,6 +9,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from pujax.chat import ChatConfig
+from pujax.collect import CollectRun
 from pujax.config.compose import conf_dir, from_hydra, offered, register, structured
 from pujax.config.functions import build
 from pujax.config.settings import (
@@ -23,7 +24,7 @@ from pujax.config.settings import (
     ShapeConfig,
     TrainConfig,
 )
-from pujax.config.tool_settings import BenchmarkRun
+from pujax.config.tool_settings import BenchmarkConfig
 from pujax.errors import ConfigError
 from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.export import ExportConfig
@@ -33,7 +34,6 @@ from pujax.inference.local_teacher import LocalTeacher
 from pujax.method import losses, scoring
 from pujax.records import Sampling
 from pujax.serve import ServeConfig
-from pujax.teacher.settings import CollectRun
 
 register("train_schema", TrainConfig)
 BAD = (float("nan"), float("inf"), float("-inf"), -1e-6, 1e38)
@@ -142,7 +142,7 @@ def flat(values, prefix=""):
     ("name", "folder", "schema", "given"),
     [
         ("train", "", TrainConfig, ()),
-        ("benchmark", "", BenchmarkRun, ()),
+        ("benchmark", "", BenchmarkConfig, ()),
         ("collect", "", CollectRun, ()),
         ("evaluate", "/tools", EvaluateConfig, ()),
         ("generate", "/tools", GenerateConfig, ("model=m",)),

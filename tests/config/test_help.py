@@ -7,19 +7,20 @@ from typing import get_type_hints
 import pytest
 
 from pujax.chat import ChatConfig
+from pujax.collect import CollectRun
 from pujax.config.compose import conf_dir, register
 from pujax.config.help import COLUMN, WIDTH, help_of, meanings
 from pujax.config.settings import TrainConfig
-from pujax.config.tool_settings import BenchmarkRun
+from pujax.config.tool_settings import BenchmarkConfig
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
 from pujax.report import ReportConfig
 from pujax.serve import ServeConfig
-from pujax.teacher.settings import CollectRun, DatasetConfig
+from pujax.teacher.settings import DatasetConfig
 
 COMMANDS = (
-    *(TrainConfig, BenchmarkRun, CollectRun, GenerateConfig, ExportConfig),
+    *(TrainConfig, BenchmarkConfig, CollectRun, GenerateConfig, ExportConfig),
     *(EvaluateConfig, ReportConfig, DatasetConfig, ChatConfig, ServeConfig),
 )
 

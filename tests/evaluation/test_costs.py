@@ -16,18 +16,14 @@ from pujax.evaluation import costs as module
 from pujax.evaluation.costs import UNKNOWN, costs, kept, peak_memory
 from pujax.evaluation.suites import Subject
 from pujax.records import Example, Prompt
-from pujax.types import Batch, Frames, Tokens
+from pujax.types import Batch, Frames, right_padded
 
 PIECE = np.array([7, 8], np.int32)
 
 
 def collate(examples):
-    def padded(rows, size):
-        ids = np.array([[*row, *[0] * (size - len(row))] for row in rows], np.int32)
-        return Tokens(jnp.array(ids), jnp.array([len(row) for row in rows], jnp.int32))
-
-    prompts = padded([e.prompt_ids for e in examples], 7)
-    anchors = padded([e.anchor_ids for e in examples], 4)
+    prompts = right_padded([e.prompt_ids for e in examples], 7)
+    anchors = right_padded([e.anchor_ids for e in examples], 4)
     return Batch(prompts, anchors, jnp.ones(len(examples), bool), prompts)
 
 

@@ -25,7 +25,7 @@ from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
-from pujax.types import Batch, Tokens
+from pujax.types import Batch, right_padded
 
 T = 6
 
@@ -314,16 +314,10 @@ def decode(ids):
 
 
 def collate(examples):
-    def padded(rows, size):
-        array = np.zeros((len(rows), size), np.int32)
-        for i, ids in enumerate(rows):
-            array[i, : len(ids)] = ids
-        return Tokens(jnp.array(array), jnp.array([len(ids) for ids in rows], jnp.int32))
-
-    prompts = padded([e.prompt_ids for e in examples], 7)
+    prompts = right_padded([e.prompt_ids for e in examples], 7)
     return Batch(
         prompts=prompts,
-        anchors=padded([e.anchor_ids for e in examples], T),
+        anchors=right_padded([e.anchor_ids for e in examples], T),
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
         references=prompts,
     )

@@ -27,7 +27,7 @@ def different(model, count, **values):
 def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its_scores():
     before = different("sft", 40, rouge=0.1)
     after = evaluation("aligned", ["I'm sorry, but I can't."] * 40, rouge=0.9)
-    found = findings.judge([before, after])
+    found = findings.verdict_on([before, after])
     assert found.style == "loss"
     assert "says the same to 40 of 40 prompts, “i'm sorry, but i can't.”" in found.sentence
     assert "(1 distinct answers; the teacher's most frequent one is to 1)" in found.sentence
@@ -53,20 +53,24 @@ def test_answers_that_the_teacher_repeats_too_are_no_collapse():
 
 
 def test_the_verdict_says_what_is_better_and_what_is_not_clear():
-    found = findings.judge([different("sft", 40, rouge=0.1), different("aligned", 40, rouge=0.2)])
+    found = findings.verdict_on(
+        [different("sft", 40, rouge=0.1), different("aligned", 40, rouge=0.2)]
+    )
     assert found.style == "gain"
     assert found.sentence == (
         "aligned against sft on 40 held-out prompts: better in anchor ROUGE-L +0.100 "
         "[0.100, 0.100]; no clear difference in anchor log-prob."
     )
-    found = findings.judge([different("sft", 40, rouge=0.2), different("aligned", 40, rouge=0.1)])
+    found = findings.verdict_on(
+        [different("sft", 40, rouge=0.2), different("aligned", 40, rouge=0.1)]
+    )
     assert found.style == "loss"
     assert "worse in anchor ROUGE-L" in found.sentence
 
 
 def test_few_prompts_decide_nothing_and_are_warned_of():
     both = [different("sft", 12, rouge=0.1), different("aligned", 12, rouge=0.9)]
-    found = findings.judge(both)
+    found = findings.verdict_on(both)
     assert found.style == ""
     assert "12 held-out prompts, too few to call any difference clear (at least 30)" in (
         found.sentence
@@ -95,7 +99,7 @@ def test_verdict_and_warnings_are_told_line_by_line():
 
 
 def test_one_model_has_a_sentence_too():
-    assert findings.judge([different("base", 40)]).sentence == (
+    assert findings.verdict_on([different("base", 40)]).sentence == (
         "Only base has been evaluated, on 40 prompts."
     )
 
@@ -110,7 +114,7 @@ def test_the_teacher_is_measured_by_the_truth():
 def test_a_model_put_beside_a_run_is_spoken_of_after_the_runs_own():
     own = [different(name, 40, rouge=r) for name, r in (("base", 0.1), ("sft", 0.2))]
     own.append(different("aligned", 40, rouge=0.3))
-    found = findings.judge([*own, different("zeta", 40, rouge=0.1)])
+    found = findings.verdict_on([*own, different("zeta", 40, rouge=0.1)])
     assert found.style == "gain"
     first, rest = found.sentence.split(". ", 1)
     assert first.startswith("aligned against sft on 40 held-out prompts: better in")

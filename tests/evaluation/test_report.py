@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pujax import report
-from pujax.errors import EvaluationError
+from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.curves import running_mean
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
@@ -299,11 +299,13 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_the_old_page(run, tmp_path, mo
     write(directory)
     before = (directory / "report.html").read_bytes()
 
-    def full(path, content):
-        raise OSError(28, "No space left on device")
+    def full(path):
+        if "report.html" in path.name:
+            raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pujax.evaluation.page.write_whole", full)
-    with pytest.raises(EvaluationError, match=r"report\.html: No space left on device: make room"):
+    monkeypatch.setattr("pujax.files.durable.flush", full)
+    said = r"report\.html can't be written \(No space left on device\): make room"
+    with pytest.raises(DiskError, match=said):
         write(directory)
     assert (directory / "report.html").read_bytes() == before
 

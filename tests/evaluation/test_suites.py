@@ -18,7 +18,7 @@ from pujax.method import scoring
 from pujax.method.labels import softmax_labels
 from pujax.method.scoring import ScoringContext
 from pujax.records import Example, Prompt
-from pujax.types import Batch, Frames, Tokens
+from pujax.types import Batch, Frames, right_padded
 
 PIECE = np.array([7, 8], np.int32)
 FRAMES = Frames(PIECE, PIECE, PIECE, np.arange(10, 15, dtype=np.int32))
@@ -30,16 +30,10 @@ def words(reading):
 
 
 def collate(examples):
-    def padded(rows, size):
-        ids = np.zeros((len(rows), size), np.int32)
-        for i, row in enumerate(rows):
-            ids[i, : len(row)] = row
-        return Tokens(jnp.array(ids), jnp.array([len(row) for row in rows], jnp.int32))
-
-    prompts = padded([e.prompt_ids for e in examples], 7)
+    prompts = right_padded([e.prompt_ids for e in examples], 7)
     return Batch(
         prompts=prompts,
-        anchors=padded([e.anchor_ids for e in examples], 6),
+        anchors=right_padded([e.anchor_ids for e in examples], 6),
         anchor_finished=jnp.ones(len(examples), bool),
         references=prompts,
     )

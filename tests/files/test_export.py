@@ -2,6 +2,7 @@ import errno
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -187,7 +188,8 @@ def test_a_gguf_export_is_loaded_as_it_was(name, kind, error, chat, tmp_path):
     path = tmp_path / "model.gguf"
     export_gguf(config, params, chat, path, kind=kind)
     loaded_config, loaded = weights.load(path)
-    assert loaded_config == config
+    # Families may share GGUF's name for an architecture, of which the first is read.
+    assert replace(loaded_config, family=config.family) == config
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, atol=error), dict(loaded), dict(params)
     )

@@ -2,6 +2,7 @@ import json
 import struct
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 from tiny_families import TINY, tiny
-from toy_gguf import write_toy
+from toy_gguf import VOCABULARY, write_toy
 
 from pujax.errors import WeightsError
 from pujax.files import safetensors, tensors, weights
 from pujax.files.gguf import GgufFile, model_of
 from pujax.files.gguf import read as read_gguf
+from pujax.files.gguf import write as write_gguf
 from pujax.files.locate import locate
 from pujax.models import families
 
@@ -46,6 +48,32 @@ def test_what_is_saved_is_loaded(name, shard_bytes, tmp_path):
     loaded_config, loaded = weights.load(tmp_path)
     assert loaded_config == config == weights.read_config(tmp_path)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-7), loaded, params)
+
+
+def test_a_family_is_one_entry_though_it_shares_an_architecture_and_refuses_a_default(
+    tmp_path, monkeypatch
+):
+    def mistral(config):
+        return replace(families.llama(config), family="mistral")
+
+    # To transformers a Mistral without the key has a window of 4096; to GGUF it is a Llama.
+    entry = replace(
+        families.FAMILIES["llama"],
+        settings=mistral,
+        architecture="MistralForCausalLM",
+        fixed={"sliding_window": None},
+    )
+    monkeypatch.setitem(families.FAMILIES, "mistral", entry)
+    plain = {"model_type": "mistral", "rope_scaling": None, "sliding_window": None}
+    monkeypatch.setitem(TINY, "mistral", TINY["llama"] | plain)
+    config, params = tiny("mistral")
+    safetensors.save(tmp_path, config, params)
+    assert weights.load(tmp_path)[0] == config
+    write_gguf(tmp_path / "model.gguf", config, params, VOCABULARY)
+    read = weights.read_config(tmp_path / "model.gguf")
+    assert (read.family, read.layers, read.rope_base) == ("llama", config.layers, config.rope_base)
+    with pytest.raises(WeightsError, match="sliding_window=8 is not supported: only None is"):
+        families.from_hf(TINY["mistral"] | {"sliding_window": 8})
 
 
 def test_saving_again_in_one_file_leaves_no_shard_behind(tmp_path):

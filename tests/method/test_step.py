@@ -29,7 +29,14 @@ from pujax.method.step import (
 from pujax.models.logps import mean_logps
 from pujax.models.lora import init_adapter
 from pujax.models.packing import TokenBudget
-from pujax.models.sharding import make_mesh, put_batch, sharding_of, tree_shardings
+from pujax.models.sharding import (
+    check_heads,
+    make_mesh,
+    put_batch,
+    sharding_of,
+    tree_shardings,
+)
+from pujax.run.collectives import traffic
 from pujax.types import Batch, Completions, Tokens, TrainState
 
 ALONE = partial(labels.softmax_labels)
@@ -59,22 +66,22 @@ def state_of(params, optimizer):
     return TrainState(step, params, optimizer.init(params), skipped)
 
 
-def step_on(sizes, model, params, batch, loss, **choices):
-    """One training step on a mesh over 8 devices: the new state, the group and the metrics."""
+def step_and_arguments(sizes, model, params, batch, loss, **choices):
+    """The jitted training step for a mesh over 8 devices, and what to give it."""
     mesh = make_mesh(*sizes)
     optimizer = optax.adam(1e-2)
     state = state_of(params, optimizer)
     shardings = tree_shardings(mesh, state)
-    step = make_train_step(model, recipe(**choices), loss, optimizer, shardings)
+    step = make_train_step(model.clone(mesh=mesh), recipe(**choices), loss, optimizer, shardings)
     reference = jax.device_put(params, tree_shardings(mesh, params))
-    state, group, metrics = step(
-        jax.device_put(state, shardings),
-        reference,
-        None,
-        put_batch(mesh, batch, 8),
-        jax.random.key(5),
-    )
-    return jax.device_get((state, group, metrics))
+    state = jax.device_put(state, shardings)
+    return step, (state, reference, None, put_batch(mesh, batch, 8), jax.random.key(5))
+
+
+def step_on(*given, **choices):
+    """One training step on a mesh over 8 devices: the new state, the group and the metrics."""
+    step, arguments = step_and_arguments(*given, **choices)
+    return jax.device_get(step(*arguments))
 
 
 @pytest.fixture(scope="module")
@@ -105,6 +112,22 @@ def test_a_mesh_samples_the_same_tokens_and_makes_the_same_update_as_one_device(
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * scale)
 
 
+def test_a_mesh_gathers_parameters_once_a_pass_and_adds_up_the_gradient_once(model, params, batch):
+    """Left to itself XLA splits what a layer sums over: it moved 31 times the parameters, not 7.
+
+    They are gathered for the prompts, for sampling, for the reference and its scores, for the
+    policy and for its backward pass.
+    """
+    loss = partial(losses.ldl_grpo, kl_coef=0.1)
+    step, arguments = step_and_arguments((1, 8, 1), model, params, batch, loss)
+    text = step.lower(*arguments).compile().as_text()
+    told = traffic(text, trips=recipe().response_size - 1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert told["all-gather"].bytes < 6 * size
+    assert told["all-reduce"].bytes < 2.1 * size  # which counts twice: see `traffic`
+    assert set(told) <= {"all-gather", "all-reduce", "all-to-all"}
+
+
 def test_a_parameter_without_a_sharding_rule_is_refused():
     with pytest.raises(ConfigError, match=r"layers/router.*PARAMETERS"):
         sharding_of(make_mesh(), "layers/router", (3, 4))
@@ -115,9 +138,113 @@ def test_a_mesh_must_multiply_to_the_number_of_devices():
         make_mesh(data=3)
 
 
-def test_a_batch_must_divide_over_the_mesh(batch):
-    with pytest.raises(ConfigError, match="a batch of 6 prompts"):
-        put_batch(make_mesh(), batch, 6)
+def test_an_axis_of_minus_one_takes_what_the_others_leave():
+    for sizes, found in {
+        (-1, 1, 1): (8, 1, 1),
+        (-1, -1, 1): (1, 8, 1),
+        (-1, 4, 1): (2, 4, 1),
+        (-1, 1, -1): (1, 1, 8),
+        (1, 1, 1): (1, 1, 1),
+    }.items():
+        assert tuple(make_mesh(*sizes).shape.values()) == found
+    with pytest.raises(ConfigError, match=r"mesh\.fsdp=3 .* devices, 8: choose from 1, 2, 4, 8 so"):
+        make_mesh(-1, 3)
+
+
+def test_a_mesh_must_not_split_a_head(model):
+    check_heads(make_mesh(2, 2, 2), model.config)
+    with pytest.raises(
+        ConfigError, match=r"mesh\.tensor=4: .* 4 query heads and 2 .* choose 1, 2,"
+    ):
+        check_heads(make_mesh(2, 1, 4), model.config)
+
+
+def test_a_batch_that_does_not_divide_is_filled_up_with_copies_that_do_not_count(batch):
+    six = jax.tree.map(lambda x: x[:6], batch)
+    placed = put_batch(make_mesh(4, 1, 2), six, 6)
+    assert placed.padding == 2
+    np.testing.assert_array_equal(
+        placed.prompts.ids[5:], jnp.repeat(batch.prompts.ids[5:6], 3, axis=0)
+    )
+    jax.tree.map(np.testing.assert_array_equal, placed.counted, six)
+    assert put_batch(make_mesh(), batch, 8).padding == 0
+
+
+@pytest.fixture(scope="module")
+def six_on_one(model, params, batch):
+    """The step on the first six prompts, on one device, with a reference of its own."""
+    optimizer = optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    step = make_train_step(model, recipe(), FULL, optimizer, jax.tree.map(lambda _: one, state))
+    six = jax.tree.map(lambda x: x[:6], batch)
+    return jax.device_get(step(state, other_than(params), None, six, jax.random.key(5)))
+
+
+FULL = partial(losses.ldl_grpo, kl_coef=0.1)
+
+
+def other_than(params):
+    return jax.tree.map(lambda x: x * 1.1, params)
+
+
+@pytest.mark.parametrize(("sizes", "microbatch"), [((8, 1, 1), None), ((2, 2, 2), 3)])
+def test_neither_filling_up_nor_microbatches_on_a_mesh_change_the_step(
+    sizes, microbatch, model, params, batch, six_on_one
+):
+    """Six prompts on eight devices, and two times three of them on four times two."""
+    mesh, optimizer = make_mesh(*sizes), optax.adam(1e-2)
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    model = model.clone(mesh=mesh)
+    step = make_train_step(model, recipe(), FULL, optimizer, shardings, microbatch=microbatch)
+    reference = jax.device_put(other_than(params), tree_shardings(mesh, params))
+    six = put_batch(mesh, jax.tree.map(lambda x: x[:6], batch), 6)
+    made = step(jax.device_put(state, shardings), reference, None, six, jax.random.key(5))
+    state, group, metrics = jax.device_get(made)
+    one_state, one_group, one_metrics = six_on_one
+    np.testing.assert_array_equal(group.tokens, one_group.tokens)
+    assert metrics.keys() == one_metrics.keys()
+    for name in metrics:
+        np.testing.assert_allclose(
+            metrics[name], one_metrics[name], rtol=1e-5, atol=1e-5, err_msg=name
+        )
+    for ours, theirs in zip(
+        jax.tree.leaves(state.opt_state), jax.tree.leaves(one_state.opt_state), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())
+
+
+def test_weights_packed_microbatches_and_the_largest_gap_are_the_same_on_a_mesh(
+    model, params, group, batch
+):
+    """The gap is of a prompt in the second of three microbatches, each packed device by device."""
+    mesh, optimizer = make_mesh(4, 1, 2), optax.sgd(1.0)
+    state = state_of(params, optimizer)
+    shardings = tree_shardings(mesh, state)
+    six = jax.tree.map(lambda x: x[:6], group)
+    wrong = six.replace(old_logps=six.old_logps.at[2:, 1, 0].add(jnp.array([0.5, 0, 0, 0.25])))
+    most = int(six.mask.sum(axis=(1, 2)).max())
+    # For two prompts a device.
+    lean = model.clone(budget=TokenBudget(2 * 6, 2 * most, ways=4), mesh=mesh)
+    learn = jax.jit(partial(update, lean, losses.grpo, optimizer, microbatch=2))
+    learnt, metrics = learn(state, None, wrong)
+    assert metrics["samples/packed"] == 1
+    np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
+    whole, _ = jax.jit(partial(update, model, losses.grpo, optimizer))(state, None, wrong)
+    for ours, theirs, start in zip(
+        *map(jax.tree.leaves, (learnt.params, whole.params, params)), strict=True
+    ):
+        np.testing.assert_allclose(ours, theirs, atol=1e-6 + 1e-5 * np.abs(theirs - start).max())
+
+    weights = jnp.array([1.0, 0.25, 0.0, 1.0, 0.5, 1.0])
+    weighed = dataclasses.replace(jax.tree.map(lambda x: x[:6], batch), anchor_weights=weights)
+    on_one = make_sft_step(model, losses.sft, optimizer, None)(state, None, weighed)
+    step = make_sft_step(model.clone(mesh=mesh), losses.sft, optimizer, shardings)
+    state = jax.device_put(state_of(params, optimizer), shardings)
+    on_mesh = step(state, None, put_batch(mesh, weighed, 6))
+    for ours, theirs in zip(*map(jax.tree.leaves, (on_mesh, on_one)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_the_two_halves_of_a_step_with_a_reward_are_the_whole_step(model, params, batch, on_one):
@@ -432,7 +559,7 @@ def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeyp
     assert not gathered(alone, state.params, state)
 
     def whole_step():
-        step = make_sft_step(model, losses.sft, optimizer, shardings)
+        step = make_sft_step(model.clone(mesh=mesh), losses.sft, optimizer, shardings)
         return gathered(step, state, None, put_batch(mesh, batch, 8))
 
     whole = whole_step()

@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from pujax.errors import CheckpointError
+from pujax.errors import CheckpointError, DiskError
 from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.types import TrainState
@@ -317,3 +317,66 @@ def test_what_is_damaged_is_moved_aside_with_all_that_is_left_of_it(checkpoints,
         assert line.endswith(f"what is left of it is in {tmp_path}/damaged/{name}")
         assert (tmp_path / "damaged" / name / "meta" / "metadata").read_text() == "{"
         assert any((tmp_path / "damaged" / name / "state").iterdir())
+
+
+def test_what_stands_in_the_place_of_checkpoints_is_named_and_not_taken_for_none(
+    tmp_path, monkeypatch
+):
+    def opened(place):
+        return Checkpoints(place, keep=2, model=MODEL)
+
+    (tmp_path / "file").mkdir()
+    (tmp_path / "file" / "checkpoints").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"file/checkpoints: no folder.*move it away"):
+        opened(tmp_path / "file").newest(make_state())
+    (tmp_path / "closed" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr("os.access", lambda *_: False)  # root may do what it likes
+    with pytest.raises(CheckpointError, match=r"closed/checkpoints: can't be read and written"):
+        opened(tmp_path / "closed").newest(make_state())
+    (tmp_path / "file" / "best").write_text("mine")
+    with pytest.raises(DiskError, match=r"best/sft-1 can't be written.*move away"):
+        opened(tmp_path / "file").save_best("sft", 1, make_state().params)
+
+
+def test_who_reads_what_alignment_started_from_leaves_the_run_as_it_was(checkpoints, tmp_path):
+    checkpoints.save_reference(make_state(1 / 3).params)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    reading = Checkpoints(tmp_path, keep=1, model={})
+    reading.restore_reference(make_state().params)
+    reading.close()
+    assert (
+        sorted(path.name for path in tmp_path.iterdir())
+        == before
+        == ["reference", "reference.json"]
+    )
+
+
+def test_what_another_run_saved_is_not_taken_for_a_runs_own(tmp_path):
+    def saved(name):
+        made = Checkpoints(tmp_path / name, keep=2, model=MODEL, mark=name, say=said.append)
+        made.save(3, Place("sft", 3), make_state())
+        made.save_reference(make_state().params)
+        return made
+
+    said: list[str] = []
+    ours, theirs = saved("ours"), saved("theirs")
+    theirs.save(4, Place("sft", 4), make_state())
+    shutil.copytree(
+        tmp_path / "theirs" / "checkpoints" / "4", tmp_path / "ours" / "checkpoints" / "4"
+    )
+    again = Checkpoints(tmp_path / "ours", keep=2, model=MODEL, mark="ours")
+    with pytest.raises(CheckpointError, match=r"ours/checkpoints/4 was saved by another run: move"):
+        again.newest(make_state())
+    shutil.rmtree(tmp_path / "ours" / "reference")
+    shutil.copytree(tmp_path / "theirs" / "reference", tmp_path / "ours" / "reference")
+    shutil.copy(tmp_path / "theirs" / "reference.json", tmp_path / "ours")
+    with pytest.raises(CheckpointError, match=r"ours/reference was saved by another run"):
+        again.restore_reference(make_state().params)
+    # Whoever has no mark, as a run of a pujax before, asks for none.
+    unmarked = Checkpoints(tmp_path / "ours", keep=2, model=MODEL)
+    found = unmarked.newest(make_state())
+    assert found is not None
+    assert found[0] == Place("sft", 4)
+    for opened in (ours, theirs, again, unmarked):
+        opened.close()
+    assert said == []

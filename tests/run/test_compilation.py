@@ -147,7 +147,7 @@ class Called(Exception):
     [
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", model="m", name="n"))),
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", suite={"a": 1}))),
-        ("pujax.generate", lambda: generate.answer(GenerateConfig(model="m", prompt="p"))),
+        ("pujax.generate", lambda: generate.run(GenerateConfig(model="m", prompt="p"))),
         (
             "pujax.inference.local_teacher",
             lambda: LocalTeacher(TeacherConfig(max_tokens=1), CollectConfig()),

@@ -14,6 +14,7 @@ from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run import data as data_module
 from pujax.run.data import (
+    Dataset,
     batch_at,
     collate,
     load_data,
@@ -22,6 +23,7 @@ from pujax.run.data import (
     picks,
     with_system,
 )
+from pujax.teacher.settings import TeacherConfig
 
 
 class Letters:
@@ -323,3 +325,21 @@ def test_settings_of_preferences_are_held_against_each_other():
         DataConfig(on_bad_row="skip")
     with pytest.raises(ConfigError, match=r"data\.preference_share=1\.0"):
         DataConfig(preference_share=1.0)
+
+
+def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.txt").write_text(f"{name[0]}\n")
+    data = DataConfig(
+        prompts=str(tmp_path / "train.txt"),
+        heldout=str(tmp_path / "heldout.txt"),
+        anchors=str(tmp_path / "store.jsonl"),
+        max_prompt_tokens=8,
+        max_response_tokens=5,
+    )
+    teacher = TeacherConfig(base_url="http://127.0.0.1:1/v1", model="t")
+    config = TrainConfig(data=data, teacher=teacher)
+    checked = []
+    with pytest.raises(DataError, match=r"data\.anchors lacks answers.*put back the prompts"):
+        load_data(config, cast(Any, Letters()), checked.append, checked.append, begun=True)
+    assert [len(each.with_anchors.examples) for each in checked if isinstance(each, Dataset)] == [1]

@@ -18,7 +18,7 @@ from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError
 from pujax.files.settings import keep_settings, kept_settings
-from pujax.run.directory import run_directory, traces
+from pujax.run.directory import finished, run_directory, traces
 
 register("train_schema", TrainConfig)
 
@@ -227,7 +227,7 @@ def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
 def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path):
     def fails(*overrides, leaves=""):
         places = []
-        with suppress(KeyError), run_directory(config_of(*overrides), "seed=1") as directory:
+        with suppress(KeyError), run_directory(config_of(*overrides), {"seed": "1"}) as directory:
             assert (directory / "config.yaml").exists()
             places.append(directory)
             if leaves:
@@ -290,10 +290,39 @@ def test_whatever_a_run_left_shows_that_it_has_begun(tmp_path):
 
 
 def test_a_label_is_part_of_the_name(tmp_path):
-    with run_directory(config_of(f"run.root={tmp_path}"), "seed=1_data.system=a/b, ç") as directory:
+    with run_directory(
+        config_of(f"run.root={tmp_path}"), {"seed": "1", "data.system": "a/b, ç"}
+    ) as directory:
         assert directory.name[19:] == "_seed=1_data.system=a-b-ç"
-    with run_directory(config_of(f"run.root={tmp_path}", "seed=1"), "ç" * 300) as directory:
-        assert directory.name[19:] == "_" + "ç" * 75
+    with run_directory(config_of(f"run.root={tmp_path}", "seed=1"), {"k": "ç" * 300}) as directory:
+        assert directory.name[19:] == "_k=" + "ç" * 74
+
+
+def test_a_job_of_a_sweep_that_is_done_is_known_by_its_settings_and_by_what_was_swept(tmp_path):
+    root = f"run.root={tmp_path}"
+    apart = {"seed": "1", "mesh.data": "1"}
+    job = config_of(root, "seed=1", "mesh.data=1")
+    with run_directory(job, apart) as directory:
+        assert json.loads((directory / "swept.json").read_text()) == apart
+    assert finished(job, apart) is None
+    with run_directory(job, apart) as same:  # a killed one is gone on with
+        assert same == directory
+    (directory / "done").touch()
+    assert finished(job, apart) == directory
+    assert finished(config_of(root, "seed=2", "mesh.data=1"), apart | {"seed": "2"}) is None
+    other = config_of(root, "seed=1", "mesh.data=8")  # touches no number, but is what was swept
+    assert finished(other, apart | {"mesh.data": "8"}) is None
+    assert finished(other, {"seed": "1"}) == directory
+
+
+def test_a_job_of_a_sweep_that_is_being_done_is_not_begun_again(tmp_path):
+    config = config_of(f"run.root={tmp_path}", "seed=1")
+    with (
+        run_directory(config, {"seed": "1"}),
+        pytest.raises(ConfigError, match="in use by process"),
+        run_directory(config, {"seed": "1"}),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("text", ["1e3", "null", "été", "a: b", "${HOME}", "cost ${", "\u2028"])

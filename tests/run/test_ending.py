@@ -26,7 +26,11 @@ def test_a_run_says_what_it_takes_and_what_of_that_is_needed_no_more(tmp_path):
 
 def test_a_run_that_cleans_up_keeps_its_reference(tmp_path):
     run = finished(tmp_path)
+    (run / "damaged" / "8").mkdir(parents=True)
+    (run / "damaged" / "8" / "state").write_bytes(bytes(1 << 20))
+    assert f"1 MiB of it {run}/damaged, which is needed no more" in ending(run, clean=False)
     assert "disk: 2 MiB\n" in ending(run, clean=True)
     assert not (run / "checkpoints").exists()
+    assert not (run / "damaged").exists()
     assert size_of(run / "reference") == 2 << 20
     assert amount(3 << 29) == "1.5 GiB"

@@ -20,12 +20,14 @@ from pujax.errors import ConfigError, DataError, NonFiniteError
 from pujax.evaluation import results
 from pujax.evaluation.answering import evaluate
 from pujax.files.chat import Chat
+from pujax.models.sharding import make_mesh
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run.data import load_data, make_dataset
 from pujax.run.fit import (
     build_recipe,
     check_batches,
     check_positions,
+    filling,
     fit,
     stop_signals,
 )
@@ -75,6 +77,17 @@ def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(c
     assert 4 * 5 * 2 <= budget.responses < 4 * 5 * 40  # a word and EOS each
     assert budget.prompts % 32 == budget.responses % 32 == 0
     assert budget_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
+    part = budget_for(data, prompts=7, responses=5, ways=4)  # two prompts a part
+    assert part is not None
+    assert part.ways == 4
+    assert 2 * sum(lengths) / 4 <= part.prompts < budget.prompts
+    mixed = dataset(chat, ["Yes"] * 9 + ["yes, " * 60], 400)
+    one, of_four = (budget_for(mixed, prompts=n, responses=1, ways=n) for n in (1, 4))
+    assert one is not None
+    assert of_four is not None
+    assert of_four.responses >= 120 > one.responses  # the longest of four must fit
+    none = dataclasses.replace(dataset(chat, ["Yes"], 40), examples=())
+    assert budget_for(none, prompts=4, responses=5) is None
 
 
 def test_a_loss_setting_out_of_range_fails_before_anything_is_loaded(chat):
@@ -111,6 +124,25 @@ def test_an_export_of_others_is_named_before_the_first_step(tmp_path, monkeypatc
     monkeypatch.setattr("pujax.run.fit.load_data", lambda *_: pytest.fail("read"))
     with pytest.raises(ConfigError, match=r"/export: holds files .*notes\.txt.*move them away"):
         fit(config_of(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("sft.batch=3", r"sft\.batch=3: there are 2 training prompts"),
+        ("data.max_response_tokens=9000", r"data\.max_prompt_tokens=\d+: .* 8192 positions"),
+        ("model.path=nobody/nothing", "nobody/nothing"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_a_teacher_is_asked(tmp_path, monkeypatch, wrong, said):
+    monkeypatch.setattr("pujax.run.data.anchors_for", lambda *_, **__: pytest.fail("asked"))
+    texts = {"prompts": "One?\nTwo?\n", "heldout": "Three?\n"}
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+    few = [f"data.{name}={tmp_path}/{name}.txt" for name in texts]
+    config = config_of(*few, "sft.batch=2", "align.prompts=2", wrong)
+    with pytest.raises(ConfigError, match=said):
+        fit(config, tmp_path, console=Console(quiet=True))
 
 
 OWN = """
@@ -269,6 +301,18 @@ def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
     with pytest.raises(ConfigError, match=r"align\.prompts=4: there are 3"):
         check_batches(config_of("sft.batch=3", "align.prompts=4"), data)
     check_batches(config_of("sft.batch=9", "sft.steps=0"), data)
+    cut = [dataclasses.replace(example, anchor_ids=()) for example in data.examples]
+    empty = dataclasses.replace(data, examples=tuple(cut))
+    with pytest.raises(ConfigError, match=r"sft\.batch=1: no training prompt has an answer"):
+        check_batches(config_of("sft.batch=1"), empty)
+
+
+def test_what_fills_up_a_mesh_is_told_with_a_size_that_needs_no_filling():
+    config = config_of("sft.batch=8", "align.prompts=6", "eval.batch=4")
+    assert filling(config, make_mesh(4, 1, 2)) == [
+        "align.prompts=6: 2 rows of padding more to fill 4 devices; 8 would need none"
+    ]
+    assert filling(config, make_mesh(1, 1, 1)) == []
 
 
 def test_lengths_beyond_the_models_positions_are_refused(chat, model):

@@ -58,6 +58,21 @@ def test_the_same_inputs_are_held_in_silence(held):
     assert held() == []
 
 
+def test_a_run_keeps_its_mark_and_one_that_lost_its_digests_has_none(tmp_path, chat):
+    parts = {"data.heldout": dataset(chat, ["Three?"])}
+
+    def hold(begun=True):
+        return hold_inputs(
+            tmp_path, CONFIG, chat, parts, PARAMS, begun=begun, say=lambda line: None
+        )
+
+    mark = hold(begun=False)
+    assert mark is not None
+    assert hold() == mark
+    (tmp_path / "inputs.json").unlink()
+    assert [hold(), hold()] == [None, None]
+
+
 def changed(what, chat):
     match what:
         case "prompts":

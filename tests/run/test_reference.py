@@ -27,7 +27,7 @@ def read(model, params, tmp_path):
     said = []
 
     def reading(data=DATA, params=params):
-        mesh = make_mesh(1, 1, 8)
+        mesh = make_mesh(4, 1, 2)  # two rows, filled up to four
         how = {"folder": tmp_path / "kept", "mesh": mesh, "size": 2, "say": said.append}
         return reference.reference_logps(data, model, params, **how), said
 

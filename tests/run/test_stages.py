@@ -11,14 +11,15 @@ import pytest
 from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
-from pujax.models.sharding import make_mesh
+from pujax.evaluation.results import Evaluation, Row
+from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.data import Dataset
+from pujax.run.data import Dataset, collate
 from pujax.run.logs import RunLog
 from pujax.run.selection import Criterion
 from pujax.run.stages import Run, Stage
-from pujax.types import TrainState
+from pujax.types import Completions, TrainState
 
 EXAMPLES = tuple(
     Example(Prompt(str(i), ({"role": "user", "content": "?"},)), (1, 2), (1,), "a", (3,), True)
@@ -99,6 +100,28 @@ def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=la
         params, step = run.through(stage, state, place.step)
     checkpoints.close()
     return float(params["embed"][0, 0]), step, said
+
+
+def test_a_reward_is_asked_of_the_examples_and_not_of_what_fills_up_the_mesh():
+    asked = []
+
+    def of(examples, texts):
+        asked.extend(texts)
+        return SimpleNamespace(
+            failures=(), scores=(jnp.array([[1.0, 2.0], [3.0, 4.0]]),), metrics={}
+        )
+
+    rewards: Any = SimpleNamespace(of=of)
+    mesh, run = make_mesh(), SimpleNamespace()
+    run.mesh, run.chat, run.say = mesh, SimpleNamespace(decode=list), print
+    some: Any = EXAMPLES[:2]
+    batch = put_batch(mesh, collate(some, DATA), 2)
+    tokens = put_batch(mesh, jnp.array([[[7]], [[9]]], jnp.int32), 2)
+    made = Completions(tokens, tokens > 0, tokens[:, :, 0] > 0, None)
+    toy: Any = run
+    batch, _ = Run.rewarded(toy, rewards, batch, made, some)
+    assert asked == [[[7]], [[9]]]
+    assert batch.rewards[0].tolist() == [[1.0, 2.0], *[[3.0, 4.0]] * 7]
 
 
 def metrics(directory):
@@ -183,3 +206,57 @@ def test_a_best_state_outlives_the_loss_of_the_newest_checkpoint(tmp_path):
     value, step, said = gone_through(tmp_path, falling, steps=7, criterion=criterion, every=1)
     assert (value, step) == (3.0, 3)
     assert "going on from the one before it, 3" in said[0]
+
+
+def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draws(
+    tmp_path, monkeypatch
+):
+    row = Row("0", None, "?", None, "a", "b", {"exact": 0.0})
+    asked: list[str] = []
+    said: list[str] = []
+
+    def evaluate(*_, name, **more):
+        asked.append(name)
+        return Evaluation(name, (row,))
+
+    monkeypatch.setattr("pujax.run.stages.evaluate", evaluate)
+    unused: Any = SimpleNamespace(
+        clone=lambda budget: None, decode=None, evaluation=lambda *_: None
+    )
+    (tmp_path / "other").mkdir()
+
+    def evaluated(params, directory=tmp_path, **settings):
+        run = Run(
+            TrainConfig(eval=EvalConfig(prompts=1, **settings)),
+            directory,
+            make_mesh(),
+            unused,
+            None,
+            DATA,
+            DATA,
+            {},
+            unused,
+            unused,
+            unused,
+            Console(file=io.StringIO()),
+            said.append,
+            lambda: 0,
+        )
+        before = len(asked)
+        run.evaluated("aligned", 1, {"embed": jnp.asarray(params)})
+        return len(asked) - before
+
+    assert evaluated([1.0, 2.0]) == 1
+    assert evaluated([1.0, 2.0]) == 0
+    assert said == []
+    assert evaluated([1.0, 3.0], tmp_path / "other") == 1
+    ours, theirs = tmp_path / "eval-aligned.jsonl", tmp_path / "other" / "eval-aligned.jsonl"
+    whole = ours.read_bytes()
+    ours.write_bytes(theirs.read_bytes())  # as somebody may by hand
+    assert evaluated([1.0, 2.0]) == 1
+    assert said == [f"{ours} is of another model, or asked otherwise: evaluating aligned again"]
+    assert ours.read_bytes() == whole
+    assert evaluated([1.0, 2.0], samples=2) == 1
+    assert evaluated([1.0, 2.0], samples=2, temperature=0.5) == 1
+    ours.write_bytes(whole.split(b"\n", 1)[1])  # as a pujax before wrote it
+    assert evaluated([1.0, 2.0]) == 0

@@ -10,7 +10,7 @@ from pujax.errors import ConfigError, PromptError
 from pujax.records import Prompt, messages_key
 from pujax.teacher import tables
 from pujax.teacher.prompts import load_prompts, refuse_pipes
-from pujax.teacher.settings import CollectRun, PromptsConfig, TeacherConfig
+from pujax.teacher.settings import TeacherConfig
 
 
 def write(path, *rows):
@@ -112,9 +112,9 @@ def test_a_collection_reads_its_prompts_twice_and_says_so_of_a_pipe(tmp_path):
     pipe, file = tmp_path / "pipe", write(tmp_path / "p.txt", "Hi")
     os.mkfifo(pipe)
     for source in (str(pipe), [file, str(pipe)]):
-        settings = CollectRun(
+        settings = collect.CollectRun(
             store=str(tmp_path / "a.jsonl"),
-            data=PromptsConfig(source),
+            data=collect.PromptsConfig(source),
             teacher=TeacherConfig(base_url="http://127.0.0.1:9/v1", model="m"),
         )
         with pytest.raises(
