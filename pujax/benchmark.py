@@ -81,7 +81,7 @@ def planned(settings: BenchmarkConfig) -> None:
         verdict = "fits" if plan.fits(chip) else "does not fit"
         line = f"{name}: {verdict}; a step takes {plan.seconds(chip):.2g} s at the very best"
         if not plan.fits(chip):
-            line += f"; {plan.remedy(chip, settings.mesh.fsdp)}"
+            line += f"; {plan.remedy(chip)}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
     line = described(settings) | asdict(plan) | asdict(settings.benchmark) | {"chips": chips}
     print(json.dumps(line))
@@ -89,10 +89,10 @@ def planned(settings: BenchmarkConfig) -> None:
 
 def plan_table(plan: "Plan", settings: BenchmarkConfig) -> Table:
     """What one device holds, does and is told."""
-    shape, mesh = settings.benchmark, settings.mesh
+    shape, (data, fsdp, tensor) = settings.benchmark, plan.mesh
     shown = Table(
-        title=f"each of {plan.devices} devices (data {max(1, mesh.data)} x fsdp {mesh.fsdp} x "
-        f"tensor {mesh.tensor}), {plan.dtype}\n{shape.prompts} prompts x {shape.candidates} "
+        title=f"each of {plan.devices} devices (data {data} x fsdp {fsdp} x "
+        f"tensor {tensor}), {plan.dtype}\n{shape.prompts} prompts x {shape.candidates} "
         f"candidates x ({shape.prompt_tokens} + {shape.response_tokens}) tokens",
         show_header=False,
     )

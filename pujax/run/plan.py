@@ -23,7 +23,7 @@ from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.method.step import Recipe, make_train_step
 from pujax.models.decoder import LanguageModel
-from pujax.models.sharding import batch_sharding, make_mesh
+from pujax.models.sharding import batch_sharding, make_mesh, padding_of, ways
 from pujax.run.collectives import Traffic, total, traffic
 from pujax.run.compilation import give_back
 from pujax.run.measure import flops, reference_tokens, step_of
@@ -58,7 +58,7 @@ CHIPS = {
 
 @dataclass(frozen=True)
 class Plan:
-    """What one of `devices` devices holds, does and is told in one step.
+    """What each device of a `mesh` of (data, fsdp, tensor) holds, does and is told in one step.
 
     Bytes: `parameters` of the policy, `reference` of what it started from and of a LoRA's frozen
     base, `optimizer` of its state, `caches` of the keys and values of what is sampled, `scratch` of
@@ -68,7 +68,7 @@ class Plan:
     `collectives` by kind.
     """
 
-    devices: int
+    mesh: tuple[int, int, int]
     dtype: str
     parameters: int
     reference: int
@@ -82,6 +82,11 @@ class Plan:
     collectives: dict[str, Traffic]
 
     @property
+    def devices(self) -> int:
+        """How many."""
+        return prod(self.mesh)
+
+    @property
     def lasting(self) -> int:
         """What lies there between steps."""
         return self.parameters + self.reference + self.optimizer
@@ -90,14 +95,14 @@ class Plan:
         """Whether the peak leaves a tenth of the chip for its runtime and for gaps (ours)."""
         return self.peak <= _ROOM * chip.memory_bytes
 
-    def remedy(self, chip: Chip, fsdp: int) -> str:
-        """What to change where it doesn't fit, `fsdp` being what `mesh.fsdp` is now."""
+    def remedy(self, chip: Chip) -> str:
+        """What to change where it doesn't fit."""
         room = _ROOM * chip.memory_bytes
         if self.lasting > room / 2:
-            ways = 2 ** ceil(log2(self.lasting / (room / 2)))
+            times = 2 ** ceil(log2(self.lasting / (room / 2)))
             return (
                 f"weights and optimizer alone take {self.lasting / GIB:.1f} GiB a device: "
-                f"mesh.fsdp={fsdp * ways}, or model.lora.rank=16"
+                f"mesh.fsdp={self.mesh[1] * times}, or model.lora.rank=16"
             )
         return (
             f"what comes and goes takes {self.scratch / GIB:.1f} GiB a device: fewer prompts or "
@@ -113,9 +118,9 @@ class Plan:
 def have_devices(config: MeshConfig) -> None:
     """Give this process as many virtual CPU devices as the mesh has, before JAX has any.
 
-    `mesh.data=-1` is one. Raises `ConfigError` where JAX has begun with another number.
+    A size of -1 is one. Raises `ConfigError` where JAX has begun with another number.
     """
-    count = max(1, config.data) * config.fsdp * config.tensor
+    count = prod(max(1, size) for size in vars(config).values())
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -152,7 +157,7 @@ def make_plan(run: BenchmarkConfig) -> Plan:
     peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     give_back()
     return Plan(
-        devices=mesh.size,
+        mesh=(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]),
         dtype=jnp.dtype(dtype).name,
         parameters=held(state.params),
         reference=held(student.trainable) + held(student.base),
@@ -183,10 +188,11 @@ def planned_dtype(name: str, mesh: Mesh) -> Any:
 
 def _batch(mesh: Mesh, shape: WorkConfig, reference_size: int) -> Batch:
     """A step's batch as shapes, types and places."""
-    B, K, T = shape.prompts, shape.candidates, shape.response_tokens
+    K, T, padding = shape.candidates, shape.response_tokens, padding_of(mesh, shape.prompts)
 
     def made(*size: int, dtype: Any = jnp.int32) -> Any:
-        return jax.ShapeDtypeStruct((B, *size), dtype, sharding=batch_sharding(mesh))
+        rows = shape.prompts + padding
+        return jax.ShapeDtypeStruct((rows, *size), dtype, sharding=batch_sharding(mesh))
 
     def tokens(size: int) -> Tokens:
         return Tokens(made(size), made())
@@ -205,12 +211,13 @@ def _batch(mesh: Mesh, shape: WorkConfig, reference_size: int) -> Batch:
         anchor_finished=made(dtype=bool),
         references=tokens(reference_size),
         given=given,
+        padding=padding,
     )
 
 
 def _caches(model: LanguageModel, recipe: Recipe, shape: WorkConfig, mesh: Mesh) -> int:
     """The bytes of keys and values on a device while it samples: of its prompts and responses."""
-    prompts = -(-shape.prompts // (mesh.shape["data"] * mesh.shape["fsdp"]))
+    prompts = -(-shape.prompts // ways(mesh))
     cache = jax.eval_shape(
         lambda: model.empty_cache(prompts, recipe.sampling.candidates, shape.response_tokens)
     )

@@ -65,7 +65,7 @@ def test_collectives_by_hand():
 
 def test_what_fits_and_how_fast_by_hand():
     plan = Plan(
-        devices=4,
+        mesh=(1, 4, 1),
         dtype="bfloat16",
         parameters=10,
         reference=10,
@@ -84,9 +84,9 @@ def test_what_fits_and_how_fast_by_hand():
     assert plan.seconds(replace(chip, link_bytes=70.0)) == 5
     small = replace(chip, memory_bytes=99)
     assert not plan.fits(small)
-    assert "align.microbatch=1" in plan.remedy(small, 4)
+    assert "align.microbatch=1" in plan.remedy(small)
     # 40 bytes last, of which half of 90 % of 40 bytes may hold 18: three times as much, so four.
-    assert "mesh.fsdp=16," in plan.remedy(replace(chip, memory_bytes=40), 4)
+    assert "mesh.fsdp=16," in plan.remedy(replace(chip, memory_bytes=40))
 
 
 def test_a_model_that_can_not_fit_is_refused_before_it_is_read(monkeypatch):
@@ -108,7 +108,7 @@ def test_a_model_that_can_not_fit_is_refused_before_it_is_read(monkeypatch):
 def test_the_command_plans_for_devices_that_are_not_here():
     words = [
         *(sys.executable, "-m", "pujax.benchmark", "plan=true", "loss=grpo", "scorer=random"),
-        *("mesh.fsdp=4", "mesh.tensor=2", "benchmark.prompts=4", f"model.path={SMOLLM2}"),
+        *("mesh.fsdp=4", "mesh.tensor=2", "benchmark.prompts=6", f"model.path={SMOLLM2}"),
         "model.shape={layers: 2, width: 64, heads: 4, kv_heads: 2, mlp_width: 128}",
     ]
     env = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0", "NO_COLOR": "1"}
@@ -119,7 +119,7 @@ def test_the_command_plans_for_devices_that_are_not_here():
     # The embedding and the kernels are split over all eight devices; three kinds of norms are not.
     kernels = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     held = 4 * ((49152 * 64 + kernels) // 8 + 5 * 64)
-    assert (line["devices"], line["dtype"]) == (8, "bfloat16")
+    assert (line["mesh"], line["dtype"]) == ([1, 4, 2], "bfloat16")
     assert (line["parameters"], line["reference"]) == (held, held)
     assert 2 * held <= line["optimizer"] < 2 * held + 100
     assert line["peak"] > 4 * held

@@ -27,7 +27,7 @@ def lines(path):
 def test_a_run_learns_from_given_responses_alone(tmp_path, monkeypatch):
     axes = ("data", "fsdp", "tensor")
     one = Mesh(np.array(jax.devices()[:1]).reshape(1, 1, 1), axes)
-    monkeypatch.setattr("pujax.run.fit.make_mesh", lambda *sizes: one)
+    monkeypatch.setattr("pujax.run.fit.make_mesh", lambda **sizes: one)
     pairs = [{"prompt": f"Say {n}.", "chosen": f"{n}", "rejected": "No."} for n in "abcd"]
     rated = {"prompt": "Say e.", "responses": ["e", "f", "g"], "ratings": [5, 1, 3]}
     overrides = [
