@@ -61,9 +61,8 @@ def run(settings: GenerateConfig) -> None:
     prompt = text_or_file("prompt", settings.prompt)
     system = of_run if system is None else system
     compile_once()
-    from pujax.inference.generator import (
-        Generator,  # jax with it: what is refused does not need that
-    )
+    # jax comes with it, and what is refused does not need that.
+    from pujax.inference.generator import Generator
 
     if prompt is not None:
         prompts, size = iter([prompt]), 1

@@ -20,7 +20,16 @@ from pujax.evaluation.curves import LIGHT, style_of
 from pujax.evaluation.results import Evaluation, load, shown_by
 from pujax.evaluation.statistics import same_prompts
 from pujax.files.durable import read_jsonl, write_whole
-from pujax.files.settings import DONE, SETTINGS, SWEPT, UNTOUCHED, flat, kept_settings, within
+from pujax.files.settings import (
+    DONE,
+    SETTINGS,
+    SWEPT,
+    UNTOUCHED,
+    flat,
+    kept_settings,
+    of_asking,
+    within,
+)
 from pujax.records import STAGES
 from pujax.text import counted
 
@@ -178,8 +187,7 @@ def _job(directory: Path) -> Job:
 
 def _counts(key: str, apart: Mapping[str, str]) -> bool:
     """Whether a setting touches a run's numbers, or was swept."""
-    of_asking = key.startswith("teacher.") and key != "teacher.model"
-    return within(key, apart) or not (of_asking or within(key, UNTOUCHED))
+    return within(key, apart) or not (of_asking(key) or within(key, UNTOUCHED))
 
 
 def _swept(directory: Path) -> dict[str, str]:

@@ -64,6 +64,11 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
+def of_asking(key: str) -> bool:
+    """Whether a setting is one of how a teacher is asked, and not of which model it is."""
+    return key.startswith("teacher") and key != "teacher.model"
+
+
 def within(key: str, keys: Iterable[str]) -> bool:
     """Whether a dotted key is one of `keys`, or below one."""
     return any(key == other or key.startswith(f"{other}.") for other in keys)

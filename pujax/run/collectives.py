@@ -24,6 +24,9 @@ class Traffic:
     count: int = 0
     bytes: int = 0
 
+    def __add__(self, other: "Traffic") -> "Traffic":
+        return Traffic(self.count + other.count, self.bytes + other.bytes)
+
 
 Table = dict[str, Traffic]
 
@@ -61,7 +64,7 @@ def traffic(program: str, *, trips: int = 1) -> Table:
         arrays[name] = result
         if operation in KINDS:
             given = sum(_size(arrays.get(each.strip("% "), "")) for each in operands.split(","))
-            whole = max(given, _size(result))  # the one before it is scattered, or once gathered
+            whole = max(given, _size(result))  # what is scattered is larger before, else after
             return {operation: Traffic(1, whole * (2 if operation == "all-reduce" else 1))}
         if operation == "while":
             said, body = _TRIPS.search(line), _BODY.search(line)
@@ -86,16 +89,9 @@ def total(table: Mapping[str, Traffic]) -> int:
 
 
 def _sum(one: Table, other: Table) -> Table:
-    return {
-        kind: Traffic(
-            *(
-                sum(getattr(table.get(kind, Traffic()), what) for table in (one, other))
-                for what in ("count", "bytes")
-            )
-        )
-        for kind in KINDS
-        if kind in one or kind in other
-    }
+    none = Traffic()
+    kinds = [kind for kind in KINDS if kind in one or kind in other]
+    return {kind: one.get(kind, none) + other.get(kind, none) for kind in kinds}
 
 
 def _size(shapes: str) -> int:

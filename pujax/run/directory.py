@@ -23,6 +23,7 @@ from pujax.files.settings import (
     flat,
     keep_settings,
     kept_settings,
+    of_asking,
     within,
 )
 
@@ -268,15 +269,12 @@ def _differing(
         key
         for key in before.keys() | now.keys()
         if within(key, apart)
-        or (not within(key, UNTOUCHED) and (choosing or key not in MEASURING) and _of_model(key))
+        or (
+            not within(key, UNTOUCHED) and (choosing or key not in MEASURING) and not of_asking(key)
+        )
     )
     pairs = [(key, before.get(key, _default(key)), now.get(key)) for key in keys]
     return [f"{key} was {was!r}, is {is_!r}" for key, was, is_ in pairs if was != is_]
-
-
-def _of_model(key: str) -> bool:
-    """Whether a setting is not one of how a teacher is asked."""
-    return not key.startswith("teacher") or key == "teacher.model"
 
 
 def _default(key: str) -> Any:

@@ -79,7 +79,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         check_candidates(recipe, loss_fn, data)
         check_positions(shape, data)
 
-    check_memory(config.model, chat, mesh)
+    check_memory(config.model, shape, mesh)
     train_data, heldout = load_data(config, chat, say, check, begun=begun)
     check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):

@@ -27,7 +27,7 @@ from pujax.models.sharding import batch_sharding, make_mesh, padding_of, ways
 from pujax.run.collectives import Traffic, total, traffic
 from pujax.run.compilation import give_back
 from pujax.run.measure import flops, reference_tokens, step_of
-from pujax.run.student import Student, abstract_student, compute_dtype, held, like_state
+from pujax.run.student import Student, abstract_student, compute_dtype, held, like_state, shape_of
 from pujax.types import Batch, Completions, Tokens
 
 GIB = 2**30
@@ -136,7 +136,8 @@ def make_plan(run: BenchmarkConfig) -> Plan:
     mesh = make_mesh(**vars(run.mesh))
     shape, chat = run.benchmark, Chat.load(run.model.path)
     dtype = planned_dtype(run.model.dtype, mesh)
-    student = abstract_student(run.model, chat, mesh, dtype)
+    settings = shape_of(run.model, chat, tensors=False)
+    student = abstract_student(run.model, settings, mesh, dtype)
     # No token ends a response, so that every one has its full length.
     model = student.model.clone(config=replace(student.model.config, eos_ids=()))
     loss, recipe_of = step_of(run, chat)

@@ -85,13 +85,14 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
     return Student(model, params, make_adapter(config.lora, params, mesh, seed))
 
 
-def abstract_student(config: ModelConfig, chat: Chat, mesh: Mesh, dtype: Any) -> Student:
+def abstract_student(
+    config: ModelConfig, settings: DecoderConfig, mesh: Mesh, dtype: Any
+) -> Student:
     """The student that `load_student` makes, computing in `dtype`, as shapes, types and places.
 
-    No weight is read, nor fetched where the model lies in a repository on the hub. Raises as
-    `load_student` does.
+    `settings` are those of `shape_of`; no weight is read. Raises `ConfigError` where heads and mesh
+    don't match.
     """
-    settings = shape_of(config, chat, tensors=False)
     model, kept = _model(config, settings, dtype, mesh), _kept_dtype(config, dtype)
     params = jax.tree.map(
         lambda shape: jax.ShapeDtypeStruct(shape, kept),
@@ -122,13 +123,13 @@ def held(tree: Params | None) -> int:
     )
 
 
-def check_memory(config: ModelConfig, chat: Chat, mesh: Mesh) -> None:
+def check_memory(config: ModelConfig, settings: DecoderConfig, mesh: Mesh) -> None:
     """Raise `ConfigError` for a model of which not even parameters and AdamW fit a device.
 
     They are the trained parameters, their gradient and two moments in float32, and the frozen base
     of a LoRA; activations come on top.
     """
-    student = abstract_student(config, chat, mesh, compute_dtype(config.dtype))
+    student = abstract_student(config, settings, mesh, compute_dtype(config.dtype))
     least, room = 4 * held(student.trainable) + held(student.base), memory_of(mesh)
     if room is not None and least > room:
         raise ConfigError(

@@ -93,16 +93,16 @@ def test_a_model_that_can_not_fit_is_refused_before_it_is_read(monkeypatch):
     config = ModelConfig(
         path=SMOLLM2, shape=ShapeConfig(layers=2, width=64, heads=4, kv_heads=2, mlp_width=128)
     )
-    chat, mesh = Chat.load(SMOLLM2), make_mesh(1, 8, 1)
+    mesh, shape = make_mesh(1, 8, 1), student.shape_of(config, Chat.load(SMOLLM2))
     kernels = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128)
     least = 4 * 4 * ((49152 * 64 + kernels) / 8 + 5 * 64)  # norms are on every device
     monkeypatch.setattr(student, "memory_of", lambda mesh: least)
-    student.check_memory(config, chat, mesh)
+    student.check_memory(config, shape, mesh)
     monkeypatch.setattr(student, "memory_of", lambda mesh: least - 1)
     with pytest.raises(
         ConfigError, match=r"model\.path=.*take 0\.0 GiB a device.*model\.lora\.rank=16"
     ):
-        student.check_memory(config, chat, mesh)
+        student.check_memory(config, shape, mesh)
 
 
 def test_the_command_plans_for_devices_that_are_not_here():
