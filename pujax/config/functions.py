@@ -11,6 +11,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 from pujax.config.settings import EvalConfig
 from pujax.errors import ConfigError, require
 from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
+from pujax.files.settings import named_now
 from pujax.teacher.settings import TeacherConfig
 
 OURS = (
@@ -23,10 +24,6 @@ OURS = (
 """Where the functions live that settings may name, beside the packages in `trusted`."""
 
 
-MOVED = {"pujax.run.local_teacher.": "pujax.inference.local_teacher."}
-"""What the settings of older runs call a module, and what it is called now."""
-
-
 def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
     """The function that `node` names by `_target_`, its other entries bound as keywords.
 
@@ -37,9 +34,7 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     """
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
         raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
-    target: str = node["_target_"]
-    for before, now in MOVED.items():
-        target = target.replace(before, now) if target.startswith(before) else target
+    target: str = named_now(node)["_target_"]
     module, _, name = target.rpartition(".")
     if not module:
         raise ConfigError(

@@ -29,6 +29,32 @@ A mesh adds in another order, so with another one numbers agree to float32's las
 """
 
 
+MOVED = {
+    "pujax.labels.": "pujax.method.labels.",
+    "pujax.losses.": "pujax.method.losses.",
+    "pujax.scoring.": "pujax.method.scoring.",
+    "pujax.run.local_teacher.": "pujax.inference.local_teacher.",
+}
+"""What the settings of older runs call a module, and what it is called now."""
+
+
+def named_now(settings: Any) -> Any:
+    """Settings of any age, their `_target_`s under the names that pujax's functions have now."""
+    if isinstance(settings, Mapping):
+        return {
+            key: _moved(value) if key == "_target_" else named_now(value)
+            for key, value in settings.items()
+        }
+    return [named_now(each) for each in settings] if isinstance(settings, list) else settings
+
+
+def _moved(target: Any) -> Any:
+    for before, now in MOVED.items():
+        if isinstance(target, str) and target.startswith(before):
+            return now + target.removeprefix(before)
+    return target
+
+
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Write a run's resolved settings into its directory. Raises `DiskError`."""
     text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
@@ -36,9 +62,10 @@ def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
 
 
 def kept_settings(directory: Path) -> dict[str, Any]:
-    """The settings that a run's directory keeps, by name, as they stand: nothing is resolved.
+    """The settings that a run's directory keeps, by name: nothing is resolved.
 
-    Raises `ConfigError` where there are none, or they are torn or of another form.
+    Functions have today's names (see `named_now`). Raises `ConfigError` where there are no
+    settings, or they are torn or of another form.
     """
     path = directory / SETTINGS
     try:
@@ -51,7 +78,7 @@ def kept_settings(directory: Path) -> dict[str, Any]:
         raise _not_settings(path, " by name")
     if not settings:
         raise _not_settings(path, ": there are none in it")
-    return {str(key): value for key, value in settings.items()}
+    return {str(key): named_now(value) for key, value in settings.items()}
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:
