@@ -34,7 +34,7 @@ from pujax.method.step import (
     make_sft_step,
     make_train_step,
 )
-from pujax.method.trial import try_recipe
+from pujax.run.trial import try_recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example

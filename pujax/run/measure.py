@@ -35,7 +35,7 @@ from pujax.method.step import (
     sample_candidates,
     update,
 )
-from pujax.method.trial import try_recipe
+from pujax.run.trial import try_recipe
 from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
