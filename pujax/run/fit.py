@@ -34,7 +34,6 @@ from pujax.method.step import (
     make_sft_step,
     make_train_step,
 )
-from pujax.run.trial import try_recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
@@ -51,6 +50,7 @@ from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
+from pujax.run.trial import try_recipe
 from pujax.text import counted
 from pujax.types import Batch, Group, LossFn, Params, TrainState
 

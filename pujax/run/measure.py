@@ -35,12 +35,12 @@ from pujax.method.step import (
     sample_candidates,
     update,
 )
-from pujax.run.trial import try_recipe
 from pujax.models.parameters import DecoderConfig, param_shapes
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.records import Sampling
 from pujax.run.compilation import give_back, release_compiler_memory
 from pujax.run.student import Student, load_student, new_state
+from pujax.run.trial import try_recipe
 from pujax.types import Batch, Completions, LossFn, Params, Tokens, TrainState
 
 PEAK_SIZE = 2048  # rows and columns of the matrices whose product is taken as the peak
