@@ -1,5 +1,6 @@
 """`pujax benchmark`: what a training step costs here, as a table and a line of JSON."""
 
+import io
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -12,6 +13,7 @@ from rich.table import Table
 
 from pujax.config.commands import command
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
+from pujax.files.durable import on_disk, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
@@ -46,6 +48,8 @@ def run(settings: BenchmarkConfig) -> None:
     if settings.plan:
         planned(settings)
         return
+    if settings.benchmark.sweep:
+        refuse_unwritable(Path(settings.benchmark.out))
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)
@@ -162,7 +166,8 @@ def sweep(
 
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
-    directory.mkdir(parents=True, exist_ok=True)
+    with on_disk(directory):
+        directory.mkdir(parents=True, exist_ok=True)
     names = ("candidates", "prompt_tokens", "response_tokens")
     keys = ("step_s", "generate_s", "score_s", "update_s", "mfu", "compile_cold_s")
     rows = [
@@ -171,12 +176,12 @@ def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Pat
         *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
     ]
     text, picture = directory / "sweep.md", directory / "sweep.png"
-    text.write_text("\n".join(rows) + "\n", encoding="utf-8")
-    _plot(costs, names, picture)
+    write_whole(text, ("\n".join(rows) + "\n").encode())
+    write_whole(picture, _drawn(costs, names))
     return [text, picture]
 
 
-def _plot(costs: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) -> None:
+def _drawn(costs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     """A panel for each size: stacked phases over it, and the whole step as a line."""
     from matplotlib.figure import Figure
 
@@ -202,7 +207,9 @@ def _plot(costs: Sequence[Mapping[str, Any]], names: Sequence[str], path: Path) 
     panels[0].set_ylabel("seconds a step")
     panels[0].set_ylim(bottom=0)  # of all three, and last: it ends the search for an upper limit
     panels[0].legend(loc="upper left", fontsize="small")
-    figure.savefig(path, dpi=120)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=120)
+    return picture.getvalue()
 
 
 def _short(value: float | int | None) -> str:

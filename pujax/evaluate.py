@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pujax.config.commands import command, in_new_words, listed
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError, require
+from pujax.files.durable import refuse_unwritable
 from pujax.files.locate import at_home
 from pujax.run.compilation import compile_once
 from pujax.teacher.settings import CollectConfig, TeacherConfig
@@ -177,6 +178,8 @@ def _asked(settings: EvaluateConfig, directories: Sequence[Path]) -> "tuple[Answ
     else:
         folder, config = directories[-1], run_config(directories[-1])
     store = folder / "verdicts.jsonl" if settings.store is None else Path(settings.store)
+    if settings.teacher.asks and not settings.collect.dry_run:
+        refuse_unwritable(store.parent)
 
     def subject() -> "tuple[Subject, Any]":
         paths = settings.models or list(map(str, directories))

@@ -1,4 +1,6 @@
 import os
+import signal
+import sys
 from pathlib import Path
 
 # Eight devices, so that meshes are tested; set before jax starts. Tests compile much and compute
@@ -16,6 +18,7 @@ import jax
 import numpy as np
 import pytest
 
+from pujax.method import labels
 from pujax.models.decoder import DecoderConfig, LanguageModel
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -28,6 +31,24 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow goes first: begun last, a long test leaves one of two processes without work."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left_behind():
+    """A command that a test calls sets what is the process's; the next test has it as it was."""
+    signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
+    hook, environment, settings = sys.unraisablehook, dict(os.environ), dict(jax.config.values)
+    yield
+    for number, handler in signals.items():
+        signal.signal(number, handler)
+    sys.unraisablehook = hook
+    for name in (environment.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
+        if name not in environment:
+            del os.environ[name]
+        elif os.environ.get(name) != environment[name]:
+            os.environ[name] = environment[name]
+    assert jax.config.values == settings
+    assert not labels._absent.get()
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
-    """A run that nothing interrupted."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
+    """A run that nothing interrupted, in a place that reads like rich's markup."""
+    directory = tmp_path_factory.mktemp("whole") / "[exp]" / "run[" / "bold]"
     process = train(f"run.dir={directory}", cache=cache)
     output, _ = process.communicate()
     assert process.returncode == 0, output
@@ -94,6 +94,7 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
     samples = (directory / "samples.jsonl").read_text().splitlines()
     assert len(samples) == 4 * 2  # steps x prompts
     assert "aligned" in output
+    assert f"\nrun: {directory}\n" in output
 
 
 @pytest.mark.slow

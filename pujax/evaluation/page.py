@@ -15,7 +15,7 @@ from pujax.evaluation import findings, tables, text
 from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves, drawable
 from pujax.evaluation.results import Evaluation, Row, load_all, shown_by
 from pujax.evaluation.statistics import Difference
-from pujax.files.durable import Line, read_jsonl, write_whole
+from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.method import labels as rules
 from pujax.records import STAGES
@@ -36,6 +36,7 @@ def write(directory: Path) -> Path:
     path = directory / "metrics.jsonl"
     if not path.is_file():
         raise EvaluationError(f"{path} is not there: is {directory} the directory of a run?")
+    refuse_unwritable(directory)
     lines = _steps(path)
     page = directory / "report.html"
     drawn = curves(lines, LIGHT, "png", drawable(lines))

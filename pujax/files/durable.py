@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import re
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -67,6 +68,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         finally:
             beside.unlink(missing_ok=True)
         flush(path.parent)
+
+
+def refuse_unwritable(folder: Path) -> None:
+    """Raise `DiskError` where no file can be made in `folder`, which need not be there yet.
+
+    For who writes once the work is done: what can't be kept is not begun.
+    """
+    there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
+    with on_disk(folder), tempfile.TemporaryFile(dir=there):
+        pass
 
 
 def flush(path: Path) -> None:

@@ -150,7 +150,7 @@ def export(
     from pujax.files import weights
     from pujax.files.card import model_card
     from pujax.files.chat import Chat
-    from pujax.files.durable import write_whole
+    from pujax.files.durable import refuse_unwritable, write_whole
     from pujax.files.export import (
         copy_adapter,
         export_gguf,
@@ -184,8 +184,10 @@ def export(
     if format == "gguf":
         refuse_foreign_file(out)
         refuse_foreign_modelfile(beside)
+        refuse_unwritable(out.parent)
     else:
         refuse_foreign_directory(out)
+        refuse_unwritable(out)
     config, params = weights.load(source)
     chat = Chat.load(source)
     if format == "gguf":

@@ -17,6 +17,7 @@ from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.durable import refuse_unwritable
 from pujax.files.settings import kept_settings
 from pujax.inference.finished import model_path
 from pujax.method.step import assemble
@@ -144,8 +145,9 @@ def evaluate_other(
     """The model at `path` on the held-out prompts of the run in `directory`, in float32.
 
     `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
-    weights raises, and `EvaluationError` for a `name` that the run has or keeps for its own models:
-    going on, it would take another's evaluation for its own.
+    weights raises, `DiskError` for a run that nothing can be written into, and `EvaluationError`
+    for a `name` that the run has or keeps for its own models: going on, it would take another's
+    evaluation for its own.
     """
     if not re.fullmatch(r"[\w.-]+", name) or (directory / f"eval-{name}.jsonl").exists():
         raise EvaluationError(
@@ -156,6 +158,7 @@ def evaluate_other(
         raise EvaluationError(
             f"name={name!r}: what a run calls its own models, which {path} is not: choose another"
         )
+    refuse_unwritable(directory)
     config = run_config(directory, trusted)
     metrics = build_metrics(config.eval, config.trusted)
     return evaluate_subject(subject_of(config, path), config, metrics, name)

@@ -19,7 +19,7 @@ from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
-from pujax.files.durable import on_disk, write_whole
+from pujax.files.durable import on_disk, refuse_unwritable, write_whole
 from pujax.files.locate import at_home, locate
 from pujax.inference.finished import model_path
 from pujax.inference.heldout import evaluate_subject, run_config, subject_for
@@ -108,11 +108,15 @@ def evaluated(
     """The model at `path`, called `name`, on the prompts of `split`; from the disk where it is.
 
     `path` may be a finished run's directory. Raises what reading settings, prompts, anchors and
-    weights raises, and `EvaluationError` where the folder has other prompts, settings or models.
+    weights raises, `EvaluationError` where the folder has other prompts, settings or models, and
+    `DiskError` where nothing can be written into it.
     """
     if not re.fullmatch(r"[\w.-]+", name):
         raise EvaluationError(f"name={name!r}: it can't name a file: choose another")
     path = model_path(path)
+    kept = split.folder / f"eval-{name}.jsonl"
+    if not kept.exists():
+        refuse_unwritable(split.folder)
     chat = Chat.load(path)
     dataset = load_heldout(split.config, chat)
     examples = dataset.examples[: split.config.eval.prompts]
@@ -121,7 +125,6 @@ def evaluated(
     }
     asked["model"] = model_digest(path)
     _refuse_other(split.folder, name, asked)
-    kept = split.folder / f"eval-{name}.jsonl"
     if kept.exists():
         say(f"{kept}: has been evaluated")
         return load(kept)

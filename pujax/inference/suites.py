@@ -16,6 +16,7 @@ from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import Answer, Judge, Records, Subject
 from pujax.files.chat import Chat
+from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
 from pujax.inference.heldout import reference_for, subject_for
 from pujax.inference.local_teacher import LocalTeacher, weighed
@@ -53,12 +54,14 @@ def answered(
             f"suite: {function.__name__} asks for {unknown[0]!r}: there are "
             f"{', '.join(offers)} and records"
         )
+    refuse_unwritable(folder)
     made = {name: offers[name]() for name in wanted if name != "records"}
     asked = {name: identity for name, (_, identity) in made.items()}
     asked |= {"suite": dict(node), "pujax": __version__}
     digest = hashlib.sha256(canonical(asked)).hexdigest()[:8]
     kept = folder / f"suite-{function.__name__}-{digest}.jsonl"
-    folder.mkdir(parents=True, exist_ok=True)
+    with on_disk(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     records = Records(kept, asked)
     given = {name: value for name, (value, _) in made.items()}
     answer = suite(**given | ({"records": records} if "records" in wanted else {}))

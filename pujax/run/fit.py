@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         mark=mark,
         say=say,
     )
-    with stop_signals() as stopping:
+    with closing(checkpoints), stop_signals() as stopping:
         like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh)
         place, state = checkpoints.newest(like) or (Place("sft", 0), None)
         if state is not None:
@@ -152,7 +152,6 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))
         finish(run, params, made)
-    checkpoints.close()
     say(ending(directory, clean=config.checkpoint.clean))
 
 

@@ -84,6 +84,7 @@ class Collection:
         self._queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[None]]] = asyncio.Queue()
         self._resume_at = 0.0
         self._failing = 0
+        self._unheard = 0  # requests that failed since one was answered
         self._heard = False
         self._in_flight = 0
         self._reserved = Spend()
@@ -170,10 +171,24 @@ class Collection:
         """Ask until an answer is on the disk, the patience ends, or the run stops."""
         tally = self._tally
         tally.asked += 1
+        busy = 0
+
+        def wait(state: tenacity.RetryCallState) -> float:
+            """Doubled while nobody is answered, and each time that the server has too much to do.
+
+            A fault amid answers is one request's own, and all may be asked again soon.
+            """
+            nonlocal busy
+            error = state.outcome.exception() if state.outcome else None
+            assert isinstance(error, Retryable)
+            busy += error.busy
+            rounds = self._unheard // len(self._asking)
+            return _backoff(error, max(busy - 1, min(state.attempt_number - 1, rounds)))
+
         retrying = tenacity.AsyncRetrying(
             retry=tenacity.retry_if_exception_type(Retryable),
             stop=self._enough,
-            wait=_backoff,
+            wait=wait,
             sleep=self._sleep,
             reraise=True,
         )
@@ -263,7 +278,7 @@ class Collection:
         spent = Spend(requests=1.0)
         try:
             answer = await self._teacher.ask(prompt.messages)
-            self._heard = True
+            self._heard, self._unheard = True, 0
             prompt_tokens, completion_tokens = self._used(prompt, answer)
             tally.prompt_tokens += prompt_tokens
             tally.completion_tokens += completion_tokens
@@ -273,6 +288,7 @@ class Collection:
             return answer
         except Retryable as error:
             tally.retried += 1
+            self._unheard += 1
             if error.after:
                 self._hold(error.after)
             if error.billed:
@@ -412,11 +428,12 @@ class Collection:
                     on_disk.set_result(None)
 
 
-def _backoff(state: tenacity.RetryCallState) -> float:
-    """Seconds before the next attempt: exponential with jitter, never under the server's wish."""
-    error = state.outcome.exception() if state.outcome else None
-    wished = error.after if isinstance(error, Retryable) else 0.0
-    return max(tenacity.wait_random_exponential(multiplier=1, max=60)(state), wished)
+def _backoff(error: Retryable, doubled: int) -> float:
+    """Seconds before the next attempt, drawn up to one that is `doubled` so often, up to a minute.
+
+    Never under the server's wish.
+    """
+    return max(random.uniform(0.0, min(60.0, 2.0 ** min(doubled, 6))), error.after)
 
 
 def ask_all(

@@ -270,7 +270,8 @@ class HttpTeacher:
             said = text or response.reason_phrase
         said = self._secrets.clean(said)
         if status in (200, 408, 409, 425, 429) or status >= 500:
-            raise Retryable(f"{status}: {said}", after=_retry_after(response))
+            busy = status in (429, 503, 529)
+            raise Retryable(f"{status}: {said}", after=_retry_after(response), busy=busy)
         key = self._settings.api_key_env or "teacher.api_key_env"
         remedies = {
             401: f"check the key in {key}",

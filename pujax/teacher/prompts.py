@@ -114,7 +114,9 @@ def _file(path: Path) -> Rows:
             empty = False
             yield place, row
     except OSError as error:
-        raise PromptError(f"{path}: {error.strerror or error}: check data.prompts") from error
+        raise PromptError(
+            f"{path}: {error.strerror or error}: check data.prompts or data.heldout"
+        ) from error
     if empty:
         raise PromptError(f"{path}: no prompts in it: write one a line")
 

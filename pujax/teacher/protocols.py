@@ -44,12 +44,18 @@ MOST_COUNTED = 1e12
 
 
 class Retryable(RuntimeError):
-    """This attempt failed, another may not. `billed`: the teacher may have answered and charged."""
+    """This attempt failed, another may not, `after` as many seconds.
 
-    def __init__(self, reason: str, *, after: float = 0.0, billed: bool = False) -> None:
+    `billed`: the teacher may have answered and charged. `busy`: it has too much to do.
+    """
+
+    def __init__(
+        self, reason: str, *, after: float = 0.0, billed: bool = False, busy: bool = False
+    ) -> None:
         super().__init__(reason)
         self.after = after
         self.billed = billed
+        self.busy = busy
 
 
 class Unreachable(Retryable):

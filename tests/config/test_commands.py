@@ -480,5 +480,5 @@ def act(_):
 sys.argv = ["x", "experiment=smoke"]
 command("train", TrainConfig, act)()
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=600)
     assert (done.returncode, done.stderr) == (143, "")

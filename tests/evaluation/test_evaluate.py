@@ -244,6 +244,21 @@ def test_a_table_that_is_too_wide_goes_on_in_another_and_cuts_no_number(width):
         assert word in text.split()
 
 
+def test_what_reads_like_markup_is_shown_as_it_is():
+    marked = {
+        name: replace(metric.shown, title=f"[b]{name}[/x]") for name, metric in METRICS.items()
+    }
+    arm = tables.Arm("runs[/bold]", (replace(three()[0], shown=marked),))
+    named = tables.named(["[corner]", "[/head]"], [["[row]", "[/cell]"]], "[/caption]")
+    console = Console(file=io.StringIO(), width=100)
+    with console.capture() as capture:
+        console.print(tables.table([arm]))
+        console.print(named)
+    words = capture.get().split()
+    written = ("runs[/bold]", "[b]rouge_l[/x]", "[corner]", "[/head]", "[row]", "[/cell]")
+    assert {*written, "[/caption]"} <= set(words)
+
+
 def test_the_markdown_table_has_a_row_a_metric_and_a_column_a_model_and_difference():
     lines = tables.markdown(three()).splitlines()
     assert lines[0] == "| held-out | base | sft | aligned | sft - base | aligned - sft |"

@@ -1,5 +1,6 @@
 import errno
 import json
+import logging
 import shutil
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_a_write_that_fails_halfway_leaves_the_last_good_one(checkpoints, tmp_pa
     assert place == Place("sft", 1)
     assert_same(state, make_state(1.0))
     reopened.close()
+
+
+@pytest.mark.parametrize("name", ["absl", "asyncio"])
+def test_what_orbax_logs_of_a_failure_stands_above_no_line(name, caplog):
+    log = logging.getLogger(name)
+    caplog.set_level(logging.WARNING, logger=name)
+    log.addHandler(caplog.handler)  # absl's hands nothing on
+    log.error("Thread 1 raised an exception: No space left on device")
+    log.error("Task exception", exc_info=OSError(28, "No space left on device"))
+    log.warning("something else")
+    log.removeHandler(caplog.handler)
+    assert set(caplog.messages) == {"something else"}
 
 
 def test_the_reference_is_written_once_and_comes_back(checkpoints):

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import re
 import struct
 
@@ -274,6 +275,20 @@ def test_tensorboard_gets_a_run_a_stage_and_purges_what_a_resume_makes_again(tmp
             if event.session_log.status == PROTOS["SessionLog"].START
         ]
         assert starts == [first]
+
+
+def test_a_flush_waits_for_the_disk_of_metrics_and_samples(tmp_path, monkeypatch):
+    waited, real = set(), os.fsync
+
+    def fsync(descriptor):
+        waited.add(os.fstat(descriptor).st_ino)
+        real(descriptor)
+
+    with RunLog(tmp_path) as log:
+        log.step("sft", 1, {"loss": 0.5}, seconds=1.0, tokens=1)
+        monkeypatch.setattr("pujax.run.logs.os.fsync", fsync)
+        log.flush()
+    assert waited >= {(tmp_path / f"{name}.jsonl").stat().st_ino for name in ("metrics", "samples")}
 
 
 def test_an_evaluation_is_on_the_disk_at_once_and_once_in_tensorboard(tmp_path):

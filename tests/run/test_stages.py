@@ -2,6 +2,7 @@
 
 import io
 import json
+import signal
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
+from pujax.errors import StopRequested
 from pujax.evaluation.results import Evaluation, Row
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
@@ -186,6 +188,23 @@ def test_a_stage_killed_anywhere_hands_on_what_one_does_that_was_not(tmp_path):
         assert metrics(directory) == metrics(tmp_path / "whole"), moment
 
 
+def test_what_is_logged_is_on_the_disk_before_the_checkpoint_behind_it(tmp_path, monkeypatch):
+    put = []
+
+    def recorded(kind, name, done):
+        def record(self, *given):
+            put.append(name)
+            done(self, *given)
+
+        monkeypatch.setattr(kind, name, record)
+
+    recorded(RunLog, "flush", RunLog.flush)
+    recorded(Checkpoints, "save", Checkpoints.save)
+    gone_through(tmp_path, RISES_AND_FALLS, steps=4, criterion=None)
+    before = [put[place - 1] for place, name in enumerate(put) if name == "save"]
+    assert before == ["flush"] * 2  # after steps 3 and 4
+
+
 def test_a_best_state_outlives_the_loss_of_the_newest_checkpoint(tmp_path):
     """Checkpoints after 3 and 6, and of the measured states 3 was the best by then, and 5."""
     rising = [0.1 * step for step in range(8)]
@@ -206,6 +225,48 @@ def test_a_best_state_outlives_the_loss_of_the_newest_checkpoint(tmp_path):
     value, step, said = gone_through(tmp_path, falling, steps=7, criterion=criterion, every=1)
     assert (value, step) == (3.0, 3)
     assert "going on from the one before it, 3" in said[0]
+
+
+def test_a_wish_to_stop_is_granted_while_evaluating_and_costs_no_evaluation(tmp_path, monkeypatch):
+    row = Row("0", None, "?", None, "a", "b", {"exact": 0.0})
+    wished = 0
+
+    def evaluate(*_, name, collate, **more):
+        collate(EXAMPLES)
+        return Evaluation(name, (row,))
+
+    def heard(*_):
+        nonlocal wished
+        wished = signal.SIGTERM
+
+    monkeypatch.setattr("pujax.run.stages.evaluate", evaluate)
+    unused: Any = SimpleNamespace(clone=lambda budget: None, decode=None, evaluation=heard)
+    config, console = TrainConfig(eval=EvalConfig(batch=8)), Console(file=io.StringIO())
+    run = Run(
+        config,
+        tmp_path,
+        make_mesh(),
+        unused,
+        None,
+        DATA,
+        DATA,
+        {},
+        unused,
+        unused,
+        unused,
+        console,
+        print,
+        lambda: wished,
+    )
+    with pytest.raises(
+        StopRequested, match="stopped after evaluating base; the state is in"
+    ) as end:
+        run.evaluated("base", 0, {"embed": jnp.zeros(2)})
+    assert end.value.number == signal.SIGTERM
+    assert (tmp_path / "eval-base.jsonl").exists()
+    with pytest.raises(StopRequested, match="stopped while evaluating sft"):
+        run.evaluated("sft", 0, {"embed": jnp.zeros(2)})
+    assert not (tmp_path / "eval-sft.jsonl").exists()
 
 
 def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draws(

@@ -18,4 +18,4 @@ def store(tmp_path):
 @pytest.fixture(autouse=True)
 def quick_backoff(monkeypatch):
     """Wait as long as the server asks, but no more than a blink otherwise."""
-    monkeypatch.setattr(asking, "_backoff", lambda state: state.outcome.exception().after)
+    monkeypatch.setattr(asking, "_backoff", lambda error, doubled: error.after)
