@@ -35,7 +35,7 @@ from pujax.config.sweeps import (
     sweeping,
     title,
 )
-from pujax.errors import ConfigError, PujaxError, StopRequested, require
+from pujax.errors import ConfigError, PujaxError, StopRequested, require, stops
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
@@ -100,8 +100,7 @@ def command(
 
     def main() -> None:
         hold(f"pujax.{name}")
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            _exit_on_sigterm()
+        _exit_on_signals()
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return
@@ -179,9 +178,13 @@ def command(
     return main
 
 
-def _exit_on_sigterm() -> None:
-    """SIGTERM becomes a SystemExit, so that what is temporary is removed on the way out."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def _exit_on_signals() -> None:
+    """What asks to stop becomes a SystemExit, so that what is temporary is removed on the way."""
+    by_default = [n for n in stops() if signal.getsignal(n) is signal.SIG_DFL]
+    if not by_default:
+        return
+    for one in by_default:
+        signal.signal(one, lambda number, _: sys.exit(128 + number))
     shown = sys.unraisablehook
 
     def swallowed(unraisable: Any) -> None:
