@@ -33,7 +33,9 @@ THOUGHT = re.compile(
 
 
 def failures_path(store: Path) -> Path:
-    """Where the answers of `store` that can't be anchors are kept."""
+    """Where the answers of `store` that can't be anchors are kept. Raises `StoreError`."""
+    if not store.name:
+        raise StoreError(f"{store}: is a folder: name a file in it with `store`")
     return store.with_name(f"{store.stem}.failed{store.suffix}")
 
 

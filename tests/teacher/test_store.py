@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -158,6 +159,12 @@ def full(monkeypatch, *, room, ballast):
 
     monkeypatch.setattr(os, "write", limited)
     monkeypatch.setattr(os, "ftruncate", ftruncate)
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_store_without_a_name_is_refused(path):
+    with pytest.raises(StoreError, match="is a folder: name a file in it"):
+        Contents(Path(path))
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path):
