@@ -66,6 +66,29 @@ def read_records(path: Path, failed: bool | None = None) -> Iterator[tuple[int, 
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
 
 
+def check_torn(raw: bytes, file: Path) -> None:
+    """Raise `StoreError` unless a file's last line, which lacks its end, is the start of a record.
+
+    A crash may leave zeros behind it. What else ends without a newline is somebody's file, or was
+    saved with other ends of lines.
+    """
+    begun = raw.rstrip(b"\0")
+    head = re.sub(rb"[ \t]", b"", begun[:40])
+    ours = any(start[: len(head)] == head[: len(start)] for start in (b'{"format":1,', b'{"key":"'))
+    try:
+        json.loads(begun)
+        ours = False
+    except (UnicodeDecodeError, RecursionError):  # cut inside of a character
+        pass
+    except ValueError as error:
+        ours = ours and not str(error).startswith("Extra data")
+    if begun and (not ours or re.search(rb"[\x00-\x08\x0a-\x1f]", begun)):
+        raise StoreError(
+            f"{file}: its last line is neither a record nor the start of one: take it out, end "
+            "each line with a newline, or choose another `store`"
+        )
+
+
 def check_plain(path: Path) -> None:
     """Raise `StoreError` for a folder, a pipe or a device: some of them are read without end."""
     with contextlib.suppress(FileNotFoundError, NotADirectoryError):
