@@ -9,7 +9,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -40,7 +41,7 @@ from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
 
-# Hydra's options that have a value as their next word; --info may have one.
+# Hydra's options that have a value as their next word.
 VALUED = frozenset(
     {
         "--cfg",
@@ -56,6 +57,9 @@ VALUED = frozenset(
         "--experimental-rerun",
     }
 )
+
+SHOWING = frozenset({"--cfg", "-c", "--info", "-i"})
+"""Hydra's options with which it prints settings and does nothing."""
 
 REMEDIES = {
     errno.ENOSPC: "make room and start the same command again",
@@ -100,6 +104,10 @@ def command(
 
     def main() -> None:
         hold(f"pujax.{name}")
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            sys.exit(f"pujax.{name}: the working directory is gone: cd to one that is there")
         _exit_on_signals()
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
@@ -158,7 +166,13 @@ def command(
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
-                hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
+                main = hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)
+                if not SHOWING.isdisjoint(options):
+                    with redirect_stdout(StringIO()) as shown:
+                        main()
+                    print(masked(shown.getvalue(), [*typed, *overrides]), end="")
+                    return
+                main()
                 if aside:
                     hold_failures(aside)
         except (KeyboardInterrupt, Exception, _Ended) as error:
@@ -224,7 +238,9 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
             overrides.append(word)
             continue
         options.append(word)
-        if rest and (word in VALUED or (word in ("--info", "-i") and "=" not in rest[0])):
+        if word in ("--info", "-i"):  # without a word of its own it would take an override
+            options.append(rest.pop(0) if rest and re.fullmatch(r"[a-z-]+", rest[0]) else "all")
+        elif rest and word in VALUED:
             options.append(rest.pop(0))
     try:
         _, unknown = parser.parse_known_args(options)
