@@ -3,7 +3,7 @@
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
 `stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
 reached, 1 after an error or when nothing that was asked got a usable answer, and 128 + the signal's
-number after SIGINT or SIGTERM.
+number after Ctrl-C, SIGTERM or a closed terminal.
 """
 
 import heapq
@@ -113,7 +113,7 @@ def run(settings: CollectRun) -> int:
     ) as progress:
         show = _reporter(progress)
         tally = collect(prompts, teacher, store, settings.collect, tick=show)
-    if tally.stopped in ("SIGINT", "SIGTERM"):
+    if tally.stopped in signal.Signals.__members__:
         return 128 + signal.Signals[tally.stopped]
     if tally.asked and not tally.answered and not tally.stopped:
         last = f" (the last: {tally.trouble})" if tally.trouble else ""

@@ -1,6 +1,7 @@
 """The errors of every room, and the checks that raise them."""
 
 import inspect
+import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable
@@ -76,6 +77,15 @@ class StopRequested(Exception):
     def __init__(self, message: str, number: int) -> None:
         super().__init__(message)
         self.number = number
+
+
+def stops() -> list[signal.Signals]:
+    """The signals that ask to stop: Ctrl-C, SIGTERM, and SIGHUP when a terminal is closed.
+
+    Where SIGHUP is ignored, as under nohup, whoever started this wants it to go on.
+    """
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:

@@ -43,7 +43,7 @@ class ServeConfig:
 
 
 def run(settings: ServeConfig) -> None:
-    """Serve as told, until SIGINT or SIGTERM."""
+    """Serve as told, until Ctrl-C, SIGTERM or a closed terminal."""
     from pujax.inference.serving import require_free, require_server, serve, to_serve
 
     require_server()

@@ -391,16 +391,17 @@ def test_two_processes_share_a_store_and_ask_nothing_twice(server, tmp_path):
     assert len(list(read_records(tmp_path / "anchors.jsonl"))) == 300
 
 
-def test_sigterm_waits_for_what_is_in_flight_and_keeps_it(server, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_stop_waits_for_what_is_in_flight_and_keeps_it(server, tmp_path, number):
     prompts = write(tmp_path / "prompts.jsonl", 2000)
     server.latency = 0.3
     running = start(tmp_path, *asking(server.url, prompts))
     while server.seen < 20:
         time.sleep(0.01)
-    running.send_signal(signal.SIGTERM)
+    running.send_signal(number)
     said, _ = running.communicate()
-    assert running.returncode == 128 + signal.SIGTERM
-    assert "stopped: SIGTERM" in said
+    assert running.returncode == 128 + number
+    assert f"stopped: {number.name}" in said
     assert len(list(read_records(tmp_path / "anchors.jsonl"))) == server.delivered.total() >= 16
 
 

@@ -9,7 +9,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, redirect_stdout
+from io import StringIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,12 +36,12 @@ from pujax.config.sweeps import (
     sweeping,
     title,
 )
-from pujax.errors import ConfigError, PujaxError, StopRequested, require
+from pujax.errors import ConfigError, PujaxError, StopRequested, require, stops
 from pujax.text import MASKED, from_environment, hide, mask, secrets_in
 
 T = TypeVar("T")
 
-# Hydra's options that have a value as their next word; --info may have one.
+# Hydra's options that have a value as their next word.
 VALUED = frozenset(
     {
         "--cfg",
@@ -56,6 +57,9 @@ VALUED = frozenset(
         "--experimental-rerun",
     }
 )
+
+SHOWING = frozenset({"--cfg", "-c", "--info", "-i"})
+"""Hydra's options with which it prints settings and does nothing."""
 
 REMEDIES = {
     errno.ENOSPC: "make room and start the same command again",
@@ -100,8 +104,11 @@ def command(
 
     def main() -> None:
         hold(f"pujax.{name}")
-        if signal.getsignal(signal.SIGTERM) is signal.SIG_DFL:
-            _exit_on_sigterm()
+        try:
+            os.getcwd()
+        except FileNotFoundError:
+            sys.exit(f"pujax.{name}: the working directory is gone: cd to one that is there")
+        _exit_on_signals()
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return
@@ -159,7 +166,13 @@ def command(
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
-                hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)()
+                main = hydra.main(config_path=str(where), config_name=name, version_base="1.3")(job)
+                if not SHOWING.isdisjoint(options):
+                    with redirect_stdout(StringIO()) as shown:
+                        main()
+                    print(masked(shown.getvalue(), [*typed, *overrides]), end="")
+                    return
+                main()
                 if aside:
                     hold_failures(aside)
         except (KeyboardInterrupt, Exception, _Ended) as error:
@@ -179,9 +192,13 @@ def command(
     return main
 
 
-def _exit_on_sigterm() -> None:
-    """SIGTERM becomes a SystemExit, so that what is temporary is removed on the way out."""
-    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+def _exit_on_signals() -> None:
+    """What asks to stop becomes a SystemExit, so that what is temporary is removed on the way."""
+    by_default = [n for n in stops() if signal.getsignal(n) is signal.SIG_DFL]
+    if not by_default:
+        return
+    for one in by_default:
+        signal.signal(one, lambda number, _: sys.exit(128 + number))
     shown = sys.unraisablehook
 
     def swallowed(unraisable: Any) -> None:
@@ -221,7 +238,9 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
             overrides.append(word)
             continue
         options.append(word)
-        if rest and (word in VALUED or (word in ("--info", "-i") and "=" not in rest[0])):
+        if word in ("--info", "-i"):  # without a word of its own it would take an override
+            options.append(rest.pop(0) if rest and re.fullmatch(r"[a-z-]+", rest[0]) else "all")
+        elif rest and word in VALUED:
             options.append(rest.pop(0))
     try:
         _, unknown = parser.parse_known_args(options)

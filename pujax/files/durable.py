@@ -1,12 +1,13 @@
 """Files that a crash leaves whole: written at once, and lines whose torn tail is left out."""
 
 import errno
+import fcntl
 import json
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ Line = dict[str, Any]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FORBIDDEN = (errno.EACCES, errno.EPERM, errno.EROFS)
-_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY)
+_IN_THE_WAY = (errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ELOOP)
 _NO_FSYNC = (errno.EINVAL, errno.ENOTSUP)  # what a file system says that can't flush a folder
 
 
@@ -54,19 +55,21 @@ def write_whole(path: Path, content: bytes) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file to, which takes its place when the block ends.
 
-    Nothing is left at that name when the block fails. Raises `DiskError` as `write_whole` does,
-    also for an OSError in the block.
+    Who writes the same file at this moment is waited for: each time it is written whole. Nothing is
+    left at that name when the block fails. Raises `DiskError` as `write_whole` does, also for an
+    OSError in the block.
     """
     beside = path.with_name(f".{path.name}.new")
-    with on_disk(path):
-        if beside.is_dir():
-            raise IsADirectoryError(errno.EISDIR, f"{beside} is a folder", str(beside))
+    with on_disk(path), _held(beside):
+        placed = False
         try:
             yield beside
             flush(beside)
             beside.replace(path)
+            placed = True
         finally:
-            beside.unlink(missing_ok=True)
+            if not placed:  # or else another process may have that name by now
+                beside.unlink(missing_ok=True)
         flush(path.parent)
 
 
@@ -78,6 +81,27 @@ def refuse_unwritable(folder: Path) -> None:
     there = next((place for place in (folder, *folder.parents) if os.path.lexists(place)), folder)
     with on_disk(folder), tempfile.TemporaryFile(dir=there):
         pass
+
+
+@contextmanager
+def _held(path: Path) -> Iterator[None]:
+    """A file at `path` that no other process has until the block ends; no link is followed."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        try:
+            with suppress(OSError):  # some file systems have no locks
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    break
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # whoever had it gave it another name
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def flush(path: Path) -> None:

@@ -6,6 +6,7 @@ export wrote: a directory is known by its model card and each file in it by its 
 by a key in it.
 """
 
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -171,7 +172,7 @@ def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Pat
     """
     refuse_foreign_directory(directory, last)
     fresh, existed = directory / _STAGE, directory.exists()
-    with on_disk(directory):
+    with on_disk(directory), _alone(directory):
         try:
             shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
             fresh.mkdir(parents=True)
@@ -182,6 +183,30 @@ def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Pat
             if not existed:
                 with suppress(OSError):
                     directory.rmdir()  # if it is empty
+
+
+@contextmanager
+def _alone(directory: Path) -> Iterator[None]:
+    """Make `directory`, in which no other process exports until the block ends.
+
+    Raises `ConfigError` where one does.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(directory, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise ConfigError(
+            f"out={directory}: another process exports into it: wait for that, or choose another "
+            "directory"
+        ) from error
+    except OSError:  # NFS locks files alone
+        pass
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:

@@ -15,12 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pujax
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, stops
 from pujax.files.durable import on_disk
 from pujax.files.locate import at_home, cache_folder, locate
 from pujax.inference.finished import finished_run
-
-STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass(frozen=True)
@@ -118,7 +116,7 @@ def serve(
     threads: int | None,
     ready: Callable[[str], None],
 ) -> None:
-    """Serve until SIGINT or SIGTERM, then end the process with status 0.
+    """Serve until a signal to stop, then end the process with status 0.
 
     `ready` is given the server's address. Raises `ConfigError` where the server does not start; its
     reason then stands on standard error.
@@ -144,7 +142,7 @@ def serve(
     asleep, waker = socket.socketpair()
     waker.setblocking(False)
     signal.set_wakeup_fd(waker.fileno(), warn_on_full_buffer=False)
-    for number in STOPS:
+    for number in stops():
         signal.signal(number, lambda *_: None)
     try:
         server = xllamacpp.Server(settings)

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pujax.config.functions import build, build_loss, build_metrics
 from pujax.config.settings import TrainConfig
-from pujax.errors import require
+from pujax.errors import require, stops
 from pujax.evaluation import findings, page, tables
 from pujax.evaluation.results import Evaluation
 from pujax.files.chat import Chat
@@ -61,7 +61,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     """Do the run in `directory`, or go on with it from its newest checkpoint.
 
     Raises `ConfigError`, `DataError`, `CheckpointError` or `NonFiniteError`; `StopRequested` after
-    SIGTERM or Ctrl-C, with the state saved.
+    SIGTERM, Ctrl-C or a closed terminal, with the state saved.
     """
     console = console or Console()
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
@@ -361,7 +361,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
 @contextmanager
 def stop_signals() -> Iterator[Callable[[], int]]:
-    """SIGTERM and Ctrl-C become a wish that the step loop grants; a second Ctrl-C is at once."""
+    """What asks to stop becomes a wish that the step loop grants; a second Ctrl-C is at once."""
     wished = 0
 
     def wish(number: int, frame: object) -> None:
@@ -370,7 +370,7 @@ def stop_signals() -> Iterator[Callable[[], int]]:
             raise KeyboardInterrupt
         wished = number
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, wish) for number in stops()}
     try:
         yield lambda: wished
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 import tenacity
 from aiolimiter import AsyncLimiter
 
-from pujax.errors import StoreError, TeacherError
+from pujax.errors import StoreError, TeacherError, stops
 from pujax.records import Prompt, messages_key
 from pujax.teacher.endpoint import OpenTeacher, open_endpoint
 from pujax.teacher.plan import CHARS_PER_TOKEN, Spend, cost, estimate_tokens
@@ -446,7 +446,7 @@ def ask_all(
 ) -> Tally:
     """Ask `teacher` for every anchor that `store` lacks and keep each; how it went.
 
-    SIGINT or SIGTERM stops: no more is asked, what is in flight is waited for and kept.
+    A signal to stop does so: no more is asked, what is in flight is waited for and kept.
     """
     open_teacher: OpenTeacher = teacher.protocol or open_endpoint
 
@@ -455,7 +455,7 @@ def ask_all(
             collection = Collection(black_box, teacher, store, settings, tick, say)
             loop, caught = asyncio.get_running_loop(), []
             if threading.current_thread() is threading.main_thread():
-                caught = [signal.SIGINT, signal.SIGTERM]
+                caught = stops()
 
             def stop(number: signal.Signals) -> None:
                 collection.stop(number.name)

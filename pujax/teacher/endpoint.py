@@ -6,6 +6,7 @@ import email.utils
 import ipaddress
 import json
 import os
+import re
 import sys
 import time
 import urllib.request
@@ -165,6 +166,8 @@ class HttpTeacher:
                 client.stream("POST", url, json=body) as response,
             ):
                 data = await _whole(response)
+            if _sent_more(client):
+                await response.extensions["network_stream"].aclose()
         except (TimeoutError, httpx.TimeoutException) as error:
             if isinstance(error, httpx.ConnectTimeout):
                 raise Unreachable(f"{url}: no connection in {self._timeout:g} s") from error
@@ -226,6 +229,11 @@ class HttpTeacher:
         try:
             body = json.loads(text)
         except (ValueError, RecursionError) as error:
+            if response.is_success and re.match(r"\s*(event|data|id|retry)?:", text):
+                raise TeacherError(
+                    f"{self._url} streams its answers: set +teacher.extra_body.stream=false, or "
+                    "choose a server that sends them whole"
+                ) from error
             if response.is_success:
                 raise Retryable("the answer is not JSON", billed=True) from error
             body = None
@@ -291,6 +299,22 @@ class HttpTeacher:
 def _is_own(function: Callable[..., Any]) -> bool:
     """Whether a function is the user's own and not one of pujax."""
     return not name_of(function).startswith("pujax.")
+
+
+def _sent_more(client: httpx.AsyncClient) -> bool:
+    """Whether more came than the answer, which would be taken for that to the next request.
+
+    httpcore closes a connection on which something comes between two requests, but keeps what came
+    in one piece with an answer, and shows it nowhere.
+    """
+    transports: list[Any] = [client._transport, *client._mounts.values()]
+    for connection in (one for transport in transports for one in transport._pool.connections):
+        while (inner := getattr(connection, "_connection", None)) is not None:
+            connection = inner
+        state = getattr(connection, "_h11_state", None)  # HTTP/2 says which request each answers
+        if state is not None and state.trailing_data[0]:
+            return True
+    return False
 
 
 async def _whole(response: httpx.Response) -> bytes:

@@ -12,7 +12,7 @@ from typing import Any
 from pujax.errors import PromptError
 from pujax.records import Prompt, canonical, messages_key
 from pujax.teacher import tables
-from pujax.text import printable, surrogate_at
+from pujax.text import blank, printable, surrogate_at
 
 ROLES = ("system", "user", "assistant")
 
@@ -124,7 +124,7 @@ def _file(path: Path) -> Rows:
 def _text_lines(path: Path) -> Rows:
     for place, line, _ in _lines(path):
         for part in line.split("\r"):  # an old Mac's ends of lines too
-            if part.strip():
+            if not blank(part):
                 yield place, {"prompt": part.strip()}
 
 
@@ -239,7 +239,7 @@ def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
 
 def checked_text(value: Any, name: str, place: str) -> str:
     """`value`, a text that isn't empty and that UTF-8 can hold. Raises `PromptError`."""
-    if not isinstance(value, str) or not value.strip():
+    if not isinstance(value, str) or blank(value):
         raise PromptError(f"{place}: `{name}` must be a text that isn't empty, found {value!r:.60}")
     at = surrogate_at(value)
     if at is not None:
@@ -252,7 +252,7 @@ def checked_text(value: Any, name: str, place: str) -> str:
 
 def _optional(value: Any, name: str, place: str) -> str | None:
     """A text, or a number as one; None when there is nothing."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if value is None or (isinstance(value, str) and blank(value)):
         return None
     if isinstance(value, float) and math.isfinite(value):
         return str(value)

@@ -145,6 +145,10 @@ class TeacherConfig:
                 name = secret_query(self.base_url)
             except ValueError as error:
                 raise ConfigError(f"teacher.base_url is not an address: {error}") from error
+            if "#" in self.base_url:
+                raise ConfigError(
+                    "teacher.base_url has a part after #, which no server gets: take it out"
+                )
             if "@" in self.base_url:
                 raise ConfigError("teacher.base_url holds a password: use teacher.api_key_env")
             segment = secret_segment(self.base_url)

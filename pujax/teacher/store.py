@@ -33,7 +33,9 @@ THOUGHT = re.compile(
 
 
 def failures_path(store: Path) -> Path:
-    """Where the answers of `store` that can't be anchors are kept."""
+    """Where the answers of `store` that can't be anchors are kept. Raises `StoreError`."""
+    if not store.name:
+        raise StoreError(f"{store}: is a folder: name a file in it with `store`")
     return store.with_name(f"{store.stem}.failed{store.suffix}")
 
 
@@ -62,6 +64,29 @@ def read_records(path: Path, failed: bool | None = None) -> Iterator[tuple[int, 
                 yield end, parse(raw, f"{path}:{number}", failed)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
+
+
+def check_torn(raw: bytes, file: Path) -> None:
+    """Raise `StoreError` unless a file's last line, which lacks its end, is the start of a record.
+
+    A crash may leave zeros behind it. What else ends without a newline is somebody's file, or was
+    saved with other ends of lines.
+    """
+    begun = raw.rstrip(b"\0")
+    head = re.sub(rb"[ \t]", b"", begun[:40])
+    ours = any(start[: len(head)] == head[: len(start)] for start in (b'{"format":1,', b'{"key":"'))
+    try:
+        json.loads(begun)
+        ours = False
+    except (UnicodeDecodeError, RecursionError):  # cut inside of a character
+        pass
+    except ValueError as error:
+        ours = ours and not str(error).startswith("Extra data")
+    if begun and (not ours or re.search(rb"[\x00-\x08\x0a-\x1f]", begun)):
+        raise StoreError(
+            f"{file}: its last line is neither a record nor the start of one: take it out, end "
+            "each line with a newline, or choose another `store`"
+        )
 
 
 def check_plain(path: Path) -> None:

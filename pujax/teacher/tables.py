@@ -13,6 +13,8 @@ from pujax.teacher.settings import MAPPED, DatasetConfig
 COLUMNS = ("prompt", "messages", "instruction", "conversations", "chosen")
 """A table has one of them, or what is asked would be its header."""
 
+LONGEST = 2**31 - 1  # characters of a cell; Python's own limit is less than a long document has
+
 Rows = Iterator[tuple[str, Mapping[str, Any]]]
 
 
@@ -23,6 +25,7 @@ def csv_rows(path: Path) -> Rows:
     """
     tabs = path.suffix.lower() == ".tsv"
     line = 0
+    csv.field_size_limit(LONGEST)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             rows = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=not tabs)
@@ -146,6 +149,9 @@ def _fill(template: str, row: Mapping[str, Any], place: str) -> str:
 def _check_columns(names: list[str], place: str) -> None:
     if len(names) == 1 and ";" in names[0] and set(COLUMNS) & set(names[0].split(";")):
         raise PromptError(f"{place}: separated by semicolons: separate by commas, or use a .tsv")
+    twice = sorted({name for name in names if names.count(name) > 1 and name in MAPPED + COLUMNS})
+    if twice:
+        raise PromptError(f"{place}: two columns are called {twice[0]!r}: rename one of them")
     if not set(COLUMNS) & set(names):
         raise PromptError(
             f"{place}: the columns are {names}: name one `prompt` (and others `answer`, `kind`, "

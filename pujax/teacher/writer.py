@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Any
 
 from pujax.errors import StoreError
-from pujax.teacher.store import TAIL, Contents, Mark, check_plain, digest, failures_path, parse
+from pujax.teacher.store import (
+    TAIL,
+    Contents,
+    Mark,
+    check_plain,
+    check_torn,
+    digest,
+    failures_path,
+    parse,
+)
 from pujax.text import counted
 
 FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -139,6 +148,7 @@ class AnchorStore:
             os.fsync(descriptor)
             self.repairs.append(f"{file}: ended the last record, which lacked its newline")
             return
+        check_torn(torn, file)
         os.ftruncate(descriptor, size - len(torn))
         os.fsync(descriptor)
         self.repairs.append(f"{file}: cut off a torn last line of {len(torn)} bytes, to ask again")

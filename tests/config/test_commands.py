@@ -122,6 +122,28 @@ def test_every_path_is_led_home_by_the_one_function():
     assert found == {"files/locate.py"}
 
 
+@pytest.mark.parametrize("option", [["--cfg", "job", "--resolve"], ["--cfg", "all"], ["-i"]])
+def test_settings_that_are_shown_hide_what_is_secret(monkeypatch, capsys, option):
+    monkeypatch.setenv("ONCE_TOKEN", "out-of-the-env")
+    words = ["data.system=${oc.env:ONCE_TOKEN}", "run.name=shown", "+run.password=typed-in"]
+    assert called(monkeypatch, print, "experiment=smoke", *option, *words) == 0
+    said = capsys.readouterr().out
+    assert "shown" in said
+    assert "out-of-the-env" not in said
+    assert "typed-in" not in said
+
+
+def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):
+    before = os.getcwd()
+    os.chdir(tmp_path)
+    tmp_path.rmdir()
+    try:
+        said = called(monkeypatch, print, "experiment=smoke")
+    finally:
+        os.chdir(before)
+    assert said == "pujax.train: the working directory is gone: cd to one that is there"
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def act(_):
         return [][1]

@@ -2,12 +2,13 @@ import errno
 import os
 import stat
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from pujax.errors import DiskError, PujaxError
 from pujax.files import durable
-from pujax.files.durable import read_jsonl, write_whole
+from pujax.files.durable import read_jsonl, write_whole, written_whole
 
 
 def test_what_is_written_is_on_the_disk_with_the_folder_that_names_it(tmp_path, monkeypatch):
@@ -42,6 +43,28 @@ def test_a_write_that_fails_leaves_the_old_file_and_one_line(number, remedy, tmp
         write_whole(path, b"new")
     assert "\n" not in str(caught.value)
     assert [(p.name, p.read_bytes()) for p in tmp_path.iterdir()] == [("a.json", b"old")]
+
+
+def test_of_two_that_write_one_file_at_once_each_writes_all_of_it(tmp_path):
+    path = tmp_path / "a.json"
+    with ThreadPoolExecutor(1) as second:
+        with written_whole(path) as beside:
+            beside.write_bytes(b"first")
+            writing = second.submit(write_whole, path, b"second")
+            with pytest.raises(TimeoutError):
+                writing.result(timeout=0.2)
+            assert beside.read_bytes() == b"first"
+        writing.result(timeout=10)
+    assert path.read_bytes() == b"second"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_no_link_is_followed_to_where_a_file_is_written_first(tmp_path):
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    (tmp_path / ".a.json.new").symlink_to("theirs")
+    with pytest.raises(DiskError, match="move away what is in its way"):
+        write_whole(tmp_path / "a.json", b"{}")
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
 
 
 def test_what_libraries_in_rust_say_of_a_full_disk_is_understood(tmp_path):

@@ -1,6 +1,7 @@
 """Where an export may write, and what is there after a kill, a full disk or another export."""
 
 import errno
+import fcntl
 import json
 import os
 import shutil
@@ -103,6 +104,18 @@ def test_a_directory_of_others_is_refused_and_left_as_it_is(form, names, chat, a
     with pytest.raises(ConfigError, match=r"no such export wrote.*choose an empty or a new"):
         write()
     assert tree(tmp_path) == before
+
+
+def test_a_directory_into_which_another_process_exports_is_left_to_it(chat, model, tmp_path):
+    out = tmp_path / "out"
+    (out / ".pujax-export").mkdir(parents=True)
+    other = os.open(out, os.O_RDONLY)
+    fcntl.flock(other, fcntl.LOCK_EX)
+    with pytest.raises(ConfigError, match="another process exports into it"):
+        export_hf(*model, chat, out, {})
+    assert os.listdir(out) == [".pujax-export"]
+    os.close(other)
+    export_hf(*model, chat, out, {})
 
 
 def test_what_others_put_beside_an_export_stays(chat, model, adapted, tmp_path):

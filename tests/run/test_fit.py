@@ -229,13 +229,24 @@ def test_prompts_that_are_in_both_files_are_refused(chat):
         load_data(both, chat, lambda line: None)
 
 
-def test_a_wish_to_stop_is_heard_and_the_handlers_come_back():
-    before = signal.getsignal(signal.SIGTERM)
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_wish_to_stop_is_heard_and_the_handlers_come_back(number):
+    before = signal.getsignal(number)
     with stop_signals() as stopping:
         assert not stopping()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stopping()
-    assert signal.getsignal(signal.SIGTERM) is before
+        os.kill(os.getpid(), number)
+        assert stopping() == number
+    assert signal.getsignal(number) is before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals() as stopping:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stopping()
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.slow

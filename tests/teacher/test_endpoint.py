@@ -481,6 +481,36 @@ def test_a_long_part_of_a_secret_in_an_answer_counts_as_the_secret(server, monke
         assert ask(at(server, api_key_env="MY_KEY")).text == harmless
 
 
+def test_an_answer_that_comes_twice_is_not_the_next_ones():
+    async def twice(reader, writer):
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                size = int(re.findall(rb"content-length: (\d+)", head.lower())[0])
+                asked = json.loads(await reader.readexactly(size))["messages"][-1]["content"]
+                data = json.dumps(completion(f"to {asked}")).encode()
+                writer.write(
+                    2 * (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+                )
+        writer.close()
+
+    async def several():
+        async with await asyncio.start_server(twice, "127.0.0.1", 0) as server:
+            url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
+            settings = TeacherConfig(base_url=url, model="m")
+            async with endpoint.HttpTeacher(settings, timeout=60.0, connections=1) as http:
+                return [(await http.ask([TURN | {"content": text}])).text for text in "abc"]
+
+    assert asyncio.run(several()) == ["to a", "to b", "to c"]
+
+
+def test_a_server_that_streams_unasked_ends_the_run_at_its_first_answer(server):
+    line = b'data: {"choices": [{"delta": {"content": "Hi"}}]}\n\n'
+    server.reply = lambda request: (200, {"content-type": "text/event-stream"}, line)
+    with pytest.raises(TeacherError, match=r"streams its answers: set .*stream=false"):
+        ask(at(server))
+
+
 def test_a_connection_that_breaks_without_a_word_names_what_broke(server, monkeypatch):
     async def broken(response):
         raise endpoint.httpx.ReadError("")

@@ -253,6 +253,13 @@ def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
         ("p.csv", ["prompt;answer", "Hi;x"], r"p\.csv:1: separated by semicolons"),
         ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
         ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
+        ("p.csv", ["prompt,answer,prompt", "a,b,c"], r"p\.csv:1: two columns are called 'prompt'"),
+        ("p.txt", ["\u200b", " \ufeff "], r"no prompts in it"),
+        (
+            "p.jsonl",
+            ['{"prompt": "\u200b"}'],
+            r"p\.jsonl:1: `prompt` must be a text that isn't empty",
+        ),
         ("p.csv", ["messages", "no"], r"p\.csv:2: `messages` is not JSON"),
         ("p.csv", ["prompt"], r"no prompts in it"),
         ("p.parquet", ["prompt"], r"p\.parquet: not Parquet"),
@@ -272,6 +279,11 @@ def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
 def test_what_is_wrong_in_a_table_or_a_line_is_named(tmp_path, name, rows, said):
     with pytest.raises(PromptError, match=said):
         list(load_prompts(write(tmp_path / name, *rows)))
+
+
+def test_a_cell_may_hold_a_long_document(tmp_path):
+    (prompt,) = load_prompts(write(tmp_path / "p.csv", "prompt", "long " * 40_000 + "end"))
+    assert len(prompt.messages[0]["content"]) == 200_003
 
 
 def test_numbers_are_answers_and_ids_and_empty_ones_are_none(tmp_path):

@@ -47,6 +47,7 @@ def environment(monkeypatch):
         ({"extra_body": {"user": FAKE}}, r"extra_body\.user looks secret"),
         ({"base_url": f"http://u:{SECRET}@h/v1"}, r"base_url holds a password"),
         ({"base_url": f"http://u:{SECRET}/x@h/v1"}, r"base_url holds a password"),
+        ({"base_url": f"http://h/v1#token={SECRET}"}, r"base_url has a part after #"),
         ({"base_url": "http://[::1"}, r"base_url is not an address"),
     ],
 )

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -75,6 +76,38 @@ def test_a_torn_tail_is_cut_off_reported_and_asked_again(server, store):
     assert [record["id"] for _, record in read_records(store)] == [
         f"id-prompt {n}" for n in range(3)
     ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda whole: b'{"my": "notes"}',
+        lambda whole: whole + b"my notes",
+        lambda whole: whole.replace(b"\n", b"\r"),
+        lambda whole: whole.replace(b"\n", b"\x1e"),
+        lambda whole: whole.replace(b"\n", b""),
+        lambda whole: whole.replace(b'"format": 1', b'"format": 2').splitlines()[0],
+        lambda whole: whole.replace(b'"format": 1', b'"format": 12')[:200],
+        lambda whole: whole.decode().encode("utf-16"),
+    ],
+)
+def test_a_tail_that_is_no_start_of_a_record_stays(server, store, change):
+    run(many(2), server, store)
+    changed = change(store.read_bytes())
+    store.write_bytes(changed)
+    with pytest.raises(StoreError):
+        run(many(3), server, store)
+    assert store.read_bytes() == changed
+    assert server.delivered.total() == 2
+
+
+@pytest.mark.parametrize("size", [0, 1, 9, 14, 200, -30])
+def test_zeros_behind_the_start_of_a_record_are_cut_off_with_it(server, store, size):
+    run(many(1), server, store)
+    line = store.read_bytes()
+    store.write_bytes(line + line[:size] + bytes(50))
+    AnchorStore(store).close()
+    assert store.read_bytes() == line
 
 
 def test_a_whole_record_that_lacks_its_newline_is_kept(server, store):
@@ -158,6 +191,12 @@ def full(monkeypatch, *, room, ballast):
 
     monkeypatch.setattr(os, "write", limited)
     monkeypatch.setattr(os, "ftruncate", ftruncate)
+
+
+@pytest.mark.parametrize("path", ["", "."])
+def test_a_store_without_a_name_is_refused(path):
+    with pytest.raises(StoreError, match="is a folder: name a file in it"):
+        Contents(Path(path))
 
 
 def test_a_folder_that_can_not_be_written_is_named(tmp_path):
