@@ -3,6 +3,7 @@ import json
 import shutil
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +16,7 @@ from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.types import TrainState
 
+FIELDS = ("step", "params", "opt_state", "skipped")
 MODEL = {"family": "llama", "width": 8}
 
 
@@ -51,6 +53,24 @@ def test_the_newest_state_comes_back_bit_for_bit_with_its_place(checkpoints):
     place, state = checkpoints.newest(make_state())
     assert place == Place("align", 2)
     assert_same(state, make_state(2 / 3))
+
+
+@flax.struct.dataclass
+class Before:
+    """A `TrainState` of before there were heads."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    skipped: Any
+
+
+def test_a_checkpoint_of_before_there_were_heads_is_read(checkpoints):
+    now = make_state(1 / 3)
+    checkpoints.save(1, Place("sft", 1), Before(*(getattr(now, key) for key in FIELDS)))
+    place, state = checkpoints.newest(make_state())
+    assert (place, state.head) == (Place("sft", 1), None)
+    assert_same(state, now)
 
 
 def test_only_the_newest_are_kept(checkpoints, tmp_path):
