@@ -115,6 +115,7 @@ class Group:
     labels: Float[Array, "B G"]
     valid: Bool[Array, "B G"]
     has_old_logps: bool = flax.struct.field(pytree_node=False, default=True)
+    members: Float[Array, "B M G"] | None = None  # of a family of scores, see `scoring.family`
 
 
 @flax.struct.dataclass

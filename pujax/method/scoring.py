@@ -386,6 +386,32 @@ def confident(
     return total / jnp.where(said > 0, said, 1)
 
 
+def family(
+    context: ScoringContext, *, scores: Sequence[Scorer], standardized: bool = True
+) -> Float[Array, "B G"]:
+    """The mean of several scores, which a loss is also given one by one, as `Group.members`.
+
+    `standardized` within the group's candidates, so that no member is the nearest for being flat.
+    (That scorers of one group stand for the reward models of arXiv 2405.19316 is ours.)
+    """
+    return _members(context, scores, standardized).mean(axis=1)
+
+
+def members_of(scorer: Scorer, context: ScoringContext) -> Float[Array, "B M G"] | None:
+    """The scores of a bound `family`, one by one; None for any other scorer."""
+    if not isinstance(scorer, partial) or scorer.func is not family:
+        return None
+    return _members(context, scorer.keywords["scores"], scorer.keywords.get("standardized", True))
+
+
+def _members(
+    context: ScoringContext, scores: Sequence[Scorer], standardized: bool
+) -> Float[Array, "B M G"]:
+    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    made = [score(context) for score in scores]
+    return jnp.stack([standardize(s, candidates) if standardized else s for s in made], axis=1)
+
+
 def shuffled(context: ScoringContext, *, score: Scorer) -> Float[Array, "B G"]:
     """`score` with another prompt's anchor in view: what of it does not come from the anchor."""
     return score(context.with_shuffled_anchors())

@@ -14,7 +14,7 @@ from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
 from pujax.method.sampling import sample
-from pujax.method.scoring import ScoringContext, rewards_of
+from pujax.method.scoring import ScoringContext, members_of, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
@@ -179,8 +179,10 @@ def score_group(
         functions = [found.keywords["function"] for found in rewards_of(recipe.scorer)]
         rewards = dict(zip(functions, batch.rewards, strict=True))
 
-    def scored(model: LanguageModel) -> tuple[Array, Array, Metrics, Array | None]:
-        """Scores, reference log-probs and last states, which share a pass over the responses.
+    def scored(model: LanguageModel) -> tuple[Array, Array, Metrics, Array | None, Array | None]:
+        """Scores and log-probs of the reference, notes, a family's scores, and last states.
+
+        They share a pass over the responses.
 
         What the batch brings is not computed; beside given scores the anchor's is the best.
         """
@@ -202,19 +204,20 @@ def score_group(
         if recipe.by_policy:
             context = reference.fresh(params=params, after=prefix, wants_logps=False)
         if completions.scores is None:
-            scores = recipe.scorer(context)
+            members = members_of(recipe.scorer, context)
+            scores = recipe.scorer(context) if members is None else members.mean(axis=1)
             states = None if head is None else context.last_states()
         else:
-            states = None
+            members = states = None
             best = completions.scores.max(axis=1, keepdims=True)
             scores = jnp.concatenate([best, completions.scores], axis=1)
         if wants_logps:
             logps = reference.logps(anchor=recipe.needs.anchor)
-            return scores, logps, context.notes, states
+            return scores, logps, context.notes, members, states
         known = jnp.zeros(mask.shape) if batch.ref_logps is None else batch.ref_logps
-        return scores, known, context.notes, states
+        return scores, known, context.notes, members, states
 
-    scores, ref_logps, notes, states = packed(model, batch.prompts.lengths, mask, scored)
+    scores, ref_logps, notes, members, states = packed(model, batch.prompts.lengths, mask, scored)
     labels, valid = recipe.labels(scores)
     group = Group(
         prompts=batch.prompts,
@@ -227,6 +230,7 @@ def score_group(
         labels=labels,
         valid=valid,
         has_old_logps=again or completions.logps is not None,
+        members=members,
     )
     return jax.lax.stop_gradient(group), notes, states
 
