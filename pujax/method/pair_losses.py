@@ -214,8 +214,8 @@ def e_dpo(
     is each prompt's own, so that a prompt's loss does not depend on its neighbours.
 
     The KL is the candidates' mean of -Delta, each weighed by ref / old policy, weights that sum to
-    one (self-normalised importance sampling, ours): exact as candidates grow in number. The family
-    is `Group.members`; without it, the scores alone.
+    one (self-normalised importance sampling, ours). It is exact as candidates grow in number; of a
+    few it may well be negative. The family is `Group.members`; without it, the scores alone.
     """
     require(pessimism >= 0, "loss.pessimism", pessimism, "must not be negative")
     family_BMG = group.scores[:, None] if group.members is None else group.members

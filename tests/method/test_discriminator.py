@@ -64,6 +64,7 @@ def test_states_that_are_not_finite_leave_the_head_as_it_was():
     head = new_head(SCORER, 2)
     assert head is not None
     head, _ = learn(SCORER, head, STATES)
+    assert optax.tree.get(head.opt_state, "count") == 1
     same, metrics = learn(SCORER, head, STATES.at[0, 0].set(jnp.nan))
     assert jnp.isnan(metrics["discriminator/loss"])
     jax.tree.map(np.testing.assert_array_equal, same, head)
