@@ -407,7 +407,7 @@ def make_train_step(
                 lambda state, _: once(state), state, length=recipe.inner_epochs - 1
             )
             metrics = jax.tree.map(lambda x: x[-1], later) | {GAP: metrics[GAP]}
-        if states is not None:
+        if state.head is not None and states is not None:
             head, learnt = learn(recipe.scorer, state.head, states)
             state, metrics = replace(state, head=head), metrics | learnt
         return replace(state, step=step + 1), group, metrics | sampled

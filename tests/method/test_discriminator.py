@@ -16,7 +16,7 @@ from pujax.method.step import make_train_step, rollout
 from pujax.models.sharding import make_mesh, put_batch, tree_shardings
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.student import like_state, new_state
-from pujax.types import Batch, Tokens
+from pujax.types import Batch, Tokens, right_padded
 
 SCORER = partial(discriminator, lr=0.1)
 # Of a prompt's anchor and two candidates, with root mean square 1.
@@ -135,17 +135,29 @@ def test_it_reads_the_last_tokens_final_state_and_shares_the_pass_of_the_log_pro
         mask=tokens.mask,
         key=jax.random.key(0),
     )
-    found = context.last_states()
-    assert context._logps is not None
-    np.testing.assert_allclose(context.logps(), context.fresh().logps(), atol=1e-5)
-    for b, g in ((0, 0), (0, 1), (1, 0), (1, 1)):
-        prompt = batch.prompts.ids[b, : batch.prompts.lengths[b]]
-        whole = jnp.concatenate([prompt, tokens.ids[b, g, : lengths[b, g]]])
-        prompts = Tokens(whole[None], jnp.array([len(whole)]))
-        np.testing.assert_allclose(model.prefill(params, prompts).last[0], found[b, g], atol=1e-5)
-    tapped = context.fresh()
-    tapped.hidden(2)
-    np.testing.assert_allclose(tapped.last_states(), found, atol=1e-5)
+
+    @jax.jit
+    def read(params):
+        """Asked for after the log-probs' pass, in it, and after a pass that drops another layer."""
+        first, second, third = (context.fresh(params=params) for _ in range(3))
+        logps = second.last_states(), second.logps()
+        third.hidden(2)
+        assert second._logps is not None  # without another pass
+        assert third._final is not None
+        return (first.logps(), first.last_states()), logps, (third.logps(), third.last_states())
+
+    (apart, found), (shared, logps), (tapped, dropped) = read(params)
+    np.testing.assert_allclose(logps, apart, atol=1e-5)
+    np.testing.assert_allclose(tapped, apart, atol=1e-5)
+    np.testing.assert_allclose(shared, found, atol=1e-5)
+    np.testing.assert_allclose(dropped, found, atol=1e-5)
+    rows = [
+        [*batch.prompts.ids[b, : batch.prompts.lengths[b]], *tokens.ids[b, g, : lengths[b, g]]]
+        for b in range(2)
+        for g in range(2)
+    ]
+    alone = jax.jit(model.prefill)(params, right_padded([list(map(int, row)) for row in rows], 9))
+    np.testing.assert_allclose(alone.last.reshape(2, 2, -1), found, atol=1e-5)
 
 
 def test_without_training_it_says_so(model, params, batch):

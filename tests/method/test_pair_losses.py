@@ -74,6 +74,7 @@ def tilted_by(member, beta=0.7):
 
 def test_e_dpo_costs_what_the_nearest_member_costs_and_no_more_than_any():
     group = family_of(*MEMBERS)
+    assert group.members is not None
     _, logps = tilted_by([0.0, 0.3, 0.2, -0.4, 0.1])
     each = [
         losses.distill(logps, replace(group, scores=group.members[:, m]), beta=0.7)[0]
@@ -104,11 +105,10 @@ def test_pessimism_chooses_of_a_familys_optima_the_one_nearest_to_the_reference(
 
 def test_the_gradient_of_pessimism_is_that_of_the_kl_from_the_reference():
     group = family_of(*MEMBERS)
-    settings = {"beta": 0.7, "pessimism": 1.0}
 
     def kl(logits):
         logps = jax.nn.log_softmax(logits)[ALL_WORDS][:, :, None]
-        loss, _ = losses.e_dpo(logps, group, **settings)
+        loss, _ = losses.e_dpo(logps, group, beta=0.7, pessimism=1.0)
         return (loss - losses.e_dpo(logps, group, beta=0.7)[0]).sum()
 
     logits = jnp.asarray([0.3, -0.2, 0.0, 1.0])

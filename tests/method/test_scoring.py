@@ -335,5 +335,6 @@ def test_a_familys_score_is_the_mean_of_its_members_standardized_in_each_group(c
     np.testing.assert_allclose(members[:, :, 1:].std(axis=-1), 1, rtol=1e-5)
     np.testing.assert_array_equal(scoring.family(context, scores=scores), members.mean(axis=1))
     raw = scoring.members_of(partial(scoring.family, scores=scores, standardized=False), context)
+    assert raw is not None
     np.testing.assert_array_equal(raw[:, 1], scoring.length(context))
     assert scoring.members_of(scoring.length, context) is None

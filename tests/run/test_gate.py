@@ -1,4 +1,5 @@
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -106,5 +107,7 @@ def test_a_judges_scores_are_read_from_the_prompts_lines_and_named_where_they_ar
 def test_a_check_that_is_none_is_refused_before_it_is_asked():
     with pytest.raises(ConfigError, match=r"^data\.gate\.check: in_words takes 'counts'"):
         anchor_check(in_words, seconds=1.0)
-    with pytest.raises(ConfigError, match=r"data\.gate\.check: .* failed on all of 1 anchors"):
-        anchor_check(partial(rewards.length, most=None), seconds=60.0)([judged("a")])
+    wrong: Any = 3
+    broken = partial(rewards.json_object, required=wrong)
+    with pytest.raises(ConfigError, match=r"data\.gate\.check: json_object failed on all of 1 anc"):
+        anchor_check(broken, seconds=60.0)([judged("a")])
