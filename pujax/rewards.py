@@ -135,6 +135,22 @@ def _is(value: Any, kind: str) -> bool:
     return isinstance(value, TYPES[kind])
 
 
+def column(row: Mapping[str, Any], *, name: str) -> float | None:
+    """What stands in a column of the prompt's line, such as a judge's score of its anchor.
+
+    It says the same of all responses, so it gates anchors (`data.gate.check`) and ranks nothing.
+
+    >>> column({"judge": 4}, name="judge"), column({}, name="judge")
+    (4.0, None)
+    """
+    value = row.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ConfigError(f"scorer.score.function: {name}={value!r} in a prompt: write a number")
+    return float(value)
+
+
 def length(response: str, *, least: int = 0, most: int) -> float:
     """1 for `least` to `most` words, else the ratio to the nearer bound.
 

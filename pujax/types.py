@@ -115,16 +115,29 @@ class Group:
     labels: Float[Array, "B G"]
     valid: Bool[Array, "B G"]
     has_old_logps: bool = flax.struct.field(pytree_node=False, default=True)
+    members: Float[Array, "B M G"] | None = None  # of a family of scores, see `scoring.family`
+
+
+@flax.struct.dataclass
+class Head:
+    """What a scorer has learnt that is trained beside the student, and its optimizer's state."""
+
+    params: Params
+    opt_state: optax.OptState
 
 
 @flax.struct.dataclass
 class TrainState:
-    """What changes from step to step. `skipped` counts non-finite updates in a row."""
+    """What changes from step to step. `skipped` counts non-finite updates in a row.
+
+    `head` is that of a trained scorer; no other has one.
+    """
 
     step: Int[Array, ""]
     params: Params
     opt_state: optax.OptState
     skipped: Int[Array, ""]
+    head: Head | None = None
 
 
 Labels = tuple[Float[Array, "B G"], Bool[Array, "B G"]]

@@ -141,15 +141,24 @@ class GateConfig:
         refusals: whether anchors that begin as a refusal are distrusted.
         near_duplicates: the share of word triples that an anchor has in common with an earlier one,
             from which on it is a copy; 0 is off.
+        check: a function as in pujax.rewards, by `_target_`, such as a verifier or a judge of your
+            own; null is none.
+        least: the number of its that an anchor must reach.
+        seconds: that a call of it may take.
         weight: what distrusted anchors count in SFT; 0 leaves them out of the run.
     """
 
     answer: str = "off"
     refusals: bool = False
     near_duplicates: float = 0.0
+    check: Any = None
+    least: float = 0.5
+    seconds: float = 10.0
     weight: float = 0.0
 
     def __post_init__(self) -> None:
+        require(math.isfinite(self.least), "data.gate.least", self.least, "must be finite")
+        require(self.seconds > 0, "data.gate.seconds", self.seconds, "must be positive")
         require(
             self.answer in ("off", "exact", "contains"),
             "data.gate.answer",

@@ -55,6 +55,7 @@ from pujax.method.labels import (
 )
 from pujax.method.pair_losses import distill as distill
 from pujax.method.pair_losses import dpo as dpo
+from pujax.method.pair_losses import e_dpo as e_dpo
 from pujax.method.pair_losses import gamma_dpo as gamma_dpo
 from pujax.method.pair_losses import ipo as ipo
 from pujax.method.pair_losses import kto as kto

@@ -6,6 +6,7 @@ too, which is where settings find them.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -109,7 +110,7 @@ def simpo(
     beta: float = 2.0,
     gamma: float = 1.0,
 ) -> LossAndMetrics:
-    """-log sigmoid(beta (m_w - m_l) - gamma), weighted over pairs (Meng et al., 2024, eq. 6).
+    """-log sigmoid(beta (m_w - m_l) - gamma), weighted over pairs (SimPO, Meng et al., 2024).
 
     m is a response's mean log-prob a token; there is no reference. At a lead m_w - m_l of exactly
     gamma / beta a pair costs log 2, whatever the lengths.
@@ -129,7 +130,7 @@ def orpo(
     pairs: PairRule = best_vs_worst,
     odds_weight: float = 0.1,
 ) -> LossAndMetrics:
-    """NLL of the chosen less odds_weight log sigmoid(log odds ratio) (Hong et al., 2024, eq. 6).
+    """NLL of the chosen less odds_weight log sigmoid(log odds ratio) (ORPO, Hong et al., 2024).
 
     The odds are p / (1 - p), p = exp(mean log-prob a token) (eq. 4 and 7); `odds_weight` is the
     paper's lambda. There is no reference.
@@ -178,8 +179,8 @@ def distill(
 ) -> LossAndMetrics:
     """(r_i - r_j - beta (Delta_i - Delta_j))^2, the mean over pairs of candidates, r the scores.
 
-    Reward-model distillation (Fisch et al., 2024, arXiv 2405.19316, as recalled): not who wins but
-    by how much. It ends where policy ~ ref exp(r / beta), so the scale of the scores counts.
+    Reward-model distillation (d-DPO, Fisch et al., 2024, arXiv 2405.19316): not who wins but by how
+    much. It ends where policy ~ ref exp(r / beta), so the scale of the scores counts.
     """
     _check_beta(beta)
     delta_BG = deltas(logps, group, length_normalized=length_normalized)
@@ -194,6 +195,42 @@ def distill(
     loss_B = jnp.sum(gaps(errors_BG) ** 2, axis=(1, 2), where=both) / count_B
     pairs_BGG = best_vs_worst(group.scores)
     return loss_B, preference_metrics(logps, group, beta * delta_BG, pairs_BGG)
+
+
+def e_dpo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    beta: float = 0.1,
+    pessimism: float = 0.0,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
+    """The least of `distill`'s losses over a family of rewards, plus pessimism KL(ref || policy).
+
+    After Fisch et al., 2024 (arXiv 2405.19316): a family is likelier to have the true reward than
+    any one of it, so every policy ref exp(r / beta) of a member r is a minimum; and of these the
+    KL, weighed little, chooses the one that stays nearest. The paper's are the family, the squared
+    differences and the direction of the KL; ours, for want of the paper's text, is that the least
+    is each prompt's own, so that a prompt's loss does not depend on its neighbours.
+
+    The KL is the candidates' mean of -Delta, each weighed by ref / old policy, weights that sum to
+    one (self-normalised importance sampling, ours). It is exact as candidates grow in number; of a
+    few it may well be negative. The family is `Group.members`; without it, the scores alone.
+    """
+    require(pessimism >= 0, "loss.pessimism", pessimism, "must not be negative")
+    family_BMG = group.scores[:, None] if group.members is None else group.members
+    settings = {"beta": beta, "length_normalized": length_normalized}
+    made = [
+        distill(logps, replace(group, scores=family_BMG[:, m]), **settings)[0]
+        for m in range(family_BMG.shape[1])
+    ]
+    _, metrics = distill(logps, group, **settings)
+    candidate = candidates(group.scores)
+    odds_BG = jnp.where(candidate, -deltas(group.old_logps, group), -jnp.inf)
+    weights_BG = stop_gradient(jax.nn.softmax(odds_BG, axis=-1))
+    kl_B = -sums(weights_BG * jnp.where(candidate, deltas(logps, group), 0))
+    loss_B = jnp.stack(made, axis=1).min(axis=1) + pessimism * kl_B
+    return loss_B, metrics | {"kl/from_ref": stop_gradient(kl_B).mean()}
 
 
 # Responses that are good or bad by themselves.
@@ -226,7 +263,7 @@ def kto(
     undesirable_weight: float = 1.0,
     reference_point: ReferencePoint = others_kl,
 ) -> LossAndMetrics:
-    """Expected loss of value over the good and the bad (KTO, Ethayarajh et al., 2024, eq. 8).
+    """Expected loss of value over the good and the bad (KTO, Ethayarajh et al., 2024).
 
     lambda_D (1 - sigmoid(beta (Delta - z))) for a desirable response, lambda_U (1 - sigmoid(beta (z
     - Delta))) for an undesirable one, the mean over those that `sides` marks. z is the

@@ -30,8 +30,8 @@ class ScoringContext:
     `logps`, `hidden` and `likelihood` keep what they computed, so that scorers and reference
     log-probs share one pass over the responses; where hidden states are wanted too, ask for them
     first. `reader` may hold a budget, which these responses and their prompts fit. `rewards` holds
-    the scores that were made on the host, by function. `notes` holds what a scorer adds to the
-    step's metrics.
+    the scores that were made on the host, by function; `head` what a trained scorer has learnt so
+    far. `notes` holds what a scorer adds to the step's metrics.
     """
 
     reader: LanguageModel
@@ -44,7 +44,9 @@ class ScoringContext:
     key: Array
     wants_logps: bool = True
     rewards: Mapping[Callable[..., Any], Array] = field(default_factory=dict)
+    head: Params | None = None
     notes: Metrics = field(default_factory=dict)
+    _final: Array | None = None
     _logps: Array | None = None
     _likelihood: Array | None = None
     _hidden: dict[int, Array] = field(default_factory=dict)
@@ -56,7 +58,7 @@ class ScoringContext:
 
     def fresh(self, **changes: Any) -> "ScoringContext":
         """The same with `changes` and nothing computed yet."""
-        return replace(self, _logps=None, _likelihood=None, _hidden={}, **changes)
+        return replace(self, _final=None, _logps=None, _likelihood=None, _hidden={}, **changes)
 
     def logps(self, *, anchor: bool = True) -> Float[Array, "B G T"]:
         """Log-probs of the responses after their prompts; the anchors' may be left out, and 0."""
@@ -81,7 +83,7 @@ class ScoringContext:
                 self.params, self.after, self.tokens, tap=layers, mask=self.mask
             )
             assert states.tapped is not None
-            self._hidden[layers] = states.tapped
+            self._hidden[layers], self._final = states.tapped, states.hidden
             self._logps = token_logps(
                 self.reader, self.params, states.predicting[:, :, :-1], self.tokens, self.mask
             )
@@ -90,6 +92,20 @@ class ScoringContext:
                 self.params, self.after, self.tokens, layers=layers
             )
         return self._hidden[layers]
+
+    def last_states(self) -> Float[Array, "B G D"]:
+        """The normed final hidden state at each response's last token; 0 for an empty response."""
+        if self._final is None:
+            states = self.reader.extend(self.params, self.after, self.tokens, mask=self.mask)
+            self._final = states.hidden
+            if self.wants_logps and self._logps is None:
+                self._logps = token_logps(
+                    self.reader, self.params, states.predicting[:, :, :-1], self.tokens, self.mask
+                )
+        lengths = self.mask.sum(axis=-1)
+        at = jnp.maximum(lengths - 1, 0)[..., None, None]
+        last = jnp.take_along_axis(self._final, at, axis=2)[:, :, 0]
+        return jnp.where((lengths > 0)[..., None], last.astype(jnp.float32), 0)
 
     def text_mask(self) -> Bool[Array, "B G T"]:
         """Response tokens without the EOS that ends them."""
@@ -263,26 +279,28 @@ def reward(
     return context.rewards[function]
 
 
+def found_in(scorer: Any, function: Callable[..., Any]) -> tuple[partial, ...]:
+    """Where a scorer, or what is bound in it, is a bound `function`; in their order."""
+    if isinstance(scorer, Mapping):
+        scorer = list(scorer.values())
+    if isinstance(scorer, Sequence) and not isinstance(scorer, str):
+        return tuple(found for part in scorer for found in found_in(part, function))
+    if not isinstance(scorer, partial):
+        return ()
+    return (scorer,) if scorer.func is function else found_in(scorer.keywords, function)
+
+
 def rewards_of(scorer: Any) -> tuple[partial, ...]:
     """The rewards in a scorer, bound, in the order of `Batch.rewards`.
 
     Raises `ConfigError` for one in `shuffled`: anchors are shuffled on the device.
     """
-    if isinstance(scorer, Mapping):
-        scorer = list(scorer.values())
-    if isinstance(scorer, Sequence) and not isinstance(scorer, str):
-        return tuple(found for part in scorer for found in rewards_of(part))
-    if not isinstance(scorer, partial):
-        return ()
-    if scorer.func is reward:
-        return (scorer,)
-    found = rewards_of(scorer.keywords)
-    if found and scorer.func is shuffled:
+    if any(found_in(control.keywords, reward) for control in found_in(scorer, shuffled)):
         raise ConfigError(
             "scorer.score: shuffled moves anchors on the device, and a reward runs on the host: "
             "shuffle another score"
         )
-    return found
+    return found_in(scorer, reward)
 
 
 # ---------------------------------------------------------------------- combinations and controls
@@ -366,6 +384,32 @@ def confident(
         weight = jnp.maximum(jnp.log(candidates.shape[1] - 1) - entropy, 0)
         total, said = total + weight * z, said + weight
     return total / jnp.where(said > 0, said, 1)
+
+
+def family(
+    context: ScoringContext, *, scores: Sequence[Scorer], standardized: bool = True
+) -> Float[Array, "B G"]:
+    """The mean of several scores, which a loss is also given one by one, as `Group.members`.
+
+    `standardized` within the group's candidates, so that no member is the nearest for being flat.
+    (That scorers of one group stand for the reward models of arXiv 2405.19316 is ours.)
+    """
+    return _members(context, scores, standardized).mean(axis=1)
+
+
+def members_of(scorer: Scorer, context: ScoringContext) -> Float[Array, "B M G"] | None:
+    """The scores of a bound `family`, one by one; None for any other scorer."""
+    if not isinstance(scorer, partial) or scorer.func is not family:
+        return None
+    return _members(context, scorer.keywords["scores"], scorer.keywords.get("standardized", True))
+
+
+def _members(
+    context: ScoringContext, scores: Sequence[Scorer], standardized: bool
+) -> Float[Array, "B M G"]:
+    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    made = [score(context) for score in scores]
+    return jnp.stack([standardize(s, candidates) if standardized else s for s in made], axis=1)
 
 
 def shuffled(context: ScoringContext, *, score: Scorer) -> Float[Array, "B G"]:

@@ -8,12 +8,13 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array
 
+from pujax.method.discriminator import learn
 from pujax.method.labels import absent_candidates
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
 from pujax.method.sampling import sample
-from pujax.method.scoring import ScoringContext, rewards_of
+from pujax.method.scoring import ScoringContext, members_of, rewards_of
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
@@ -24,6 +25,7 @@ from pujax.types import (
     Completions,
     Frames,
     Group,
+    Head,
     LabelRule,
     LossAndMetrics,
     LossFn,
@@ -78,16 +80,36 @@ def rollout(
     by each. Where the batch's real tokens fit the model's budget, padding is not scored. Rows that
     fill a mesh are neither in the group nor in the metrics.
     """
+    group, metrics, _ = rollout_with(None, model, recipe, params, ref_params, batch, key)
+    return group, metrics
+
+
+def rollout_with(
+    head: Head | None,
+    model: LanguageModel,
+    recipe: Recipe,
+    params: Params,
+    ref_params: Params,
+    batch: Batch,
+    key: Array,
+) -> tuple[Group, Metrics, Array | None]:
+    """The same scored with a trained scorer's `head`, and what that may learn from.
+
+    Those are the responses' last states [B G D], of the model that scores; None without a head, and
+    where nobody scores, for scores were given.
+    """
     sample_key, score_key = jax.random.split(key)
     prefix = model.unpacked.prefill(params, batch.prompts)
     completions = batch.given
     if completions is None:
         completions = sample_candidates(model, recipe, params, prefix, sample_key)
-    group, notes = score_group(
-        model, recipe, params, ref_params, batch, prefix, completions, score_key
+    group, notes, states = score_group(
+        head, model, recipe, params, ref_params, batch, prefix, completions, score_key
     )
     if batch.padding:
-        group, completions = jax.tree.map(lambda x: x[: -batch.padding], (group, completions))
+        group, completions, states = jax.tree.map(
+            lambda x: x[: -batch.padding], (group, completions, states)
+        )
     candidates = group.scores[:, 1:]
     there = None if completions.scores is None else jnp.isfinite(candidates)
     metrics = {
@@ -97,7 +119,7 @@ def rollout(
         "samples/finished": completions.finished.mean(where=there),
         "samples/tokens": completions.mask.sum(),
     }
-    return group, metrics | notes
+    return group, metrics | notes, states
 
 
 def sample_candidates(
@@ -119,6 +141,7 @@ def sample_candidates(
 
 
 def score_group(
+    head: Head | None,
     model: LanguageModel,
     recipe: Recipe,
     params: Params,
@@ -127,10 +150,11 @@ def score_group(
     prefix: Prefix,
     completions: Completions,
     key: Array,
-) -> tuple[Group, Metrics]:
+) -> tuple[Group, Metrics, Array | None]:
     """The completions beside their anchors, with reference log-probs, scores and labels.
 
-    `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes.
+    `prefix` is the policy's encoding of the prompts. The metrics are what the scorer notes; behind
+    them is what a `head` may learn from, see `rollout_with`.
     """
     anchor_tokens, anchor_mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
     tokens = jnp.concatenate([anchor_tokens, completions.tokens], axis=1)
@@ -155,8 +179,10 @@ def score_group(
         functions = [found.keywords["function"] for found in rewards_of(recipe.scorer)]
         rewards = dict(zip(functions, batch.rewards, strict=True))
 
-    def scored(model: LanguageModel) -> tuple[Array, Array, Metrics]:
-        """Scores and reference log-probs, which share a pass over the responses, and notes.
+    def scored(model: LanguageModel) -> tuple[Array, Array, Metrics, Array | None, Array | None]:
+        """Scores and log-probs of the reference, notes, a family's scores, and last states.
+
+        They share a pass over the responses.
 
         What the batch brings is not computed; beside given scores the anchor's is the best.
         """
@@ -172,21 +198,26 @@ def score_group(
             key=key,
             wants_logps=wants_logps,
             rewards=rewards,
+            head=None if head is None else head.params,
         )
         context = reference
         if recipe.by_policy:
             context = reference.fresh(params=params, after=prefix, wants_logps=False)
         if completions.scores is None:
-            scores = recipe.scorer(context)
+            members = members_of(recipe.scorer, context)
+            scores = recipe.scorer(context) if members is None else members.mean(axis=1)
+            states = None if head is None else context.last_states()
         else:
+            members = states = None
             best = completions.scores.max(axis=1, keepdims=True)
             scores = jnp.concatenate([best, completions.scores], axis=1)
         if wants_logps:
-            return scores, reference.logps(anchor=recipe.needs.anchor), context.notes
+            logps = reference.logps(anchor=recipe.needs.anchor)
+            return scores, logps, context.notes, members, states
         known = jnp.zeros(mask.shape) if batch.ref_logps is None else batch.ref_logps
-        return scores, known, context.notes
+        return scores, known, context.notes, members, states
 
-    scores, ref_logps, notes = packed(model, batch.prompts.lengths, mask, scored)
+    scores, ref_logps, notes, members, states = packed(model, batch.prompts.lengths, mask, scored)
     labels, valid = recipe.labels(scores)
     group = Group(
         prompts=batch.prompts,
@@ -199,8 +230,9 @@ def score_group(
         labels=labels,
         valid=valid,
         has_old_logps=again or completions.logps is not None,
+        members=members,
     )
-    return jax.lax.stop_gradient(group), notes
+    return jax.lax.stop_gradient(group), notes, states
 
 
 def anchor_group(batch: Batch) -> Group:
@@ -319,7 +351,7 @@ def update(
     step_by = apply_in_place if in_place else apply
     params, opt_state, finite = step_by(optimizer, grads, state, finite)
     skipped = jnp.where(finite, 0, state.skipped + 1)
-    state = TrainState(state.step + 1, params, opt_state, skipped)
+    state = replace(state, step=state.step + 1, params=params, opt_state=opt_state, skipped=skipped)
     return state, metrics | {"grad_norm": norm, "skipped": state.skipped}
 
 
@@ -344,16 +376,16 @@ def make_train_step(
     `shardings` is where the state lies, before a step and after it. `reference` is what the policy
     was when this stage began: whole parameters, or an adapter of `base`. The step's randomness is
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
-    the same group is learnt from that many times, and the metrics are those of the last time.
+    the same group is learnt from that many times, and the metrics are those of the last time. A
+    scorer's head scores the group as it is, and then learns from it.
     """
     in_place = on_one_cpu(shardings)
 
     def group_and_learn(state, reference, base, batch, root):
         key = jax.random.fold_in(root, state.step)
         step = state.step
-        group, sampled = rollout(
-            model, recipe, assemble(base, state.params), assemble(base, reference), batch, key
-        )
+        whole = assemble(base, state.params), assemble(base, reference)
+        group, sampled, states = rollout_with(state.head, model, recipe, *whole, batch, key)
 
         def once(state: TrainState) -> tuple[TrainState, Metrics]:
             return update(
@@ -375,6 +407,9 @@ def make_train_step(
                 lambda state, _: once(state), state, length=recipe.inner_epochs - 1
             )
             metrics = jax.tree.map(lambda x: x[-1], later) | {GAP: metrics[GAP]}
+        if state.head is not None and states is not None:
+            head, learnt = learn(recipe.scorer, state.head, states)
+            state, metrics = replace(state, head=head), metrics | learnt
         return replace(state, step=step + 1), group, metrics | sampled
 
     def train_step(state, reference, base, batch, root):

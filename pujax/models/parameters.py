@@ -124,6 +124,8 @@ PARAMETERS: dict[str, Parameter | dict[str, Parameter]] = {
     "final_norm": Parameter("D", _ones),
     "unembed": Parameter("V D", _normal, ("tensor", "fsdp"), lambda config: not config.tied),
 }
+# Of scorers that are trained beside a decoder and read its states: see `method.discriminator`.
+HEADS: dict[str, Parameter] = {"discriminator": Parameter("D", _zeros)}
 KERNELS = tuple(name for name, row in LAYERS.items() if len(row.dims.split()) == 3)
 
 
@@ -152,11 +154,11 @@ def first_value(config: DecoderConfig, name: str, key: Array) -> Params:
 def mesh_axes(name: str) -> tuple[str | None, ...] | None:
     """The mesh axis of each dimension of a parameter or of a low-rank factor of one.
 
-    A factor [L, in, r] or [L, r, out] is split as its kernel is. None for a name that is not in
-    the table.
+    A factor [L, in, r] or [L, r, out] is split as its kernel is. None for a name that is in no
+    table.
     """
     kernel, _, factor = name.partition("_lora_")
-    row = LAYERS.get(kernel) or PARAMETERS.get(kernel)
+    row = LAYERS.get(kernel) or PARAMETERS.get(kernel) or HEADS.get(kernel)
     if not isinstance(row, Parameter):
         return None
     if not factor:

@@ -157,7 +157,7 @@ class Checkpoints:
             self._manager.save(
                 number,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)
+                    state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
                 ),
             )
         except Exception as error:
@@ -281,7 +281,8 @@ class Checkpoints:
             raise CheckpointError(
                 f"{folder} is of another model ({differing}): choose another run.dir"
             )
-        state = restored(state=ocp.args.StandardRestore(_abstract(like)))["state"]
+        fields = restored(state=ocp.args.StandardRestore(_abstract(_fields(like))))["state"]
+        state = TrainState(**fields)
         if meta.get("checksums"):  # a pujax before them left none
             _verify(checksums(state) | _sealed(place), meta["checksums"], folder)
         return place, state
@@ -305,6 +306,12 @@ class Checkpoints:
                 f"{free / 2**20:.0f} MiB are free; the last good one is "
                 f"{self._manager.latest_step()}: make room and start the same command again"
             )
+
+
+def _fields(state: TrainState) -> dict[str, Any]:
+    """A state as it lies on disk: without a head it is what it was before there were any."""
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
+    return {name: value for name, value in fields.items() if value is not None}
 
 
 def _abstract(tree: Any) -> Any:

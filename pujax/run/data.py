@@ -9,12 +9,13 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pujax.config.functions import with_protocol
+from pujax.config.functions import build, with_protocol
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PujaxError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
 from pujax.run.gate import gated, in_words
+from pujax.run.rewarding import AnchorCheck, anchor_check
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
@@ -102,6 +103,10 @@ def load_data(
     reading prompts, checking and asking raise.
     """
     data = config.data
+    check_anchors = None
+    if data.gate.check is not None:  # what is wrong with it shows before a teacher is paid
+        function = build(data.gate.check, "data.gate.check", config.trusted)
+        check_anchors = anchor_check(function, seconds=data.gate.seconds)
     given = [] if data.preferences is None else [make_preferences(data.preferences, chat, data)]
     if data.anchors is None:
         own, heldout = [], _once(make_preferences(data.heldout, chat, data))
@@ -119,7 +124,7 @@ def load_data(
             teacher = replace(teacher, protocol=_ask_nobody)
         anchors = anchors_for(prompts, teacher, Path(data.anchors), config.collect, say=say)
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
-        own = [_trusted(part, data.gate) for part in own]
+        own = [_trusted(part, data.gate, check_anchors) for part in own]
     for part in given:
         _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
     train_data = _joined(own, given, data)
@@ -167,9 +172,10 @@ def _check_apart(
         )
 
 
-def _trusted(data: Dataset, gate: GateConfig) -> Dataset:
+def _trusted(data: Dataset, gate: GateConfig, check: AnchorCheck | None) -> Dataset:
     """The data without the anchors that `gate` distrusts, or with these weighed down."""
-    kept, counts = gated(data.examples, gate)
+    checked = None if check is None else check(data.examples)
+    kept, counts = gated(data.examples, gate, checked)
     return replace(data, examples=kept, gated=counts, weighed=bool(counts) and gate.weight > 0)
 
 

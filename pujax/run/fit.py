@@ -23,6 +23,7 @@ from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.files.export import export_hf, refuse_foreign_directory
 from pujax.method import losses
+from pujax.method.discriminator import new_head
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
 from pujax.method.scoring import rewards_of
@@ -52,7 +53,7 @@ from pujax.run.student import check_memory, like_state, load_student, new_state,
 from pujax.run.trackers import telling
 from pujax.run.trial import try_recipe
 from pujax.text import counted
-from pujax.types import Batch, Group, LossFn, Params, TrainState
+from pujax.types import Batch, Group, Head, LossFn, Params, TrainState
 
 EXPORT = "export"  # in a run's directory
 
@@ -103,7 +104,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         say=say,
     )
     with closing(checkpoints), stop_signals() as stopping:
-        like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh)
+        head = new_head(recipe.scorer, shape.width)
+        like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh, head)
         place, state = checkpoints.newest(like) or (Place("sft", 0), None)
         if state is not None:
             say(f"resuming after {place.stage} step {place.step}")
@@ -135,7 +137,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 run.symptoms.of(line)
             made = [run.evaluated("base", 0, student.trainable)]
             if place.stage == "sft":
-                reference, step = supervised(run, student.trainable, state, place.step)
+                reference, step = supervised(run, student.trainable, state, place.step, head)
                 checkpoints.save_reference(reference)
                 state = None
             else:
@@ -156,16 +158,17 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
 
 
 def supervised(
-    run: Run, trainable: Params, state: TrainState | None, done: int
+    run: Run, trainable: Params, state: TrainState | None, done: int, head: Head | None
 ) -> tuple[Params, int]:
     """The parameters after SFT on the anchors, and of which step they are.
 
-    A `state` given has `done` steps behind it.
+    A `state` given has `done` steps behind it. A new `head` is carried along untrained, so that the
+    states of both stages are alike.
     """
     config = run.config
     optimizer = optimizer_for(config, config.sft.lr, config.sft.steps)
     if state is None:
-        state = new_state(trainable, optimizer, run.mesh)
+        state = new_state(trainable, optimizer, run.mesh, head)
     data = run.data.with_anchors
     step = make_sft_step(
         run.budgeted(data, config.sft.batch, 1),
@@ -202,7 +205,8 @@ def aligned(
     config, align = run.config, run.config.align
     optimizer = optimizer_for(config, align.lr, align.steps * align.inner_epochs)
     if state is None:
-        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh)
+        head = new_head(recipe.scorer, run.model.config.width)
+        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, run.mesh, head)
     shardings = tree_shardings(run.mesh, state)
     data, cache = run.data, config.data.reference_cache
     if recipe.needs.reference and cache is not None:

@@ -9,6 +9,7 @@ from pujax.config.settings import GateConfig
 from pujax.errors import DataError
 from pujax.evaluation import text
 from pujax.records import Example
+from pujax.run.workers import Outcome
 
 REFUSAL = re.compile(
     r"\W*(?:(?:i'?m|i am|we'?re) (?:very |really |so )?(?:sorry|afraid)|sorry\b|apologies\b|"
@@ -24,16 +25,22 @@ LEAST = 10  # words below which equal answers are no sign of anything
 
 
 def gated(
-    examples: Sequence[Example], gate: GateConfig
+    examples: Sequence[Example], gate: GateConfig, checked: Sequence[Outcome] | None = None
 ) -> tuple[tuple[Example, ...], dict[str, int]]:
     """The examples without those whose anchor `gate` distrusts, or with these weighed down.
 
-    Also how many those are, by reason. Raises `DataError` where no example is left.
+    `checked` is what the gate's check said of each anchor; where it has no number, it lacks what it
+    needs and distrusts none. Also how many those are, by reason. Raises `DataError` where no
+    example is left.
     """
     copies = near_duplicates(examples, gate.near_duplicates) if gate.near_duplicates else set()
     kept, counts = [], Counter()
     for place, example in enumerate(examples):
-        why = _distrusted(example, gate) or ("near duplicates" if place in copies else None)
+        why = _distrusted(example, gate)
+        if why is None and checked is not None:
+            why = _failed(checked[place], gate)
+        if why is None and place in copies:
+            why = "near duplicates"
         if why is not None:
             counts[why] += 1
             example = replace(example, weight=gate.weight)
@@ -58,6 +65,14 @@ def _distrusted(example: Example, gate: GateConfig) -> str | None:
             return "without the true answer"
     if gate.refusals and REFUSAL.match(example.anchor.casefold().replace("’", "'")):
         return "refusals"
+    return None
+
+
+def _failed(outcome: Outcome, gate: GateConfig) -> str | None:
+    if outcome.failure is not None:
+        return "that data.gate.check failed on"
+    if outcome.value is not None and outcome.value < gate.least:
+        return "below data.gate.least"
     return None
 
 

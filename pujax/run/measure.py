@@ -24,6 +24,7 @@ from pujax.config.functions import build, build_loss
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.errors import require
 from pujax.files.chat import Chat
+from pujax.method.discriminator import new_head
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import on_one_cpu
 from pujax.method.scoring import rewards_of
@@ -31,7 +32,7 @@ from pujax.method.step import (
     Recipe,
     assemble,
     make_train_step,
-    rollout,
+    rollout_with,
     sample_candidates,
     update,
 )
@@ -107,7 +108,8 @@ class Benchmark:
         recipe = self.recipe(shape)
         optimizer = optax.adamw(1e-6)
         reference = self.student.trainable
-        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, self.mesh)
+        head = new_head(recipe.scorer, model.config.width)
+        state = new_state(jax.tree.map(jnp.copy, reference), optimizer, self.mesh, head)
         shardings = tree_shardings(self.mesh, state)
         batch, completions = self._work(shape)
         # Whoever gives the responses of an offline step gives no log-probs with them.
@@ -119,7 +121,8 @@ class Benchmark:
 
         def grouped(params: Params, reference: Params, base: Params, batch: Batch, key: Array):
             whole = assemble(base, params), assemble(base, reference)
-            return rollout(model, recipe, *whole, batch, key)[0]
+            untrained = new_head(recipe.scorer, model.config.width)
+            return rollout_with(untrained, model, recipe, *whole, batch, key)[0]
 
         def updated(state: TrainState, base: Params, group):
             return update(

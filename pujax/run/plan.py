@@ -21,6 +21,7 @@ from pujax.config.settings import MeshConfig
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
+from pujax.method.discriminator import new_head
 from pujax.method.step import Recipe, make_train_step
 from pujax.models.decoder import LanguageModel
 from pujax.models.sharding import batch_sharding, make_mesh, padding_of, ways
@@ -143,7 +144,8 @@ def make_plan(run: BenchmarkConfig) -> Plan:
     loss, recipe_of = step_of(run, chat)
     recipe = recipe_of(shape)
     optimizer = optax.adamw(1e-6)
-    state = like_state(student.trainable, optimizer, mesh)
+    head = new_head(recipe.scorer, settings.width)
+    state = like_state(student.trainable, optimizer, mesh, head)
     step = make_train_step(
         model, recipe, loss, optimizer, jax.tree.map(lambda x: x.sharding, state)
     )

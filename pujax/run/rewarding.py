@@ -2,8 +2,8 @@
 
 import inspect
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,9 @@ from pujax.run.workers import Outcome, Workers
 
 TAKEN = ("prompt", "response", "anchor", "answer", "row")
 """What a reward may take, by name."""
+
+AnchorCheck = Callable[[Sequence[Example]], list[Outcome]]
+"""Examples to what is said of each one's anchor."""
 
 HOPELESS = 3  # steps in a row in which a reward fails on every response, and the run ends
 
@@ -102,6 +105,38 @@ class Rewards:
             "time/reward_cpu_s": cpu_s,
         }
         return Rewarded(tuple(scores), metrics, tuple(failures))
+
+
+def anchor_check(function: Callable[..., Any], *, seconds: float) -> AnchorCheck:
+    """What a reward says of examples' anchors, as `data.gate.check`.
+
+    Raises `ConfigError` as `Rewards` does; and what it makes, for one that fails on every anchor.
+    """
+    with _said_of_the_gate():
+        check = _Reward(partial(reward, function=function, seconds=seconds))
+
+    def outcomes(examples: Sequence[Example]) -> list[Outcome]:
+        with _said_of_the_gate(), check.workers:
+            rows = check.outcomes(examples, [[example.anchor] for example in examples])
+        made = [outcome for row in rows for outcome in row]
+        if made and all(outcome.failure is not None for outcome in made):
+            raise ConfigError(
+                f"data.gate.check: {check.name} failed on all of {len(made)} anchors: "
+                f"{made[0].failure}: mend it, or raise data.gate.seconds"
+            )
+        return made
+
+    return outcomes
+
+
+@contextmanager
+def _said_of_the_gate() -> Iterator[None]:
+    """What rewards say of the setting that usually holds them is said of the gate's."""
+    try:
+        yield
+    except ConfigError as error:
+        said = str(error).replace("scorer.score.function", "data.gate.check")
+        raise ConfigError(said) from error
 
 
 class _Reward:

@@ -20,7 +20,7 @@ from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
 from pujax.models.parameters import param_shapes
 from pujax.models.sharding import check_heads, placer, tree_shardings
-from pujax.types import Params, TrainState
+from pujax.types import Head, Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -173,20 +173,30 @@ def compute_dtype(name: str) -> Any:
     return jnp.dtype(name)
 
 
-def new_state(trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def new_state(
+    trainable: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    head: Head | None = None,
+) -> TrainState:
     """A stage's first state, on the mesh. It takes `trainable` over: the step donates it."""
     make = partial(_first_state, optimizer=optimizer)
-    shardings = tree_shardings(mesh, jax.eval_shape(make, trainable))
-    return jax.jit(make, out_shardings=shardings)(trainable)
+    shardings = tree_shardings(mesh, jax.eval_shape(make, trainable, head))
+    return jax.jit(make, out_shardings=shardings)(trainable, head)
 
 
 def like_state(
-    trainable: Params, optimizer: optax.GradientTransformation, mesh: Mesh
+    trainable: Params,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    head: Head | None = None,
 ) -> TrainState:
     """Shapes, types and places of the states that train `trainable`: both stages' are alike."""
-    return placed(jax.eval_shape(partial(_first_state, optimizer=optimizer), trainable), mesh)
+    return placed(jax.eval_shape(partial(_first_state, optimizer=optimizer), trainable, head), mesh)
 
 
-def _first_state(params: Params, *, optimizer: optax.GradientTransformation) -> TrainState:
+def _first_state(
+    params: Params, head: Head | None, *, optimizer: optax.GradientTransformation
+) -> TrainState:
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(step=zero, params=params, opt_state=optimizer.init(params), skipped=zero)
+    return TrainState(zero, params, optimizer.init(params), zero, head)

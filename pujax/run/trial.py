@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in
+from pujax.method.discriminator import new_head
 from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.types import Batch, Frames, Group, LabelRule, LossFn, Scorer, Tokens
@@ -41,6 +42,8 @@ def try_recipe(
     batch = Batch(tokens(P), tokens(T), bools(B), tokens(R))
     rewards = [found.keywords["function"] for found in rewards_of(scorer)]
 
+    head = new_head(scorer, model.config.width)
+
     def scored(params: Any, batch: Batch, ids: Array, mask: Array, key: Array, given: Any) -> Any:
         context = ScoringContext(
             reader=model,
@@ -52,6 +55,7 @@ def try_recipe(
             mask=mask,
             key=key,
             rewards=dict(zip(rewards, given, strict=True)),
+            head=None if head is None else head.params,
         )
         return scorer(context)
 

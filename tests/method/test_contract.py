@@ -46,6 +46,7 @@ def test_a_group_holds_what_a_loss_may_read():
         "labels",
         "valid",
         "has_old_logps",
+        "members",
     ]
 
 

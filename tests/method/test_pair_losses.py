@@ -55,6 +55,67 @@ def test_distillation_ends_at_the_reference_tilted_by_the_scores():
     np.testing.assert_allclose(jnp.exp(logps), tilted, atol=1e-3)
 
 
+def family_of(*members):
+    """A bandit with each word once beside the anchor, drawn evenly, and a family's scores of it."""
+    members = jnp.asarray([members])
+    scores = members.mean(axis=1)
+    even = jnp.full((1, 5, 1), jnp.log(0.25))
+    return replace(bandit(ALL_WORDS, scores=scores, old_logps=even), members=members)
+
+
+MEMBERS = [[0.0, 1.0, 0.0, -1.0, 0.5], [0.0, -1.0, 0.3, 0.0, 1.0], [0.0, 0.2, 0.1, 0.0, 0.0]]
+
+
+def tilted_by(member, beta=0.7):
+    """Log-probs of a family's responses under the policy that `distill` ends at."""
+    table = jax.nn.log_softmax(REFERENCE + jnp.asarray(member[1:]) / beta)
+    return table, table[ALL_WORDS][:, :, None]
+
+
+def test_e_dpo_costs_what_the_nearest_member_costs_and_no_more_than_any():
+    group = family_of(*MEMBERS)
+    assert group.members is not None
+    _, logps = tilted_by([0.0, 0.3, 0.2, -0.4, 0.1])
+    each = [
+        losses.distill(logps, replace(group, scores=group.members[:, m]), beta=0.7)[0]
+        for m in range(3)
+    ]
+    nearest, _ = losses.e_dpo(logps, group, beta=0.7)
+    np.testing.assert_allclose(nearest, np.min(each, axis=0), rtol=1e-6)
+    assert all((nearest <= one + 1e-7).all() for one in each)
+    assert np.ptp(each) > 0.1
+    alone, _ = losses.e_dpo(logps, replace(group, members=None), beta=0.7)
+    np.testing.assert_array_equal(alone, losses.distill(logps, group, beta=0.7)[0])
+
+
+def test_pessimism_chooses_of_a_familys_optima_the_one_nearest_to_the_reference():
+    group = family_of(*MEMBERS)
+    costs, kls = [], []
+    for member in MEMBERS:
+        table, logps = tilted_by(member)
+        loss, _ = losses.e_dpo(logps, group, beta=0.7)
+        np.testing.assert_allclose(loss, 0, atol=1e-10)
+        loss, metrics = losses.e_dpo(logps, group, beta=0.7, pessimism=0.01)
+        exact = np.sum(np.exp(REFERENCE) * (REFERENCE - table))
+        np.testing.assert_allclose(metrics["kl/from_ref"], exact, atol=1e-6)
+        costs.append(float(loss[0]))
+        kls.append(exact)
+    assert np.argmin(costs) == np.argmin(kls) == 2
+
+
+def test_the_gradient_of_pessimism_is_that_of_the_kl_from_the_reference():
+    group = family_of(*MEMBERS)
+
+    def kl(logits):
+        logps = jax.nn.log_softmax(logits)[ALL_WORDS][:, :, None]
+        loss, _ = losses.e_dpo(logps, group, beta=0.7, pessimism=1.0)
+        return (loss - losses.e_dpo(logps, group, beta=0.7)[0]).sum()
+
+    logits = jnp.asarray([0.3, -0.2, 0.0, 1.0])
+    expected = jax.nn.softmax(logits) - jnp.exp(REFERENCE)
+    np.testing.assert_allclose(jax.grad(kl)(logits), expected, atol=1e-6)
+
+
 def test_simpo_costs_log_two_at_its_margin_whatever_the_lengths():
     # Mean log-probs -1 and -1.5, over 1 and 3 tokens: a lead of gamma / beta.
     logps = jnp.asarray([[[0.0, 0, 0], [-1.0, jnp.nan, jnp.nan], [-1.5, -1.0, -2.0]]])
@@ -148,7 +209,7 @@ def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.dpo, losses.orpo, losses.kto, losses.distill, losses.listwise]
+    "loss", [losses.dpo, losses.orpo, losses.kto, losses.distill, losses.e_dpo, losses.listwise]
 )
 def test_a_candidate_that_is_absent_changes_nothing(loss):
     logps, group = random_group(3, G=3)

@@ -325,3 +325,16 @@ def test_what_pads_responses_and_prompts_changes_no_score(context, score):
         mask=jnp.pad(context.mask, [(0, 0), (0, 0), (0, 3)]),
     )
     np.testing.assert_allclose(scored(score, other), scored(score, context), atol=1e-4)
+
+
+def test_a_familys_score_is_the_mean_of_its_members_standardized_in_each_group(context):
+    scores = [scoring.token_f1, scoring.length]
+    members = scoring.members_of(partial(scoring.family, scores=scores), context)
+    assert members is not None
+    np.testing.assert_allclose(members[:, :, 1:].mean(axis=-1), 0, atol=1e-6)
+    np.testing.assert_allclose(members[:, :, 1:].std(axis=-1), 1, rtol=1e-5)
+    np.testing.assert_array_equal(scoring.family(context, scores=scores), members.mean(axis=1))
+    raw = scoring.members_of(partial(scoring.family, scores=scores, standardized=False), context)
+    assert raw is not None
+    np.testing.assert_array_equal(raw[:, 1], scoring.length(context))
+    assert scoring.members_of(scoring.length, context) is None

@@ -269,6 +269,18 @@ def test_the_two_halves_of_a_step_with_a_reward_are_the_whole_step(model, params
     np.testing.assert_allclose(metrics["score/mean"], scores[:, 1:].mean(), rtol=1e-6)
 
 
+def test_a_family_of_scores_reaches_the_loss_one_by_one(model, params, batch):
+    scorer = partial(scoring.family, scores=[scoring.token_f1, scoring.length, scoring.rouge])
+    make = partial(rollout, model, recipe(scorer=scorer))
+    group, _ = jax.eval_shape(make, params, params, batch, jax.random.key(0))
+    assert group.members is not None
+    assert group.members.shape == (8, 3, 4)
+    plain, _ = jax.eval_shape(
+        partial(rollout, model, recipe()), params, params, batch, jax.random.key(0)
+    )
+    assert plain.members is None
+
+
 @pytest.fixture(scope="module")
 def group(model, params, batch):
     # A group to be learnt from twice: its anchors' old log-probs are known too.

@@ -4,6 +4,7 @@ import logging
 import shutil
 from typing import Any
 
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -26,6 +27,20 @@ def make_state(value=1.0, devices=None) -> Any:
     if devices is not None:
         return jax.device_put(state, tree_shardings(make_mesh(*devices), state))
     return state
+
+
+@flax.struct.dataclass
+class Headless:
+    """A `TrainState` of before there were heads, which is how one without a head is stored."""
+
+    step: Any
+    params: Any
+    opt_state: Any
+    skipped: Any
+
+
+def headless(state):
+    return Headless(state.step, state.params, state.opt_state, state.skipped)
 
 
 @pytest.fixture
@@ -52,6 +67,14 @@ def test_the_newest_state_comes_back_bit_for_bit_with_its_place(checkpoints):
     place, state = checkpoints.newest(make_state())
     assert place == Place("align", 2)
     assert_same(state, make_state(2 / 3))
+
+
+def test_a_checkpoint_of_before_there_were_heads_is_read(checkpoints):
+    now = make_state(1 / 3)
+    checkpoints.save(1, Place("sft", 1), headless(now))
+    place, state = checkpoints.newest(make_state())
+    assert (place, state.head) == (Place("sft", 1), None)
+    assert_same(state, now)
 
 
 def test_only_the_newest_are_kept(checkpoints, tmp_path):
@@ -164,7 +187,7 @@ def test_a_checkpoint_whose_numbers_changed_is_said_and_the_one_before_it_taken(
 ):
     checkpoints.save(1, Place("sft", 1), make_state(1.0))
     checkpoints.save(2, Place("align", 1), make_state(2.0))
-    rewrite(tmp_path / "checkpoints" / "2" / "state", make_state(2.5))
+    rewrite(tmp_path / "checkpoints" / "2" / "state", headless(make_state(2.5)))
     place, state = checkpoints.newest(make_state())
     assert place == Place("sft", 1)
     assert_same(state, make_state(1.0))

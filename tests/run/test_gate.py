@@ -1,9 +1,15 @@
+from functools import partial
+from typing import Any
+
 import pytest
 
+from pujax import rewards
 from pujax.config.settings import GateConfig
 from pujax.errors import ConfigError, DataError
 from pujax.records import Example, Prompt
-from pujax.run.gate import gated, near_duplicates
+from pujax.run.gate import gated, in_words, near_duplicates
+from pujax.run.rewarding import anchor_check
+from pujax.run.workers import Outcome
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps all day"
 
@@ -73,3 +79,35 @@ def test_a_gate_that_nothing_passes_is_an_error():
         GateConfig(answer="yes")
     with pytest.raises(ConfigError, match=r"data\.gate\.weight=2"):
         GateConfig(weight=2.0)
+
+
+def test_a_checks_number_must_reach_the_least_and_none_says_nothing():
+    examples = [example(text) for text in ("good", "bad", "unknown", "broken")]
+    checked = [Outcome(4.0), Outcome(2.0), Outcome(None), Outcome(float("nan"), "down")]
+    kept, counts = gated(examples, GateConfig(least=3.0), checked)
+    assert [each.anchor for each in kept] == ["good", "unknown"]
+    assert counts == {"below data.gate.least": 1, "that data.gate.check failed on": 1}
+    kept, counts = gated(examples, GateConfig(least=2.0, weight=0.5), checked)
+    assert [each.weight for each in kept] == [1.0, 1.0, 1.0, 0.5]
+
+
+def judged(anchor, **rest):
+    prompt = Prompt(anchor, ({"role": "user", "content": "x"},), rest=rest)
+    return Example(prompt, (1,), (1,), anchor, (1,), True)
+
+
+def test_a_judges_scores_are_read_from_the_prompts_lines_and_named_where_they_are_none():
+    check = anchor_check(partial(rewards.column, name="judge"), seconds=60.0)
+    found = check([judged("a", judge=4), judged("b", judge=1.5), judged("c")])
+    assert [outcome.value for outcome in found] == [4.0, 1.5, None]
+    with pytest.raises(ConfigError, match=r"^data\.gate\.check: judge='four' in a prompt: write a"):
+        check([judged("a", judge="four")])
+
+
+def test_a_check_that_is_none_is_refused_before_it_is_asked():
+    with pytest.raises(ConfigError, match=r"^data\.gate\.check: in_words takes 'counts'"):
+        anchor_check(in_words, seconds=1.0)
+    wrong: Any = 3
+    broken = partial(rewards.json_object, required=wrong)
+    with pytest.raises(ConfigError, match=r"data\.gate\.check: json_object failed on all of 1 anc"):
+        anchor_check(broken, seconds=60.0)([judged("a")])
