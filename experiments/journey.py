@@ -1,11 +1,12 @@
-"""A newcomer's whole way, from prompts in a CSV file to a served model, each command with its output.
+"""A newcomer's whole way, from prompts in a CSV file to a served model, each step with its output.
 
     python experiments/journey.py docs/journey.md                             # a random student
     python experiments/journey.py docs/journey.md +experiment=quickstart run.name=mine
 
 What follows the file's name is what `pujax train` is told beside the data. The teacher is
-SmolLM2-135M behind `pujax serve` on loopback; where its llama.cpp (the extra `serve`) is missing the
-page says so, and pujax's own decoder answers in its place. Work is done in a folder that goes away.
+SmolLM2-135M behind `pujax serve` on loopback; where its llama.cpp (the extra `serve`) is missing,
+the page says so, and pujax's own decoder answers in its place. Work is done in a folder that goes
+away.
 """
 
 import csv
@@ -33,7 +34,7 @@ SECTIONS = {
     "report": "The page again, as whenever",
     "chat": "Talk with it",
     "export": "Export it to 4 or 8 bits",
-    "serve": "Serve it and ask",
+    "serve": "Serve it, and ask",
 }
 TICKETS = {
     "Müller here, I was charged twice, why?": "billing",
@@ -81,7 +82,7 @@ class Page:
             [sys.executable, "-m", "pujax", *words],
             cwd=self.folder,
             env=environment(),
-            input=given,
+            input="" if given is None else given,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -105,6 +106,7 @@ class Page:
                 found = re.search(r"http://\S+/v1", line)
                 if found is None:
                     sys.exit(f"pujax serve did not start: {line}")
+                line = line.partition(". Ask it")[0] + "."
                 urllib.request.urlopen(found[0].removesuffix("/v1") + "/health").close()
                 self.ran(f"{typed(('serve', *words))} &", line)
                 yield found[0]
@@ -170,11 +172,15 @@ def journey(folder: Path, training: Sequence[str]) -> Page:
         page.run("collect", *ours, *teacher, *told)
 
     if served:
-        page.add("The teacher: a small model on this machine, behind the API that rented ones have.")
+        page.add(
+            "The teacher: a small model on this machine, behind the API that rented ones have."
+        )
         with page.serving(f"model={TEACHER}", "parallel=2", "threads=1") as address:
             collect(["teacher=generic", f"teacher.base_url={address}", "teacher.model=smollm2"])
     else:
-        page.add("llama.cpp is not here (`pip install 'pujax[serve]'`): pujax's own decoder answers.")
+        page.add(
+            "llama.cpp is not here (`pip install 'pujax[serve]'`): pujax's own decoder answers."
+        )
         collect(["teacher=local", f"teacher.model={TEACHER}"])
     page.add(f"## {SECTIONS['stats']}")
     page.run("collect", *ours, "stats=true")
@@ -184,7 +190,9 @@ def journey(folder: Path, training: Sequence[str]) -> Page:
     page.add(f"## {SECTIONS['report']}")
     page.run("report", "run=runs/mine")
     page.add(f"## {SECTIONS['chat']}")
-    page.run("chat", "run=runs/mine", "max_tokens=8", given="Grüß Gott, my card = lost: what now?\n")
+    page.run(
+        "chat", "run=runs/mine", "max_tokens=8", given="Grüß Gott, my card = lost: what now?\n"
+    )
     page.add(f"## {SECTIONS['export']}")
     page.run("export", "run=runs/mine", "out=mine.gguf", "format=gguf", "kind=Q8_0")
     page.add(f"## {SECTIONS['serve']}")
@@ -194,7 +202,7 @@ def journey(folder: Path, training: Sequence[str]) -> Page:
             reply = json.loads(ask(address, question))
             message, usage = reply["choices"][0]["message"], reply["usage"]
             shown = json.dumps({"message": message, "usage": usage}, ensure_ascii=False)
-            page.ran(f"ask {address} {json.dumps(question)}   # as the openai client does", shown)
+            page.ran(f"ask {json.dumps(question)}   # POST {address}/chat/completions", shown)
     else:
         page.run("generate", "model=mine.gguf", "max_tokens=8", f"prompt={question}")
     return page

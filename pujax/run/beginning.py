@@ -18,6 +18,7 @@ from pujax.models.parameters import param_shapes
 from pujax.records import Example
 from pujax.run.data import Dataset
 from pujax.run.ending import amount
+from pujax.run.judged import judged
 from pujax.run.measure import flops, matmul_rate
 from pujax.run.provenance import teachers_in
 from pujax.run.student import Student
@@ -55,9 +56,11 @@ def work(
     candidates = data.candidates or config.sampling.candidates
     loss = str(config.loss.get("_target_", "")).rpartition(".")[2]
     trained = len(data.examples)
+    told = judged([(each.prompt, each.anchor) for each in data.with_anchors.examples])
     lines = [
         f"anchors: {_whose(config)}; prompts to {data.prompt_size} tokens, responses to "
         f"{data.response_size}",
+        *(f"the teacher's answers: {name} {words}" for name, words in told.items()),
         f"sft: {_steps(sft.steps, sft.batch, len(data.with_anchors.examples))}",
         f"align: {_steps(align.steps, align.prompts, trained)}"
         + (f", {candidates} candidates each, {loss}" if align.steps else ""),

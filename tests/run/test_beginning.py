@@ -64,6 +64,7 @@ def test_a_run_says_how_much_it_will_do(student):
     lines = beginning.work(CONFIG, student, recipe(), dataset(8), dataset(3))
     assert lines == [
         "anchors: nobody is named, in nowhere.jsonl; prompts to 16 tokens, responses to 5",
+        "the teacher's answers: most frequent 8 × “!”",
         "sft: 6 steps of 2 prompts, 1.5 times through 8",
         "align: 3 steps of 2 prompts, 0.75 times through 8, 4 candidates each, grpo",
         "evaluation: 3 held-out prompts, of the base and after each stage",

@@ -4,6 +4,7 @@ from pujax.config.settings import GateConfig
 from pujax.errors import ConfigError, DataError
 from pujax.records import Example, Prompt
 from pujax.run.gate import gated, near_duplicates
+from pujax.run.judged import judged
 
 LONG = "the quick brown fox jumps over the lazy dog and then it sleeps all day"
 
@@ -73,3 +74,18 @@ def test_a_gate_that_nothing_passes_is_an_error():
         GateConfig(answer="yes")
     with pytest.raises(ConfigError, match=r"data\.gate\.weight=2"):
         GateConfig(weight=2.0)
+
+
+def test_answers_are_judged_before_they_are_learnt():
+    rows = (
+        *(("Account", "billing"), ("Account", "account"), ("it's billing.", "billing")),
+        *(("I'm sorry, but I can't.", None), (LONG, None), (LONG + " and night", None)),
+    )
+    told = judged([(example(anchor, answer).prompt, anchor) for anchor, answer in rows])
+    assert told == {
+        "right": "exact 1, contains 2 of 3 with a true answer",
+        "most frequent": "2 × “Account”",
+        "refusals": "1 of 6",
+        "near copies": "1 of 6",
+    }
+    assert judged([(example("yes").prompt, "yes")]) == {}
