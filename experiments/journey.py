@@ -154,10 +154,10 @@ def ask(address: str, question: str) -> str:
 def journey(folder: Path, training: Sequence[str]) -> Page:
     """All of it, in an empty folder."""
     page, served = Page(folder), find_spec("xllamacpp") is not None
-    page.add("# From prompts in a table to a served model\n")
+    page.add("# From prompts in a table to a served model")
     page.add(
-        f"Made by `python experiments/journey.py docs/journey.md`, with `{' '.join(training)}`: "
-        "a check that every step works, not that anything is learnt."
+        f"Made by `python experiments/journey.py docs/journey.md {' '.join(training)}`: twelve "
+        "prompts and a few steps, to see that every command works, not that anything is learnt."
     )
     write(folder / "tickets.csv", TICKETS)
     write(folder / "heldout.csv", HELD_OUT)
