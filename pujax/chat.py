@@ -7,9 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pujax.config.commands import command, one_source
+from pujax.config.commands import command
 from pujax.config.streams import escape
-from pujax.config.typed import check_drawing, lines, text_or_file
+from pujax.config.typed import Answering, lines, text_or_file
 from pujax.errors import PujaxError
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
@@ -21,39 +21,14 @@ HELP = "/reset forgets the conversation, /quit or Ctrl-D ends it, Ctrl-C ends an
 
 
 @dataclass(frozen=True)
-class ChatConfig:
+class ChatConfig(Answering):
     """Everything `python -m pujax.chat` is told; what to answer comes from standard input.
 
     Attributes:
-        run: a run's directory, or a folder of runs: its newest finished one; or
-        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
-        system: the system message, or @FILE; null is the one that the run was trained with, or else
-            the chat template's own.
-        max_tokens: the longest answer, in tokens.
-        temperature: of sampling; 0 takes the likeliest token each time.
-        top_k: sample from the k likeliest tokens; 0 is from all.
-        top_p: sample from the likeliest tokens that make up this share; 1 is all.
-        seed: of sampling.
+        max_tokens: the longest answer, in tokens: more than `generate`'s, since Ctrl-C ends it.
     """
 
-    run: str | None = None
-    model: str | None = None
-    system: str | None = None
     max_tokens: int = 512
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        one_source(self.run, self.model)
-        check_drawing(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
 
 
 def run(settings: ChatConfig) -> None:
@@ -108,11 +83,7 @@ def converse(
                 generator,
                 [*turns, {"role": "user", "content": line}],
                 show,
-                max_tokens=settings.max_tokens,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
-                seed=settings.seed + number,
+                **settings.drawing(number),
             )
             if not reply.finished:
                 ending = f"[cut at max_tokens={settings.max_tokens}]"

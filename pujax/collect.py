@@ -12,7 +12,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from pujax.config.commands import command
 from pujax.config.functions import with_protocol
 from pujax.errors import ConfigError, StoreError, TeacherError
-from pujax.records import Prompt
+from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.asking import Tally
 from pujax.teacher.plan import Plan, make_plan
@@ -32,7 +32,7 @@ from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
 from pujax.teacher.writer import kept_beside
-from pujax.text import printable
+from pujax.text import counted, printable
 
 REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
@@ -55,7 +55,7 @@ class CollectRun:
 
     Attributes:
         store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
-        stats: describe the store and ask nobody.
+        stats: describe the store, and its answers to `data.prompts` where that is set; ask nobody.
         trusted: packages beside pujax whose functions may be named: their code runs here.
         data: the prompts.
         teacher: whom to ask.
@@ -79,6 +79,9 @@ def run(settings: CollectRun) -> int:
             warn(f"{kept} has answers that a run could not store: the next collection puts them in")
     if settings.stats:
         print(describe(store))
+        if settings.data.prompts is not None:
+            for line in describe_answers(store, list(load_prompts(settings.data.prompts, warn))):
+                print(line)
         return 0
     if settings.data.prompts is None:
         raise ConfigError("data.prompts is not set: name a file, a list of files or a dataset")
@@ -213,6 +216,29 @@ def describe(store: Path) -> str:
         lines += [f"{title}:"]
         lines += [f"  {size:>6}  {name}  {text!r:.80}" for size, name, text in extremes]
     return "\n".join(lines)
+
+
+def describe_answers(store: Path, prompts: Sequence[Prompt]) -> Iterable[str]:
+    """How good the answers are that a store has to these prompts, as far as that can be told."""
+    from pujax.run.judged import judged
+
+    asked = {messages_key(prompt.messages): prompt for prompt in prompts}
+    anchors: dict[str, Anchor] = {}
+    several: Counter[str] = Counter()
+    for _, record in read_records(store):
+        key, anchor = messages_key(record["messages"]), anchor_of(record)
+        if key in asked and anchor is not None:
+            anchors[key] = anchor
+            several[key] += 1
+    told = {"answered": f"{len(anchors):,} of {counted(len(asked), 'prompt')}"}
+    if again := sum(count > 1 for count in several.values()):
+        told["several"] = (
+            f"{counted(again, 'prompt')} with answers by several models or settings: of one "
+            "model's the newest is used"
+        )
+    told |= judged([(asked[key], anchor.response) for key, anchor in anchors.items()])
+    yield "of data.prompts:"
+    yield from (f"  {name:<14} {words}" for name, words in told.items())
 
 
 def _charge(bill: Counter[str], record: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.locate import at_home
 from pujax.inference.finished import require_kind
+from pujax.run.compilation import keep_compiled
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,8 @@ class ExportConfig:
         kind: how gguf stores matrices: F16, Q8_0, Q4_1 or Q4_0.
         dtype: how hf stores tensors: float32, bfloat16 or float16.
         push: a model on the hub, OWNER/NAME, that gets it too; a new one is private.
+        compare: held-out prompts of the run whose greedy answers are made anew, to say how many are
+            the same; 0 makes none.
     """
 
     run: str | None = None
@@ -33,11 +36,13 @@ class ExportConfig:
     kind: str = "F16"
     dtype: str = "float32"
     push: str | None = None
+    compare: int = 32
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
         one_of("format", self.format, ("hf", "gguf", "peft"))
         require_kind(self.kind)
+        require(self.compare >= 0, "compare", self.compare, "must not be negative")
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         require(
             self.format != "peft" or self.run is not None,
@@ -48,21 +53,30 @@ class ExportConfig:
 
 
 def run(settings: ExportConfig) -> None:
-    """Export as told, and print where to."""
+    """Export as told, print where to, and say how near that is to the run."""
+    keep_compiled()  # before jax is imported
     from pujax.inference.finished import export
 
-    print(
-        export(
-            out=at_home(settings.out),
-            run=None if settings.run is None else at_home(settings.run),
-            model=settings.model,
-            format=settings.format,
-            kind=settings.kind,
-            dtype=settings.dtype,
-            push=settings.push,
-            say=lambda text: print(f"pujax.export: {text}", file=sys.stderr),
-        )
+    def say(text: str) -> None:
+        print(f"pujax.export: {text}", file=sys.stderr, flush=True)
+
+    run = None if settings.run is None else at_home(settings.run)
+    out = export(
+        out=at_home(settings.out),
+        run=run,
+        model=settings.model,
+        format=settings.format,
+        kind=settings.kind,
+        dtype=settings.dtype,
+        push=settings.push,
+        say=say,
     )
+    print(out, flush=True)
+    if run is None or not settings.compare or settings.format == "peft":
+        return  # an adapter alone answers nothing
+    from pujax.inference.nearness import nearness
+
+    say(nearness(run, out, settings.compare))
 
 
 # In a folder of its own, where `model` is a key and not the group of conf/model/.

@@ -4,9 +4,9 @@ import sys
 from dataclasses import dataclass
 from itertools import chain, islice
 
-from pujax.config.commands import command, one_source
+from pujax.config.commands import command
 from pujax.config.streams import escape
-from pujax.config.typed import check_drawing, lines, text_or_file
+from pujax.config.typed import Answering, lines, text_or_file
 from pujax.errors import ConfigError
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
@@ -15,42 +15,15 @@ BATCH = 8  # prompts of standard input that are answered at once
 
 
 @dataclass(frozen=True)
-class GenerateConfig:
+class GenerateConfig(Answering):
     """Everything `python -m pujax.generate` is told.
 
     Attributes:
-        run: a run's directory, or a folder of runs: its newest finished one; or
-        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
         prompt: what to answer, or @FILE, a file that holds it (@@ begins a text with @); null
             answers standard input, a prompt a line.
-        system: the system message, or @FILE; null is the one that the run was trained with, or else
-            the chat template's own.
-        max_tokens: the longest answer, in tokens.
-        temperature: of sampling; 0 takes the likeliest token each time.
-        top_k: sample from the k likeliest tokens; 0 is from all.
-        top_p: sample from the likeliest tokens that make up this share; 1 is all.
-        seed: of sampling.
     """
 
-    run: str | None = None
-    model: str | None = None
     prompt: str | None = None
-    system: str | None = None
-    max_tokens: int = 128
-    temperature: float = 0.0
-    top_k: int = 0
-    top_p: float = 1.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        one_source(self.run, self.model)
-        check_drawing(
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            seed=self.seed,
-        )
 
 
 def run(settings: GenerateConfig) -> None:
@@ -79,11 +52,7 @@ def run(settings: GenerateConfig) -> None:
         full = batch + batch[:1] * (size - len(batch))  # batches of one size compile once
         replies = generator.answer(
             [[*turns, {"role": "user", "content": prompt}] for prompt in full],
-            max_tokens=settings.max_tokens,
-            temperature=settings.temperature,
-            top_k=settings.top_k,
-            top_p=settings.top_p,
-            seed=settings.seed + number,
+            **settings.drawing(number),
         )
         for reply in replies[: len(batch)]:
             print(reply.text, flush=True)

@@ -7,6 +7,7 @@ from typing import Any
 from pujax.config.commands import command, in_new_words, listed
 from pujax.errors import require
 from pujax.files.locate import at_home
+from pujax.inference.finished import newest_run
 
 
 @dataclass(frozen=True)
@@ -14,7 +15,8 @@ class ReportConfig:
     """Everything `python -m pujax.report` is told.
 
     Attributes:
-        run: a run's directory, or a list of them: [A,B].
+        run: a run's directory, or a folder of runs: its newest finished one; or a list of them:
+            [A,B].
         sweep: a folder with runs below it: their table and plot, a row a setting.
     """
 
@@ -39,7 +41,7 @@ def run(settings: ReportConfig) -> None:
     from pujax.evaluation.page import refuse_foreign, write
 
     for run in settings.runs:
-        directory = at_home(run)
+        directory = newest_run(at_home(run))
         refuse_foreign(directory)
         print(write(directory))
 

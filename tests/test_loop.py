@@ -1,3 +1,4 @@
+import json
 import re
 import runpy
 from pathlib import Path
@@ -30,6 +31,17 @@ def test_the_loop_by_hand_learns_from_prompts_and_anchors():
         for a, b in zip(*map(jax.tree.leaves, (reference, aligned)), strict=True)
     ]
     assert 0 < max(moved) < 0.1
+
+
+def test_the_notebook_of_docs_runs_from_its_first_cell_to_its_last(capsys):
+    notebook = json.loads((LOOP.parents[1] / "docs" / "python.ipynb").read_text(encoding="utf-8"))
+    cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    names = {}
+    for number, cell in enumerate(cells):
+        exec(compile(cell, f"cell {number}", "exec"), names)
+    assert capsys.readouterr().out.count("->") == 4
+    assert names["group"].tokens.shape == (4, 5, 16)
+    assert float(names["metrics"]["loss"]) == pytest.approx(np.log(2), abs=1e-3)
 
 
 def test_every_name_of_the_front_door_opens():

@@ -8,11 +8,11 @@ set -eu
 here=$(dirname "$0")
 python=${PYTHON:-python}
 log=$(mktemp)
-"$python" "$here/serve_teacher.py" "$1" --port 0 --parallel 4 --threads "${THREADS:-2}" >"$log" 2>&1 &
+"$python" -m pujax.serve model="$1" port=0 parallel=4 context=1024 threads="${THREADS:-2}" >"$log" 2>&1 &
 server=$!
 trap 'kill $server 2>/dev/null || true; wait $server || true; rm -f "$log"' EXIT
 trap 'exit 130' INT TERM
-until address=$(grep -m 1 -o 'listening on http://.*' "$log"); do
+until address=$(grep -m 1 -o 'http://[0-9.:]*/v1' "$log"); do
     kill -0 $server 2>/dev/null || { tail -n 5 "$log"; exit 1; }
     sleep 0.5
 done
@@ -20,7 +20,7 @@ done
     store="${STORE:-$here/anchors.jsonl}" \
     data.prompts="[$here/train.jsonl,$here/heldout.jsonl,$here/validation.jsonl,$here/test.jsonl,$here/train_more.jsonl]" \
     teacher=llamacpp \
-    teacher.base_url="${address#listening on }/v1" \
+    teacher.base_url="$address" \
     teacher.model=qwen2.5-coder-1.5b-instruct \
     teacher.system="'Answer briefly, in English.'" \
     teacher.max_tokens=64 \

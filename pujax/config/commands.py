@@ -161,7 +161,8 @@ def command(
             beside = sweep_folder(typed) if sweep else nullcontext()
             with offered(shared), beside as aside:
                 if options and set(options) <= {"--help", "-h"}:
-                    told = help_of(name, where, schema, groups, overrides)
+                    purpose = _purpose(act)
+                    told = help_of(name, where, schema, groups, overrides, purpose=purpose)
                     print(masked(told, [*typed, *overrides]))
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
@@ -190,6 +191,12 @@ def command(
                 del os.environ["HYDRA_FULL_ERROR"]
 
     return main
+
+
+def _purpose(act: Callable[..., Any]) -> str:
+    """What the docstring of a command's module says that it is for."""
+    first, _, _ = (sys.modules[act.__module__].__doc__ or "").partition("\n")
+    return first.partition("`: ")[2] or first
 
 
 def _exit_on_signals() -> None:

@@ -20,10 +20,19 @@ from pujax.config.compose import conf_dir
 WIDTH, COLUMN = 100, 40  # of the whole, and where meanings begin
 
 
-def help_of(name: str, conf: Path, schema: type, groups: list[str], overrides: list[str]) -> str:
-    """All that a command can be told, with the values that `overrides` leave.
+def help_of(
+    name: str,
+    conf: Path,
+    schema: type,
+    groups: list[str],
+    overrides: list[str],
+    *,
+    purpose: str = "",
+) -> str:
+    """What a command is for, examples, and all that it can be told, as `overrides` leave it.
 
-    Hydra's own help reads every file of every group, twice.
+    The examples are the comment that its YAML begins with. Hydra's own help reads every file of
+    every group, twice.
     """
     with hydra.initialize_config_dir(str(conf), version_base="1.3"):
         composed = OmegaConf.to_container(hydra.compose(name, overrides=overrides))
@@ -35,9 +44,14 @@ def help_of(name: str, conf: Path, schema: type, groups: list[str], overrides: l
         if any(path.glob("*.yaml")) and path.name != "base"
         if path.relative_to(root).parts[0] in groups
     ]
+    examples = re.match(r"(#.*\n)*", (conf / f"{name}.yaml").read_text(encoding="utf-8"))
+    assert examples is not None
     return "\n".join(
         [
             f"pujax {name} KEY=VALUE ...   (--hydra-help tells of more; -m runs each of A,B)",
+            *([purpose] if purpose else []),
+            "",
+            *(line.replace("#", " ", 1) for line in examples[0].splitlines()),
             *(["", "Choices:", *choices] if choices else []),
             "",
             "Settings, with the values that they have:",
@@ -47,10 +61,13 @@ def help_of(name: str, conf: Path, schema: type, groups: list[str], overrides: l
 
 
 def meanings(schema: type) -> dict[str, str]:
-    """What each setting of a record means, of its docstring's `Attributes:`."""
-    _, _, listed = (inspect.getdoc(schema) or "").partition("Attributes:\n")
-    entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
-    return {name: " ".join(text.split()) for name, text in entries}
+    """What each setting of a record means, of its docstring's `Attributes:` and of its bases'."""
+    told = {}
+    for record in reversed(schema.__mro__):
+        _, _, listed = inspect.cleandoc(record.__doc__ or "").partition("Attributes:\n")
+        entries = re.findall(r"^    (\w+): (.*(?:\n {5,}.*)*)", listed, re.MULTILINE)
+        told |= {name: " ".join(text.split()) for name, text in entries}
+    return told
 
 
 def _listed(values: Mapping[Any, Any], schema: Any, indent: str = "") -> Iterator[str]:

@@ -2,21 +2,61 @@
 
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
 
+from pujax.config.commands import one_source
 from pujax.errors import ConfigError, require
 from pujax.files.locate import at_home
 
 
-def check_drawing(
-    *, max_tokens: int, temperature: float, top_k: int, top_p: float, seed: int
-) -> None:
-    """Refuse what an answer can't be drawn by. Raises `ConfigError`."""
-    require(max_tokens > 0, "max_tokens", max_tokens, "must be positive")
-    finite = 0 <= temperature < float("inf")
-    require(finite, "temperature", temperature, "0 is greedy, or positive and finite")
-    require(top_k >= 0, "top_k", top_k, "must be 0 (off) or positive")
-    require(0 < top_p <= 1, "top_p", top_p, "must lie in (0, 1]")
-    require(0 <= seed < 2**32, "seed", seed, "must lie in [0, 2^32)")
+@dataclass(frozen=True)
+class Answering:
+    """Whom `generate` and `chat` ask, and how answers are drawn.
+
+    Attributes:
+        run: a run's directory, or a folder of runs: its newest finished one; or
+        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        system: the system message, or @FILE; null is the one that the run was trained with, or else
+            the chat template's own.
+        max_tokens: the longest answer, in tokens.
+        temperature: of sampling; 0 takes the likeliest token each time.
+        top_k: sample from the k likeliest tokens; 0 is from all.
+        top_p: sample from the likeliest tokens that make up this share; 1 is all.
+        seed: of sampling.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    system: str | None = None
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        one_source(self.run, self.model)
+        require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
+        require(
+            0 <= self.temperature < float("inf"),
+            "temperature",
+            self.temperature,
+            "0 is greedy, or positive and finite",
+        )
+        require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
+        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
+
+    def drawing(self, number: int) -> dict[str, Any]:
+        """How answer or batch `number` is drawn: keywords of `answer` and `answer_aloud`."""
+        return {
+            "max_tokens": self.max_tokens,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "seed": self.seed + number,
+        }
 
 
 def text_or_file(key: str, value: str | None) -> str | None:

@@ -1,6 +1,6 @@
 """A model on held-out prompts: one pass for the anchors, one answer by greed, some by chance."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,10 +12,12 @@ from rich.progress import track
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, Metric, Reading, measure
 from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.waiting import waited
 from pujax.method.sampling import greedy, sample
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import mean_logps, response_logps
 from pujax.records import Example
+from pujax.text import counted
 from pujax.types import Batch, Completions, Params
 
 Answers = tuple[Int[Array, "B K T"], Int[Array, "B K"], Bool[Array, "B K"]]
@@ -44,20 +46,20 @@ def evaluate(
     decode: Callable[[Sequence[int]], str],
     metrics: Mapping[str, Metric] = METRICS,
     draws: Draws = NONE,
+    say: Callable[[str], None] | None = None,
 ) -> Evaluation:
     """What `metrics` say of the anchors' log-probs under `params` and of its answers.
 
     The last batch is filled up with copies of its last row, which aren't counted: one compilation
     serves every batch and every set of parameters. Where a batch's real tokens fit the model's
     budget, its padding is not computed. The same `params` draw the same samples each time. A metric
-    that no prompt has, as all of samples when none are drawn, is left out.
+    that no prompt has, as all of samples when none are drawn, is left out. How far it is goes to
+    `say`, a line at the start and one a minute, or without that into a bar.
     """
     # A batch decodes until its longest answer ends, so those with long anchors go together.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].anchor_ids), reverse=True)
     found: dict[int, Row] = {}
-    for start in track(
-        range(0, len(examples), batch), description=f"evaluating {name}", transient=True
-    ):
+    for start in _told(range(0, len(examples), batch), name, len(examples), say):
         places = order[start : start + batch]
         some = [examples[i] for i in places]
         padded = collate(some + some[-1:] * (batch - len(some)))
@@ -80,6 +82,25 @@ def evaluate(
     kept = [metric for metric in metrics if any(row.values[metric] is not None for row in rows)]
     rows = [replace(row, values={metric: row.values[metric] for metric in kept}) for row in rows]
     return Evaluation(name, tuple(rows), {metric: metrics[metric].shown for metric in kept})
+
+
+def _told(
+    starts: Sequence[int], name: str, count: int, say: Callable[[str], None] | None
+) -> Iterator[int]:
+    """`starts`, the first places of batches, with a bar or words on how far it is."""
+    what = f"evaluating {name}"
+    if say is None:
+        yield from track(starts, description=what, transient=True)
+        return
+    say(f"{what}: {counted(count, 'prompt')}")
+    at = 0
+
+    def told(line: str) -> None:
+        say(f"{line}, {at} of {count}")
+
+    with waited(what, told):
+        for at in starts:
+            yield at
 
 
 def _row(reading: Reading, metrics: Mapping[str, Metric]) -> Row:

@@ -12,6 +12,7 @@ from pujax.evaluation.results import Evaluation, Row, of_run
 from pujax.evaluation.statistics import FEW, compare
 from pujax.evaluation.tables import interval, verdict
 from pujax.records import Prompt
+from pujax.text import blank
 
 SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
 
@@ -170,4 +171,6 @@ def _plain(answer: str) -> str:
 
 
 def _quoted(answer: str) -> str:
+    if blank(answer):
+        return "nothing that can be seen"
     return f"“{answer[:60]}{'…' if len(answer) > 60 else ''}”"

@@ -19,6 +19,7 @@ from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.method import labels as rules
 from pujax.records import STAGES
+from pujax.text import blank
 
 PAGE = 4  # cards of a browser shown at once; page.js has the number from the page
 
@@ -460,8 +461,9 @@ def _answer(
     who: str, said: str, mark: str, style: str, bar: float | None = None, *, anchor: bool = False
 ) -> str:
     shown = "" if bar is None else f'<i style="width:{100 * bar:.1f}%"></i>'
+    words = "<em>nothing that can be seen</em>" if blank(said) else escape(said)
     return (
         f'<div class="answer"><div class="who{" anchor" if anchor else ""}">{escape(who)}</div>'
-        f'<div class="text">{escape(said)}</div>'
+        f'<div class="text">{words}</div>'
         f'<div class="mark"><span class="{style}">{escape(mark)}</span>{shown}</div></div>'
     )

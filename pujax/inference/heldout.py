@@ -2,8 +2,10 @@
 
 import json
 import re
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +180,7 @@ def evaluate_subject(
         decode=subject.decode,
         metrics=metrics,
         draws=Draws(config.eval.samples, config.eval.temperature),
+        say=None if sys.stdout.isatty() else partial(print, file=sys.stderr, flush=True),
     )
 
 

@@ -19,6 +19,7 @@ from pujax.config.settings import TrainConfig
 from pujax.errors import require, stops
 from pujax.evaluation import findings, page, tables
 from pujax.evaluation.results import Evaluation
+from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.files.export import export_hf, refuse_foreign_directory
@@ -38,6 +39,7 @@ from pujax.method.step import (
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
+from pujax.run import beginning
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
@@ -81,21 +83,27 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         check_positions(shape, data)
 
     check_memory(config.model, shape, mesh)
+    for line in beginning.place(config, directory, shape, mesh):
+        say(line)
     train_data, heldout = load_data(config, chat, say, check, begun=begun)
     check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):
         say(line)
-    student = load_student(config.model, chat, mesh, config.seed)
-    mark = hold_inputs(
-        directory,
-        config,
-        chat,
-        {**train_data.parts, "data.heldout": heldout},
-        (student.base, student.trainable),
-        begun=begun,
-        rows=bool(rewards_of(recipe.scorer)),
-        say=say,
-    )
+    aloud = None if console.is_terminal else say
+    with waited("reading the student", aloud):
+        student = load_student(config.model, chat, mesh, config.seed)
+        mark = hold_inputs(
+            directory,
+            config,
+            chat,
+            {**train_data.parts, "data.heldout": heldout},
+            (student.base, student.trainable),
+            begun=begun,
+            rows=bool(rewards_of(recipe.scorer)),
+            say=say,
+        )
+    for line in beginning.work(config, student, recipe, train_data, heldout):
+        say(line)
     checkpoints = Checkpoints(
         directory,
         keep=config.checkpoint.keep,
@@ -153,7 +161,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             # A stage of no steps leaves what it began with, which has been evaluated.
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))
-        finish(run, params, made)
+        with waited("writing the model and the report", aloud):
+            finish(run, params, made)
     say(ending(directory, clean=config.checkpoint.clean))
 
 

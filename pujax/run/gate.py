@@ -63,9 +63,14 @@ def _distrusted(example: Example, gate: GateConfig) -> str | None:
         right = {"exact": text.exact, "contains": text.contains}[gate.answer]
         if not right(example.prompt, example.anchor):
             return "without the true answer"
-    if gate.refusals and REFUSAL.match(example.anchor.casefold().replace("’", "'")):
+    if gate.refusals and refuses(example.anchor):
         return "refusals"
     return None
+
+
+def refuses(answer: str) -> bool:
+    """Whether an answer begins as refusals do."""
+    return REFUSAL.match(answer.casefold().replace("’", "'")) is not None
 
 
 def _failed(outcome: Outcome, gate: GateConfig) -> str | None:

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from rich.table import Column
 from tensorboardX import SummaryWriter
 
 from pujax.errors import RecordError
+from pujax.evaluation.waiting import duration, waited
 from pujax.files.durable import Line, read_jsonl, whole_lines, write_whole
 from pujax.records import STAGES
 
@@ -233,13 +235,15 @@ def progress(
     """Show a stage's progress; yields the function that takes each step's line (`RunLog.step`).
 
     A terminal gets a bar; anything else a plain line at the first step, at the last, and no more
-    often than each `every` seconds in between. `done` steps were made before this process.
+    often than each `every` seconds in between, and one a minute where a step takes longer. `done`
+    steps were made before this process.
     """
     console = console or Console()
     times: deque[float] = deque(maxlen=RECENT + 1)
 
     if not console.is_terminal:
         shown_at = -math.inf
+        say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
 
         def show_line(line: Line) -> None:
             nonlocal shown_at
@@ -249,9 +253,11 @@ def progress(
                 text = (
                     f"{stage} {line['step']}/{steps}  {summary(line)}  {_left(times, line, steps)}"
                 )
-                console.print(text.rstrip(), markup=False, highlight=False, soft_wrap=True)
+                say(text.rstrip())
+                noted()
 
-        yield show_line
+        with waited(stage, say) as noted:
+            yield show_line
         return
 
     columns = (
@@ -290,13 +296,6 @@ def eta(times: Sequence[float], left: int) -> float | None:
     if len(times) < 2:
         return None
     return (times[-1] - times[0]) / (len(times) - 1) * left
-
-
-def duration(seconds: float) -> str:
-    """`m:ss`, or `h:mm:ss` from an hour on."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
 def _left(times: Sequence[float], line: Line, steps: int) -> str:

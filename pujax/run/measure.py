@@ -265,12 +265,12 @@ def reference_tokens(chat: Chat, prompt_tokens: int) -> int:
     return prompt_tokens + max(0, shown)
 
 
-def matmul_rate(dtype: Any, repeats: int = 7) -> float:
+def matmul_rate(dtype: Any, repeats: int = 7, size: int = PEAK_SIZE) -> float:
     """Floating-point operations a second of a large matrix product: the median of `repeats`."""
-    one = jax.random.normal(jax.random.key(0), (PEAK_SIZE, PEAK_SIZE), dtype)
+    one = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     times, _ = _timed(lambda _: (product(one, one),), None, repeats)
-    return 2 * PEAK_SIZE**3 / statistics.median(times)
+    return 2 * size**3 / statistics.median(times)
 
 
 def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[float, float]:

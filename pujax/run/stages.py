@@ -141,6 +141,7 @@ class Run:
                 decode=self.chat.decode,
                 metrics=self.metrics,
                 draws=Draws(settings.samples, settings.temperature),
+                say=None if self.console.is_terminal else self.say,
             )
             if keep:
                 result = replace(result, of=of)
@@ -193,6 +194,8 @@ class Run:
         steps = range(done + 1, stage.steps + 1)
         last = done
         ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
+        if done < stage.steps and not self.console.is_terminal:
+            self.say(f"{stage.name}: compiling, with the first step")
         with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
             for step in steps:
                 if ended:

@@ -1,17 +1,21 @@
 """`--help` says what every setting means."""
 
+import shlex
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from hydra import compose, initialize_config_dir
 
 from pujax.chat import ChatConfig
 from pujax.collect import CollectRun
-from pujax.config.compose import conf_dir, register
+from pujax.config.compose import conf_dir, from_hydra, offered, register
 from pujax.config.help import COLUMN, WIDTH, help_of, meanings
+from pujax.config.overrides import in_hydra_words
 from pujax.config.settings import TrainConfig
 from pujax.config.tool_settings import BenchmarkConfig
+from pujax.evaluate import GROUPS as SHARED
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
@@ -72,3 +76,39 @@ def test_help_shows_each_setting_with_its_value_and_what_it_means():
         "system"
     ]
     assert max(map(len, lines)) <= WIDTH
+
+
+OF_COMMANDS = {
+    "train": TrainConfig,
+    "collect": CollectRun,
+    "benchmark": BenchmarkConfig,
+    "generate": GenerateConfig,
+    "chat": ChatConfig,
+    "serve": ServeConfig,
+    "export": ExportConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+}
+PICKED = ("experiment", "teacher", "model", "loss", "suite")
+
+
+@pytest.mark.parametrize("name", OF_COMMANDS)
+def test_help_says_what_a_command_is_for_and_gives_examples_that_hold(name):
+    schema = OF_COMMANDS[name]
+    register(f"{name}_schema", schema)
+    root = Path(conf_dir())
+    conf = root if (root / f"{name}.yaml").exists() else root / "tools"
+    shared = SHARED if name == "evaluate" else []
+    with offered(shared):
+        told = help_of(name, conf, schema, [], [], purpose="what for.").splitlines()
+        assert told[1:3] == ["what for.", ""]
+        examples = [line for line in told if line.startswith(f"  pujax {name} ")]
+        assert len(examples) >= 3
+        with initialize_config_dir(str(conf), version_base="1.3"):
+            for example in examples:
+                words = shlex.split(example.partition(" <")[0], comments=True)[2:]
+                words = [word for word in words if word != "-m"]
+                swept = ["seed=0,1,2", "loss=grpo,dpo"]
+                words = [word.split(",")[0] if word in swept else word for word in words]
+                overrides = in_hydra_words(words, schema, PICKED, sweep=False)
+                from_hydra(schema, compose(name, overrides=overrides))

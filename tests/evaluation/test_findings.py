@@ -34,6 +34,11 @@ def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its
     assert any("read the answers" in told for told in findings.warnings([before, after]))
 
 
+def test_an_answer_of_white_space_is_not_quoted():
+    (told,) = findings.collapses(evaluation("m", ["\n\n \n"] * 6, anchors=["a", "b"] * 3))
+    assert told.startswith("m says the same to 6 of 6 prompts, nothing that can be seen (1 dist")
+
+
 def test_a_collapse_within_a_kind_is_found():
     tickets = evaluation("m", ["billing"] * 6, anchors=["billing", "account"] * 3, kind="ticket")
     letters = different("m", 20, kind="letter")

@@ -14,7 +14,7 @@ import pytest
 from pujax import report
 from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.curves import running_mean
-from pujax.evaluation.page import write
+from pujax.evaluation.page import _answer, write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.run.logs import RunLog, SampleGroup
 
@@ -133,6 +133,10 @@ def test_the_page_shows_settings_evaluation_and_groups(html):
     assert html.count('class="kind">writing<') == 15
     group = html[html.index('class="kind">alignment step 1<') :]
     assert group.index("#1") < group.index("#2") < group.index(">anchor<")
+
+
+def test_an_answer_of_white_space_takes_no_room_and_says_what_it_is():
+    assert "<em>nothing that can be seen</em>" in _answer("base", "\n" * 16, "wrong", "loss")
 
 
 def pairs_of(run, tmp_path, rule):

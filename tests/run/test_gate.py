@@ -8,6 +8,7 @@ from pujax.config.settings import GateConfig
 from pujax.errors import ConfigError, DataError
 from pujax.records import Example, Prompt
 from pujax.run.gate import gated, in_words, near_duplicates
+from pujax.run.judged import judged
 from pujax.run.rewarding import anchor_check
 from pujax.run.workers import Outcome
 
@@ -91,17 +92,17 @@ def test_a_checks_number_must_reach_the_least_and_none_says_nothing():
     assert [each.weight for each in kept] == [1.0, 1.0, 1.0, 0.5]
 
 
-def judged(anchor, **rest):
+def rated(anchor, **rest):
     prompt = Prompt(anchor, ({"role": "user", "content": "x"},), rest=rest)
     return Example(prompt, (1,), (1,), anchor, (1,), True)
 
 
 def test_a_judges_scores_are_read_from_the_prompts_lines_and_named_where_they_are_none():
     check = anchor_check(partial(rewards.column, name="judge"), seconds=60.0)
-    found = check([judged("a", judge=4), judged("b", judge=1.5), judged("c")])
+    found = check([rated("a", judge=4), rated("b", judge=1.5), rated("c")])
     assert [outcome.value for outcome in found] == [4.0, 1.5, None]
     with pytest.raises(ConfigError, match=r"^data\.gate\.check: judge='four' in a prompt: write a"):
-        check([judged("a", judge="four")])
+        check([rated("a", judge="four")])
 
 
 def test_a_check_that_is_none_is_refused_before_it_is_asked():
@@ -110,4 +111,19 @@ def test_a_check_that_is_none_is_refused_before_it_is_asked():
     wrong: Any = 3
     broken = partial(rewards.json_object, required=wrong)
     with pytest.raises(ConfigError, match=r"data\.gate\.check: json_object failed on all of 1 anc"):
-        anchor_check(broken, seconds=60.0)([judged("a")])
+        anchor_check(broken, seconds=60.0)([rated("a")])
+
+
+def test_answers_are_judged_before_they_are_learnt():
+    rows = (
+        *(("Account", "billing"), ("Account", "account"), ("it's billing.", "billing")),
+        *(("I'm sorry, but I can't.", None), (LONG, None), (LONG + " and night", None)),
+    )
+    told = judged([(example(anchor, answer).prompt, anchor) for anchor, answer in rows])
+    assert told == {
+        "right": "exact 1, contains 2 of 3 with a true answer",
+        "most frequent": "2 × “Account”",
+        "refusals": "1 of 6",
+        "near copies": "1 of 6",
+    }
+    assert judged([(example("yes").prompt, "yes")]) == {}

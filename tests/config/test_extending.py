@@ -1,0 +1,51 @@
+"""What docs/extending.md shows is taken as it stands, from outside the package."""
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
+
+
+@pytest.fixture
+def outside(tmp_path):
+    """A folder with the page's functions and YAML files."""
+    page = DOCS.read_text(encoding="utf-8")
+    blocks = re.findall(r"```(python|yaml)\n# (mine\.py|my-conf/\S+)\n(.*?)```", page, re.DOTALL)
+    assert len(blocks) == 7
+    for _, name, text in blocks:
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        before = path.read_text() if path.exists() else ""
+        path.write_text(f"{before}{text}\n")
+    return tmp_path
+
+
+@pytest.mark.slow
+def test_the_pages_loss_scorer_and_metric_are_tried_and_taken(outside):
+    """All are tried before prompts are read: that these are missed says that they were taken."""
+    words = ["+experiment=smoke", "loss=hinge", "loss.margin=2", "scorer=close_in_length"]
+    words += ["+eval=shouting", "trusted=[mine]", "data.prompts=nowhere.jsonl"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pujax.train", "--config-dir", "my-conf", *words],
+        cwd=outside,
+        env=os.environ | {"PYTHONPATH": f"{outside}{os.pathsep}{DOCS.parents[1]}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("pujax.train: nowhere.jsonl: "), done.stderr
+    assert not (outside / "runs").exists()
+
+
+def test_the_pages_reward_is_a_function_of_plain_python(outside, monkeypatch):
+    monkeypatch.syspath_prepend(outside)
+    mine = importlib.import_module("mine")
+    assert mine.mentions_price("It costs 7 €.", {"price": 7}) == 1.0
+    assert mine.mentions_price("No idea.", {"price": 7}) == 0.0
+    monkeypatch.delitem(sys.modules, "mine")

@@ -1,0 +1,109 @@
+"""The first words of a run are those of its settings, and its guesses those of arithmetic."""
+
+import dataclasses
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+from recipes import recipe
+
+from pujax.config.settings import (
+    AlignConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoraConfig,
+    ModelConfig,
+    SftConfig,
+    TrainConfig,
+)
+from pujax.models.decoder import LanguageModel
+from pujax.models.sharding import make_mesh
+from pujax.records import Example, Prompt
+from pujax.run import beginning
+from pujax.run.data import Dataset
+from pujax.run.student import Student
+
+CONFIG = TrainConfig(
+    model=ModelConfig(path="mine"),
+    data=DataConfig(prompts="p", heldout="h", anchors="nowhere.jsonl"),
+    loss={"_target_": "pujax.method.losses.grpo"},
+    sft=SftConfig(steps=6, batch=2),
+    align=AlignConfig(steps=3, prompts=2),
+)
+
+
+def dataset(count):
+    example = Example(
+        prompt=Prompt("a", ({"role": "user", "content": "?"},)),
+        prompt_ids=(7,) * 10,
+        reference_ids=(7,) * 12,
+        anchor="!",
+        anchor_ids=(8,) * 4,
+        anchor_finished=True,
+    )
+    return Dataset((example,) * count, 16, 18, 5)
+
+
+@pytest.fixture
+def student(model, params):
+    return Student(model, None, params)
+
+
+def test_a_run_says_where_what_and_on_what_it_trains(model, tmp_path):
+    where, who, device = beginning.place(CONFIG, tmp_path, model.config, make_mesh())
+    assert where == f"run: {tmp_path}"
+    assert who == "student: mine, 3 layers, 0.0 M parameters, all trained"
+    assert device == "device: 8 × cpu, mesh: data 8"
+    lora = dataclasses.replace(CONFIG, model=ModelConfig(path="mine", lora=LoraConfig(rank=4)))
+    _, who, device = beginning.place(lora, tmp_path, model.config, make_mesh(1, 1, 1))
+    assert who.endswith("LoRA of rank 4")
+    assert device == "device: 1 × cpu"
+
+
+def test_a_run_says_how_much_it_will_do(student):
+    lines = beginning.work(CONFIG, student, recipe(), dataset(8), dataset(3))
+    assert lines == [
+        "anchors: nobody is named, in nowhere.jsonl; prompts to 16 tokens, responses to 5",
+        "the teacher's answers: most frequent 8 × “!”",
+        "sft: 6 steps of 2 prompts, 1.5 times through 8",
+        "align: 3 steps of 2 prompts, 0.75 times through 8, 4 candidates each, grpo",
+        "evaluation: 3 held-out prompts, of the base and after each stage",
+        "time: about a minute or two, compiling included; disk: about 1 MiB",
+    ]
+    rest = dataclasses.replace(CONFIG, align=AlignConfig(steps=0))
+    assert "align: none" in beginning.work(rest, student, recipe(), dataset(8), dataset(3))
+
+
+def test_the_time_is_the_arithmetic_of_stages_and_evaluations(student, monkeypatch):
+    monkeypatch.setattr(beginning, "_rate", lambda dtype: 1e6)
+    seconds = partial(
+        beginning.expected_seconds,
+        model=student.model,
+        recipe=recipe(),
+        data=dataset(8),
+        asked=dataset(3).examples,
+    )
+    none = dataclasses.replace(CONFIG, sft=SftConfig(steps=0), align=AlignConfig(steps=0))
+    # 3 layers: kernels q o of 32 x 32, k v of 32 x 16, gate up down of 32 x 64; a key costs 128.
+    # Prompts of 10 tokens, responses of 4 of which 3 pass the layers, 4 meet the 96 tokens.
+    layers = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
+    one = 3 * (10 * (layers + 128 * 5) + 3 * (layers + 128 * 12)) + 4 * 2 * 32 * 96
+    assert seconds(none) == pytest.approx(3 * one * 3 / 0.5e6)  # forward and backward, 3 prompts
+    supervised = dataclasses.replace(none, sft=SftConfig(steps=6, batch=2))
+    assert seconds(supervised) == pytest.approx((2 * 9 + 6 * 2 * 3) * one / 0.5e6)
+    assert seconds(CONFIG) > seconds(supervised) + 3 * 2 * 3 * one / 0.5e6
+
+
+def test_a_rough_time_reads_as_one():
+    assert beginning._span(20.0).startswith("a minute or two")
+    assert beginning._span(600.0).startswith("10 min ")
+
+
+def test_the_disk_is_for_the_model_its_reference_and_the_states_that_are_kept(params, model):
+    small = {"embed": jnp.zeros((5, 8))}  # 40 parameters, 160 bytes
+    student = Student(LanguageModel(model.config), None, small)
+    assert beginning.expected_bytes(CONFIG, student) == 160 * (1 + 1 + 3 * 2)
+    clean = dataclasses.replace(CONFIG, checkpoint=CheckpointConfig(clean=True))
+    assert beginning.expected_bytes(clean, student) == 160 * 2
+    adapter = Student(student.model, small, {"a": jnp.zeros((2, 8))})
+    assert beginning.expected_bytes(CONFIG, adapter) == 160 + 64 + 3 * 64 * 2
