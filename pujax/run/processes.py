@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pickle
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -22,11 +23,16 @@ from pujax.errors import ConfigError, ProcessError, StopRequested, require
 
 T = TypeVar("T")
 
-HEARTBEAT = 30  # seconds without a sign of life after which jax takes a process for dead
+HEARTBEAT = 40  # seconds without a sign of life after which jax takes a process for dead
 
 LEAVING = 10  # seconds that a process which is done waits for the others to be
 
 ANY_TIME = 7 * 24 * 3600 * 1000  # milliseconds: a teacher may take days, and the dead are noticed
+
+GONE = (
+    "another process of this run has ended, and so does this one: see what that one says, and "
+    "start the same command again, in all of them"
+)
 
 _LOST = re.compile(r"gloo|nccl|rccl|coordination|UNAVAILABLE|Connection|another task", re.I)
 """What jax's errors have in them where another process went away."""
@@ -83,11 +89,7 @@ def together(settings: DistributedConfig) -> Iterator[None]:
             raise
         group.broken = True
         if type(error).__name__ == "JaxRuntimeError" and _LOST.search(str(error)):
-            why = str(error).splitlines()[0][:200]
-            raise ProcessError(
-                f"process {group.index} has lost another one of this run ({why}): see what that "
-                "one says, and start the same command again, in all of them"
-            ) from error
+            raise ProcessError(GONE) from error
         raise
 
 
@@ -201,36 +203,71 @@ def _join(settings: DistributedConfig) -> None:
         if _group.broken:
             sys.exit(1)
         return
-    given = _given(settings, os.environ)
-    if given is None:
+    record = given(settings, os.environ)
+    if record is None:
         return
     from pujax.run.compilation import compile_once
 
-    compile_once()
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too, and said once
+    compile_once()
     import jax
     import rich
     from jax._src.distributed import global_state
 
+    _shorten_the_end()
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from us
     try:
         jax.distributed.initialize(
-            **given,
+            **record,
             heartbeat_timeout_seconds=HEARTBEAT,
             shutdown_timeout_seconds=LEAVING,
         )
         jax.devices()  # which needs all of them: here, and not where the first alone would wait
     except (ValueError, RuntimeError) as error:
-        where = " ".join(f"{name}={value}" for name, value in given.items())
+        told_by = record.get("coordinator_address", "the launcher")
         raise ConfigError(
-            f"distributed: the processes of this run don't find each other ({where or 'by the '}"
-            f"{'' if where else 'cluster'}): {str(error).splitlines()[0][:300]}: set "
-            "distributed.coordinator, processes and process, or distributed=off"
+            f"distributed: can't join the other processes by {told_by} "
+            f"({str(error).splitlines()[0][:300]}): set distributed.coordinator, processes and "
+            "process in each, or distributed=off"
         ) from error
     if jax.process_count() == 1:
         return
     _group = _Group(global_state.client, jax.process_index())
     rich.reconfigure(quiet=not first())
     atexit.register(_leave)
+
+
+_FILTER = """
+import os, re, sys
+line, said = sys.argv[1].encode(), False
+while chunk := os.read(0, 65536):
+    noise = re.search(rb"(?m)^[EF][0-9]{4} .*(coordination_service|Terminating process)", chunk)
+    kept = chunk[: noise.start()] if noise else chunk
+    os.write(2, kept)
+    said |= line in kept
+    if b"Terminating process because the JAX distributed service" in chunk:
+        os.write(2, b"" if said else line + bytes([10]))
+        while os.read(0, 65536):
+            pass
+"""
+
+
+def _shorten_the_end() -> None:
+    """From now on, say in one line that another process died.
+
+    Where a collective doesn't notice, jax's heartbeats do, and end this process from C++, with a
+    page about it and no word of Python's. So a small process, which outlives this one, reads what
+    goes to standard error.
+    """
+    reader, writer = os.pipe()
+    subprocess.Popen(
+        [sys.executable, "-IS", "-c", _FILTER, GONE],
+        stdin=reader,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+    os.dup2(writer, 2)
+    os.close(reader)
+    os.close(writer)
 
 
 def _leave() -> None:
@@ -241,17 +278,11 @@ def _leave() -> None:
         os._exit(1)
 
 
-def _given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any] | None:
+def given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be told; None where this process is alone.
 
     What the settings leave open, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID may
     say, and else jax finds it out from the launcher.
-
-    >>> _given(DistributedConfig(), {"SLURM_NTASKS": "1", "SLURM_STEP_NODELIST": "node1"})
-    >>> _given(DistributedConfig(), {"SLURM_NTASKS": "2", "SLURM_STEP_NODELIST": "node1"})
-    {}
-    >>> _given(DistributedConfig(False, "one:1234", 2, 1), {})
-    {'coordinator_address': 'one:1234', 'num_processes': 2, 'process_id': 1}
     """
     address, count, index = settings.coordinator, settings.processes, settings.process
     if settings.detect:
