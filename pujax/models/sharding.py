@@ -117,7 +117,7 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
     return place
 
 
-def put(tree: Rows, shardings: NamedSharding | Params) -> Rows:
+def put(tree: Any, shardings: Any) -> Any:
     """A tree of whole arrays where `shardings` say, one of them or a tree of them.
 
     Of several processes each places what its own devices hold; all need the same values.

@@ -128,7 +128,7 @@ class Checkpoints:
             return found[0]
 
         place = told(read)
-        return None if place is None else (place, from_first(*states or [None], like))
+        return None if place is None else (place, from_first(states[0] if states else None, like))
 
     def _newest(self, like: TrainState) -> tuple[Place, TrainState] | None:
         while (number := self._manager.latest_step()) is not None:
@@ -269,7 +269,7 @@ class Checkpoints:
     def _restore_params(self, path: Path, params: Params, why: str) -> Params:
         read: list[Params] = []
         told(lambda: read.append(self._read_params(path, params, why)))
-        return from_first(*read or [None], params)
+        return from_first(read[0] if read else None, params)
 
     def _read_params(self, path: Path, params: Params, why: str) -> Params:
         kept = path.with_suffix(".json")

@@ -151,12 +151,12 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 reference = checkpoints.restore_reference(like.params)
                 step = run.chosen("sft", ("base", 0), config.sft.steps)
             del student  # what SFT began with is needed no more
-            begun = ("base", 0)
+            before = ("base", 0)
             if config.sft.steps:
                 made.append(run.evaluated("sft", step, reference))
-                begun = ("sft", step)
+                before = ("sft", step)
             done = place.step if place.stage == "align" else 0
-            params, step = aligned(run, recipe, loss_fn, reference, begun, state, done)
+            params, step = aligned(run, recipe, loss_fn, reference, before, state, done)
             # A stage of no steps leaves what it began with, which has been evaluated.
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))

@@ -103,7 +103,8 @@ def told(make: Callable[[], T]) -> T:
     if group is None:
         return make()
     group.turns += 1
-    key, made = f"pujax/told/{group.turns}", None
+    key = f"pujax/told/{group.turns}"
+    made: Any = None
     if group.index == 0:
         try:
             made = make()

@@ -131,7 +131,7 @@ class Run:
                 self.pause(f"while evaluating {name}")
                 return put_batch(self.mesh, collate(some, self.heldout), batch)
 
-            result = evaluate(
+            found = evaluate(
                 self.budgeted(self.heldout, batch, 1),
                 assemble(self.base, trainable),
                 examples,
@@ -143,7 +143,7 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
             )
             # A metric of one's own may find something else in each process.
-            result = self._saved(replace(result, of=of)) if keep else told(lambda: result)
+            result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
         self.pause(f"after evaluating {name}")
