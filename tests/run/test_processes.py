@@ -28,14 +28,14 @@ SMALL = [
     "+experiment=smoke",
     *("model.shape.layers=1", "model.shape.width=16", "model.shape.mlp_width=16"),
     *("data.max_response_tokens=4", "sampling.candidates=2"),
-    *("sft.steps=1", "sft.batch=8", "align.steps=2", "align.prompts=8", "eval.batch=8"),
+    *("sft.steps=1", "sft.batch=4", "align.steps=2", "align.prompts=4", "eval.batch=4"),
     *("checkpoint.every=1", "checkpoint.keep=9"),
 ]
 
 
 def start(*words, port, index):
-    """One of two processes with four devices each, which together are those of this process."""
-    flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
+    """One of two processes with two devices each."""
+    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
@@ -80,11 +80,11 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
         files.append(f"data.{'prompts' if name == 'train' else name}={path}")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
     with initialize_config_dir(conf_dir(), version_base="1.3"):
-        composed = compose("train", overrides=[*SMALL, *files, f"run.dir={alone}"])
+        composed = compose("train", overrides=[*SMALL, *files, f"run.dir={alone}", "mesh=single"])
     config = from_hydra(TrainConfig, composed)
     with run_directory(config) as directory:
         fit(config, directory, console=Console(quiet=True))
-    # As after a SIGKILL in the first step of alignment, with eight devices in one process.
+    # As after a SIGKILL in the first step of alignment, on one device.
     shutil.copytree(alone, shared)
     for name in ("done", "export", "checkpoints/3", "checkpoints/2", "eval-aligned.jsonl"):
         path = shared / name
@@ -93,16 +93,18 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
     first, second = both("-m", "pujax.train", *SMALL, *files, f"run.dir={shared}")
     assert first[0] == second[0] == 0, (first, second)
     assert "resuming after sft step 1" in first[1]
-    spoken = [line for line in second[1].splitlines() if not line.startswith("[Gloo]")]
-    assert spoken == []
+    # Gloo says who is connected, in threads that write into each other's lines.
+    spoken = [line for line in second[1].splitlines() if line and "Gloo" not in line]
+    assert [line for line in spoken if "peer ranks" not in line] == []
     assert second[2] == ""
     assert lines(shared / "samples.jsonl") == lines(alone / "samples.jsonl")
-    assert len(lines(shared / "samples.jsonl")) == 2 * 8
+    assert len(lines(shared / "samples.jsonl")) == 2 * 4
     ours, theirs = (lines(place / "metrics.jsonl") for place in (shared, alone))
     assert [row.keys() for row in ours] == [row.keys() for row in theirs]
     for one, other in zip(ours, theirs, strict=True):
-        for key, value in one.items():
-            assert value == pytest.approx(other[key], rel=1e-5, abs=1e-5), key
+        names = [key for key, value in one.items() if isinstance(value, str)]
+        assert [one.pop(key) for key in names] == [other.pop(key) for key in names]
+        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
     for name in ("base", "sft", "aligned"):
         answers = [
             [row.get("response") for row in lines(place / f"eval-{name}.jsonl")]
