@@ -67,6 +67,10 @@ class CheckpointError(PujaxError, RuntimeError):
     """A checkpoint can't be saved or used; the message names it and the remedy."""
 
 
+class ProcessError(PujaxError, RuntimeError):
+    """Another process of the same run has ended; the message says what to do."""
+
+
 class NonFiniteError(PujaxError, RuntimeError):
     """Losses or gradients stayed non-finite; the message says where the batches were saved."""
 

@@ -3,8 +3,10 @@
 from pujax.config.commands import command, swept
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, title
+from pujax.errors import require
 from pujax.run.compilation import compile_once
 from pujax.run.directory import OUTPUT, finished, run_directory
+from pujax.run.processes import first, opened, several, together, told
 from pujax.run.trackers import require_trackers
 
 
@@ -15,24 +17,32 @@ def run(config: TrainConfig) -> None:
     again. Jobs that run beside each other write what they have to say into their directories.
     """
     require_trackers(config.log.to)
-    apart = swept()
-    if apart and config.resume == "auto" and (done := finished(config, apart)):
-        print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
-        return
-    with run_directory(config, apart) as directory:
-        compile_once()
-        import rich
-
-        from pujax.run.fit import fit
-
-        if not beside_others():
-            fit(config, directory)
+    with together(config.distributed):
+        apart = swept()
+        require(
+            not (several() and beside_others()),
+            "hydra/launcher",
+            "a process a job",
+            "several processes do one run already: leave the launcher out",
+        )
+        if apart and config.resume == "auto" and (done := told(lambda: finished(config, apart))):
+            if first():
+                print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
             return
-        print(f"{title(apart)}: begun, see {directory / OUTPUT}", flush=True)
-        with (directory / OUTPUT).open("a", encoding="utf-8") as output:
-            rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
-            fit(config, directory, console=rich.get_console())
-    print(f"{title(apart)}: done in {directory}", flush=True)
+        with opened(lambda: run_directory(config, apart)) as directory:
+            compile_once()
+            import rich
+
+            from pujax.run.fit import fit
+
+            if not beside_others():
+                fit(config, directory)
+                return
+            print(f"{title(apart)}: begun, see {directory / OUTPUT}", flush=True)
+            with (directory / OUTPUT).open("a", encoding="utf-8") as output:
+                rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
+                fit(config, directory, console=rich.get_console())
+        print(f"{title(apart)}: done in {directory}", flush=True)
 
 
 main = command("train", TrainConfig, run)

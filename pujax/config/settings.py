@@ -471,6 +471,47 @@ class MeshConfig:
 
 
 @dataclass(frozen=True)
+class DistributedConfig:
+    """Whether several processes do the run together, each on its own devices.
+
+    Attributes:
+        detect: whether Slurm, Open MPI, Kubernetes or the variables JAX_COORDINATOR_ADDRESS,
+            JAX_NUM_PROCESSES and JAX_PROCESS_ID say so; without any of them it is one process.
+        coordinator: HOST:PORT of the first process, which the others can reach.
+        processes: how many there are.
+        process: which one this is, from 0.
+    """
+
+    detect: bool = True
+    coordinator: str | None = None
+    processes: int | None = None
+    process: int | None = None
+
+    def __post_init__(self) -> None:
+        given = (self.coordinator, self.processes, self.process)
+        if self.coordinator is not None:
+            require(
+                re.fullmatch(r".+:\d+", self.coordinator) is not None,
+                "distributed.coordinator",
+                self.coordinator,
+                "write HOST:PORT",
+            )
+        require(
+            self.detect or None not in given or given == (None,) * 3,
+            "distributed.coordinator",
+            self.coordinator,
+            "without distributed.detect set distributed.processes and distributed.process too",
+        )
+        if self.process is not None:
+            require(
+                0 <= self.process < (self.processes or self.process + 1),
+                "distributed.process",
+                self.process,
+                f"must lie in [0, distributed.processes={self.processes})",
+            )
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """Everything `pujax train` is told.
 
@@ -496,6 +537,7 @@ class TrainConfig:
         log: who is told of its metrics.
         eval: held-out evaluation.
         mesh: devices.
+        distributed: processes.
     """
 
     run: RunConfig = field(default_factory=RunConfig)
@@ -517,6 +559,7 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
+    distributed: DistributedConfig = field(default_factory=DistributedConfig)
 
     def __post_init__(self) -> None:
         check_seed(self.seed)

@@ -16,6 +16,7 @@ from pujax.evaluation.waiting import waited
 from pujax.method.sampling import greedy, sample
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import mean_logps, response_logps
+from pujax.models.sharding import fetched
 from pujax.records import Example
 from pujax.text import counted
 from pujax.types import Batch, Completions, Params
@@ -64,7 +65,7 @@ def evaluate(
         some = [examples[i] for i in places]
         padded = collate(some + some[-1:] * (batch - len(some)))
         key = jax.random.fold_in(jax.random.key(0), start)
-        logp_B, best, drawn = jax.device_get(_read(model, draws, params, padded, key))
+        logp_B, best, drawn = fetched(_read(model, draws, params, padded, key))
         _, length_BK, finished_BK = best
         for b, (place, example) in enumerate(zip(places, some, strict=True)):
             (response,) = _texts(best, b, decode)

@@ -21,6 +21,7 @@ UNTOUCHED = (
     "checkpoint.clean",
     "log",
     "mesh",
+    "distributed",
     "collect",
 )
 """Settings that don't touch a run's numbers.

@@ -3,11 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental.multihost_utils import process_allgather
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -21,13 +22,21 @@ Rows = TypeVar("Rows")
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """The mesh over this process's devices; three times 1 takes the first of them alone.
+    """The mesh over all processes' devices; three times 1 takes the first of them alone.
 
     An axis of -1 takes all that the others leave; of several that are -1 the last one does. Raises
-    `ConfigError` when the sizes don't multiply to the number of devices.
+    `ConfigError` when the sizes don't multiply to the number of devices, and for one device among
+    several processes.
     """
     sizes, devices = [data, fsdp, tensor], jax.devices()
     if sizes == [1, 1, 1]:
+        require(
+            jax.process_count() == 1,
+            "mesh",
+            "single",
+            f"{jax.process_count()} processes have a device each at least: choose another mesh, or "
+            "start one process",
+        )
         devices = devices[:1]
     for place in (2, 1, 0):
         if sizes[place] == -1:
@@ -103,9 +112,38 @@ def placer(mesh: Mesh) -> Callable[[str, np.ndarray], Array]:
     """A function that puts one parameter, named by its path, straight onto its sharding."""
 
     def place(path: str, value: np.ndarray) -> Array:
-        return jax.device_put(value, sharding_of(mesh, path, value.shape))
+        return put(value, sharding_of(mesh, path, value.shape))
 
     return place
+
+
+def put(tree: Any, shardings: Any) -> Any:
+    """A tree of whole arrays where `shardings` say, one of them or a tree of them.
+
+    Of several processes each places what its own devices hold; all need the same values.
+    """
+    if jax.process_count() == 1:
+        return jax.device_put(tree, shardings)
+
+    def own(leaf: Array | np.ndarray, sharding: NamedSharding) -> Array:
+        value = np.asarray(leaf)
+        return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+    if isinstance(shardings, NamedSharding):
+        return jax.tree.map(lambda leaf: own(leaf, shardings), tree)
+    return jax.tree.map(own, tree, shardings)
+
+
+def fetched(tree: Any) -> Any:
+    """A tree's arrays on the host, whole in every process; each of them has to ask."""
+
+    def whole(leaf: Any) -> Any:
+        here = not isinstance(leaf, jax.Array) or leaf.is_fully_addressable
+        if here or leaf.is_fully_replicated:
+            return leaf
+        return process_allgather(leaf, tiled=True)
+
+    return jax.device_get(jax.tree.map(whole, tree))
 
 
 def ways(mesh: Mesh) -> int:
@@ -152,7 +190,7 @@ def put_batch(mesh: Mesh, batch: Rows, size: int) -> Rows:
     batch = _filled(batch, padding)
     if isinstance(batch, Batch) and padding:
         batch = replace(batch, padding=padding)
-    return jax.device_put(batch, batch_sharding(mesh))
+    return put(batch, batch_sharding(mesh))
 
 
 def padding_of(mesh: Mesh, size: int) -> int:

@@ -8,6 +8,10 @@
 
 n counts the steps of both stages. Orbax writes beside the final name and renames, so a crash or a
 full disk in the middle of a save leaves the checkpoints before it as they were.
+
+Of several processes the first alone reads and writes: states are gathered on its host, one array
+after the other, and handed out from there. So a run goes on with any number of processes, and only
+the first of them needs its directory.
 """
 
 import errno
@@ -29,6 +33,8 @@ import orbax.checkpoint as ocp
 
 from pujax.errors import CheckpointError
 from pujax.files.durable import on_disk, write_whole
+from pujax.models.sharding import fetched
+from pujax.run.processes import from_first, several, to_first, told
 from pujax.types import Params, TrainState
 
 
@@ -92,12 +98,15 @@ class Checkpoints:
             with on_disk(folder):
                 if os.path.lexists(folder):
                     _refuse_closed(folder)
+                if several():
+                    folder.mkdir(exist_ok=True)  # Orbax would have all of them wait for it
                 self._opened = ocp.CheckpointManager(
                     folder,
                     options=ocp.CheckpointManagerOptions(
                         max_to_keep=self._keep,
                         enable_async_checkpointing=False,
                         cleanup_tmp_directories=True,
+                        **_by_first(create=False),
                     ),
                 )
         return self._opened
@@ -109,6 +118,19 @@ class Checkpoints:
         damaged is said, moved aside, and the one before it taken. Raises `CheckpointError` for one
         of another model, for one that can't be read at the moment, and when all are damaged.
         """
+        states: list[TrainState] = []
+
+        def read() -> Place | None:
+            found = self._newest(like)
+            if found is None:
+                return None
+            states.append(found[1])
+            return found[0]
+
+        place = told(read)
+        return None if place is None else (place, from_first(states[0] if states else None, like))
+
+    def _newest(self, like: TrainState) -> tuple[Place, TrainState] | None:
         while (number := self._manager.latest_step()) is not None:
             try:
                 return self._read(number, like)
@@ -147,8 +169,12 @@ class Checkpoints:
 
         Raises `CheckpointError` when it can't be written; the checkpoints before it stay.
         """
-        if number in self._manager.all_steps():
+        if number in self.numbers():
             return
+        whole = to_first(state)
+        told(lambda: self._save(number, place, whole))
+
+    def _save(self, number: int, place: Place, state: TrainState) -> None:
         meta = {"stage": place.stage, "step": place.step, "model": self._model} | self._mark
         meta["checksums"] = checksums(state) | _sealed(place)
         meta["checksum"] = _of_meta(meta)
@@ -173,7 +199,7 @@ class Checkpoints:
 
     def numbers(self) -> list[int]:
         """The numbers of the checkpoints that are kept."""
-        return sorted(self._manager.all_steps())
+        return told(lambda: sorted(self._manager.all_steps()))
 
     def save_reference(self, params: Params) -> None:
         """Keep what alignment starts from; once a run. Raises `CheckpointError` if it can't."""
@@ -201,25 +227,37 @@ class Checkpoints:
         """Remove what `save_best` kept of `stage`, but for these steps."""
         kept = {f"{stage}-{step}" for step in steps}
         folder = self._directory / "best"
-        with on_disk(folder):
-            for path in folder.glob(f"{stage}-*"):
-                if path.name.removesuffix(".json") in kept:
-                    continue
-                if path.is_dir():
-                    shutil.rmtree(path)
-                else:
-                    path.unlink()
+
+        def remove() -> None:
+            with on_disk(folder):
+                for path in folder.glob(f"{stage}-*"):
+                    if path.name.removesuffix(".json") in kept:
+                        continue
+                    if path.is_dir():
+                        shutil.rmtree(path)
+                    else:
+                        path.unlink()
+
+        told(remove)
 
     def _save_params(self, path: Path, params: Params) -> None:
+        def there() -> bool:
+            with on_disk(path):
+                return path.is_dir()
+
+        if told(there):
+            return
+        whole = to_first(params)
+        told(lambda: self._write_params(path, whole))
+
+    def _write_params(self, path: Path, params: Params) -> None:
         with on_disk(path):
-            if path.is_dir():
-                return
             path.parent.mkdir(exist_ok=True)
         self._room_for(params)
         content = json.dumps(checksums(params) | self._mark).encode()
         try:
             write_whole(path.with_suffix(".json"), content)  # first: what is there has checksums
-            with ocp.StandardCheckpointer() as saver:
+            with ocp.StandardCheckpointer(**_by_first()) as saver:
                 saver.save(path, params)
         except Exception as error:
             reason = _first_line(error)
@@ -229,9 +267,14 @@ class Checkpoints:
             ) from error
 
     def _restore_params(self, path: Path, params: Params, why: str) -> Params:
+        read: list[Params] = []
+        told(lambda: read.append(self._read_params(path, params, why)))
+        return from_first(read[0] if read else None, params)
+
+    def _read_params(self, path: Path, params: Params, why: str) -> Params:
         kept = path.with_suffix(".json")
         try:
-            with ocp.StandardCheckpointer() as saver:
+            with ocp.StandardCheckpointer(**_by_first()) as saver:
                 restored = saver.restore(path, _abstract(params))
             if kept.exists():
                 saved = json.loads(kept.read_bytes())
@@ -315,12 +358,30 @@ def _fields(state: TrainState) -> dict[str, Any]:
 
 
 def _abstract(tree: Any) -> Any:
-    """Shapes, dtypes and shardings of a tree, without its values."""
+    """Shapes, dtypes and shardings of a tree, without its values.
+
+    Of several processes the first reads arrays of the host alone, which here take no memory.
+    """
+    if several():
+        return jax.tree.map(lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), tree)
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
+def _by_first(**settings: Any) -> dict[str, Any]:
+    """What has Orbax leave other processes alone, and `settings` beside it; nothing without any."""
+    if not several():
+        return {}
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=0, active_processes={0}, barrier_sync_key_prefix="pujax"
+    )
+    return {"multiprocessing_options": alone} | settings
+
+
 def checksums(tree: Any) -> dict[str, int]:
-    """A CRC-32 of each leaf's type, shape and bytes, by the leaf's path; about 1 GB a second."""
+    """A CRC-32 of each leaf's type, shape and bytes, by the leaf's path; about 1 GB a second.
+
+    Of arrays that lie in several processes too, where each of them has to ask.
+    """
 
     def checksum(leaf: Any) -> int:
         value = np.ascontiguousarray(leaf)
@@ -328,6 +389,8 @@ def checksums(tree: Any) -> dict[str, int]:
         return zlib.crc32(value.reshape(-1).view(np.uint8).data, start)
 
     leaves = jax.tree_util.tree_leaves_with_path(tree)
+    if several():  # one after the other: they are gathered in the same order everywhere
+        return {jax.tree_util.keystr(path): checksum(fetched(leaf)) for path, leaf in leaves}
     with ThreadPoolExecutor(2) as pool:  # crc32 lets go of the interpreter
         made = pool.map(lambda leaf: checksum(leaf[1]), leaves)
         return {

@@ -40,12 +40,13 @@ from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
 from pujax.run import beginning
-from pujax.run.checkpoint import Checkpoints, Place
+from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
 from pujax.run.ending import ending
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
+from pujax.run.processes import first, several, to_first, told, wish
 from pujax.run.provenance import provenance
 from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards
@@ -66,16 +67,21 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     Raises `ConfigError`, `DataError`, `CheckpointError` or `NonFiniteError`; `StopRequested` after
     SIGTERM, Ctrl-C or a closed terminal, with the state saved.
     """
-    console = console or Console()
+    console = console or Console(quiet=not first())
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(**vars(config.mesh))
     chat = Chat.load(config.model.path)
+    require(
+        not several() or "LocalTeacher" not in str(config.teacher.protocol),
+        "teacher",
+        "local",
+        "it can't answer in one of several processes: `pujax collect` first, then teacher=replay",
+    )
     # What is wrong in these shows before anything is read, and before a teacher is paid.
     recipe, loss_fn = build_recipe(config, chat)
     metrics = build_metrics(config.eval, config.trusted)
     criterion = criterion_of(config, metrics)
-    refuse_foreign_directory(directory / EXPORT)
-    shape, begun = shape_of(config.model, chat), bool(traces(directory))
+    shape, begun = shape_of(config.model, chat), told(lambda: _begun(directory))
 
     def check(data: Dataset) -> None:
         check_batches(config, data)
@@ -85,24 +91,27 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     check_memory(config.model, shape, mesh)
     for line in beginning.place(config, directory, shape, mesh):
         say(line)
-    train_data, heldout = load_data(config, chat, say, check, begun=begun)
+    train_data, heldout = told(lambda: load_data(config, chat, say, check, begun=begun))
     check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):
         say(line)
     aloud = None if console.is_terminal else say
     with waited("reading the student", aloud):
         student = load_student(config.model, chat, mesh, config.seed)
-        mark = hold_inputs(
+        sums = checksums((student.base, student.trainable))
+    mark = told(
+        lambda: hold_inputs(
             directory,
             config,
             chat,
             {**train_data.parts, "data.heldout": heldout},
-            (student.base, student.trainable),
+            sums,
             begun=begun,
             rows=bool(rewards_of(recipe.scorer)),
             say=say,
         )
-    for line in beginning.work(config, student, recipe, train_data, heldout):
+    )
+    for line in told(lambda: beginning.work(config, student, recipe, train_data, heldout)):
         say(line)
     checkpoints = Checkpoints(
         directory,
@@ -152,18 +161,24 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 reference = checkpoints.restore_reference(like.params)
                 step = run.chosen("sft", ("base", 0), config.sft.steps)
             del student  # what SFT began with is needed no more
-            begun = ("base", 0)
+            before = ("base", 0)
             if config.sft.steps:
                 made.append(run.evaluated("sft", step, reference))
-                begun = ("sft", step)
+                before = ("sft", step)
             done = place.step if place.stage == "align" else 0
-            params, step = aligned(run, recipe, loss_fn, reference, begun, state, done)
+            params, step = aligned(run, recipe, loss_fn, reference, before, state, done)
             # A stage of no steps leaves what it began with, which has been evaluated.
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))
         with waited("writing the model and the report", aloud):
             finish(run, params, made)
-    say(ending(directory, clean=config.checkpoint.clean))
+    told(lambda: say(ending(directory, clean=config.checkpoint.clean)))
+
+
+def _begun(directory: Path) -> bool:
+    """Whether a run has left something there. Raises `ConfigError` for an export of others."""
+    refuse_foreign_directory(directory / EXPORT)
+    return bool(traces(directory))
 
 
 def supervised(
@@ -352,22 +367,26 @@ def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.Gradien
 def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     """Export the aligned model, draw the report, print the table, and mark the run as done."""
     directory, config = run.directory, dataclasses.asdict(run.config)
-    for key in ("teacher", "collect"):  # no business of whoever gets the model
+    for key in ("teacher", "collect", "distributed"):  # no business of whoever gets the model
         del config[key]
     card = {"student": run.config.model.path} | config
     card |= provenance(run.config.model.path, run.config, tables.markdown(made))
-    whole = assemble(run.base, params)
-    export_hf(run.model.config, whole, run.chat, directory / EXPORT, card)
+    whole = to_first(assemble(run.base, params))
+    told(lambda: export_hf(run.model.config, whole, run.chat, directory / EXPORT, card))
     run.pause("after the export")
     gate = run.data.gate_note
     note = f"\n\n{gate[0].upper()}{gate[1:]}." if gate else ""
-    write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
-    page.write(directory)
+
+    def report() -> None:
+        write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
+        page.write(directory)
+
+    told(report)
     run.console.print(tables.table(made))
     for line in findings.told(made):
         run.say(line)
     run.pause("before it was marked as done")
-    write_whole(directory / "done", b"")
+    told(lambda: write_whole(directory / "done", b""))
     for stage in STAGES:  # reference/ and export/ have what was chosen
         run.checkpoints.keep_best(stage, ())
 
@@ -377,15 +396,15 @@ def stop_signals() -> Iterator[Callable[[], int]]:
     """What asks to stop becomes a wish that the step loop grants; a second Ctrl-C is at once."""
     wished = 0
 
-    def wish(number: int, frame: object) -> None:
+    def take(number: int, frame: object) -> None:
         nonlocal wished
         if wished and number == signal.SIGINT:
             raise KeyboardInterrupt
         wished = number
 
-    before = {number: signal.signal(number, wish) for number in stops()}
+    before = {number: signal.signal(number, take) for number in stops()}
     try:
-        yield lambda: wished
+        yield wish(lambda: wished)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -12,7 +12,6 @@ from pujax.errors import DataError
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.records import Example, canonical
-from pujax.run.checkpoint import checksums
 from pujax.run.data import Dataset
 
 FILE = "inputs.json"
@@ -23,7 +22,7 @@ def hold_inputs(
     config: TrainConfig,
     chat: Chat,
     parts: Mapping[str, Dataset],
-    params: Any,
+    params: Mapping[str, int],
     *,
     begun: bool,
     rows: bool = False,
@@ -34,17 +33,18 @@ def hold_inputs(
     Returns the mark that all states of this run have and no other's do, by chance; None of a run
     whose first digests are lost, or that a pujax without marks began.
 
-    `parts` are its datasets by the setting that names their prompts, `params` every parameter of
-    the student before training; `rows` says that a reward may read all of a prompt's line. A run
-    that is `begun` without digests, by a pujax that kept none, takes its inputs as they are now,
-    and says so. Raises `DataError` naming each setting behind which something else lies now.
+    `parts` are its datasets by the setting that names their prompts, `params` the checksums of
+    every parameter of the student before training; `rows` says that a reward may read all of a
+    prompt's line. A run that is `begun` without digests, by a pujax that kept none, takes its
+    inputs as they are now, and says so. Raises `DataError` naming each setting behind which
+    something else lies now.
     """
     now = {name: digest for key, part in parts.items() for name, digest in _of(key, part)}
     if rows:  # a run without rewards reads none of that, and has no digest of it
         now |= {f"{key} rows": _digest_rows(part) for key, part in parts.items()}
     tokenizer = [chat.tokenizer.backend_tokenizer.to_str(), chat.tokenizer.chat_template]
     now["tokenizer"] = _digest([*tokenizer, list(chat.eos_ids)])
-    now["model"] = _digest(checksums(params))
+    now["model"] = _digest(params)
     path = directory / FILE
     if not path.exists():
         if begun:

@@ -21,6 +21,7 @@ from pujax.errors import RecordError
 from pujax.evaluation.waiting import duration, waited
 from pujax.files.durable import Line, read_jsonl, whole_lines, write_whole
 from pujax.records import STAGES
+from pujax.run.processes import first, told
 
 SHOWN = {"loss": "loss", "score/mean": "score", "kl/ref": "kl"}  # metrics in the progress line
 
@@ -53,7 +54,8 @@ class RunLog:
     `metrics.jsonl` gets one object a step, and `tensorboard/` a run a stage. `resume` is the stage
     and step of the checkpoint that the run goes on from, ("sft", 0) for none: what the files hold
     beyond it is cut off, so that no step appears twice. `earlier` are the lines that remain, `lost`
-    says so where metrics up to there are missing; `tell` is told all that is written.
+    says so where metrics up to there are missing; `tell` is told all that is written. Of several
+    processes the first alone writes and tells, and all know what was written.
 
     Raises FileExistsError when the directory has metrics and `resume` is None, and `RecordError`
     naming file and line when a file to go on with can't be read.
@@ -67,26 +69,31 @@ class RunLog:
         tell: Callable[[str, int, Mapping[str, Any]], None] = lambda place, step, metrics: None,
     ) -> None:
         self._tell = tell
-        directory.mkdir(parents=True, exist_ok=True)
         metrics, samples = directory / "metrics.jsonl", directory / "samples.jsonl"
-        if resume is None and metrics.exists() and metrics.stat().st_size:
-            raise FileExistsError(
-                f"{metrics} has the metrics of an earlier run: go on with it (resume=auto) or "
-                "choose another run.dir"
-            )
         stage, step = resume or (STAGES[0], 0)
-        last = cut(metrics, stage, step, every=True)
-        self.lost = ""
-        if step and last != (stage, step):
-            self.lost = f"{metrics} lacks what led to {stage} step {step}: it goes on from there"
-        cut(samples, stage, step)
-        self.earlier = read_jsonl(metrics) if metrics.exists() else []
+
+        def take_up() -> tuple[str, list[Line]]:
+            directory.mkdir(parents=True, exist_ok=True)
+            if resume is None and metrics.exists() and metrics.stat().st_size:
+                raise FileExistsError(
+                    f"{metrics} has the metrics of an earlier run: go on with it (resume=auto) or "
+                    "choose another run.dir"
+                )
+            last, lost = cut(metrics, stage, step, every=True), ""
+            if step and last != (stage, step):
+                lost = f"{metrics} lacks what led to {stage} step {step}: it goes on from there"
+            cut(samples, stage, step)
+            return lost, read_jsonl(metrics) if metrics.exists() else []
+
+        self.lost, self.earlier = told(take_up)
         self._evaluated = {
             (line["model"], line["step"]): line for line in self.earlier if line["stage"] == "eval"
         }
-        self._metrics = metrics.open("a", encoding="utf-8")
-        # Half a surrogate pair, which a prompt may hold, becomes its JSON escape.
-        self._samples = samples.open("a", encoding="utf-8", errors="backslashreplace")
+        self._writes = first()
+        if self._writes:
+            self._metrics = metrics.open("a", encoding="utf-8")
+            # Half a surrogate pair, which a prompt may hold, becomes its JSON escape.
+            self._samples = samples.open("a", encoding="utf-8", errors="backslashreplace")
         self._tensorboard = directory / "tensorboard"
         # TensorBoard hides what an earlier process wrote from the purged step on.
         later = STAGES[STAGES.index(stage) + 1 :]
@@ -105,9 +112,10 @@ class RunLog:
         """
         pace = {"time/step_s": seconds, "time/tokens_per_s": tokens / seconds}
         line = {"stage": stage, "step": step} | _rounded(metrics) | _rounded(pace)
-        _append(self._metrics, [line])
-        self._plot(stage, step, {**metrics, **pace})
-        self._tell(stage, step, {**metrics, **pace})
+        if self._writes:
+            _append(self._metrics, [line])
+            self._plot(stage, step, {**metrics, **pace})
+            self._tell(stage, step, {**metrics, **pace})
         return line
 
     def evaluation(self, model: str, step: int, means: Mapping[str, float]) -> Line | None:
@@ -117,14 +125,15 @@ class RunLog:
         """
         if self.has(model, step):
             return None
-        # Plotted first: a plot without its line is purged on resuming, a line has its plot.
-        self._plot(f"eval-{model}", step, means)
-        self._writers[f"eval-{model}"].flush()
         line = {"stage": "eval", "model": model, "step": step} | _rounded(means)
         self._evaluated[model, step] = line
-        _append(self._metrics, [line])
-        self.flush()
-        self._tell(f"eval-{model}", step, means)
+        if self._writes:
+            # Plotted first: a plot without its line is purged on resuming, a line has its plot.
+            self._plot(f"eval-{model}", step, means)
+            self._writers[f"eval-{model}"].flush()
+            _append(self._metrics, [line])
+            self.flush()
+            self._tell(f"eval-{model}", step, means)
         return line
 
     def evaluations(self, model: str) -> dict[int, Line]:
@@ -137,6 +146,8 @@ class RunLog:
 
     def samples(self, stage: str, step: int, groups: Iterable[SampleGroup]) -> None:
         """Write a step's groups as text, one a line."""
+        if not self._writes:
+            return
         lines = []
         for group in groups:
             numbers = {
@@ -148,6 +159,8 @@ class RunLog:
 
     def flush(self) -> None:
         """Put all that was written on the disk, as a checkpoint that comes after it will be."""
+        if not self._writes:
+            return
         for file in (self._metrics, self._samples):
             file.flush()
             os.fsync(file.fileno())
@@ -156,6 +169,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close every file."""
+        if not self._writes:
+            return
         self._metrics.close()
         self._samples.close()
         for writer in self._writers.values():

@@ -15,10 +15,11 @@ from jax.sharding import Mesh
 from pujax.files.durable import write_whole
 from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
-from pujax.models.sharding import put_batch
+from pujax.models.sharding import fetched, put_batch
 from pujax.records import canonical
 from pujax.run.checkpoint import checksums
 from pujax.run.data import Dataset, collate
+from pujax.run.processes import told
 from pujax.types import Batch, Params
 
 
@@ -64,7 +65,10 @@ def reference_logps(
     """
     shape = (len(data.examples), data.candidates + 1, data.response_size)
     path = folder / f"{_key(data, model, params)}.npy"
-    if path.exists():
+
+    def kept() -> np.ndarray | None:
+        if not path.exists():
+            return None
         try:
             found = np.load(path, mmap_mode="r")
             if found.shape == shape and found.dtype == np.float32:
@@ -72,17 +76,25 @@ def reference_logps(
             raise ValueError(f"it has {found.dtype} {found.shape}, not float32 {shape}")
         except (ValueError, EOFError, OSError) as error:
             say(f"{path}: can't be read ({error}): making it again")
+            return None
+
+    if (found := told(kept)) is not None:
+        return found
     say(f"reading {shape[0]} prompts' given responses with the reference, once")
     read = jax.jit(partial(_read, model))
     made = np.zeros(shape, np.float32)
     for start in range(0, shape[0], size):
         rows = [i % shape[0] for i in range(start, start + size)]  # the last batch begins anew
         batch = collate([data.examples[i] for i in rows], data)
-        made[rows] = jax.device_get(read(params, put_batch(mesh, batch, size)))[:size]
-    content = io.BytesIO()
-    np.save(content, made)
-    folder.mkdir(parents=True, exist_ok=True)
-    write_whole(path, content.getvalue())
+        made[rows] = fetched(read(params, put_batch(mesh, batch, size)))[:size]
+
+    def keep() -> None:
+        content = io.BytesIO()
+        np.save(content, made)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(path, content.getvalue())
+
+    told(keep)
     return made
 
 

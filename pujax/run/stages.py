@@ -23,11 +23,12 @@ from pujax.files.chat import Chat
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
-from pujax.models.sharding import put_batch, ways
+from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
 from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.processes import told
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import Criterion
 from pujax.run.symptoms import Symptoms, group_notes
@@ -85,12 +86,12 @@ class Run:
         self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
     ) -> tuple[Batch, dict[str, float]]:
         """The batch with these completions and their rewards given, and what to log of them."""
-        tokens, mask = jax.device_get((made.tokens, made.mask))
+        tokens, mask = fetched((made.tokens, made.mask))
         texts = [
             [self.chat.decode(ids[real].tolist()) for ids, real in zip(*group, strict=True)]
             for group in zip(tokens[: len(examples)], mask[: len(examples)], strict=True)
         ]
-        found = rewards.of(examples, texts)
+        found = told(lambda: rewards.of(examples, texts))
         for line in found.failures:
             self.say(line)
         placed = put_batch(self.mesh, found.scores, len(examples))
@@ -120,10 +121,9 @@ class Run:
         """
         examples = self.heldout.examples[: self.config.eval.prompts]
         of = self._digest(trainable, examples) if keep else None
-        result = self._kept(name, examples, of) if keep else None
+        result = told(lambda: self._kept(name, examples, of)) if keep else None
         if result is None and same is not None:
-            result = replace(same, model=name)
-            results.save(result, self.directory)
+            result = self._saved(replace(same, model=name))
         if result is None:
             settings, batch = self.config.eval, self.config.eval.batch
 
@@ -131,7 +131,7 @@ class Run:
                 self.pause(f"while evaluating {name}")
                 return put_batch(self.mesh, collate(some, self.heldout), batch)
 
-            result = evaluate(
+            found = evaluate(
                 self.budgeted(self.heldout, batch, 1),
                 assemble(self.base, trainable),
                 examples,
@@ -143,13 +143,21 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
                 say=None if self.console.is_terminal else self.say,
             )
-            if keep:
-                result = replace(result, of=of)
-                results.save(result, self.directory)
+            # A metric of one's own may find something else in each process.
+            result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
         self.pause(f"after evaluating {name}")
         return result
+
+    def _saved(self, result: Evaluation) -> Evaluation:
+        """The evaluation, in the run's directory too."""
+
+        def save() -> Evaluation:
+            results.save(result, self.directory)
+            return result
+
+        return told(save)
 
     def _digest(self, trainable: Params, examples: Sequence[Example]) -> str:
         """Of all that decides what a model answers to these examples, and what is measured."""
@@ -210,7 +218,7 @@ class Run:
                 if group is None:
                     tokens += int(batch.anchors.lengths.sum())
                 else:
-                    group = jax.device_get(group)
+                    group = fetched(group)
                     tokens += int(group.mask.sum())
                     metrics |= group_notes(group)
                 seconds = time.monotonic() - begun
@@ -318,9 +326,8 @@ class Run:
         """Save the batch of a skipped update; give up after too many in a row."""
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
         named = jax.tree_util.tree_leaves_with_path(batch)
-        np.savez(
-            path, **{jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
-        )
+        arrays = {jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
+        told(lambda: np.savez(path, **arrays))
         self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
         if count < self.config.optim.max_skipped:
             return

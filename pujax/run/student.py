@@ -19,7 +19,7 @@ from pujax.files.chat import Chat
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.lora import init_adapter
 from pujax.models.parameters import param_shapes
-from pujax.models.sharding import check_heads, placer, tree_shardings
+from pujax.models.sharding import check_heads, placer, put, tree_shardings
 from pujax.types import Head, Params, TrainState
 
 
@@ -76,7 +76,7 @@ def load_student(config: ModelConfig, chat: Chat, mesh: Mesh, seed: int) -> Stud
     model = _model(config, settings, dtype, mesh)
     if config.shape.layers:
         params = LanguageModel(settings).init_params(jax.random.key(seed))
-        params = jax.device_put(params, tree_shardings(mesh, params))
+        params = put(params, tree_shardings(mesh, params))
     else:
         kept = _kept_dtype(config, dtype)
         _, params = weights.load(config.path, dtype=kept, place=placer(mesh))
@@ -163,7 +163,7 @@ def _model(config: ModelConfig, settings: DecoderConfig, dtype: Any, mesh: Mesh)
 def make_adapter(config: LoraConfig, params: Params, mesh: Mesh, seed: int) -> Params:
     """A fresh adapter on the mesh: B is zero, so it changes nothing yet."""
     adapter = init_adapter(jax.random.key(seed), params, rank=config.rank, targets=config.targets)
-    return jax.device_put(adapter, tree_shardings(mesh, adapter))
+    return put(adapter, tree_shardings(mesh, adapter))
 
 
 def compute_dtype(name: str) -> Any:

@@ -16,6 +16,7 @@ from typing import Any
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError
+from pujax.run.processes import first
 
 Tell = Callable[[str, int, Mapping[str, Any]], None]
 """What a run log calls with a stage's name, or eval- and a model's, a step of it, and metrics."""
@@ -53,7 +54,14 @@ def require_trackers(names: list[str]) -> None:
 def telling(config: TrainConfig, directory: Path, say: Callable[[str], None]) -> Iterator[Tell]:
     """What tells the trackers that `config` names, as long as each of them can be told."""
     settings = asdict(config)
-    for key in ("teacher", "collect", "run", "resume", "log"):  # no business of a tracker's
+    for key in (
+        "teacher",
+        "collect",
+        "run",
+        "resume",
+        "log",
+        "distributed",
+    ):  # no business of a tracker's
         del settings[key]
     place = directory.resolve()
     run = Tracked(
@@ -83,7 +91,7 @@ def telling(config: TrainConfig, directory: Path, say: Callable[[str], None]) ->
         for name, tracker in list(told.items()):
             tried(name, lambda tracker=tracker: tracker.log(values, at))
 
-    for name in config.log.to:
+    for name in config.log.to if first() else ():
         tried(name, lambda name=name: begin(name))
     try:
         yield tell

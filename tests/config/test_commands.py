@@ -263,7 +263,11 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
-        ("train", "data eval experiment labels loss mesh model scorer teacher teacher/protocol"),
+        (
+            "train",
+            "data distributed eval experiment labels loss mesh model "
+            "scorer teacher teacher/protocol",
+        ),
         ("benchmark", "labels loss mesh model scorer"),
         ("collect", "teacher teacher/protocol"),
         ("evaluate", "suite eval teacher teacher/protocol"),

@@ -8,6 +8,7 @@ from pujax.config.settings import DataConfig, ModelConfig, TrainConfig
 from pujax.errors import DataError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
+from pujax.run.checkpoint import checksums
 from pujax.run.data import load_heldout, make_dataset
 from pujax.run.inputs import hold_inputs
 
@@ -46,7 +47,8 @@ def held(tmp_path, chat):
             "data.prompts": train or dataset(chat, ["One?", "Two?"]),
             "data.heldout": heldout or dataset(chat, ["Three?"]),
         }
-        hold_inputs(tmp_path, CONFIG, chat_, parts, params, begun=begun, say=said.append)
+        sums = checksums(params)
+        hold_inputs(tmp_path, CONFIG, chat_, parts, sums, begun=begun, say=said.append)
         return said
 
     hold(begun=False)
@@ -63,7 +65,13 @@ def test_a_run_keeps_its_mark_and_one_that_lost_its_digests_has_none(tmp_path, c
 
     def hold(begun=True):
         return hold_inputs(
-            tmp_path, CONFIG, chat, parts, PARAMS, begun=begun, say=lambda line: None
+            tmp_path,
+            CONFIG,
+            chat,
+            parts,
+            checksums(PARAMS),
+            begun=begun,
+            say=lambda line: None,
         )
 
     mark = hold(begun=False)

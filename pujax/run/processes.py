@@ -1,0 +1,316 @@
+"""Several processes that do one run: joined by jax, decided by the first, ended together.
+
+Each does the same steps in the same order on its own devices, as jax wants it. What one alone may
+do, to read and write the run's files, ask a teacher, call rewards and speak, the first does and the
+others are `told`, so that all take the same branches; of the disk they need the model's files
+alone. One process pays nothing for this: jax isn't even imported here.
+"""
+
+import atexit
+import importlib.util
+import os
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from pujax.config.settings import DistributedConfig
+from pujax.errors import ConfigError, ProcessError, StopRequested, require
+
+T = TypeVar("T")
+
+HEARTBEAT = 40  # seconds without a sign of life after which jax takes a process for dead
+
+LEAVING = 10  # seconds that a process which is done waits for the others to be
+
+ANY_TIME = 7 * 24 * 3600 * 1000  # milliseconds: a teacher may take days, and the dead are noticed
+
+GONE = (
+    "another process of this run has ended, and so does this one: see what that one says, and "
+    "start the same command again, in all of them"
+)
+
+_LOST = re.compile(r"gloo|nccl|rccl|coordination|UNAVAILABLE|Connection|another task", re.I)
+"""What jax's errors have in them where another process went away."""
+
+
+@dataclass
+class _Group:
+    """The processes that do the run, as this one, number `index`, sees them.
+
+    `client` is jax's coordination service, which Orbax waits by too: unlike a collective it has no
+    time limit of its own, and needs no device. `turns` counts what was told, `agreed` is the error
+    that ends all, and `broken` says that this process failed by itself, and the others don't know.
+    """
+
+    client: Any
+    index: int
+    turns: int = 0
+    agreed: BaseException | None = None
+    broken: bool = False
+
+
+_group: _Group | None = None
+
+
+def several() -> bool:
+    """Whether other processes do this run too."""
+    return _group is not None
+
+
+def first() -> bool:
+    """Whether this is the process that writes and speaks."""
+    return _group is None or _group.index == 0
+
+
+@contextmanager
+def together(settings: DistributedConfig) -> Iterator[None]:
+    """Join the other processes, where there are any, for what the block does.
+
+    To be entered before a device is touched. A process that fails by itself ends at once, so that
+    the others notice. Raises `ConfigError` where they don't find each other, and `ProcessError`
+    where one of them went away.
+    """
+    _join(settings)
+    group = _group
+    if group is None:
+        yield
+        return
+    try:
+        yield
+    except StopRequested:
+        raise
+    except BaseException as error:
+        if error is group.agreed:
+            raise
+        group.broken = True
+        if type(error).__name__ == "JaxRuntimeError" and _LOST.search(str(error)):
+            raise ProcessError(GONE) from error
+        raise
+
+
+def told(make: Callable[[], T]) -> T:
+    """What the first process makes, in all of them; each has to ask for it.
+
+    What `make` raises there ends all: raises it, and `ProcessError` in the others. It must not ask
+    in turn.
+    """
+    group = _group
+    if group is None:
+        return make()
+    group.turns += 1
+    key = f"pujax/told/{group.turns}"
+    made: Any = None
+    if group.index == 0:
+        try:
+            made = make()
+            group.client.key_value_set_bytes(key, pickle.dumps((True, made)))
+        except BaseException as error:
+            group.agreed = error
+            group.client.key_value_set_bytes(key, pickle.dumps((False, None)))
+    else:
+        well, made = pickle.loads(group.client.blocking_key_value_get_bytes(key, ANY_TIME))
+        if not well:
+            group.agreed = ProcessError(
+                f"process {group.index} ends with the first, which says why"
+            )
+    group.client.wait_at_barrier(key, ANY_TIME)
+    if group.index == 0:
+        group.client.key_value_delete(key)
+    if group.agreed is not None:
+        raise group.agreed
+    return made
+
+
+@contextmanager
+def opened(make: Callable[[], AbstractContextManager[T]]) -> Iterator[T]:
+    """What the first process enters, told to all; it leaves it when its block ends."""
+    with ExitStack() as stack:
+        yield told(lambda: stack.enter_context(make()))
+
+
+def wish(own: Callable[[], int]) -> Callable[[], int]:
+    """The signal that asks to stop, whichever process got it; each has to ask, and then knows."""
+
+    def of_any() -> int:
+        group = _group
+        if group is None:
+            return own()
+        if own():
+            group.client.key_value_set(f"pujax/stop/{group.index}", str(own()), True)
+        return told(lambda: _asked(group))
+
+    return of_any
+
+
+def _asked(group: _Group) -> int:
+    numbers = group.client.key_value_dir_get("pujax/stop/")
+    for key, _ in numbers:  # granted, and no wish of a sweep's next job
+        group.client.key_value_delete(key)
+    return max((int(number) for _, number in numbers), default=0)
+
+
+def to_first(tree: Any) -> Any:
+    """The arrays of a tree as they are; of several processes the first gets them on its host.
+
+    What the others get is of no use. One leaf after the other, for the devices' memory.
+    """
+    if _group is None:
+        return tree
+    import jax
+
+    from pujax.models.sharding import fetched
+
+    def whole(leaf: Any) -> Any:
+        value = fetched(leaf)
+        return value if first() else None
+
+    return jax.tree.map(whole, tree)
+
+
+def from_first(tree: Any, like: Any) -> Any:
+    """A tree's arrays as they are; of several processes all get those that `tree` is in the first.
+
+    They are laid out as the leaves of `like` say.
+    """
+    if _group is None:
+        return tree
+    import jax
+    import numpy as np
+    from jax.experimental.multihost_utils import broadcast_one_to_all
+
+    from pujax.models.sharding import put
+
+    wanted, form = jax.tree.flatten(like)
+    given = jax.tree.leaves(tree) if first() else wanted
+
+    def shared(value: Any, leaf: Any) -> Any:
+        bits = np.dtype(f"u{leaf.dtype.itemsize}")  # which add up to themselves, as -0.0 does not
+        sent = np.asarray(value).view(bits) if first() else np.zeros(leaf.shape, bits)
+        return put(broadcast_one_to_all(sent).view(leaf.dtype), leaf.sharding)
+
+    return form.unflatten([shared(*each) for each in zip(given, wanted, strict=True)])
+
+
+def _join(settings: DistributedConfig) -> None:
+    """Make this process one of the group, where there is one; once."""
+    global _group
+    if _group is not None:
+        _group.agreed = None  # of a sweep's job before
+        if _group.broken:
+            sys.exit(1)
+        return
+    record = given(settings, os.environ)
+    if record is None:
+        return
+    from pujax.run.compilation import compile_once
+
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # errors are raised too, and said once
+    compile_once()
+    import jax
+    import rich
+    from jax._src.distributed import global_state
+
+    _shorten_the_end()
+    jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from us
+    try:
+        jax.distributed.initialize(
+            **record,
+            heartbeat_timeout_seconds=HEARTBEAT,
+            shutdown_timeout_seconds=LEAVING,
+        )
+        jax.devices()  # which needs all of them: here, and not where the first alone would wait
+    except (ValueError, RuntimeError) as error:
+        told_by = record.get("coordinator_address", "the launcher")
+        raise ConfigError(
+            f"distributed: can't join the other processes by {told_by} "
+            f"({str(error).splitlines()[0][:300]}): set distributed.coordinator, processes and "
+            "process in each, or distributed=off"
+        ) from error
+    if jax.process_count() == 1:
+        return
+    _group = _Group(global_state.client, jax.process_index())
+    rich.reconfigure(quiet=not first())
+    atexit.register(_leave)
+
+
+_FILTER = """
+import os, re, sys
+line, said = sys.argv[1].encode(), False
+while chunk := os.read(0, 65536):
+    noise = re.search(rb"(?m)^[EF][0-9]{4} .*(coordination_service|Terminating process)", chunk)
+    kept = chunk[: noise.start()] if noise else chunk
+    os.write(2, kept)
+    said |= line in kept
+    if b"Terminating process because the JAX distributed service" in chunk:
+        os.write(2, b"" if said else line + bytes([10]))
+        while os.read(0, 65536):
+            pass
+"""
+
+
+def _shorten_the_end() -> None:
+    """From now on, say in one line that another process died.
+
+    Where a collective doesn't notice, jax's heartbeats do, and end this process from C++, with a
+    page about it and no word of Python's. So a small process, which outlives this one, reads what
+    goes to standard error.
+    """
+    reader, writer = os.pipe()
+    subprocess.Popen(
+        [sys.executable, "-IS", "-c", _FILTER, GONE],
+        stdin=reader,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+    os.dup2(writer, 2)
+    os.close(reader)
+    os.close(writer)
+
+
+def _leave() -> None:
+    """At the end of a process that failed by itself: the others wait for it, it not for them."""
+    if _group is not None and _group.broken:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)
+
+
+def given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any] | None:
+    """What `jax.distributed.initialize` is to be told; None where this process is alone.
+
+    What the settings leave open, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID may
+    say, and else jax finds it out from the launcher.
+    """
+    address, count, index = settings.coordinator, settings.processes, settings.process
+    if settings.detect:
+        address = address or env.get("JAX_COORDINATOR_ADDRESS")
+        count = _number(env, "JAX_NUM_PROCESSES") if count is None else count
+        index = _number(env, "JAX_PROCESS_ID") if index is None else index
+    if address is None and not (settings.detect and _launched(env)):
+        return None
+    found = {"coordinator_address": address, "num_processes": count, "process_id": index}
+    found = {name: value for name, value in found.items() if value is not None}
+    if not settings.detect:
+        found["cluster_detection_method"] = "deactivate"
+    return found
+
+
+def _launched(env: Mapping[str, str]) -> bool:
+    """Whether a launcher that jax knows has started several processes, and this is one of them."""
+    slurm = "SLURM_STEP_NODELIST" in env and (_number(env, "SLURM_NTASKS") or 1) > 1
+    mpi = (_number(env, "OMPI_COMM_WORLD_SIZE") or 1) > 1
+    indexed = "KUBERNETES_SERVICE_HOST" in env and "JOB_COMPLETION_INDEX" in env
+    kubernetes = indexed and importlib.util.find_spec("kubernetes") is not None
+    return slurm or mpi or kubernetes
+
+
+def _number(env: Mapping[str, str], name: str) -> int | None:
+    value = env.get(name)
+    if value is None:
+        return None
+    require(value.isdecimal(), name, value, "must be a number")
+    return int(value)
