@@ -116,7 +116,7 @@ def run(settings: CollectRun) -> int:
     ) as progress:
         show = _reporter(progress)
         tally = collect(prompts, teacher, store, settings.collect, tick=show)
-    if tally.stopped in signal.Signals.__members__:
+    if tally.stopped and tally.stopped in signal.Signals.__members__:
         return 128 + signal.Signals[tally.stopped]
     if tally.asked and not tally.answered and not tally.stopped:
         last = f" (the last: {tally.trouble})" if tally.trouble else ""

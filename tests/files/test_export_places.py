@@ -107,15 +107,16 @@ def test_a_directory_of_others_is_refused_and_left_as_it_is(form, names, chat, a
 
 
 def test_a_directory_into_which_another_process_exports_is_left_to_it(chat, model, tmp_path):
+    config, params = model
     out = tmp_path / "out"
     (out / ".pujax-export").mkdir(parents=True)
     other = os.open(out, os.O_RDONLY)
     fcntl.flock(other, fcntl.LOCK_EX)
     with pytest.raises(ConfigError, match="another process exports into it"):
-        export_hf(*model, chat, out, {})
+        export_hf(config, params, chat, out, {})
     assert os.listdir(out) == [".pujax-export"]
     os.close(other)
-    export_hf(*model, chat, out, {})
+    export_hf(config, params, chat, out, {})
 
 
 def test_what_others_put_beside_an_export_stays(chat, model, adapted, tmp_path):
