@@ -92,7 +92,8 @@ def test_the_time_is_the_arithmetic_of_stages_and_evaluations(student, monkeypat
     supervised = dataclasses.replace(none, sft=SftConfig(steps=6, batch=2))
     assert seconds(supervised) == pytest.approx((2 * 9 + 6 * 2 * 3) * one / 0.5e6)
     both, alone = seconds(CONFIG), seconds(supervised)
-    assert both is not None and alone is not None
+    assert both is not None
+    assert alone is not None
     assert both > alone + 3 * 2 * 3 * one / 0.5e6
 
 
