@@ -307,12 +307,14 @@ def _sent_more(client: httpx.AsyncClient) -> bool:
     httpcore closes a connection on which something comes between two requests, but keeps what came
     in one piece with an answer, and shows it nowhere.
     """
-    transports: list[Any] = [client._transport, *client._mounts.values()]
-    for connection in (one for transport in transports for one in transport._pool.connections):
+    transports = [client._transport, *client._mounts.values()]
+    # By getattr, since none of these names is promised: where one has changed, nothing is seen.
+    pools = [getattr(transport, "_pool", None) for transport in transports]
+    for connection in (one for pool in pools for one in getattr(pool, "connections", ())):
         while (inner := getattr(connection, "_connection", None)) is not None:
             connection = inner
         state = getattr(connection, "_h11_state", None)  # HTTP/2 says which request each answers
-        if state is not None and state.trailing_data[0]:
+        if getattr(state, "trailing_data", (b"",))[0]:
             return True
     return False
 
