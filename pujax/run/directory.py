@@ -1,6 +1,7 @@
 """The directory of a run: found or made, locked for the life of the process, its settings in it."""
 
 import fcntl
+import glob
 import json
 import os
 import re
@@ -61,11 +62,13 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     `resume=auto` goes on with `run.dir` where that is given, else with the newest run of this name
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
-    is done, in use, or isn't there, and for a `run.dir` with files that no run wrote where this one
-    would write. A job of a sweep that somebody does at this moment is in use, and not begun again.
+    is done, in use, or isn't there, for a `run.dir` with files that no run wrote where this one
+    would write, and for a place with * ? or [ in its path. A job of a sweep that somebody does at
+    this moment is in use, and not begun again.
     """
     settings, theirs = asdict(config), False
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
+    _refuse_pattern(place if config.resume in ("auto", "never") else Path(config.resume))
     made = [folder for folder in (place, *place.parents) if not folder.exists()]
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
@@ -121,6 +124,18 @@ def finished(config: TrainConfig, apart: Mapping[str, str]) -> Path | None:
 def traces(directory: Path) -> list[str]:
     """The names in a directory that a run would write after its settings, sorted."""
     return sorted(path.name for path in directory.iterdir() if _WRITTEN.fullmatch(path.name))
+
+
+def _refuse_pattern(place: Path) -> None:
+    """Raise `ConfigError` for a place that is read as a pattern: Orbax (0.12) looks for files so.
+
+    What it wrote there it would not find again.
+    """
+    if glob.has_magic(str(place.absolute())):
+        raise ConfigError(
+            f"run.dir={place}: {place.absolute()} has one of * ? [ in it, where checkpoints can be "
+            "written and not read: choose another place"
+        )
 
 
 def _refuse_foreign(directory: Path) -> None:

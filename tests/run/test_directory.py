@@ -42,6 +42,14 @@ def test_a_run_of_the_same_settings_that_is_not_done_is_gone_on_with(tmp_path):
     assert begun(f"run.root={tmp_path}") != first
 
 
+@pytest.mark.parametrize("name", ["[exp]", "what?", "a*"])
+@pytest.mark.parametrize("key", ["run.root", "run.dir"])
+def test_a_place_whose_checkpoints_could_not_be_read_again_is_refused(tmp_path, key, name):
+    with pytest.raises(ConfigError, match=r"has one of \* \? \[ in it.*choose another place"):
+        begun(f"{key}='{tmp_path}/{name}/run'")
+    assert not list(tmp_path.iterdir())
+
+
 def test_another_seed_begins_another_run(tmp_path):
     first = begun(f"run.root={tmp_path}")
     second = begun(f"run.root={tmp_path}", "seed=1")
