@@ -91,6 +91,9 @@ def test_every_curve_fits_into_its_panel(tmp_path, monkeypatch):
     assert all(low == 0 and high >= 30 for low, high in limits)
 
 
+SHAPE = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 128}
+
+
 @pytest.mark.slow
 def test_the_command_ends_in_one_json_object(tmp_path):
     command = [
@@ -98,6 +101,7 @@ def test_the_command_ends_in_one_json_object(tmp_path):
         "-m",
         "pujax.benchmark",
         SMOLLM2,
+        *(f"model.shape.{name}={n}" for name, n in SHAPE.items()),
         "scorer=random",
         "benchmark.prompts=1",
         "benchmark.candidates=2",

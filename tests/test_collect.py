@@ -469,14 +469,15 @@ def test_no_success_is_lost_when_the_process_is_killed(server, tmp_path):
 
 
 @pytest.mark.slow
-def test_no_success_is_lost_in_twenty_kills(server, tmp_path):
+@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.long)])
+def test_no_success_is_lost_in_many_kills(server, tmp_path, kills):
     server.latency = 0.02
     survive_kills(
         server.url,
         server.delivered.total,
         tmp_path,
-        prompts=6000,
-        kills=20,
+        prompts=300 * kills,
+        kills=kills,
         concurrency=8,
         seed=1,
     )
