@@ -110,6 +110,7 @@ def test_the_command_ends_in_one_json_object(tmp_path):
         "benchmark.steps=3",
     ]
     alone = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    alone["TMPDIR"] = str(tmp_path)
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=900
     )
@@ -126,6 +127,7 @@ def test_the_command_ends_in_one_json_object(tmp_path):
     assert 0.5 < line["peak_rss_gib"] < 16
     assert (line["loss"], line["scorer"]) == ("grpo", "random")
     assert line["versions"]["jax"] == jax.__version__
+    assert not list(tmp_path.glob("pujax-*"))  # the cold cache of compiled programs is gone
 
 
 def test_a_measured_process_holds_neither_plots_nor_checkpoints():
