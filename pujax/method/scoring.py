@@ -317,7 +317,7 @@ def blend(
     """
     if len(scores) != len(weights):
         raise ValueError(f"blend: {len(scores)} scores but {len(weights)} weights: give one each")
-    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    candidates = _candidates(context)
     total = mean = jnp.zeros(())
     for score, weight in zip(scores, weights, strict=True):
         raw = score(context)
@@ -327,6 +327,11 @@ def blend(
         total += weight * standardize(raw, candidates)
     context.notes["score/mean"] = mean
     return total
+
+
+def _candidates(context: ScoringContext) -> Bool[Array, "B G"]:
+    """True but for the anchors: what is sampled is there, whatever it scores."""
+    return jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
 
 
 def _name(score: Callable[..., Any]) -> str:
@@ -355,7 +360,7 @@ def mixture(
     """
     if len(scores) != len(weights) or min(weights, default=0) <= 0:
         raise ValueError(f"mixture: {len(scores)} scores need as many positive weights: {weights}")
-    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    candidates = _candidates(context)
     mix = jnp.asarray(weights, jnp.float32)
     mix = jax.random.dirichlet(context.key, mix) if drawn else mix / mix.sum()
     total = jnp.zeros(candidates.shape)
@@ -375,7 +380,7 @@ def confident(
     group: log K - H(q) nats, so a ranker that finds all candidates alike has no say. (The paper
     weighs an ensemble of reward models by confidence; its latent heads are not here.)
     """
-    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    candidates = _candidates(context)
     total, said = jnp.zeros(candidates.shape), jnp.zeros((candidates.shape[0], 1))
     for score in scores:
         z = standardize(score(context), candidates)
@@ -407,7 +412,7 @@ def members_of(scorer: Scorer, context: ScoringContext) -> Float[Array, "B M G"]
 def _members(
     context: ScoringContext, scores: Sequence[Scorer], standardized: bool
 ) -> Float[Array, "B M G"]:
-    candidates = jnp.ones(context.mask.shape[:2], bool).at[:, 0].set(False)
+    candidates = _candidates(context)
     made = [score(context) for score in scores]
     return jnp.stack([standardize(s, candidates) if standardized else s for s in made], axis=1)
 
