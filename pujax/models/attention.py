@@ -4,6 +4,9 @@ One softmax runs over both. The prompt's keys are never copied: all its response
 them. Queries are walked in blocks, so that a block's scores stay in the processor's cache, and most
 keys that come after a block are left out. The backward pass makes the scores again from a saved
 log-sum-exp (Dao et al., 2022), which costs less than reading them from memory.
+
+Suffixes name the tokens of an array, before or among its heads: BNT all of them, Bnt a block's, n
+sequences and t queries of each, BnS the keys that a block sees of its own sequences.
 """
 
 from functools import partial, reduce
@@ -48,8 +51,8 @@ def attend(
     B, N, T, KV, R, H = q.shape
     blocks = -(-T // BLOCK)
     size = blocks * -(-T // blocks)
-    q, k, v = (_padded(x, size) for x in (q, k, v))
-    return _attended(q, k, v, shared, reach)[:, :, :T].reshape(B, N, T, KV * R * H)
+    mixed_BNT = _attended(*(_padded(x, size) for x in (q, k, v)), shared, reach)[:, :, :T]
+    return mixed_BNT.reshape(B, N, T, KV * R * H)
 
 
 def attend_next(
@@ -69,16 +72,16 @@ def attend_next(
     turning them first, which costs more than the product.
     """
     B, N, KV, R, H = q.shape
-    q = q.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
+    q_BN1 = q.transpose(0, 2, 1, 3, 4)[:, :, :, :, None]
     own = _own_seen(t[None], v.shape[-2], reach)
     prompt = _prompt_seen(t[None], shared_v.shape[-2], lengths, reach)
     visible = [
         _Keys("bknhs", "bknsh", k, v, own),
         _Keys("bkhs", "bksh", shared_k, shared_v, prompt),
     ]
-    mixed, _ = _forward_block(q, visible)
-    mixed = mixed[:, :, :, :, 0].astype(v.dtype)
-    return mixed.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
+    mixed_BN1, _ = _forward_block(q_BN1, visible)
+    mixed_BN = mixed_BN1[:, :, :, :, 0].astype(v.dtype)
+    return mixed_BN.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
 
 
 @jax.custom_vjp
@@ -97,47 +100,49 @@ def _forward(q: Array, k: Array, v: Array, shared: Shared | None, reach: Array |
     n, size, runs = _plan(*q.shape[1:3])
 
     def block(stop: int, made: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], None]:
+        mixed_BNT, normalizer_BNT = made
         first = at[0], 0
-        own = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
-        visible = _visible(*own, shared, at[1] + jnp.arange(size), reach)
-        mixed, normalizer = _forward_block(_cut(q, at, (n, size)), visible)
-        return (_put(made[0], mixed, at), _put(made[1], normalizer, at)), None
+        k_BnS, v_BnS = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
+        visible = _visible(k_BnS, v_BnS, shared, at[1] + jnp.arange(size), reach)
+        mixed_Bnt, normalizer_Bnt = _forward_block(_cut(q, at, (n, size)), visible)
+        return (_put(mixed_BNT, mixed_Bnt, at), _put(normalizer_BNT, normalizer_Bnt, at)), None
 
     made = jnp.zeros(q.shape, v.dtype), jnp.zeros((*q.shape[:-1], 1))
     for stop, where in runs:
         made, _ = jax.lax.scan(partial(block, stop), made, where)
-    mixed, normalizer = (checkpoint_name(x, KEPT) for x in made)
-    return mixed, (q, k, v, shared, reach, mixed, normalizer)
+    mixed_BNT, normalizer_BNT = (checkpoint_name(x, KEPT) for x in made)
+    return mixed_BNT, (q, k, v, shared, reach, mixed_BNT, normalizer_BNT)
 
 
 def _backward(saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
-    q, k, v, shared, reach, mixed, normalizer = saved
+    q, k, v, shared, reach, mixed_BNT, normalizer_BNT = saved
     n, size, runs = _plan(*q.shape[1:3])
-    products = jnp.sum(mixed.astype(jnp.float32) * cotangent, axis=-1, keepdims=True)
+    products_BNT = jnp.sum(mixed_BNT.astype(jnp.float32) * cotangent, axis=-1, keepdims=True)
 
     def block(stop: int, made: tuple, at: Array) -> tuple[tuple, None]:
-        d_q, d_k, d_v, *d_shared = made
+        d_q_BNT, d_k_BNT, d_v_BNT, *d_shared = made
         first = at[0], 0
-        own = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
-        visible = _visible(*own, shared, at[1] + jnp.arange(size), reach)
-        rows, row_normalizer, out, product = (
-            _cut(x, at, (n, size)) for x in (q, normalizer, cotangent, products)
+        k_BnS, v_BnS = _cut(k, first, (n, stop)), _cut(v, first, (n, stop))
+        visible = _visible(k_BnS, v_BnS, shared, at[1] + jnp.arange(size), reach)
+        d_q_Bnt, (d_own_BnS, *d_prompt) = _backward_block(
+            _cut(q, at, (n, size)),
+            visible,
+            *(_cut(x_BNT, at, (n, size)) for x_BNT in (normalizer_BNT, cotangent, products_BNT)),
         )
-        d_rows, (d_own, *d_prompt) = _backward_block(rows, visible, row_normalizer, out, product)
-        d_k = _put(d_k, _cut(d_k, first, (n, stop)) + d_own[0], first)
-        d_v = _put(d_v, _cut(d_v, first, (n, stop)) + d_own[1], first)
+        d_k_BNT = _put(d_k_BNT, _cut(d_k_BNT, first, (n, stop)) + d_own_BnS[0], first)
+        d_v_BNT = _put(d_v_BNT, _cut(d_v_BNT, first, (n, stop)) + d_own_BnS[1], first)
         d_shared = jax.tree.map(jnp.add, d_shared, [x for pair in d_prompt for x in pair])
-        return (_put(d_q, d_rows, at), d_k, d_v, *d_shared), None
+        return (_put(d_q_BNT, d_q_Bnt, at), d_k_BNT, d_v_BNT, *d_shared), None
 
     like = [q, k, v] if shared is None else [q, k, v, shared.k, shared.v]
     made = tuple(jnp.zeros(x.shape) for x in like)
     for stop, where in runs:
         made, _ = jax.lax.scan(partial(block, stop), made, where)
-    d_q, d_k, d_v, *d_prompt = (
+    d_q_BNT, d_k_BNT, d_v_BNT, *d_prompt = (
         gradient.astype(x.dtype) for gradient, x in zip(made, like, strict=True)
     )
     d_shared = shared and shared.replace(k=d_prompt[0], v=d_prompt[1], lengths=None)
-    return d_q, d_k, d_v, d_shared, None
+    return d_q_BNT, d_k_BNT, d_v_BNT, d_shared, None
 
 
 _attended.defvjp(_forward, _backward)
@@ -182,8 +187,8 @@ class _Keys(NamedTuple):
 
     def scores(self, q: Float[Array, "B KV n R t H"]) -> Float[Array, "B KV n R t S"]:
         """Masked scores in float32."""
-        scores = _dot(f"bknrth,{self.k_axes}->bknrts", q, self.k)
-        return jnp.where(self.seen[:, None, None, None], scores, NEGATIVE)
+        scores_BntS = _dot(f"bknrth,{self.k_axes}->bknrts", q, self.k)
+        return jnp.where(self.seen[:, None, None, None], scores_BntS, NEGATIVE)
 
 
 def _visible(
@@ -224,13 +229,14 @@ def _forward_block(
 ) -> tuple[Float[Array, "B KV n R t H"], Float[Array, "B KV n R t 1"]]:
     """What the queries get, and the log of their weights' sum."""
     scores = [keys.scores(q) for keys in visible]
-    top = reduce(jnp.maximum, [part.max(axis=-1, keepdims=True) for part in scores])
-    total, mixed = jnp.zeros(top.shape), jnp.zeros(q.shape)
-    for part, keys in zip(scores, visible, strict=True):
-        weights = jnp.exp(part - top)
-        total += weights.sum(axis=-1, keepdims=True)
-        mixed += _dot(f"bknrts,{keys.v_axes}->bknrth", weights.astype(keys.v.dtype), keys.v)
-    return mixed / total, top + jnp.log(total)
+    top_Bnt = reduce(jnp.maximum, [x_BntS.max(axis=-1, keepdims=True) for x_BntS in scores])
+    total_Bnt, mixed_Bnt = jnp.zeros(top_Bnt.shape), jnp.zeros(q.shape)
+    for scores_BntS, keys in zip(scores, visible, strict=True):
+        weights_BntS = jnp.exp(scores_BntS - top_Bnt)
+        total_Bnt += weights_BntS.sum(axis=-1, keepdims=True)
+        of_values = f"bknrts,{keys.v_axes}->bknrth"
+        mixed_Bnt += _dot(of_values, weights_BntS.astype(keys.v.dtype), keys.v)
+    return mixed_Bnt / total_Bnt, top_Bnt + jnp.log(total_Bnt)
 
 
 def _backward_block(
@@ -244,16 +250,17 @@ def _backward_block(
 
     `products` are those of what each query got with its cotangent.
     """
-    d_q, d_visible = jnp.zeros(q.shape), []
+    d_q_Bnt, d_visible = jnp.zeros(q.shape), []
     for keys in visible:
-        weights = jnp.exp(keys.scores(q) - normalizer)
-        d_weights = _dot(f"bknrth,{keys.v_axes}->bknrts", cotangent, keys.v)
-        d_scores = (weights * (d_weights - products)).astype(keys.k.dtype)
-        d_q += _dot(f"bknrts,{keys.k_axes}->bknrth", d_scores, keys.k)
-        d_k = _dot(f"bknrts,bknrth->{keys.k_axes}", d_scores, q)
-        d_v = _dot(f"bknrts,bknrth->{keys.v_axes}", weights.astype(keys.v.dtype), cotangent)
+        weights_BntS = jnp.exp(keys.scores(q) - normalizer)
+        d_weights_BntS = _dot(f"bknrth,{keys.v_axes}->bknrts", cotangent, keys.v)
+        d_scores_BntS = (weights_BntS * (d_weights_BntS - products)).astype(keys.k.dtype)
+        d_q_Bnt += _dot(f"bknrts,{keys.k_axes}->bknrth", d_scores_BntS, keys.k)
+        d_k = _dot(f"bknrts,bknrth->{keys.k_axes}", d_scores_BntS, q)
+        weights_BntS = weights_BntS.astype(keys.v.dtype)
+        d_v = _dot(f"bknrts,bknrth->{keys.v_axes}", weights_BntS, cotangent)
         d_visible.append((d_k, d_v))
-    return d_q, d_visible
+    return d_q_Bnt, d_visible
 
 
 def _dot(equation: str, a: Array, b: Array) -> Array:

@@ -25,6 +25,7 @@ from pujax.models.attention import KEPT, Shared, attend, attend_next
 from pujax.models.packing import Grid, TokenBudget, places
 from pujax.models.parameters import (
     KERNELS,
+    TENSOR,
     DecoderConfig,
     RopeScaling,
     first_value,
@@ -219,20 +220,21 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "B K D"], Cache]:
         """Normed hidden state of every response's token `t`, and the cache with it added."""
         config = self.config
-        x = split_rows(self.mesh, self._embedded(params, tokens)[:, :, None])
-        positions = (decoding.lengths + t)[:, None, None]
+        x_BK1 = split_rows(self.mesh, self._embedded(params, tokens)[:, :, None])
+        at_B11 = (decoding.lengths + t)[:, None, None]
         # Without the barrier every layer works the cosines and sines out anew.
-        rope = jax.lax.optimization_barrier(_rotations(config, positions))
+        rope = jax.lax.optimization_barrier(_rotations(config, at_B11))
         keys, values = list(cache.k), list(cache.v)
         for i, local in enumerate(config.local_layers):
             weights = decoding.layers[i]
-            q, k, v = self._qkv(weights, x, rope, local)
-            # In place: the cache is carried.
-            k, v = _heads_first(k).swapaxes(-1, -2), _heads_first(v)
-            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k, t, axis=4)
-            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v, t, axis=3)
-            mixed = attend_next(
-                q[:, :, 0],
+            q_BK1, k_BK1, v_BK1 = self._qkv(weights, x_BK1, rope, local)
+            # In place: the cache is carried. It has heads before candidates, and a key's width
+            # before its token.
+            k_at_t, v_at_t = _heads_first(k_BK1).swapaxes(-1, -2), _heads_first(v_BK1)
+            keys[i] = jax.lax.dynamic_update_slice_in_dim(keys[i], k_at_t, t, axis=4)
+            values[i] = jax.lax.dynamic_update_slice_in_dim(values[i], v_at_t, t, axis=3)
+            mixed_BK = attend_next(
+                q_BK1[:, :, 0],
                 keys[i],
                 values[i],
                 t,
@@ -241,9 +243,9 @@ class LanguageModel(nn.Module):
                 lengths=decoding.lengths,
                 reach=config.window if local else None,
             )
-            x = split_rows(self.mesh, self._finish(weights, x, mixed[:, :, None]))
-        hidden = self._norm(x[:, :, 0], params["final_norm"])
-        return hidden, Cache(k=tuple(keys), v=tuple(values))
+            x_BK1 = split_rows(self.mesh, self._finish(weights, x_BK1, mixed_BK[:, :, None]))
+        hidden_BK = self._norm(x_BK1[:, :, 0], params["final_norm"])
+        return hidden_BK, Cache(k=tuple(keys), v=tuple(values))
 
     def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Float32 logits of a few normed hidden states; `unembed.chosen_logps` is for many."""
@@ -282,7 +284,7 @@ class LanguageModel(nn.Module):
 
     def _embedded(self, params: Params, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         table = params["embed"]
-        if self.mesh is not None and self.mesh.shape["tensor"] > 1:
+        if self.mesh is not None and self.mesh.shape[TENSOR] > 1:
             # Split both ways, a looked-up row would be on the wrong devices twice over.
             table = gathered(self.mesh, "embed", table)
         x = table.at[tokens].get(mode="clip").astype(self.dtype)
@@ -319,14 +321,21 @@ class LanguageModel(nn.Module):
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         return y
 
-    def _qkv(self, weights: Params, x: Array, rope: dict[bool, Array], local: Array | bool | None):
-        """Rotated, scaled queries [*N, KV, R, H], and keys and values [*N, KV, H]."""
-        config = self.config
-        h = self._norm(x, weights["attn_norm"])
-        lead = h.shape[:-1]
-        q = self._project(weights, "q", h).reshape(*lead, config.heads, config.head_width)
-        k = self._project(weights, "k", h).reshape(*lead, config.kv_heads, config.head_width)
-        v = self._project(weights, "v", h).reshape(*lead, config.kv_heads, config.head_width)
+    def _qkv(
+        self,
+        weights: Params,
+        x: Float[Array, "*N D"],
+        rope: dict[bool, Array],
+        local: Array | bool | None,
+    ) -> tuple[Float[Array, "*N KV R H"], Float[Array, "*N KV H"], Float[Array, "*N KV H"]]:
+        """Rotated, scaled queries, and keys and values."""
+        config, lead = self.config, x.shape[:-1]
+        h_ND = self._norm(x, weights["attn_norm"])
+
+        def by_head(name: str, heads: int) -> Float[Array, "*N X H"]:
+            return self._project(weights, name, h_ND).reshape(*lead, heads, config.head_width)
+
+        q, k, v = by_head("q", config.heads), *(by_head(n, config.kv_heads) for n in ("k", "v"))
         if config.qk_norm:
             q = self._norm(q, weights["q_norm"])
             k = self._norm(k, weights["k_norm"])
@@ -335,20 +344,22 @@ class LanguageModel(nn.Module):
         q = q * jnp.asarray(self._query_scale, q.dtype)
         return q.reshape(*lead, config.kv_heads, -1, config.head_width), k, v
 
-    def _finish(self, weights: Params, x: Array, mixed: Array) -> Array:
+    def _finish(
+        self, weights: Params, x: Float[Array, "*N D"], mixed: Float[Array, "*N O"]
+    ) -> Float[Array, "*N D"]:
         """The rest of a layer: output projection, residuals and the gated MLP."""
         config = self.config
-        y = self._project(weights, "o", mixed)
+        y_ND = self._project(weights, "o", mixed)
         if config.post_norms:
-            y = self._norm(y, weights["post_attn_norm"])
-        x = x + y
-        h = self._norm(x, weights["mlp_norm"])
-        gate = self._project(weights, "gate", h)
-        gate = jax.nn.gelu(gate, approximate=True) if config.gelu else jax.nn.silu(gate)
-        y = self._project(weights, "down", gate * self._project(weights, "up", h))
+            y_ND = self._norm(y_ND, weights["post_attn_norm"])
+        x_ND = x + y_ND
+        h_ND = self._norm(x_ND, weights["mlp_norm"])
+        gate_NF = self._project(weights, "gate", h_ND)
+        gate_NF = jax.nn.gelu(gate_NF, approximate=True) if config.gelu else jax.nn.silu(gate_NF)
+        y_ND = self._project(weights, "down", gate_NF * self._project(weights, "up", h_ND))
         if config.post_norms:
-            y = self._norm(y, weights["post_mlp_norm"])
-        return x + y
+            y_ND = self._norm(y_ND, weights["post_mlp_norm"])
+        return x_ND + y_ND
 
     def _run(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from pujax.errors import WeightsError
+from pujax.models.checks import POSITIVE, check, check_settings, refuse_others
 from pujax.models.decoder import DecoderConfig, RopeScaling
 
 Settings = Mapping[str, Any]  # a config.json, every key of its family present
@@ -216,11 +217,11 @@ def from_hf(config: Settings) -> DecoderConfig:
         raise WeightsError(
             f"model_type {kind!r} is not a known architecture: choose one of {sorted(FAMILIES)}"
         )
-    _check_settings(config)
+    check_settings(config)
     try:
         # transformers knows each family's defaults and both generations of rope keys.
         whole = AutoConfig.for_model(**config).to_dict()
-        _refuse_others(whole, FAMILIES[kind].fixed)
+        refuse_others(whole, FAMILIES[kind].fixed)
         decoder = FAMILIES[kind].settings(whole)
     except WeightsError:
         raise
@@ -443,7 +444,7 @@ def _scaling(rope: Settings) -> RopeScaling | None:
         "high_freq_factor",
         "original_max_position_embeddings",
     ):
-        _check(f"rope_scaling.{key}", rope.get(key), _POSITIVE)
+        check(f"rope_scaling.{key}", rope.get(key), POSITIVE)
     return RopeScaling(
         factor=rope["factor"],
         low_freq_factor=rope["low_freq_factor"],
@@ -480,85 +481,3 @@ def _pattern(layer_types: list[str]) -> int:
                 f"layer_types[{i}]={kind!r} breaks the rule: every {pattern}th global"
             )
     return pattern
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What a setting must be, in words and as a test."""
-
-    words: str
-    holds: Callable[[Any], bool]
-
-
-def _or_null(kind: _Kind) -> _Kind:
-    return _Kind(f"{kind.words} or null", lambda x: x is None or kind.holds(x))
-
-
-_LAYERS = 10_000  # more than any model has: lists of that many entries are made
-
-_WHOLE = _Kind("a positive whole number", lambda x: type(x) is int and 0 < x < 2**31)
-_POSITIVE = _Kind("a positive number", lambda x: type(x) in (int, float) and 0 < x < 2**63)
-_TRUTH = _Kind("true or false", lambda x: type(x) is bool)
-_MAPPING = _Kind("an object", lambda x: isinstance(x, dict))
-
-_SIZES = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-)
-
-_KINDS = dict.fromkeys(_SIZES, _WHOLE) | {
-    "num_key_value_heads": _or_null(_WHOLE),
-    "head_dim": _or_null(_WHOLE),
-    "max_position_embeddings": _WHOLE,
-    "rms_norm_eps": _POSITIVE,
-    "rope_theta": _POSITIVE,
-    "rope_local_base_freq": _POSITIVE,
-    "query_pre_attn_scalar": _POSITIVE,
-    "sliding_window": _or_null(_WHOLE),
-    "sliding_window_pattern": _WHOLE,
-    "tie_word_embeddings": _TRUTH,
-    "rope_scaling": _or_null(_MAPPING),
-    "rope_parameters": _or_null(_MAPPING),
-}
-
-
-def _check_settings(config: Settings) -> None:
-    """Raise `WeightsError` naming a key whose value is missing or of another kind."""
-    for key in _SIZES:
-        if key not in config:
-            raise WeightsError(f"{key} is missing: fetch the file again")
-    for key, kind in _KINDS.items():
-        if key in config:
-            _check(key, config[key], kind)
-    layers, vocab = config["num_hidden_layers"], config["vocab_size"]
-    _check("num_hidden_layers", layers, _Kind(f"at most {_LAYERS}", lambda x: x <= _LAYERS))
-    token = _Kind(
-        f"a token's id from 0 to {vocab - 1}", lambda x: type(x) is int and 0 <= x < vocab
-    )
-    eos, bos, types = (config.get(key) for key in ("eos_token_id", "bos_token_id", "layer_types"))
-    for i in eos if isinstance(eos, list) else [eos]:
-        _check("eos_token_id", i, _or_null(token))
-    _check("bos_token_id", bos, _or_null(token))
-    known = ("full_attention", "sliding_attention")
-    listed = _Kind(
-        f"a list that says {' or '.join(known)} for each of the {layers} layers",
-        lambda x: isinstance(x, list) and len(x) == layers and all(kind in known for kind in x),
-    )
-    _check("layer_types", types, _or_null(listed))
-
-
-def _check(key: str, value: object, kind: _Kind) -> None:
-    if not kind.holds(value):
-        shown = repr(value)
-        shown = shown if len(shown) <= 60 else f"{shown[:60]}..."
-        raise WeightsError(f"{key}={shown} must be {kind.words}")
-
-
-def _refuse_others(config: Settings, fixed: Settings) -> None:
-    """Raise for a trait that the decoder lacks, rather than compute something else."""
-    for key, value in fixed.items():
-        if config.get(key, value) != value:
-            raise WeightsError(f"{key}={config[key]!r} is not supported: only {value!r} is")

@@ -6,7 +6,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.decoder import LanguageModel, Prefix
-from pujax.models.sharding import ways
+from pujax.models.sharding import BATCH_AXES, ways
 from pujax.models.unembed import chosen_logps
 from pujax.types import Params, Tokens
 
@@ -44,13 +44,13 @@ def token_logps(
     if mesh is not None:
         # Each device on its own prompts: summed over devices the table's gradient is once, at the
         # end, where XLA would do so in every block of every chunk.
-        rows, whole = PartitionSpec(None, ("data", "fsdp")), PartitionSpec()
+        rows, whole = PartitionSpec(None, BATCH_AXES), PartitionSpec()
         chosen = jax.shard_map(
             chosen_logps,
             mesh=mesh,
             in_specs=(rows, whole, rows, whole),
             out_specs=rows,
-            axis_names={"data", "fsdp"},
+            axis_names=set(BATCH_AXES),
             check_vma=False,
         )
     logps = chosen(chunked(hidden), model.unembedding(params), chunked(tokens), used)

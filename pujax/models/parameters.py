@@ -65,6 +65,9 @@ class DecoderConfig:
         )
 
 
+DATA, FSDP, TENSOR = AXES = ("data", "fsdp", "tensor")
+"""The axes of a mesh, by what is split along them: see `sharding` for batches."""
+
 Start = Callable[[Array, tuple[int, ...]], Array]
 """A key and a shape to a parameter's first value."""
 
@@ -96,8 +99,8 @@ class Parameter(NamedTuple):
     of: Callable[[DecoderConfig], bool] = lambda config: True
 
 
-# `tensor` splits heads, MLP units and the vocabulary; `fsdp` splits what is left of a matrix.
-_IN_OUT, _OUT_IN = (None, "fsdp", "tensor"), (None, "tensor", "fsdp")
+# TENSOR splits heads, MLP units and the vocabulary; FSDP splits what is left of a matrix.
+_IN_OUT, _OUT_IN = (None, FSDP, TENSOR), (None, TENSOR, FSDP)
 
 # The order is that of the random keys. Kernels are [L, in, out].
 LAYERS: dict[str, Parameter] = {
@@ -110,19 +113,19 @@ LAYERS: dict[str, Parameter] = {
     "gate": Parameter("L D F", _normal, _IN_OUT),
     "up": Parameter("L D F", _normal, _IN_OUT),
     "down": Parameter("L F D", _normal, _OUT_IN),
-    "q_bias": Parameter("L Q", _zeros, (None, "tensor"), lambda config: config.qkv_bias),
-    "k_bias": Parameter("L KV", _zeros, (None, "tensor"), lambda config: config.qkv_bias),
-    "v_bias": Parameter("L KV", _zeros, (None, "tensor"), lambda config: config.qkv_bias),
+    "q_bias": Parameter("L Q", _zeros, (None, TENSOR), lambda config: config.qkv_bias),
+    "k_bias": Parameter("L KV", _zeros, (None, TENSOR), lambda config: config.qkv_bias),
+    "v_bias": Parameter("L KV", _zeros, (None, TENSOR), lambda config: config.qkv_bias),
     "q_norm": Parameter("L H", _ones, of=lambda config: config.qk_norm),
     "k_norm": Parameter("L H", _ones, of=lambda config: config.qk_norm),
     "post_attn_norm": Parameter("L D", _ones, of=lambda config: config.post_norms),
     "post_mlp_norm": Parameter("L D", _ones, of=lambda config: config.post_norms),
 }
 PARAMETERS: dict[str, Parameter | dict[str, Parameter]] = {
-    "embed": Parameter("V D", _normal, ("tensor", "fsdp")),
+    "embed": Parameter("V D", _normal, (TENSOR, FSDP)),
     "layers": LAYERS,
     "final_norm": Parameter("D", _ones),
-    "unembed": Parameter("V D", _normal, ("tensor", "fsdp"), lambda config: not config.tied),
+    "unembed": Parameter("V D", _normal, (TENSOR, FSDP), lambda config: not config.tied),
 }
 # Of scorers that are trained beside a decoder and read its states: see `method.discriminator`.
 HEADS: dict[str, Parameter] = {"discriminator": Parameter("D", _zeros)}

@@ -1,4 +1,4 @@
-"""Devices as a mesh of (data, fsdp, tensor), and how arrays lie on it."""
+"""Devices as a mesh with the `AXES`, and how arrays lie on it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,8 +14,11 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
 from pujax.errors import ConfigError, require
-from pujax.models.parameters import DecoderConfig, mesh_axes
+from pujax.models.parameters import AXES, DATA, FSDP, TENSOR, DecoderConfig, mesh_axes
 from pujax.types import Batch, Params
+
+BATCH_AXES = (DATA, FSDP)
+"""The axes along which the prompts of a batch are split, both together."""
 
 Rows = TypeVar("Rows")
 """A tree of arrays whose first dimension is that of a batch's prompts."""
@@ -38,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
             "start one process",
         )
         devices = devices[:1]
-    for place in (2, 1, 0):
+    for place in reversed(range(len(AXES))):
         if sizes[place] == -1:
             sizes[place] = len(devices) // math.prod(size for size in sizes if size != -1)
     if math.prod(sizes) != len(devices):
@@ -49,8 +52,8 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
         )
     return jax.make_mesh(
         tuple(sizes),
-        ("data", "fsdp", "tensor"),
-        axis_types=(AxisType.Auto,) * 3,
+        AXES,
+        axis_types=(AxisType.Auto,) * len(AXES),
         devices=devices,
     )
 
@@ -60,9 +63,9 @@ def check_heads(mesh: Mesh, model: DecoderConfig) -> None:
     shares = _divisors(math.gcd(model.heads, model.kv_heads))
     fit = [size for size in shares if mesh.size % size == 0]
     require(
-        mesh.shape["tensor"] in shares,
+        mesh.shape[TENSOR] in shares,
         "mesh.tensor",
-        mesh.shape["tensor"],
+        mesh.shape[TENSOR],
         f"must divide the model's {model.heads} query heads and {model.kv_heads} key-value heads: "
         f"of {mesh.size} devices choose {_listed(fit)}, and leave the others to mesh.data or fsdp",
     )
@@ -148,12 +151,12 @@ def fetched(tree: Any) -> Any:
 
 def ways(mesh: Mesh) -> int:
     """How many parts a batch is split into."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Prompts are split over `data` and `fsdp` together; all else of a batch stays whole."""
-    return NamedSharding(mesh, P(("data", "fsdp")))
+    """Prompts are split over `BATCH_AXES`; all else of a batch stays whole."""
+    return NamedSharding(mesh, P(BATCH_AXES))
 
 
 def split_rows(mesh: Mesh | None, x: Array, axis: int = 0) -> Array:
@@ -165,7 +168,7 @@ def split_rows(mesh: Mesh | None, x: Array, axis: int = 0) -> Array:
     if mesh is None or x.shape[axis] % ways(mesh):
         return x
     dimensions: list = [P.UNCONSTRAINED] * x.ndim
-    dimensions[axis] = ("data", "fsdp")
+    dimensions[axis] = BATCH_AXES
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, P(*dimensions)))
 
 
@@ -175,7 +178,7 @@ def gathered(mesh: Mesh | None, name: str, kernel: Array) -> Array:
         return kernel
     axes = mesh_axes(name) or ()
     kept = [
-        axis if axis == "tensor" and size % mesh.shape[axis] == 0 else None
+        axis if axis == TENSOR and size % mesh.shape[axis] == 0 else None
         for axis, size in zip(axes[-kernel.ndim :], kernel.shape, strict=True)
     ]
     return jax.lax.with_sharding_constraint(kernel, NamedSharding(mesh, P(*kept)))

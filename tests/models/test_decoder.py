@@ -220,3 +220,12 @@ def test_real_weights_give_the_logits_of_transformers(path):
         prompts, responses = tokens[:, :12], tokens[:, None, 12:]
         logits = way(LanguageModel(config), params, prompts, np.array([12, 12]), responses)
         assert np.abs(logits[:, 0] - expected).max() < 1e-4
+
+
+def test_it_is_a_flax_module_whose_apply_is_the_plain_forward():
+    model, params = _model("llama")
+    tokens = jnp.asarray(PROMPTS)
+    made = jax.eval_shape(model.init, jax.random.key(0), tokens)["params"]
+    assert jax.tree.map(jnp.shape, made) == jax.tree.map(jnp.shape, params)
+    logits = jax.jit(model.apply)({"params": params}, tokens)
+    np.testing.assert_array_equal(logits, _forward(model, params, tokens))

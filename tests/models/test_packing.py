@@ -1,0 +1,41 @@
+"""Real tokens in a row of their own, and back; `test_step` holds the packed update to the whole."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pujax.models.packing import Grid, TokenBudget, places
+
+MASK = jnp.array([[True, False, True], [True, False, False], [True, True, True], [False] * 3])
+X = jnp.arange(1.0, 13.0).reshape(4, 3)
+
+
+def test_a_budget_is_the_sum_of_a_batch_or_of_each_of_its_parts():
+    lengths, mask = jnp.array([3, 1, 2, 2]), MASK[:, None]
+    assert TokenBudget(8, 6).fits(lengths, mask)
+    assert not TokenBudget(7, 6).fits(lengths, mask)
+    assert not TokenBudget(8, 5).fits(lengths, mask)
+    assert TokenBudget(4, 3, ways=2).fits(lengths, mask)
+    assert not TokenBudget(4, 2, ways=2).fits(lengths, mask)
+    assert TokenBudget(10, 7).share(1, 3) == TokenBudget(4, 3)
+    assert TokenBudget(10, 7, ways=2).share(2, 6) == TokenBudget(4, 3, ways=2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "ways", "packed"),
+    [
+        (6, 1, [1.0, 3.0, 4.0, 7.0, 8.0, 9.0]),
+        (7, 1, [1.0, 3.0, 4.0, 7.0, 8.0, 9.0, 0.0]),
+        (4, 2, [[1.0, 3.0, 4.0, 0.0], [7.0, 8.0, 9.0, 0.0]]),
+    ],
+)
+def test_the_marked_tokens_come_out_in_order_and_go_back_to_their_places(budget, ways, packed):
+    grid = Grid((4, 3), places(MASK, budget, ways))
+    np.testing.assert_array_equal(grid.taken(X), packed)
+    np.testing.assert_array_equal(grid.spread(grid.taken(X)), jnp.where(MASK, X, 0))
+
+
+def test_without_a_pack_nothing_moves():
+    grid = Grid((4, 3), None)
+    assert grid.taken(X) is X
+    assert grid.spread(X) is X
