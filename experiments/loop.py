@@ -51,7 +51,7 @@ def align(student=None, *, sft_steps=8, steps=8, lr=1e-3, say=print):
     model = pujax.LanguageModel(config)
     anchors = pujax.read_anchors(DATA / "anchors.jsonl")
     prompts = list(pujax.load_prompts(str(DATA / "train.jsonl")))
-    scores, loss = pujax.scoring, partial(pujax.losses.dpo, beta=0.5)
+    scores, loss = pujax.scoring, partial(pujax.pair_losses.dpo, beta=0.5)
     recipe = pujax.Recipe(
         sampling=pujax.Sampling(candidates=4, temperature=0.7),
         response_size=T,

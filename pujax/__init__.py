@@ -7,7 +7,7 @@ What a program of one's own needs stands here by name (`__init__.pyi` has the li
     settings, params = pujax.weights.load(path)
     model = pujax.LanguageModel(settings)
     group, metrics = pujax.rollout(model, recipe, params, ref_params, batch, key)
-    state, metrics = pujax.update(model, pujax.losses.dpo, optimizer, state, None, group)
+    state, metrics = pujax.update(model, pujax.pair_losses.dpo, optimizer, state, None, group)
 
 A name is imported when it is first used: `import pujax` itself loads nothing.
 """

@@ -3,6 +3,7 @@ from pujax.files import weights as weights
 from pujax.files.chat import Chat as Chat
 from pujax.method import labels as labels
 from pujax.method import losses as losses
+from pujax.method import pair_losses as pair_losses
 from pujax.method import scoring as scoring
 from pujax.method.needs import needs_of as needs_of
 from pujax.method.sampling import greedy as greedy

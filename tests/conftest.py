@@ -15,11 +15,13 @@ os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from pujax.method import labels
 from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.types import Batch, Tokens
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What took a moment to compile is kept for the next run.
@@ -85,3 +87,21 @@ def prompts():
     lengths = np.array([3, 7, 1, 5], np.int32)
     tokens = rng.integers(6, 96, (4, 7)).astype(np.int32)
     return np.where(np.arange(7)[None] < lengths[:, None], tokens, 0), lengths
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """Eight prompts with anchors and reference prompts, the last anchor cut off."""
+    rng = np.random.default_rng(1)
+
+    def rows(size, lengths):
+        tokens = jnp.array(rng.integers(6, 96, (8, size)), jnp.int32)
+        lengths = jnp.array(lengths, jnp.int32)
+        return Tokens(jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths)
+
+    return Batch(
+        prompts=rows(6, [3, 6, 1, 5, 2, 4, 6, 3]),
+        anchors=rows(5, [4, 5, 2, 3, 5, 1, 4, 4]),
+        anchor_finished=jnp.array([True] * 7 + [False]),
+        references=rows(7, [4, 7, 2, 6, 3, 5, 7, 4]),
+    )

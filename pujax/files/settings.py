@@ -10,7 +10,8 @@ from pujax.errors import ConfigError
 from pujax.files.durable import write_whole
 
 SETTINGS, SWEPT, DONE = "config.yaml", "swept.json", "done"
-"""All settings of a run; what set it apart in its sweep, as typed; and what is there at its end."""
+"""Files of a run: all its settings; those that its sweep gave to it alone, as they were typed; and
+an empty one that says that it is done."""
 
 UNTOUCHED = (
     "run",
@@ -38,6 +39,12 @@ MOVED = {
 }
 """What the settings of older runs call a module, and what it is called now."""
 
+PAIR_LOSSES = ("distill", "dpo", "e_dpo", "gamma_dpo", "ipo", "kto", "orpo", "simpo", "slic")
+MOVED_ALONE = {
+    f"pujax.method.losses.{name}": f"pujax.method.pair_losses.{name}" for name in PAIR_LOSSES
+}
+"""The same of single functions, after `MOVED`: their former module is there still."""
+
 
 def named_now(settings: Any) -> Any:
     """Settings of any age, their `_target_`s under the names that pujax's functions have now."""
@@ -50,10 +57,12 @@ def named_now(settings: Any) -> Any:
 
 
 def _moved(target: Any) -> Any:
+    if not isinstance(target, str):
+        return target
     for before, now in MOVED.items():
-        if isinstance(target, str) and target.startswith(before):
-            return now + target.removeprefix(before)
-    return target
+        if target.startswith(before):
+            target = now + target.removeprefix(before)
+    return MOVED_ALONE.get(target, target)
 
 
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:

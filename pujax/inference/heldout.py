@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from pujax.config.functions import build_metrics
-from pujax.config.settings import DataConfig, EvalConfig, ModelConfig, TrainConfig
+from pujax.config.model_settings import ModelConfig
+from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.errors import EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric

@@ -4,8 +4,7 @@ Delta_i = lp_policy(y_i) - lp_ref(y_i), summed over tokens. That training uses D
 label-distribution variant of GRPO is from the abstract of arXiv 2601.20687; their exact form here,
 and everything else, is ours or from the source that a docstring names.
 
-The losses of pairs are in `pair_losses`, and have their names here too: settings look for every
-loss in this module.
+The losses of pairs are in `pair_losses`.
 
 Log-probs outside the mask may be anything, NaN included: neither a loss nor its gradient sees them.
 Losses return means that are exact under averaging over microbatches of equal size, metrics too.
@@ -25,13 +24,8 @@ A group of one prompt, its anchor and two candidates of two tokens; the policy i
 ...     labels=jnp.array([[0.0, 0.75, 0.25]]),
 ...     valid=jnp.array([[False, True, True]]),
 ... )
->>> print(dpo(ref_logps, group)[0])  # log 2
-[0.6931472]
 >>> print(sft(ref_logps, group)[0])
 [1.5]
->>> better = ref_logps.at[0, 1].add(2.0)  # of the candidate that scored higher
->>> print(dpo(better, group, beta=0.5)[0].round(4))  # softplus(-0.5 * 4)
-[0.1269]
 >>> print(listwise(ref_logps, group)[0].round(4))  # log 2 - entropy of (3/4, 1/4)
 [0.1308]
 """
@@ -53,15 +47,6 @@ from pujax.method.labels import (
     extremes,
     standardize,
 )
-from pujax.method.pair_losses import distill as distill
-from pujax.method.pair_losses import dpo as dpo
-from pujax.method.pair_losses import e_dpo as e_dpo
-from pujax.method.pair_losses import gamma_dpo as gamma_dpo
-from pujax.method.pair_losses import ipo as ipo
-from pujax.method.pair_losses import kto as kto
-from pujax.method.pair_losses import orpo as orpo
-from pujax.method.pair_losses import simpo as simpo
-from pujax.method.pair_losses import slic as slic
 from pujax.method.terms import (
     deltas,
     log_p,
@@ -389,7 +374,8 @@ def beside_anchor(
 ) -> LossAndMetrics:
     """Another `loss` plus `weight` times the anchor's mean negative log-prob: both in one step.
 
-    What `dpo` has as `nll_weight` (Pang et al., 2024), for a loss of candidates alone (ours).
+    What `pair_losses.dpo` has as `nll_weight` (Pang et al., 2024), for a loss of candidates alone
+    (ours).
     """
     require(weight > 0, "loss.weight", weight, "must be positive")
     loss_B, metrics = loss(logps, group)

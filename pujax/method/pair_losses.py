@@ -1,8 +1,28 @@
 """Losses of what is preferred to what: DPO and its family.
 
 A pair rule weighs the pairs of a group, w preferred to l; Delta_i = lp_policy(y_i) - lp_ref(y_i).
-`length_normalized` takes means over a response's tokens in place of sums. `losses` has these names
-too, which is where settings find them.
+`length_normalized` takes means over a response's tokens in place of sums.
+
+A group of one prompt, its anchor and two candidates of two tokens; the policy is the reference:
+
+>>> from pujax.types import Tokens
+>>> ref_logps = jnp.array([[[-1.0, -2.0], [-3.0, -1.0], [-2.0, -2.0]]])
+>>> group = Group(
+...     prompts=Tokens(jnp.zeros((1, 1), jnp.int32), jnp.ones(1, jnp.int32)),
+...     tokens=jnp.zeros((1, 3, 2), jnp.int32),
+...     mask=jnp.ones((1, 3, 2), bool),
+...     finished=jnp.ones((1, 3), bool),
+...     old_logps=ref_logps,
+...     ref_logps=ref_logps,
+...     scores=jnp.array([[0.0, 1.0, -1.0]]),
+...     labels=jnp.array([[0.0, 0.75, 0.25]]),
+...     valid=jnp.array([[False, True, True]]),
+... )
+>>> print(dpo(ref_logps, group)[0])  # log 2
+[0.6931472]
+>>> better = ref_logps.at[0, 1].add(2.0)  # of the candidate that scored higher
+>>> print(dpo(better, group, beta=0.5)[0].round(4))  # softplus(-0.5 * 4)
+[0.1269]
 """
 
 from collections.abc import Callable

@@ -252,16 +252,6 @@ def anchor_group(batch: Batch) -> Group:
     )
 
 
-def policy_logps(
-    model: LanguageModel, params: Params, group: Group, *, anchor: bool = True
-) -> Array:
-    """The policy's log-probs [B, G, T] of a group's responses, prompts encoded once.
-
-    Without `anchor` those of the anchors are not computed, and 0.
-    """
-    return response_logps(model, params, group.prompts, group.tokens, group.mask, anchor=anchor)
-
-
 def update(
     model: LanguageModel,
     loss_fn: LossFn,
@@ -289,8 +279,10 @@ def update(
     """
 
     def mean_loss(trainable: Params, part: Group, model: LanguageModel) -> tuple[Array, Metrics]:
-        policy = assemble(base, trainable)
-        logps = policy_logps(model, policy, spread(model.mesh, part), anchor=needs.anchor)
+        policy, wide = assemble(base, trainable), spread(model.mesh, part)
+        logps = response_logps(
+            model, policy, wide.prompts, wide.tokens, wide.mask, anchor=needs.anchor
+        )
         logps = logps[: part.mask.shape[0]]
         fixed = jax.lax.stop_gradient(logps)
         old_logps = part.old_logps if part.has_old_logps else fixed

@@ -14,7 +14,7 @@ from types import MappingProxyType
 from typing import Any
 
 from pujax.config.settings import TrainConfig
-from pujax.errors import ConfigError, PujaxError
+from pujax.errors import ConfigError, InUse, PujaxError
 from pujax.files.durable import write_whole
 from pujax.files.settings import (
     DONE,
@@ -24,6 +24,7 @@ from pujax.files.settings import (
     flat,
     keep_settings,
     kept_settings,
+    named_now,
     of_asking,
     within,
 )
@@ -66,7 +67,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     would write, and for a place with * ? or [ in its path. A job of a sweep that somebody does at
     this moment is in use, and not begun again.
     """
-    settings, theirs = asdict(config), False
+    settings, theirs = named_now(asdict(config)), False
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
     _refuse_pattern(place if config.resume in ("auto", "never") else Path(config.resume))
     made = [folder for folder in (place, *place.parents) if not folder.exists()]
@@ -110,7 +111,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
 
 def finished(config: TrainConfig, apart: Mapping[str, str]) -> Path | None:
     """The newest run that has done this job of a sweep already; None where there is none."""
-    settings, parent = asdict(config), Path(config.run.root) / config.run.name
+    settings, parent = named_now(asdict(config)), Path(config.run.root) / config.run.name
     found = sorted(parent.glob(f"*/{DONE}"), reverse=True)
     if config.run.dir is not None:
         found = [Path(config.run.dir) / DONE]
@@ -188,10 +189,6 @@ class _Lock:
     def __exit__(self, *_: object) -> None:
         os.close(self._descriptor)
         os.close(self._folder)
-
-
-class InUse(ConfigError):
-    """Another process does this run."""
 
 
 def _lock(directory: Path) -> _Lock:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from pujax.config.settings import LoraConfig, ModelConfig
+from pujax.config.model_settings import LoraConfig, ModelConfig
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat

@@ -8,32 +8,25 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
-from pujax.chat import ChatConfig
-from pujax.collect import CollectRun
-from pujax.config.compose import conf_dir, from_hydra, offered, register, structured
+from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.functions import build
+from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.config.settings import (
     AlignConfig,
     DataConfig,
     EvalConfig,
-    LoraConfig,
-    ModelConfig,
     OptimConfig,
     RunConfig,
     SftConfig,
-    ShapeConfig,
     TrainConfig,
 )
-from pujax.config.tool_settings import BenchmarkConfig
 from pujax.errors import ConfigError
-from pujax.evaluate import GROUPS, EvaluateConfig
-from pujax.export import ExportConfig
 from pujax.files.locate import package_file
+from pujax.files.settings import PAIR_LOSSES
 from pujax.generate import GenerateConfig
 from pujax.inference.local_teacher import LocalTeacher
-from pujax.method import losses, scoring
+from pujax.method import pair_losses, scoring
 from pujax.records import Sampling
-from pujax.serve import ServeConfig
 
 register("train_schema", TrainConfig)
 BAD = (float("nan"), float("inf"), float("-inf"), -1e-6, 1e38)
@@ -130,39 +123,6 @@ def test_a_name_of_one_folder_is_a_runs_name(name):
     assert RunConfig(name=name).name == name
 
 
-def flat(values, prefix=""):
-    for key, value in values.items():
-        if isinstance(value, dict) and value:
-            yield from flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-@pytest.mark.parametrize(
-    ("name", "folder", "schema", "given"),
-    [
-        ("train", "", TrainConfig, ()),
-        ("benchmark", "", BenchmarkConfig, ()),
-        ("collect", "", CollectRun, ()),
-        ("evaluate", "/tools", EvaluateConfig, ()),
-        ("generate", "/tools", GenerateConfig, ("model=m",)),
-        ("chat", "/tools", ChatConfig, ("model=m",)),
-        ("serve", "/tools", ServeConfig, ("model=m",)),
-        ("export", "/tools", ExportConfig, ("model=m",)),
-    ],
-)
-def test_a_default_that_a_yaml_states_is_the_records(name, folder, schema, given):
-    register(f"{name}_schema", schema)
-    groups = GROUPS if name == "evaluate" else ()
-    with offered(groups), initialize_config_dir(conf_dir() + folder, version_base="1.3"):
-        stated = OmegaConf.to_container(compose(name, overrides=list(given)), resolve=False)
-    defaults = dict(flat(OmegaConf.to_container(structured(schema))))
-    groups = ("model", "teacher", "scorer", "labels", "loss", "eval.metrics")
-    for key, value in flat(stated):
-        if not key.startswith(groups) and value != "???":
-            assert value == defaults[key], key
-
-
 def test_prompts_may_be_a_list_or_a_dataset():
     given = "data.prompts=[a.jsonl,b.txt]", "data.heldout={dataset: d, split: test}"
     config = from_hydra(TrainConfig, composed("+experiment=smoke", *given))
@@ -175,9 +135,9 @@ def node(target, **values):
 
 
 def test_build_binds_the_keywords_and_builds_what_is_inside():
-    loss = build(node("losses.dpo", pairs=node("labels.anchor_vs_all"), beta=0.3), "loss")
+    loss = build(node("pair_losses.dpo", pairs=node("labels.anchor_vs_all"), beta=0.3), "loss")
     assert isinstance(loss, partial)
-    assert loss.func is losses.dpo
+    assert loss.func is pair_losses.dpo
     assert loss.keywords["beta"] == 0.3
     blend = build(
         node("scoring.blend", scores=[node("scoring.rouge")], weights=[1.0]), "scorer.score"
@@ -188,15 +148,19 @@ def test_build_binds_the_keywords_and_builds_what_is_inside():
 def test_a_function_is_found_under_the_name_that_older_runs_have_for_it():
     kept = {"_target_": "pujax.run.local_teacher.LocalTeacher", "_partial_": True}
     assert build(kept, "teacher.protocol").func is LocalTeacher
+    for module in ("pujax.losses", "pujax.method.losses"):
+        for name in PAIR_LOSSES:
+            kept = {"_target_": f"{module}.{name}", "_partial_": True}
+            assert build(kept, "loss").func is getattr(pair_losses, name)
 
 
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (node("losses.dpo", betta=1), r"loss: dpo has no \['betta'\]; it takes .*'beta'"),
+        (node("pair_losses.dpo", betta=1), r"loss: dpo has no \['betta'\]; it takes .*'beta'"),
         (node("losses.nothing"), "loss: cannot build 'pujax.method.losses.nothing'"),
         (
-            node("losses.dpo", pairs=node("labels.best_vs_worst", x=1)),
+            node("pair_losses.dpo", pairs=node("labels.best_vs_worst", x=1)),
             r"loss\.pairs: best_vs_worst",
         ),
         (node("scoring.blend", scores=[]), r"loss: blend also needs \['weights'\]"),
@@ -219,7 +183,7 @@ def test_build_refuses_unknown_functions_and_keywords(bad, message):
         (None, "name a function by _target_"),
         ("sft", "name a function by _target_"),
         (
-            node("losses.dpo", pairs={"_target_": "os.getcwd", "_partial_": True}),
+            node("pair_losses.dpo", pairs={"_target_": "os.getcwd", "_partial_": True}),
             r"loss\.pairs: os",
         ),
         (
@@ -237,7 +201,7 @@ def test_build_runs_nothing_and_looks_where_it_may_alone(bad, message):
     ("bad", "message"),
     [
         (
-            node("losses.ipo", pairs=node("labels.best_vs_worst"), beta="abc"),
+            node("pair_losses.ipo", pairs=node("labels.best_vs_worst"), beta="abc"),
             "loss.beta='abc': write a number",
         ),
         (node("labels.softmax_labels", tau="abc"), "loss.tau='abc': write a number"),
@@ -256,7 +220,7 @@ def test_build_runs_nothing_and_looks_where_it_may_alone(bad, message):
             "loss.weights=1.0: write a list, each a number",
         ),
         (
-            node("losses.ipo", beta=0.1, pairs="best"),
+            node("pair_losses.ipo", beta=0.1, pairs="best"),
             "loss.pairs='best': write a function, by _target_ with _partial_: true",
         ),
     ],

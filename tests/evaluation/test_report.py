@@ -118,7 +118,7 @@ def test_the_page_shows_settings_evaluation_and_groups(html):
     plain = re.sub(r' data-column="[^"]*"', "", html)
     for part in (
         "<dt>seed</dt><dd>7</dd>",
-        "<dt>loss</dt><dd>losses.dpo</dd>",
+        "<dt>loss</dt><dd>pair_losses.dpo</dd>",
         "<dt>SFT</dt><dd>5 steps, 5 s</dd>",
         "<dt>alignment</dt><dd>3 steps, 3.0 min</dd>",
         '<td class="gain">+0.250* <small>[0.250, 0.250]</small></td>',

@@ -109,18 +109,6 @@ def test_every_eos_id_of_the_generation_config_counts(tmp_path):
     assert weights.read_config(tmp_path).eos_ids == (7, 8, 9)
 
 
-def test_rope_factors_are_those_that_llama_cpp_converts(tmp_path):
-    scaling = families.from_hf(TINY["llama"]).rope_scaling
-    assert scaling is not None
-    factors = families.rope_factors(scaling, 500.0, 16)
-    # Wavelengths 2 pi 500^(i/8): below 32/4 they stay, above 32/1 they slow by 4.
-    assert factors[0] == 1.0
-    assert factors[-1] == 4.0
-    wavelength = 2 * np.pi * 500 ** (1 / 8)
-    smooth = (32 / wavelength - 1) / 3
-    assert factors[1] == pytest.approx(1 / ((1 - smooth) / 4 + smooth))
-
-
 def test_interleaved_rows_alternate_between_the_halves():
     rows = np.arange(12)[:, None]
     mixed = tensors.interleave(rows, 2)
@@ -216,22 +204,6 @@ def test_an_unknown_architecture_is_named_with_the_known_ones(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(settings | {"model_type": "mamba"}))
     with pytest.raises(WeightsError, match=r"config\.json: model_type 'mamba'.*qwen3"):
         weights.load(tmp_path)
-
-
-@pytest.mark.parametrize(
-    ("name", "trait"),
-    [
-        ("llama", {"attention_bias": True}),
-        ("llama", {"rope_scaling": {"rope_type": "linear", "factor": 2.0}}),
-        ("llama", {"hidden_act": "relu"}),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 2}),
-        ("gemma3", {"final_logit_softcapping": 30.0}),
-        ("gemma3", {"layer_types": ["full_attention", *["sliding_attention"] * 3]}),
-    ],
-)
-def test_a_trait_that_the_decoder_lacks_is_refused(name, trait):
-    with pytest.raises(WeightsError, match=r"not supported|breaks the rule"):
-        families.from_hf(TINY[name] | trait)
 
 
 def test_a_missing_tensor_is_named(tmp_path):

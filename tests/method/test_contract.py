@@ -13,7 +13,7 @@ from omegaconf import OmegaConf
 
 from pujax.config.compose import conf_dir
 from pujax.config.functions import build_loss
-from pujax.method import labels, losses
+from pujax.method import labels, losses, pair_losses
 from pujax.types import Group, LossAndMetrics
 
 
@@ -28,7 +28,7 @@ LOSSES = sorted(set(map(function_of, CONFS)), key=lambda loss: loss.__name__)
 """The function of every conf/loss/*.yaml: a new one is held to the contract by its YAML."""
 
 
-@pytest.mark.parametrize("module", [labels, losses])
+@pytest.mark.parametrize("module", [labels, losses, pair_losses])
 def test_the_examples_in_docstrings_hold(module):
     failed, tried = doctest.testmod(module)
     assert (failed, tried > 4) == (0, True)

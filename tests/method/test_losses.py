@@ -35,18 +35,18 @@ quick = settings(deadline=None, max_examples=40)
 VARIANTS: dict[str, Callable] = {
     "sft": losses.sft,
     "raft": losses.raft,
-    "dpo": losses.dpo,
+    "dpo": pair_losses.dpo,
     "dpo_mean": functools.partial(
-        losses.dpo, length_normalized=True, label_smoothing=0.1, nll_weight=1.0
+        pair_losses.dpo, length_normalized=True, label_smoothing=0.1, nll_weight=1.0
     ),
-    "dpo_anchor": functools.partial(losses.dpo, pairs=labels.anchor_vs_all),
-    "ipo": losses.ipo,
-    "slic": functools.partial(losses.slic, nll_weight=1.0),
-    "simpo": losses.simpo,
-    "orpo": losses.orpo,
-    "gamma_dpo": losses.gamma_dpo,
-    "kto": losses.kto,
-    "distill": losses.distill,
+    "dpo_anchor": functools.partial(pair_losses.dpo, pairs=labels.anchor_vs_all),
+    "ipo": pair_losses.ipo,
+    "slic": functools.partial(pair_losses.slic, nll_weight=1.0),
+    "simpo": pair_losses.simpo,
+    "orpo": pair_losses.orpo,
+    "gamma_dpo": pair_losses.gamma_dpo,
+    "kto": pair_losses.kto,
+    "distill": pair_losses.distill,
     "nnpu": losses.nnpu,
     "nnpu_logistic": functools.partial(losses.nnpu, surrogate=losses.logistic_loss),
     "listwise": losses.listwise,
@@ -101,42 +101,47 @@ def assert_same_metrics(a, b):
         # GRPO's -0.35 + 0.04 / 2, see below, and twice the anchor's 1.
         (losses.beside_anchor, STALE, {"weight": 2.0}, 1.67),
         # beta margin = 0.5 (2 + 1) = 1.5; log(1 + exp(-1.5)) = 0.2014133.
-        (losses.dpo, GROUP, {"beta": 0.5}, 0.2014133),
+        (pair_losses.dpo, GROUP, {"beta": 0.5}, 0.2014133),
         (losses.raft, GROUP, {}, 1.5),  # candidate 1: (1 + 2) / 2
         # 0.9 * 0.2014133 + 0.1 * (0.2014133 + 1.5)
-        (losses.dpo, GROUP, {"beta": 0.5, "label_smoothing": 0.1}, 0.3514133),
+        (pair_losses.dpo, GROUP, {"beta": 0.5, "label_smoothing": 0.1}, 0.3514133),
         # A token each: 0.5 (1 + 1) = 1; log(1 + exp(-1)) = 0.3132617.
-        (losses.dpo, GROUP, {"beta": 0.5, "length_normalized": True}, 0.3132617),
+        (pair_losses.dpo, GROUP, {"beta": 0.5, "length_normalized": True}, 0.3132617),
         # 0.2014133 + 2 * mean(1, 2)
-        (losses.dpo, GROUP, {"beta": 0.5, "nll_weight": 2.0}, 3.2014133),
+        (pair_losses.dpo, GROUP, {"beta": 0.5, "nll_weight": 2.0}, 3.2014133),
         # Margins 0.5 (1 - 2) and 0.5 (1 + 1): (log(1 + e^0.5) + log(1 + e^-1)) / 2.
-        (losses.dpo, GROUP, {"beta": 0.5, "pairs": labels.anchor_vs_all}, 0.6436693),
-        (losses.ipo, GROUP, {"beta": 0.5}, 4.0),  # (3 - 1)^2
-        (losses.ipo, GROUP, {"beta": 0.25}, 1.0),  # (3 - 2)^2
+        (pair_losses.dpo, GROUP, {"beta": 0.5, "pairs": labels.anchor_vs_all}, 0.6436693),
+        (pair_losses.ipo, GROUP, {"beta": 0.5}, 4.0),  # (3 - 1)^2
+        (pair_losses.ipo, GROUP, {"beta": 0.25}, 1.0),  # (3 - 2)^2
         # A token each: (1 + 1 - 1)^2.
-        (losses.ipo, GROUP, {"beta": 0.5, "length_normalized": True}, 1.0),
-        (losses.slic, GROUP, {"beta": 0.25}, 0.25),  # 1 - 0.25 (2 + 1)
-        (losses.slic, GROUP, {"beta": 0.5}, 0.0),  # 1 - 1.5 < 0
-        (losses.slic, GROUP, {"beta": 0.25, "nll_weight": 2.0}, 3.25),  # 0.25 + 2 mean(1, 2)
-        (losses.slic, GROUP, {"beta": 0.25, "length_normalized": True}, 0.5),  # 1 - 0.25 (1 + 1)
+        (pair_losses.ipo, GROUP, {"beta": 0.5, "length_normalized": True}, 1.0),
+        (pair_losses.slic, GROUP, {"beta": 0.25}, 0.25),  # 1 - 0.25 (2 + 1)
+        (pair_losses.slic, GROUP, {"beta": 0.5}, 0.0),  # 1 - 1.5 < 0
+        (pair_losses.slic, GROUP, {"beta": 0.25, "nll_weight": 2.0}, 3.25),  # 0.25 + 2 mean(1, 2)
+        (
+            pair_losses.slic,
+            GROUP,
+            {"beta": 0.25, "length_normalized": True},
+            0.5,
+        ),  # 1 - 0.25 (1 + 1)
         # Mean log-probs -1.5 and -3: log(1 + exp(0.5 - 1.5)).
-        (losses.simpo, GROUP, {"beta": 1.0, "gamma": 0.5}, 0.3132617),
+        (pair_losses.simpo, GROUP, {"beta": 1.0, "gamma": 0.5}, 0.3132617),
         # Log odds -1.5 - log(1 - e^-1.5) = -1.2475175 and -3 - log(1 - e^-3) = -2.9489308:
         # 1.5 + 0.5 log(1 + exp(-1.7014133)).
-        (losses.orpo, GROUP, {"odds_weight": 0.5}, 1.5837839),
+        (pair_losses.orpo, GROUP, {"odds_weight": 0.5}, 1.5837839),
         # lp - lp_ref / 2 is -3 + 5/2 and -3 + 2/2: log(1 + exp(-0.5 * 1.5)).
-        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.5}, 0.3868710),
-        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.0}, 0.6931472),  # -3 and -3
-        (losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 1.0}, 0.2014133),  # as dpo
+        (pair_losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.5}, 0.3868710),
+        (pair_losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 0.0}, 0.6931472),  # -3 and -3
+        (pair_losses.gamma_dpo, GROUP, {"beta": 0.5, "gamma": 1.0}, 0.2014133),  # as dpo
         # Scores 1 and 0: (1 - 0.5 (2 + 1))^2.
-        (losses.distill, GROUP, {"beta": 0.5}, 0.25),
+        (pair_losses.distill, GROUP, {"beta": 0.5}, 0.25),
         # Reference points max(0, -1) and 2: (sigmoid(-0.5 * 2) + sigmoid(-0.5 * 3)) / 2.
-        (losses.kto, GROUP, {"beta": 0.5}, 0.2256835),
-        (losses.kto, GROUP, {"beta": 0.5, "desirable_weight": 2.0}, 0.3601542),
+        (pair_losses.kto, GROUP, {"beta": 0.5}, 0.2256835),
+        (pair_losses.kto, GROUP, {"beta": 0.5, "desirable_weight": 2.0}, 0.3601542),
         # From the reference itself: (sigmoid(-1) + sigmoid(-0.5)) / 2.
-        (losses.kto, GROUP, {"beta": 0.5, "reference_point": pair_losses.no_kl}, 0.3232410),
+        (pair_losses.kto, GROUP, {"beta": 0.5, "reference_point": pair_losses.no_kl}, 0.3232410),
         # Candidate 1 alone is flagged: candidate 2 scored 0.
-        (losses.kto, GROUP, {"beta": 0.5, "sides": labels.flags}, 0.2689414),
+        (pair_losses.kto, GROUP, {"beta": 0.5, "sides": labels.flags}, 0.2689414),
         # h = (1, 2, -1): 0.5 * 0.2689414 + (0.8807971 + 0.2689414) / 2 - 0.5 * 0.7310586
         (losses.nnpu, GROUP, {"beta": 1.0, "prior": 0.5}, 0.3438106),
         # 0.5748692 - 0.9 * 0.7310586 < 0, so 0.9 * 0.2689414 is left.
@@ -248,7 +253,7 @@ def test_advantages_leave_out_what_is_not_valid():
 
 
 def test_preference_metrics_are_those_worked_out_by_hand():
-    metrics = losses.dpo(LOGPS, GROUP, beta=0.5, pairs=labels.anchor_vs_all)[1]
+    metrics = pair_losses.dpo(LOGPS, GROUP, beta=0.5, pairs=labels.anchor_vs_all)[1]
     # Rewards (0.5, 1, -0.5): margins -0.5 and 1, one of the two pairs right.
     expected = {
         "reward/margin": 0.25,
@@ -299,7 +304,7 @@ def test_groups_without_a_preference_are_counted():
 
 def test_a_group_without_a_preference_counts_as_a_coin_toss():
     equal = replace(GROUP, scores=jnp.ones((1, 3)))
-    loss_B, metrics = losses.dpo(LOGPS, equal)
+    loss_B, metrics = pair_losses.dpo(LOGPS, equal)
     assert loss_B == 0
     expected = {
         "reward/margin": 0.0,
@@ -347,7 +352,7 @@ def test_metrics_have_no_gradient(name):
 
 def test_dpo_is_log_two_when_policy_equals_reference():
     _, group = random_group(1)
-    loss_B, metrics = losses.dpo(group.ref_logps, group)
+    loss_B, metrics = pair_losses.dpo(group.ref_logps, group)
     np.testing.assert_allclose(loss_B, np.log(2), rtol=1e-6)
     np.testing.assert_allclose(metrics["reward/accuracy"], 0.5)
 
@@ -596,14 +601,14 @@ def test_raft_ends_at_the_candidate_that_scored_best():
 
 def test_cdpo_ends_at_the_log_odds_of_its_label_smoothing():
     group = bandit(ALL_WORDS, scores=[[0.0, 1.0, 4.0, 3.0, 2.0]])  # word 1 over word 0
-    loss = functools.partial(losses.dpo, beta=0.5, label_smoothing=0.2)
+    loss = functools.partial(pair_losses.dpo, beta=0.5, label_smoothing=0.2)
     delta = optimize(loss, group, ALL_WORDS) - REFERENCE
     np.testing.assert_allclose(0.5 * (delta[1] - delta[0]), np.log(0.8 / 0.2), rtol=1e-3)
 
 
 def test_ipo_ends_at_half_of_one_over_beta():
     group = bandit(ALL_WORDS, scores=[[0.0, 1.0, 4.0, 3.0, 2.0]])
-    delta = optimize(functools.partial(losses.ipo, beta=0.5), group, ALL_WORDS) - REFERENCE
+    delta = optimize(functools.partial(pair_losses.ipo, beta=0.5), group, ALL_WORDS) - REFERENCE
     np.testing.assert_allclose(delta[1] - delta[0], 1.0, rtol=1e-3)
 
 
@@ -753,14 +758,14 @@ def test_losses_are_float32_when_log_probs_are_bfloat16(name):
 @pytest.mark.parametrize(
     ("loss", "setting"),
     [
-        (losses.dpo, {"beta": 0.0}),
-        (losses.dpo, {"label_smoothing": 0.5}),
-        (losses.ipo, {"beta": -1.0}),
-        (losses.slic, {"beta": 0.0}),
-        (losses.simpo, {"gamma": -1.0}),
-        (losses.orpo, {"odds_weight": -1.0}),
-        (losses.gamma_dpo, {"gamma": -1.0}),
-        (losses.kto, {"desirable_weight": -1.0}),
+        (pair_losses.dpo, {"beta": 0.0}),
+        (pair_losses.dpo, {"label_smoothing": 0.5}),
+        (pair_losses.ipo, {"beta": -1.0}),
+        (pair_losses.slic, {"beta": 0.0}),
+        (pair_losses.simpo, {"gamma": -1.0}),
+        (pair_losses.orpo, {"odds_weight": -1.0}),
+        (pair_losses.gamma_dpo, {"gamma": -1.0}),
+        (pair_losses.kto, {"desirable_weight": -1.0}),
         (losses.nnpu, {"beta": 0.0}),
         (losses.nnpu, {"prior": 1.0}),
         (losses.listwise, {"beta": 0.0}),

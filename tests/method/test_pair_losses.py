@@ -42,14 +42,16 @@ def test_dpo_ends_at_the_reference_tilted_by_the_reward():
         return jnp.where(both, odds, 0)[None] / 6
 
     logps = optimize(
-        functools.partial(losses.dpo, beta=beta, pairs=bradley_terry), bandit(ALL_WORDS), ALL_WORDS
+        functools.partial(pair_losses.dpo, beta=beta, pairs=bradley_terry),
+        bandit(ALL_WORDS),
+        ALL_WORDS,
     )
     np.testing.assert_allclose(jnp.exp(logps), jax.nn.softmax(REFERENCE + reward / beta), atol=1e-3)
 
 
 def test_distillation_ends_at_the_reference_tilted_by_the_scores():
     scores = jnp.asarray([[9.0, 1.0, 0.0, -1.0, 0.5]])
-    loss = functools.partial(losses.distill, beta=0.7)
+    loss = functools.partial(pair_losses.distill, beta=0.7)
     logps = optimize(loss, bandit(ALL_WORDS, scores=scores), ALL_WORDS)
     tilted = jax.nn.softmax(REFERENCE + scores[0, 1:] / 0.7)
     np.testing.assert_allclose(jnp.exp(logps), tilted, atol=1e-3)
@@ -77,15 +79,15 @@ def test_e_dpo_costs_what_the_nearest_member_costs_and_no_more_than_any():
     assert group.members is not None
     _, logps = tilted_by([0.0, 0.3, 0.2, -0.4, 0.1])
     each = [
-        losses.distill(logps, replace(group, scores=group.members[:, m]), beta=0.7)[0]
+        pair_losses.distill(logps, replace(group, scores=group.members[:, m]), beta=0.7)[0]
         for m in range(3)
     ]
-    nearest, _ = losses.e_dpo(logps, group, beta=0.7)
+    nearest, _ = pair_losses.e_dpo(logps, group, beta=0.7)
     np.testing.assert_allclose(nearest, np.min(each, axis=0), rtol=1e-6)
     assert all((nearest <= one + 1e-7).all() for one in each)
     assert np.ptp(each) > 0.1
-    alone, _ = losses.e_dpo(logps, replace(group, members=None), beta=0.7)
-    np.testing.assert_array_equal(alone, losses.distill(logps, group, beta=0.7)[0])
+    alone, _ = pair_losses.e_dpo(logps, replace(group, members=None), beta=0.7)
+    np.testing.assert_array_equal(alone, pair_losses.distill(logps, group, beta=0.7)[0])
 
 
 def test_pessimism_chooses_of_a_familys_optima_the_one_nearest_to_the_reference():
@@ -93,9 +95,9 @@ def test_pessimism_chooses_of_a_familys_optima_the_one_nearest_to_the_reference(
     costs, kls = [], []
     for member in MEMBERS:
         table, logps = tilted_by(member)
-        loss, _ = losses.e_dpo(logps, group, beta=0.7)
+        loss, _ = pair_losses.e_dpo(logps, group, beta=0.7)
         np.testing.assert_allclose(loss, 0, atol=1e-10)
-        loss, metrics = losses.e_dpo(logps, group, beta=0.7, pessimism=0.01)
+        loss, metrics = pair_losses.e_dpo(logps, group, beta=0.7, pessimism=0.01)
         exact = np.sum(np.exp(REFERENCE) * (REFERENCE - table))
         np.testing.assert_allclose(metrics["kl/from_ref"], exact, atol=1e-6)
         costs.append(float(loss[0]))
@@ -108,8 +110,8 @@ def test_the_gradient_of_pessimism_is_that_of_the_kl_from_the_reference():
 
     def kl(logits):
         logps = jax.nn.log_softmax(logits)[ALL_WORDS][:, :, None]
-        loss, _ = losses.e_dpo(logps, group, beta=0.7, pessimism=1.0)
-        return (loss - losses.e_dpo(logps, group, beta=0.7)[0]).sum()
+        loss, _ = pair_losses.e_dpo(logps, group, beta=0.7, pessimism=1.0)
+        return (loss - pair_losses.e_dpo(logps, group, beta=0.7)[0]).sum()
 
     logits = jnp.asarray([0.3, -0.2, 0.0, 1.0])
     expected = jax.nn.softmax(logits) - jnp.exp(REFERENCE)
@@ -121,11 +123,11 @@ def test_simpo_costs_log_two_at_its_margin_whatever_the_lengths():
     logps = jnp.asarray([[[0.0, 0, 0], [-1.0, jnp.nan, jnp.nan], [-1.5, -1.0, -2.0]]])
     mask = jnp.asarray([[[False] * 3, [True, False, False], [True] * 3]])
     group = make_group(jnp.full((1, 3, 3), jnp.nan), mask=mask, scores=[[0.0, 1.0, 0.0]])
-    loss_B, _ = losses.simpo(logps, group, beta=3.0, gamma=1.5)
+    loss_B, _ = pair_losses.simpo(logps, group, beta=3.0, gamma=1.5)
     np.testing.assert_allclose(loss_B, [np.log(2)], rtol=1e-6)
 
 
-@pytest.mark.parametrize("loss", [losses.simpo, losses.orpo])
+@pytest.mark.parametrize("loss", [pair_losses.simpo, pair_losses.orpo])
 def test_losses_without_a_reference_do_not_read_it(loss):
     logps, group = random_group(0)
     blind = replace(group, ref_logps=jnp.full(group.ref_logps.shape, jnp.nan))
@@ -134,23 +136,23 @@ def test_losses_without_a_reference_do_not_read_it(loss):
 
 def test_orpo_without_odds_is_the_chosens_likelihood():
     logps, group = random_group(1)
-    orpo = functools.partial(losses.orpo, odds_weight=0.0)
+    orpo = functools.partial(pair_losses.orpo, odds_weight=0.0)
     np.testing.assert_array_equal(orpo(logps, group)[0], losses.raft(logps, group)[0])
 
 
 def test_orpo_has_a_finite_gradient_where_a_response_is_certain():
     logps, group = pair([[0.0, -1e-9], [-1e-9, -40.0]], [[0.0, 0.0], [0.0, 0.0]])
-    assert jnp.isfinite(losses.orpo(logps, group)[0]).all()
-    assert jnp.isfinite(gradient(losses.orpo, logps, group)).all()
+    assert jnp.isfinite(pair_losses.orpo(logps, group)[0]).all()
+    assert jnp.isfinite(gradient(pair_losses.orpo, logps, group)).all()
 
 
 def test_slic_leaves_pairs_beyond_its_margin_alone():
     # beta (Delta_w - Delta_l) is 1.5 at beta 0.5, and 0.75 at 0.25.
     np.testing.assert_array_equal(
-        gradient(functools.partial(losses.slic, beta=0.5), LOGPS, GROUP), np.zeros((1, 3, 2))
+        gradient(functools.partial(pair_losses.slic, beta=0.5), LOGPS, GROUP), np.zeros((1, 3, 2))
     )
     np.testing.assert_array_equal(
-        gradient(functools.partial(losses.slic, beta=0.25), LOGPS, GROUP),
+        gradient(functools.partial(pair_losses.slic, beta=0.25), LOGPS, GROUP),
         [[[0, 0], [-0.25, -0.25], [0.25, 0]]],
     )
 
@@ -158,7 +160,7 @@ def test_slic_leaves_pairs_beyond_its_margin_alone():
 def test_kto_saturates_on_both_sides_of_its_reference_point():
     # The slope of 1 - sigmoid(beta Delta) is -beta / 4 at Delta = 0 and dies out on both sides.
     flagged = functools.partial(
-        losses.kto, beta=0.5, sides=labels.flags, reference_point=pair_losses.no_kl
+        pair_losses.kto, beta=0.5, sides=labels.flags, reference_point=pair_losses.no_kl
     )
     for flag in (1.0, -1.0):
         delta = jnp.asarray([0.0, 40.0, -40.0])
@@ -178,7 +180,7 @@ def test_kto_measures_from_the_other_candidates_mean_delta():
 
 def test_kto_learns_from_a_response_that_is_alone():
     group = make_group(np.zeros((1, 2, 1)), scores=[[0.0, -1.0]])
-    loss = functools.partial(losses.kto, beta=0.5, sides=labels.flags)
+    loss = functools.partial(pair_losses.kto, beta=0.5, sides=labels.flags)
     np.testing.assert_allclose(gradient(loss, jnp.zeros((1, 2, 1)), group)[0, :, 0], [0, 0.125])
 
 
@@ -187,8 +189,8 @@ def test_gamma_one_is_dpo():
     for length_normalized in (False, True):
         given = {"beta": 0.3, "length_normalized": length_normalized}
         np.testing.assert_allclose(
-            losses.gamma_dpo(logps, group, gamma=1.0, **given)[0],
-            losses.dpo(logps, group, **given)[0],
+            pair_losses.gamma_dpo(logps, group, gamma=1.0, **given)[0],
+            pair_losses.dpo(logps, group, **given)[0],
             rtol=1e-5,
         )
 
@@ -199,9 +201,9 @@ def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(
     keys = jax.random.split(jax.random.key(0))
     policy, ref = (3 * jax.random.normal(key, (400, 2)) - 8 for key in keys)
     logps, group = pair(policy, ref)
-    loss_B, _ = losses.gamma_dpo(logps, group, beta=0.4, gamma=gamma)
+    loss_B, _ = pair_losses.gamma_dpo(logps, group, beta=0.4, gamma=gamma)
     if gamma == 1:
-        loss_B, _ = losses.dpo(logps, group, beta=0.4)
+        loss_B, _ = pair_losses.dpo(logps, group, beta=0.4)
     bound_B = jax.nn.softplus(-0.4 * gamma * (ref[:, 1] - ref[:, 0]))
     right_B = policy[:, 0] >= policy[:, 1]
     np.testing.assert_array_equal(loss_B <= bound_B, right_B)
@@ -209,7 +211,15 @@ def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(
 
 
 @pytest.mark.parametrize(
-    "loss", [losses.dpo, losses.orpo, losses.kto, losses.distill, losses.e_dpo, losses.listwise]
+    "loss",
+    [
+        pair_losses.dpo,
+        pair_losses.orpo,
+        pair_losses.kto,
+        pair_losses.distill,
+        pair_losses.e_dpo,
+        losses.listwise,
+    ],
 )
 def test_a_candidate_that_is_absent_changes_nothing(loss):
     logps, group = random_group(3, G=3)

@@ -10,54 +10,33 @@ import optax
 import pytest
 from recipes import recipe
 
-from pujax.config.settings import LoraConfig
-from pujax.errors import ConfigError
-from pujax.method import labels, losses, scoring
+from pujax.config.model_settings import LoraConfig
+from pujax.method import labels, losses, pair_losses, scoring
 from pujax.method import step as step_module
 from pujax.method.needs import Needs, needs_of
-from pujax.method.optimizer import apply, apply_in_place, make_optimizer
+from pujax.method.optimizer import apply, apply_in_place, make_optimizer, on_one_cpu
 from pujax.method.step import (
     anchor_group,
     assemble,
     make_sampler,
     make_sft_step,
     make_train_step,
-    policy_logps,
     rollout,
     update,
 )
-from pujax.models.logps import mean_logps
+from pujax.models.logps import mean_logps, response_logps
 from pujax.models.lora import init_adapter
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import (
-    check_heads,
     make_mesh,
     put_batch,
-    sharding_of,
     tree_shardings,
 )
 from pujax.run.collectives import traffic
-from pujax.types import Batch, Completions, Tokens, TrainState
+from pujax.types import Completions, TrainState
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
-
-
-@pytest.fixture(scope="module")
-def batch():
-    rng = np.random.default_rng(1)
-
-    def rows(size, lengths):
-        tokens = jnp.array(rng.integers(6, 96, (8, size)), jnp.int32)
-        lengths = jnp.array(lengths, jnp.int32)
-        return Tokens(jnp.where(jnp.arange(size)[None] < lengths[:, None], tokens, 0), lengths)
-
-    return Batch(
-        prompts=rows(6, [3, 6, 1, 5, 2, 4, 6, 3]),
-        anchors=rows(5, [4, 5, 2, 3, 5, 1, 4, 4]),
-        anchor_finished=jnp.array([True] * 7 + [False]),
-        references=rows(7, [4, 7, 2, 6, 3, 5, 7, 4]),
-    )
 
 
 def state_of(params, optimizer):
@@ -126,48 +105,6 @@ def test_a_mesh_gathers_parameters_once_a_pass_and_adds_up_the_gradient_once(mod
     assert told["all-gather"].bytes < 6 * size
     assert told["all-reduce"].bytes < 2.1 * size  # which counts twice: see `traffic`
     assert set(told) <= {"all-gather", "all-reduce", "all-to-all"}
-
-
-def test_a_parameter_without_a_sharding_rule_is_refused():
-    with pytest.raises(ConfigError, match=r"layers/router.*PARAMETERS"):
-        sharding_of(make_mesh(), "layers/router", (3, 4))
-
-
-def test_a_mesh_must_multiply_to_the_number_of_devices():
-    with pytest.raises(ConfigError, match="not the number of devices, 8"):
-        make_mesh(data=3)
-
-
-def test_an_axis_of_minus_one_takes_what_the_others_leave():
-    for sizes, found in {
-        (-1, 1, 1): (8, 1, 1),
-        (-1, -1, 1): (1, 8, 1),
-        (-1, 4, 1): (2, 4, 1),
-        (-1, 1, -1): (1, 1, 8),
-        (1, 1, 1): (1, 1, 1),
-    }.items():
-        assert tuple(make_mesh(*sizes).shape.values()) == found
-    with pytest.raises(ConfigError, match=r"mesh\.fsdp=3 .* devices, 8: choose from 1, 2, 4, 8 so"):
-        make_mesh(-1, 3)
-
-
-def test_a_mesh_must_not_split_a_head(model):
-    check_heads(make_mesh(2, 2, 2), model.config)
-    with pytest.raises(
-        ConfigError, match=r"mesh\.tensor=4: .* 4 query heads and 2 .* choose 1, 2,"
-    ):
-        check_heads(make_mesh(2, 1, 4), model.config)
-
-
-def test_a_batch_that_does_not_divide_is_filled_up_with_copies_that_do_not_count(batch):
-    six = jax.tree.map(lambda x: x[:6], batch)
-    placed = put_batch(make_mesh(4, 1, 2), six, 6)
-    assert placed.padding == 2
-    np.testing.assert_array_equal(
-        placed.prompts.ids[5:], jnp.repeat(batch.prompts.ids[5:6], 3, axis=0)
-    )
-    jax.tree.map(np.testing.assert_array_equal, placed.counted, six)
-    assert put_batch(make_mesh(), batch, 8).padding == 0
 
 
 @pytest.fixture(scope="module")
@@ -288,8 +225,12 @@ def group(model, params, batch):
     return make(params, params, batch, jax.random.key(9))[0]
 
 
+def read_again(model, params, group):
+    return response_logps(model, params, group.prompts, group.tokens, group.mask)
+
+
 def test_old_log_probs_are_the_policys_and_the_anchors_are_its_own_reading(model, params, group):
-    logps = jax.jit(partial(policy_logps, model))(params, group)
+    logps = jax.jit(partial(read_again, model))(params, group)
     np.testing.assert_allclose(logps, group.old_logps, atol=1e-4)
     np.testing.assert_allclose(logps, group.ref_logps, atol=1e-4)
 
@@ -314,8 +255,8 @@ def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     "loss",
     [
         losses.sft,
-        losses.dpo,
-        losses.ipo,
+        pair_losses.dpo,
+        pair_losses.ipo,
         losses.listwise,
         losses.grpo,
         losses.ldl_grpo,
@@ -403,7 +344,7 @@ def test_given_scores_and_reference_log_probs_are_taken_as_they_are(model, param
         np.testing.assert_array_equal(made.valid[:, 1:], np.asarray(scores) > -np.inf)
         assert all(np.isfinite(value) for value in metrics.values())
         optimizer = optax.sgd(1.0)
-        loss = partial(losses.dpo, beta=1.0)
+        loss = partial(pair_losses.dpo, beta=1.0)
         learn = jax.jit(partial(update, model, loss, optimizer, on_policy=True))
         return learn(state_of(params, optimizer), None, made)
 
@@ -494,7 +435,7 @@ def test_microbatches_have_their_share_of_the_budget(model, params, group):
 
 def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group):
     optimizer = optax.adam(1e-2)
-    run = jax.jit(partial(update, model, losses.dpo, optimizer))
+    run = jax.jit(partial(update, model, pair_losses.dpo, optimizer))
     state = state_of(params, optimizer)
     broken = group.replace(ref_logps=group.ref_logps.at[0, 1, 0].set(jnp.nan))
     broken = broken.replace(
@@ -562,6 +503,16 @@ def gathered(function, *arguments):
     return Counter(tuple(map(int, shape.split(","))) for shape in shapes)
 
 
+def test_one_cpu_device_is_told_from_several():
+    one, other = map(jax.sharding.SingleDeviceSharding, jax.devices()[:2])
+    assert on_one_cpu({"w": one, "b": one})
+    assert not on_one_cpu({"w": one, "b": other})
+    assert not on_one_cpu(tree_shardings(make_mesh(1, 4, 2), {"q": jnp.zeros((1, 4, 4))}))
+    # Of a mesh of one device there is nothing to gather.
+    assert on_one_cpu(tree_shardings(make_mesh(1, 1, 1), {"q": jnp.zeros((1, 4, 4))}))
+    assert not on_one_cpu(None)
+
+
 def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeypatch):
     mesh, optimizer = make_mesh(1, 4, 2), optax.adamw(1e-2)
     state = state_of(params, optimizer)
@@ -574,6 +525,10 @@ def test_the_optimizer_gathers_no_weight_on_a_mesh(model, params, batch, monkeyp
         step = make_sft_step(model.clone(mesh=mesh), losses.sft, optimizer, shardings)
         return gathered(step, state, None, put_batch(mesh, batch, 8))
 
+    def never(*_):
+        raise AssertionError("in place, a mesh gathers what it overwrites")
+
+    monkeypatch.setattr(step_module, "apply_in_place", never)
     whole = whole_step()
     monkeypatch.setattr(
         step_module, "apply", lambda optimizer, grads, state, ok: (grads, state.opt_state, ok)
@@ -686,77 +641,7 @@ def test_with_lora_only_the_adapter_trains_and_the_reference_is_the_base(model, 
 
 
 @pytest.mark.parametrize(
-    ("loss", "rule", "anchor", "reference"),
-    [
-        (losses.sft, ALONE, True, False),
-        (losses.dpo, ALONE, False, True),
-        (partial(losses.dpo, pairs=labels.anchor_vs_all), ALONE, True, True),
-        (partial(losses.dpo, nll_weight=1.0), ALONE, False, True),
-        (losses.ipo, ALONE, False, True),
-        (losses.nnpu, ALONE, True, True),
-        (losses.listwise, ALONE, False, True),
-        (losses.listwise, SHARED, True, True),
-        (partial(losses.grpo, kl_coef=0.0), ALONE, False, False),
-        (partial(losses.grpo, kl_coef=0.1), ALONE, False, True),
-        (partial(losses.ldl_grpo, kl_coef=0.0), SHARED, True, True),
-    ],
-)
-def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
-    assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
-
-
-def nll(logps, mask):
-    return -jnp.sum(logps, axis=-1, where=mask)
-
-
-def anchor_where_all_scored_low(logps, group):
-    low = jnp.all(group.scores[:, 1:] < -5, axis=1)
-    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
-    return rest + jnp.where(low, nll(logps[:, 0], group.mask[:, 0]), 0), {}
-
-
-def anchor_where_one_was_cut_off(logps, group):
-    cut = jnp.any(~group.finished[:, 1:], axis=1)
-    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
-    return rest + jnp.where(cut, nll(logps[:, 0], group.mask[:, 0]), 0), {}
-
-
-def anchor_where_it_is_shorter(logps, group):
-    short = jnp.all(group.mask.sum(axis=-1)[:, 1:] > group.mask.sum(axis=-1)[:, :1], axis=1)
-    return jnp.where(short, nll(logps[:, 0], group.mask[:, 0]), nll(logps[:, 1], group.mask[:, 1]))
-
-
-@pytest.mark.parametrize(
-    "loss",
-    [
-        anchor_where_all_scored_low,
-        anchor_where_one_was_cut_off,
-        lambda logps, group: (anchor_where_it_is_shorter(logps, group), {}),
-    ],
-    ids=["scores", "finished", "lengths"],
-)
-def test_a_loss_that_learns_from_some_anchors_needs_them(loss):
-    assert needs_of(loss, ALONE, 4) == Needs(anchor=True, reference=False)
-
-
-def test_what_a_loss_needs_in_rare_cases_can_be_said():
-    def rare(logps, group):
-        anchor = jnp.where(group.scores[:, 1] == 7.25, nll(logps[:, 0], group.mask[:, 0]), 0)
-        return anchor + nll(logps[:, 1], group.mask[:, 1]), {}
-
-    assert needs_of(rare, ALONE, 4) == Needs(anchor=False, reference=False)
-    assert needs_of(rare, ALONE, 4, anchor=True) == Needs(anchor=True, reference=False)
-    with pytest.raises(ConfigError, match=r"loss\.needs\.anchor=False: the loss learns from it"):
-        needs_of(losses.nnpu, ALONE, 4, anchor=False)
-
-
-def test_a_loss_that_nothing_moves_is_refused():
-    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
-        needs_of(losses.dpo, ALONE, 1)
-
-
-@pytest.mark.parametrize(
-    "loss", [losses.dpo, partial(losses.grpo, kl_coef=0.1), partial(losses.grpo, kl_coef=0.0)]
+    "loss", [pair_losses.dpo, partial(losses.grpo, kl_coef=0.1), partial(losses.grpo, kl_coef=0.0)]
 )
 def test_leaving_out_what_a_loss_does_not_need_leaves_its_gradient(
     model,
@@ -792,7 +677,7 @@ def test_on_policy_the_anchors_old_log_probs_are_the_updates_own(model, params, 
         make = jax.jit(partial(rollout, model, recipe(inner_epochs=inner_epochs)))
         group, _ = make(params, params, batch, jax.random.key(3))
         if inner_epochs == 2:
-            own = jax.jit(partial(policy_logps, model))(params, group)[:, 0]
+            own = jax.jit(partial(read_again, model))(params, group)[:, 0]
             np.testing.assert_allclose(group.old_logps[:, 0], own, atol=1e-5)
             assert jnp.abs(own).max() > 1
         learn = jax.jit(partial(update, model, loss, optimizer, on_policy=inner_epochs == 1))

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from groups import make_group
 
-from pujax.method import labels, losses
+from pujax.method import labels, pair_losses
 
 pytestmark = [
     pytest.mark.skipif(
@@ -110,10 +110,10 @@ def trl_dpo(loss_type):
 @pytest.mark.parametrize(
     ("loss", "settings", "name"),
     [
-        (losses.dpo, {}, "sigmoid"),
-        (losses.dpo, {"length_normalized": True}, "sigmoid_norm"),
-        (losses.ipo, {"length_normalized": True}, "ipo"),
-        (losses.slic, {}, "hinge"),
+        (pair_losses.dpo, {}, "sigmoid"),
+        (pair_losses.dpo, {"length_normalized": True}, "sigmoid_norm"),
+        (pair_losses.ipo, {"length_normalized": True}, "ipo"),
+        (pair_losses.slic, {}, "hinge"),
     ],
 )
 def test_losses_of_pairs_are_those_of_trl(loss, settings, name):
@@ -135,20 +135,20 @@ def test_conservative_dpo_is_trls_smoothed_loss_of_the_log_ratios():
     delta = (POLICY - REF).sum(axis=-1)
     settings = {"beta": BETA, "label_smoothing": 0.1}
     expected = cpo(delta[:, 0], delta[:, 1], loss_type="sigmoid", **settings)
-    np.testing.assert_allclose(ours(losses.dpo, **settings), expected, atol=1e-6)
+    np.testing.assert_allclose(ours(pair_losses.dpo, **settings), expected, atol=1e-6)
 
 
 def test_ipo_of_sums_is_trls_of_the_log_ratios():
     delta = (POLICY - REF).sum(axis=-1)
     expected = cpo(delta[:, 0], delta[:, 1], loss_type="ipo", beta=BETA, label_smoothing=0.0)
-    np.testing.assert_allclose(ours(losses.ipo, beta=BETA), expected, rtol=1e-6)
+    np.testing.assert_allclose(ours(pair_losses.ipo, beta=BETA), expected, rtol=1e-6)
 
 
 def test_simpo_is_that_of_trl():
     mean = POLICY.sum(axis=-1) / LENGTHS
     settings = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "label_smoothing": 0.0}
     expected = cpo(mean[:, 0], mean[:, 1], **settings)
-    np.testing.assert_allclose(ours(losses.simpo, beta=2.0, gamma=0.7), expected, atol=1e-6)
+    np.testing.assert_allclose(ours(pair_losses.simpo, beta=2.0, gamma=0.7), expected, atol=1e-6)
 
 
 def test_orpos_odds_are_those_of_trl():
@@ -160,7 +160,7 @@ def test_orpos_odds_are_those_of_trl():
     trainer = Trainer(beta=BETA)
     sides = (torch.tensor(mean[:, side]) for side in (0, 1))
     expected = -float(ORPOTrainer.odds_ratio_loss(trainer, *sides)[0].mean())
-    odds = ours(losses.orpo, odds_weight=BETA) - ours(losses.orpo, odds_weight=0.0)
+    odds = ours(pair_losses.orpo, odds_weight=BETA) - ours(pair_losses.orpo, odds_weight=0.0)
     np.testing.assert_allclose(odds, expected, atol=1e-6)
 
 
@@ -184,7 +184,7 @@ def test_kto_is_that_of_trl_from_the_same_reference_point(kl):
     point = partial(lambda delta, group, kl: jnp.full_like(delta, kl), kl=kl)
     for sides in (labels.best_and_worst, labels.flags):
         value = ours(
-            losses.kto,
+            pair_losses.kto,
             beta=BETA,
             sides=sides,
             desirable_weight=1.5,

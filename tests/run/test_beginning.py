@@ -7,12 +7,11 @@ import jax.numpy as jnp
 import pytest
 from recipes import recipe
 
+from pujax.config.model_settings import LoraConfig, ModelConfig
 from pujax.config.settings import (
     AlignConfig,
     CheckpointConfig,
     DataConfig,
-    LoraConfig,
-    ModelConfig,
     SftConfig,
     TrainConfig,
 )

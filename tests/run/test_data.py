@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
-from pujax.config.settings import DataConfig, ModelConfig, TrainConfig
+from pujax.config.model_settings import ModelConfig
+from pujax.config.settings import DataConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PromptError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key

@@ -232,6 +232,17 @@ def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
         begun(f"run.dir={directory}", "optim.max_skipped=5")
 
 
+@pytest.mark.parametrize("name", ["pujax.losses.dpo", "pujax.method.losses.dpo"])
+def test_a_function_that_has_moved_since_the_run_began_is_the_same(tmp_path, name):
+    where = f"run.dir={tmp_path}/run", "loss=dpo"
+    directory = begun(*where)
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    stored["loss"]["_target_"] = name
+    (directory / "config.yaml").write_text(json.dumps(stored))
+    begun(*where)
+    begun(*where, f"loss._target_={name}")  # as a YAML of the user's own still has it
+
+
 def test_a_run_that_fails_before_anything_is_in_it_leaves_no_directory(tmp_path):
     def fails(*overrides, leaves=""):
         places = []

@@ -4,7 +4,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from pujax.config.settings import DataConfig, ModelConfig, TrainConfig
+from pujax.config.model_settings import ModelConfig
+from pujax.config.settings import DataConfig, TrainConfig
 from pujax.errors import DataError
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key

@@ -1,0 +1,83 @@
+"""What a loss needs of a group, found by trying it."""
+
+from functools import partial
+
+import jax.numpy as jnp
+import pytest
+
+from pujax.errors import ConfigError
+from pujax.method import labels, losses, pair_losses
+from pujax.method.needs import Needs, needs_of
+
+ALONE = partial(labels.softmax_labels)
+SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
+
+
+@pytest.mark.parametrize(
+    ("loss", "rule", "anchor", "reference"),
+    [
+        (losses.sft, ALONE, True, False),
+        (pair_losses.dpo, ALONE, False, True),
+        (partial(pair_losses.dpo, pairs=labels.anchor_vs_all), ALONE, True, True),
+        (partial(pair_losses.dpo, nll_weight=1.0), ALONE, False, True),
+        (pair_losses.ipo, ALONE, False, True),
+        (losses.nnpu, ALONE, True, True),
+        (losses.listwise, ALONE, False, True),
+        (losses.listwise, SHARED, True, True),
+        (partial(losses.grpo, kl_coef=0.0), ALONE, False, False),
+        (partial(losses.grpo, kl_coef=0.1), ALONE, False, True),
+        (partial(losses.ldl_grpo, kl_coef=0.0), SHARED, True, True),
+    ],
+)
+def test_a_loss_needs_what_its_formula_names(loss, rule, anchor, reference):
+    assert needs_of(loss, rule, 4) == Needs(anchor=anchor, reference=reference)
+
+
+def nll(logps, mask):
+    return -jnp.sum(logps, axis=-1, where=mask)
+
+
+def anchor_where_all_scored_low(logps, group):
+    low = jnp.all(group.scores[:, 1:] < -5, axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(low, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_one_was_cut_off(logps, group):
+    cut = jnp.any(~group.finished[:, 1:], axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(cut, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_it_is_shorter(logps, group):
+    short = jnp.all(group.mask.sum(axis=-1)[:, 1:] > group.mask.sum(axis=-1)[:, :1], axis=1)
+    return jnp.where(short, nll(logps[:, 0], group.mask[:, 0]), nll(logps[:, 1], group.mask[:, 1]))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        anchor_where_all_scored_low,
+        anchor_where_one_was_cut_off,
+        lambda logps, group: (anchor_where_it_is_shorter(logps, group), {}),
+    ],
+    ids=["scores", "finished", "lengths"],
+)
+def test_a_loss_that_learns_from_some_anchors_needs_them(loss):
+    assert needs_of(loss, ALONE, 4) == Needs(anchor=True, reference=False)
+
+
+def test_what_a_loss_needs_in_rare_cases_can_be_said():
+    def rare(logps, group):
+        anchor = jnp.where(group.scores[:, 1] == 7.25, nll(logps[:, 0], group.mask[:, 0]), 0)
+        return anchor + nll(logps[:, 1], group.mask[:, 1]), {}
+
+    assert needs_of(rare, ALONE, 4) == Needs(anchor=False, reference=False)
+    assert needs_of(rare, ALONE, 4, anchor=True) == Needs(anchor=True, reference=False)
+    with pytest.raises(ConfigError, match=r"loss\.needs\.anchor=False: the loss learns from it"):
+        needs_of(losses.nnpu, ALONE, 4, anchor=False)
+
+
+def test_a_loss_that_nothing_moves_is_refused():
+    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
+        needs_of(pair_losses.dpo, ALONE, 1)
