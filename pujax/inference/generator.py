@@ -6,14 +6,14 @@ from functools import lru_cache
 from typing import cast
 
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.inference.finished import model_path
 from pujax.models.decoder import LanguageModel
-from pujax.types import Completions, Params, Tokens
+from pujax.types import Completions, Params, Tokens, right_padded
 
 
 @dataclass(frozen=True)
@@ -62,10 +62,11 @@ class Generator:
         """
         import jax
 
-        tokens, lengths = padded(self, conversations, max_tokens=max_tokens)
+        prompts = padded(self, conversations, max_tokens=max_tokens)
         # A Flax module is hashable, which its type doesn't say.
         run = compiled(cast(Hashable, self.model), max_tokens, temperature, top_k, top_p)
-        made = jax.device_get(run(self.params, tokens, lengths, jax.random.key(seed)))
+        made = run(self.params, prompts, jax.random.key(seed))
+        made, lengths = jax.device_get((made, prompts.lengths))
         counts = made.mask[:, 0].sum(axis=-1)
         return [
             Reply(
@@ -86,34 +87,30 @@ class Generator:
         """
         import jax
 
-        tokens, lengths = padded(self, conversations, max_tokens=1)
+        prompts = padded(self, conversations, max_tokens=1)
         # The last id: some tokenizers open every text with a token for the space before it.
         ids = tuple(self.chat.encode(word)[-1] for word in words)
         run = _compared(cast(Hashable, self.model), ids)
-        return np.asarray(jax.device_get(run(self.params, tokens, lengths)))
+        return np.asarray(jax.device_get(run(self.params, prompts)))
 
 
 def padded(
     generator: Generator, conversations: Sequence[Sequence[dict[str, str]]], *, max_tokens: int
-) -> tuple[Int[np.ndarray, "B P"], Int[np.ndarray, " B"]]:
-    """Rendered conversations, right-padded to a power of two, and their lengths.
+) -> Tokens:
+    """Rendered conversations [B P], right-padded to a power of two.
 
     So few lengths are compiled. Raises `ConfigError` for one that leaves the model no positions for
     `max_tokens`.
     """
     rendered = [generator.chat.render(list(messages)) for messages in conversations]
-    lengths = np.array([len(ids) for ids in rendered], np.int32)
+    longest = max(map(len, rendered))
     room = generator.model.config.max_positions
-    if int(lengths.max()) + max_tokens > room:
+    if longest + max_tokens > room:
         raise ConfigError(
-            f"max_tokens={max_tokens}: with a prompt of {lengths.max()} tokens that is more "
+            f"max_tokens={max_tokens}: with a prompt of {longest} tokens that is more "
             f"than the {room} positions the model knows: lower it, or shorten the prompt"
         )
-    size = max(16, 1 << int(lengths.max() - 1).bit_length())
-    tokens = np.zeros((len(rendered), size), np.int32)
-    for row, ids in zip(tokens, rendered, strict=True):
-        row[: len(ids)] = ids
-    return tokens, lengths
+    return right_padded(rendered, max(16, 1 << (longest - 1).bit_length()))
 
 
 @lru_cache(maxsize=8)
@@ -125,8 +122,8 @@ def compiled(
 
     from pujax.method.sampling import greedy, sample
 
-    def run(params: Params, tokens: Array, lengths: Array, key: Array) -> Completions:
-        prefix = model.prefill(params, Tokens(tokens, lengths))
+    def run(params: Params, prompts: Tokens, key: Array) -> Completions:
+        prefix = model.prefill(params, prompts)
         if temperature == 0:
             return greedy(model, params, prefix, size=size)
         return sample(
@@ -150,8 +147,8 @@ def _compared(model: LanguageModel, ids: tuple[int, ...]) -> "Callable[..., Arra
     import jax
     import jax.numpy as jnp
 
-    def run(params: Params, tokens: Array, lengths: Array) -> Array:
-        prefix = model.prefill(params, Tokens(tokens, lengths))
+    def run(params: Params, prompts: Tokens) -> Array:
+        prefix = model.prefill(params, prompts)
         logits = model.unembed(params, prefix.last)[:, jnp.array(ids)]
         return jax.nn.softmax(logits, axis=-1)
 

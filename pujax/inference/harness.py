@@ -181,9 +181,9 @@ class PujaxLM(_harness.TemplateLM):
             order = sorted(members, key=lambda i: -len(contexts[i]))
             for number, places in enumerate(_batches(order, self._batch)):
                 rows = [contexts[i][-(self._length - size) :] for i in places]
-                tokens = _padded(rows + rows[-1:] * (self._batch - len(rows)))
+                prompts = _padded(rows + rows[-1:] * (self._batch - len(rows)))
                 key = jax.random.fold_in(jax.random.key(0), number)
-                made = jax.device_get(run(self._generator.params, tokens.ids, tokens.lengths, key))
+                made = jax.device_get(run(self._generator.params, prompts, key))
                 for row, place in enumerate(places):
                     ids = made.tokens[row, 0, : int(made.mask[row, 0].sum())]
                     context, told = requests[place].args

@@ -35,12 +35,12 @@ def answer_aloud(
     The pieces joined are the reply's text. Raises what `answer` raises; what `say` raises ends the
     answer there.
     """
-    tokens, lengths = padded(generator, [messages], max_tokens=max_tokens)
+    prompts = padded(generator, [messages], max_tokens=max_tokens)
     programs = _programs(
         cast(Hashable, generator.model), max_tokens, temperature, top_k, top_p
     )  # a Flax module is hashable, which its type doesn't say
     params, key = generator.params, jax.random.key(seed)
-    decoding, cache, token = programs.begin(params, tokens, lengths, key)
+    decoding, cache, token = programs.begin(params, prompts, key)
     ids, said, finished = [int(token[0, 0])], "", False
     while True:
         finished = ids[-1] in generator.model.config.eos_ids
@@ -51,7 +51,7 @@ def answer_aloud(
             say(whole[len(said) :])
             said = whole
         if ended:
-            return Reply(text, finished, int(lengths[0]), len(ids))
+            return Reply(text, finished, prompts.lengths.item(), len(ids))
         at = np.int32(len(ids) - 1)
         cache, token = programs.advance(params, decoding, cache, token, at, key)
         ids.append(int(token[0, 0]))
@@ -79,9 +79,9 @@ def _programs(
         )
 
     def begin(
-        params: Params, tokens: Array, lengths: Array, key: Array
+        params: Params, prompts: Tokens, key: Array
     ) -> tuple[Decoding, Cache, Int[Array, "1 1"]]:
-        prefix = model.prefill(params, Tokens(tokens, lengths))
+        prefix = model.prefill(params, prompts)
         token = chosen(params, prefix.last[:, None], key, 0)
         return model.decoding(params, prefix), model.empty_cache(1, 1, size), token
 
