@@ -27,6 +27,10 @@ class ConfigError(PujaxError, ValueError):
     """A setting is wrong; the message names its key, its value and the remedy."""
 
 
+class InUse(ConfigError):
+    """Another process does this run; the message says what to do."""
+
+
 class WeightsError(ConfigError):
     """A model's files are wrong; the message names the file, the tensor or key, and the remedy."""
 
@@ -57,6 +61,18 @@ class EvaluationError(PujaxError, ValueError):
 
 class TeacherError(PujaxError, RuntimeError):
     """The teacher can't be used as it is set: asking again would not help."""
+
+
+class Rejected(TeacherError):
+    """The server refused this request; `certain` when it says that the prompt is why."""
+
+    def __init__(self, said: str, *, certain: bool) -> None:
+        super().__init__(said)
+        self.certain = certain
+
+
+class Unread(TeacherError):
+    """A function of the user's own made no `Answer` of a reply, which may have been charged."""
 
 
 class StoreError(PujaxError, RuntimeError):

@@ -29,6 +29,8 @@ class LocalTeacher:
     writes, unless that is another function.
     """
 
+    on_device = True
+
     def __init__(
         self,
         settings: TeacherConfig,

@@ -14,7 +14,7 @@ import optax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from pujax.config.functions import build, build_loss, build_metrics
+from pujax.config.functions import build, build_loss, build_metrics, with_protocol
 from pujax.config.settings import TrainConfig
 from pujax.errors import require, stops
 from pujax.evaluation import findings, page, tables
@@ -37,7 +37,7 @@ from pujax.method.step import (
     make_train_step,
 )
 from pujax.models.decoder import DecoderConfig, LanguageModel
-from pujax.models.sharding import make_mesh, padding_of, tree_shardings
+from pujax.models.sharding import make_mesh, padding_of, tree_shardings, ways
 from pujax.records import STAGES, Example
 from pujax.run import beginning
 from pujax.run.checkpoint import Checkpoints, Place, checksums
@@ -55,6 +55,7 @@ from pujax.run.stages import Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
 from pujax.run.trial import try_recipe
+from pujax.teacher.endpoint import on_device
 from pujax.text import counted
 from pujax.types import Batch, Group, Head, LossFn, Params, TrainState
 
@@ -71,12 +72,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     say = partial(console.print, markup=False, highlight=False, soft_wrap=True)
     mesh = make_mesh(**vars(config.mesh))
     chat = Chat.load(config.model.path)
-    require(
-        not several() or "LocalTeacher" not in str(config.teacher.protocol),
-        "teacher",
-        "local",
-        "it can't answer in one of several processes: `pujax collect` first, then teacher=replay",
-    )
+    check_teacher(config)
     # What is wrong in these shows before anything is read, and before a teacher is paid.
     recipe, loss_fn = build_recipe(config, chat)
     metrics = build_metrics(config.eval, config.trusted)
@@ -275,6 +271,16 @@ def aligned(
         return run.through(stage, state, done)
 
 
+def check_teacher(config: TrainConfig) -> None:
+    """Refuse a teacher on this run's own devices where several processes hold them."""
+    require(
+        not several() or not on_device(with_protocol(config.teacher, config.trusted)),
+        "teacher",
+        "local",
+        "it can't answer in one of several processes: `pujax collect` first, then teacher=replay",
+    )
+
+
 def check_batches(config: TrainConfig, data: Dataset) -> None:
     """Refuse a batch that the data can't fill, before anything is computed."""
     for key, steps, size, part in (
@@ -290,7 +296,7 @@ def check_batches(config: TrainConfig, data: Dataset) -> None:
 
 def filling(config: TrainConfig, mesh: Mesh) -> list[str]:
     """Where a step computes copies to fill the mesh, and which sizes would need none."""
-    sft, align, ways = config.sft, config.align, mesh.shape["data"] * mesh.shape["fsdp"]
+    sft, align, parts = config.sft, config.align, ways(mesh)
     sizes = {
         "sft.batch": sft.batch if sft.steps else 0,
         "align.prompts": align.prompts if align.steps else 0,
@@ -298,7 +304,7 @@ def filling(config: TrainConfig, mesh: Mesh) -> list[str]:
         "eval.batch": config.eval.batch,
     }
     return [
-        f"{key}={size}: {counted(padding, 'row')} of padding more to fill {ways} devices; "
+        f"{key}={size}: {counted(padding, 'row')} of padding more to fill {parts} devices; "
         f"{size + padding} would need none"
         for key, size in sizes.items()
         if (padding := padding_of(mesh, size))

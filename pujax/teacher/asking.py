@@ -16,11 +16,11 @@ from typing import Any
 import tenacity
 from aiolimiter import AsyncLimiter
 
-from pujax.errors import StoreError, TeacherError, stops
+from pujax.errors import Rejected, StoreError, TeacherError, Unread, stops
 from pujax.records import Prompt, messages_key
 from pujax.teacher.endpoint import OpenTeacher, open_endpoint
 from pujax.teacher.plan import CHARS_PER_TOKEN, Spend, cost, estimate_tokens
-from pujax.teacher.protocols import Answer, Rejected, Retryable, Teacher, Unreachable, Unread
+from pujax.teacher.protocols import Answer, Retryable, Teacher, Unreachable
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import FORMAT, digest, said
 from pujax.teacher.writer import AnchorStore

@@ -20,17 +20,15 @@ from urllib.parse import SplitResult, urlsplit, urlunsplit
 
 import httpx
 
-from pujax.errors import PujaxError, TeacherError, name_of, raised_in
+from pujax.errors import PujaxError, Rejected, TeacherError, Unread, name_of, raised_in
 from pujax.records import Messages
 from pujax.teacher.protocols import (
     Answer,
     AnswerFn,
-    Rejected,
     RequestFn,
     Retryable,
     Teacher,
     Unreachable,
-    Unread,
     openai_answer,
     openai_request,
 )
@@ -241,13 +239,13 @@ class HttpTeacher:
         if fault or not response.is_success:
             return self._fault(response, fault, text)
         if _is_own(self._answer):
-            return self._masked(self._answered(body))
+            return self._redacted(self._answered(body))
         try:
-            return self._masked(self._answer(body))
+            return self._redacted(self._answer(body))
         except (KeyError, IndexError, TypeError, AttributeError) as error:
             raise Retryable("the answer is not one of this protocol", billed=True) from error
 
-    def _masked(self, answer: Answer) -> Answer:
+    def _redacted(self, answer: Answer) -> Answer:
         """The answer; one that quotes a secret can't be an anchor, and is kept without it."""
         said = (answer.text, answer.finish_reason, answer.model, answer.refusal)
         text, reason, model, refusal = (one and self._secrets.mask(one) for one in said)
@@ -439,6 +437,17 @@ def _retry_after(response: httpx.Response) -> float:
 
 
 OpenTeacher = Callable[[TeacherConfig, CollectConfig], AbstractAsyncContextManager[Teacher]]
+"""What `teacher.protocol` names.
+
+One that computes on this process's devices, and so can't answer in one of several processes of a
+run, has an attribute `on_device` that is true.
+"""
+
+
+def on_device(teacher: TeacherConfig) -> bool:
+    """Whether the teacher says that it computes on this process's devices."""
+    opener = getattr(teacher.protocol, "func", teacher.protocol)
+    return getattr(opener, "on_device", False)
 
 
 def open_endpoint(

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pujax.errors import ConfigError, TeacherError
+from pujax.errors import ConfigError
 from pujax.records import Messages
 from pujax.teacher.settings import TeacherConfig
 from pujax.text import blank
@@ -60,18 +60,6 @@ class Retryable(RuntimeError):
 
 class Unreachable(Retryable):
     """No connection came about."""
-
-
-class Rejected(TeacherError):
-    """The server refused this request; `certain` when it says that the prompt is why."""
-
-    def __init__(self, said: str, *, certain: bool) -> None:
-        super().__init__(said)
-        self.certain = certain
-
-
-class Unread(TeacherError):
-    """A function of the user's own made no `Answer` of a reply, which may have been charged."""
 
 
 @dataclass(frozen=True, slots=True)

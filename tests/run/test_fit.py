@@ -27,6 +27,7 @@ from pujax.run.fit import (
     build_recipe,
     check_batches,
     check_positions,
+    check_teacher,
     filling,
     fit,
     stop_signals,
@@ -54,6 +55,37 @@ def config_of(*overrides):
 @pytest.fixture(scope="module")
 def chat():
     return Chat.load(SMOLLM2)
+
+
+class AnotherLocalTeacher:
+    """A server's client that happens to be called so."""
+
+
+class OnDevice:
+    """A teacher of one's own that computes here."""
+
+    on_device = True
+
+
+def test_a_teacher_on_this_process_devices_is_refused_among_several_processes(monkeypatch):
+    def taught(*overrides):
+        check_teacher(config_of(*overrides))
+
+    local = ("teacher=local", "teacher.path=teacher.gguf", "teacher.model=m")
+
+    def mine(name):
+        return *local, f"trusted=[{__name__}]", f"teacher.protocol._target_={__name__}.{name}"
+
+    taught(*local)
+    monkeypatch.setattr("pujax.run.fit.several", lambda: True)
+    taught()
+    taught("teacher=vllm", "teacher.model=m")
+    taught(*mine("AnotherLocalTeacher"))
+    for refused in (local, mine("OnDevice")):
+        with pytest.raises(
+            ConfigError, match=r"teacher='local': it can't answer in one of several"
+        ):
+            taught(*refused)
 
 
 def dataset(chat, answers, T):

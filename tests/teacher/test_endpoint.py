@@ -20,9 +20,9 @@ from omegaconf import OmegaConf
 
 from pujax.config.compose import conf_dir
 from pujax.config.functions import build
-from pujax.errors import ConfigError, TeacherError
+from pujax.errors import ConfigError, TeacherError, Unread
 from pujax.teacher import endpoint
-from pujax.teacher.protocols import Answer, Retryable, Unread, anthropic_answer, anthropic_request
+from pujax.teacher.protocols import Answer, Retryable, anthropic_answer, anthropic_request
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from tests.teacher_client import KEY, TURN, ask, at, error
 from tests.teacher_server import completion
