@@ -1,12 +1,17 @@
 """Settings of the commands that don't train, as far as more than their own file reads them."""
 
+import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.config.settings import MeshConfig, ModelConfig, ScorerConfig, check_seed
-from pujax.errors import require
+from pujax.config.commands import listed
+from pujax.config.model_settings import ModelConfig
+from pujax.config.settings import MeshConfig, ScorerConfig, check_seed
+from pujax.errors import ConfigError, require
+from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
 @dataclass(frozen=True)
@@ -119,3 +124,88 @@ class MeasureConfig:
     samples: int | None = None
     temperature: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Everything `python -m pujax.evaluate` is told: a run or several, and models to put beside.
+
+    `model` names what is evaluated on the run's held-out prompts, `name` what each is called.
+    Without a model, `name` says what each of several runs is called; those of one name are an arm.
+    With anything of `data`, `eval` or `out`, or without a run, the prompts are a split of their
+    own, asked of the `model`s or else of what each run ended with. A suite asks more: of the model,
+    or what the run ended with, or of what has been evaluated; its judge is a teacher.
+
+    Attributes:
+        run: a run's directory, a folder of runs (its newest finished one), or a list: [A,B].
+        model: evaluate this too, or a list: a run, a Hugging Face directory, a GGUF file, a hub id.
+        name: what to call it, one a model; without a model one a run, runs of a name are an arm.
+        suite: larger questions, by name, such as signal, ranking or winrate.
+        out: the folder for what isn't a run's own table: RUN/heldout-FILE, evaluations/FILE.
+        store: the judge's verdicts: verdicts.jsonl in the run's directory or in `out`.
+        trusted: packages beside pujax whose functions may be named, by the run's own settings too:
+            their code runs here.
+        data: other held-out prompts, or the run's own laid out otherwise.
+        eval: how they are measured.
+        teacher: a suite's judge; of replay, `model` is whose anchors, where several are stored.
+        collect: how the judge is asked.
+    """
+
+    run: Any = None
+    model: Any = None
+    name: Any = None
+    suite: Any = None
+    out: str | None = None
+    store: str | None = None
+    trusted: list[str] = field(default_factory=list)
+    data: HeldoutConfig = field(default_factory=HeldoutConfig)
+    eval: MeasureConfig = field(default_factory=MeasureConfig)
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    collect: CollectConfig = field(default_factory=CollectConfig)
+
+    def __post_init__(self) -> None:
+        if not self.runs:
+            given = self.models and self.data.heldout is not None and self.data.anchors is not None
+            if not given:
+                raise ConfigError(
+                    "missing value for run: set run=DIRECTORY, or all of model=, data.heldout= and "
+                    "data.anchors="
+                )
+        if self.suite is not None and not self.names:
+            return  # what it asks for says what it needs
+        wanted = len(self.models) or (len(self.names) and len(self.runs))
+        what = "model" if self.models else "run"
+        remedy = f"give one a {what}, {wanted} in all"
+        if self.models and not self.names:
+            remedy = f"give each model a name: name={'NAME' if wanted == 1 else '[A,B]'}"
+        require(len(self.names) == wanted, "name", self.name, remedy)
+        distinct = not self.models or len(set(self.names)) == wanted
+        require(distinct, "name", self.names, "give each model one of its own: name=[A,B]")
+        one = not self.models or len(self.runs) < 2
+        require(one, "run", self.run, "give one run whose held-out prompts the models answer")
+        several = len(self.runs) > 1 and self.out is not None
+        require(not several, "out", self.out, "one folder for several runs: take it out")
+
+    @property
+    def runs(self) -> list[str]:
+        """The runs' directories."""
+        return listed("run", self.run)
+
+    @property
+    def models(self) -> list[str]:
+        """The models' paths."""
+        return listed("model", self.model)
+
+    @property
+    def names(self) -> list[str]:
+        """The names, one a model or a run; of models on a split their files' names will do."""
+        names = listed("name", self.name)
+        if names or not self.models or not self.splits:
+            return names
+        return [re.sub(r"[^\w.-]+", "-", Path(model.rstrip("/")).stem) for model in self.models]
+
+    @property
+    def splits(self) -> bool:
+        """Whether other prompts are meant than a run's own, or the same asked otherwise."""
+        changed = (self.data, self.eval, self.out) != (HeldoutConfig(), MeasureConfig(), None)
+        return changed or not self.runs

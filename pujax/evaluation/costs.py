@@ -13,7 +13,7 @@ from rich.progress import track
 from pujax.errors import EvaluationError, require
 from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.statistics import interval_of_mean
-from pujax.evaluation.subjects import Answer, Subject
+from pujax.evaluation.subjects import Subject, SuiteAnswer
 from pujax.method.sampling import greedy
 from pujax.types import Completions, Params, Tokens
 
@@ -31,7 +31,7 @@ def costs(
     input: float | None = None,
     output: float | None = None,
     latency: float | None = None,
-) -> Answer:
+) -> SuiteAnswer:
     """Quality, latency, pace, memory and money of the student, answering one prompt at a time.
 
     The first `prompts` of the held-out ones are answered by greed and the clock, after one answer
@@ -95,7 +95,7 @@ def costs(
     weights = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.params))
     latencies = np.quantile(seconds, (0.5, 0.95))
     pace = sum(r["tokens"] for r in records) / sum(seconds)
-    return Answer(
+    return SuiteAnswer(
         ("costs", "student", "teacher"),
         (
             ("quality", _interval(ours), _interval(theirs)),

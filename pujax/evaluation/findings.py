@@ -97,7 +97,7 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     return found
 
 
-def told(evaluations: Sequence[Evaluation]) -> list[str]:
+def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
     lines = [verdict_on(evaluations).sentence]
     lines += [f"warning: {warning}" for warning in warnings(evaluations)]

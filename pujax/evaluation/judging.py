@@ -8,7 +8,7 @@ import numpy as np
 from pujax.errors import EvaluationError, require
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.statistics import FEW, interval_of_mean, same_prompts
-from pujax.evaluation.subjects import Answer, Judge
+from pujax.evaluation.subjects import Judge, SuiteAnswer
 from pujax.evaluation.winrate import controlled_interval, win_rate
 from pujax.records import Prompt, messages_key
 
@@ -58,7 +58,7 @@ def winrate(
     against: str | None = None,
     prompts: int | None = None,
     kinds: Sequence[str] | None = None,
-) -> Answer:
+) -> SuiteAnswer:
     """How often `model`'s answers are preferred to `against`'s, in both orders.
 
     Without names they are the last evaluation and the one before it; `prompts` and `kinds` say
@@ -114,7 +114,7 @@ def winrate(
     )
     if len(rows) < FEW:
         note += f" Under {FEW} prompts an interval is too narrow."
-    return Answer(
+    return SuiteAnswer(
         ("judge", f"{one.model} against {other.model}"),
         (
             ("win rate", f"{limits.mean:.3f} [{limits.low:.3f}, {limits.high:.3f}]"),

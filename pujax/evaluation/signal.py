@@ -24,7 +24,7 @@ class Signal:
     near: float
 
 
-def signal(
+def signal_of(
     scores: Sequence[float],
     oracle: Sequence[float],
     labels: Sequence[float],

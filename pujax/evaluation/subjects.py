@@ -31,7 +31,7 @@ class Subject:
 
 
 @dataclass(frozen=True)
-class Answer:
+class SuiteAnswer:
     """What a suite found: a table's header and rows, a note, and the raw records behind it."""
 
     header: tuple[str, ...]

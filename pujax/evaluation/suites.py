@@ -20,16 +20,15 @@ from pujax.errors import EvaluationError, require
 from pujax.evaluation import ranking as ranks
 from pujax.evaluation.judging import first_is_better, question
 from pujax.evaluation.metrics import MetricFn, correct, of_text
-from pujax.evaluation.signal import Signal
-from pujax.evaluation.signal import signal as signal_of
+from pujax.evaluation.signal import Signal, signal_of
 from pujax.evaluation.statistics import Difference, interval_of_mean
-from pujax.evaluation.subjects import Answer, Judge, Records, Subject
+from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
 from pujax.method.sampling import sample
 from pujax.method.scoring import ScoringContext
 from pujax.models.logps import response_logps
 from pujax.records import Example
-from pujax.types import Batch, LabelRule, Params, Scorer, Tokens
+from pujax.types import Batch, LabelRule, Params, Scorer, Tokens, right_padded
 
 SHUFFLED = ", shuffled anchor"
 """What follows the name of a scorer that sees another prompt's anchor."""
@@ -65,7 +64,7 @@ def signal(
     temperature: float = 0.7,
     margin: float = 0.0,
     seed: int = 0,
-) -> Answer:
+) -> SuiteAnswer:
     """How well each scorer ranks the model's own candidates, held against an oracle.
 
     `samples` candidates a prompt are drawn once, and all scorers see the same; each scores them
@@ -261,7 +260,7 @@ def _score(
             continue
         size = next(size for size in sizes if size >= longest[places[-1]])
         batch = _cut(collated[number], prompts, references, size)
-        made = _padded([group.ids for group in some], size)
+        made = _stacked([group.ids for group in some], size)
         anchors = subject.collate([others[group.example.prompt.id] for group in some]).anchors
         anchors = Tokens(anchors.ids[:, :size], anchors.lengths)
         key = jax.random.fold_in(jax.random.key(seed), len(groups) + number)
@@ -295,14 +294,10 @@ def _cut(batch: Batch, prompts: int, references: int, responses: int) -> Batch:
     )
 
 
-def _padded(rows: Sequence[Sequence[Sequence[int]]], size: int) -> Tokens:
+def _stacked(rows: Sequence[Sequence[Sequence[int]]], size: int) -> Tokens:
     """Responses [B K T] from their tokens."""
-    ids = np.zeros((len(rows), len(rows[0]), size), np.int32)
-    for b, row in enumerate(rows):
-        for k, tokens in enumerate(row):
-            ids[b, k, : len(tokens)] = tokens
-    lengths = [[len(tokens) for tokens in row] for row in rows]
-    return Tokens(jnp.asarray(ids), jnp.array(lengths, jnp.int32))
+    flat = right_padded([tokens for row in rows for tokens in row], size)
+    return jax.tree.map(lambda x: x.reshape(len(rows), -1, *x.shape[1:]), flat)
 
 
 def _signal_answer(
@@ -311,7 +306,7 @@ def _signal_answer(
     margin: float,
     samples: int,
     temperature: float,
-) -> Answer:
+) -> SuiteAnswer:
     """The table, a row a scorer and a control; of two oracles one block after the other."""
     rows, notes = [], []
     parts = dict.fromkeys(record["by"] for record in records)
@@ -343,7 +338,7 @@ def _signal_answer(
             notes.append(f"no better than their shuffled anchor: {', '.join(weak)}")
     header = ("scorer", "Kendall τ-b", "top-1", "pairs", "label entropy", "q near best")
     note = "; ".join(notes)
-    return Answer(
+    return SuiteAnswer(
         (*header, "τ over shuffled"),
         tuple(rows),
         f"{note}. {samples} candidates each at temperature {temperature}. 95 % intervals: BCa "
@@ -394,7 +389,7 @@ def ranking(
     beta: float = 0.1,
     preference: float = ranks.CERTAIN,
     seed: int = 0,
-) -> Answer:
+) -> SuiteAnswer:
     """How often a model finds the better of two responses likelier (Chen et al., 2024).
 
     The pairs are all that the oracle orders among `samples` candidates that the reference draws for
@@ -449,7 +444,7 @@ def ranking(
             for cell in cells
         ]
         rows.append((name, *values))
-    return Answer(
+    return SuiteAnswer(
         ("pairs ranked rightly", "by log-prob", "by log-prob a token"),
         tuple(rows),
         f"{len(shares)} of {len(found)} prompts, whose candidates ({samples} of the reference at "
@@ -473,7 +468,7 @@ def _sums(subject: Subject, groups: Sequence[_Drawn]) -> list[list[float]]:
         some = list(groups[start : start + subject.batch])
         filled = some + some[-1:] * (subject.batch - len(some))
         prompts = subject.collate([group.example for group in filled]).prompts
-        sums = summed(subject.params, prompts, _padded([group.ids for group in filled], size))
+        sums = summed(subject.params, prompts, _stacked([group.ids for group in filled], size))
         found += np.asarray(jax.device_get(sums), float)[: len(some)].tolist()
     return found
 

@@ -58,7 +58,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class SweepRow:
     """The finished runs of one setting, a seed each, and how many seeds it was begun with."""
 
     name: str
@@ -78,7 +78,7 @@ class Row:
 class Sweep:
     """All that lies below a directory: a row a setting, and the runs that are not finished."""
 
-    rows: tuple[Row, ...]
+    rows: tuple[SweepRow, ...]
     unfinished: tuple[Job, ...]
     notes: tuple[str, ...]
 
@@ -103,7 +103,7 @@ def gather(directory: Path) -> Sweep:
         by_setting.setdefault(setting, []).append(job)
     groups = list(by_setting.values())
     rows = [
-        Row(name, tuple(job.evaluation for job in group if job.evaluation), len(group))
+        SweepRow(name, tuple(job.evaluation for job in group if job.evaluation), len(group))
         for name, group in zip(_names(groups), groups, strict=True)
     ]
     unreadable = [job for job in found if not job.settings]
@@ -243,7 +243,7 @@ def _names(groups: Sequence[Sequence[Job]]) -> list[str]:
 # Showing it.
 
 
-def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
+def _cells(rows: Sequence[SweepRow]) -> tuple[list[str], list[list[str]]]:
     """Column names, and a row of texts for each setting."""
     shown = _shown(rows)
     header = ["setting", "seeds", *(told.title for told in shown.values())]
@@ -261,13 +261,13 @@ def _cells(rows: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, cells
 
 
-def _shown(rows: Sequence[Row]) -> dict[str, Any]:
+def _shown(rows: Sequence[SweepRow]) -> dict[str, Any]:
     """How the metrics are shown that any row has."""
     shown = shown_by(run for row in rows for run in row.runs)
     return {name: told for name, told in shown.items() if any(row.mean(name) for row in rows)}
 
 
-def _drawn(rows: Sequence[Row]) -> bytes:
+def _drawn(rows: Sequence[SweepRow]) -> bytes:
     """A small plot a metric, a line a setting: each seed as a dot, mean and standard error."""
     shown = _shown(rows)
     columns = min(3, len(shown))

@@ -14,7 +14,7 @@ from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.results import Evaluation
-from pujax.evaluation.subjects import Answer, Judge, Records, Subject
+from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
@@ -34,7 +34,7 @@ Offer = Callable[[], tuple[Any, Any]]
 
 def answered(
     node: Any, folder: Path, offers: Mapping[str, Offer], *, trusted: Sequence[str] = ()
-) -> tuple[Answer, Path]:
+) -> tuple[SuiteAnswer, Path]:
     """What the suite that `node` names finds, and the file in `folder` that its records are in.
 
     The file is named for all that was asked, so that no other question's is written over; the same

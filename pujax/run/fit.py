@@ -389,7 +389,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
     told(report)
     run.console.print(tables.table(made))
-    for line in findings.told(made):
+    for line in findings.remarks(made):
         run.say(line)
     run.pause("before it was marked as done")
     told(lambda: write_whole(directory / "done", b""))

@@ -97,7 +97,7 @@ def test_few_true_answers_among_many_prompts_are_warned_of():
 
 
 def test_verdict_and_warnings_are_told_line_by_line():
-    first, *others = findings.told([different("base", 12)])
+    first, *others = findings.remarks([different("base", 12)])
     assert first == "Only base has been evaluated, on 12 prompts."
     (other,) = others
     assert other.startswith("warning: the table rests on 12 prompts")

@@ -3,24 +3,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pujax.evaluation.signal import kendall, signal
+from pujax.evaluation.signal import kendall, signal_of
 
 UNIFORM = [0.25] * 4
 
 
 def test_an_oracle_ranks_as_itself():
-    found = signal([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0])
+    found = signal_of([1.0, 2.0, 3.0, 4.0], [1.0, 2.0, 3.0, 4.0], [0.0, 0.0, 0.0, 1.0])
     assert (found.tau, found.top, found.pairs, found.near) == (1.0, 1.0, 1.0, 1.0)
     assert found.entropy == 0.0
 
 
 def test_the_reverse_of_an_oracle_is_wrong_throughout():
-    found = signal([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 0.0, 0.0])
+    found = signal_of([4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0], [1.0, 0.0, 0.0, 0.0])
     assert (found.tau, found.top, found.pairs, found.near) == (-1.0, 0.0, 0.0, 0.0)
 
 
 def test_one_swap_of_three_is_one_pair_of_three():
-    found = signal([2.0, 1.0, 3.0], [1.0, 2.0, 3.0], [0.2, 0.3, 0.5])
+    found = signal_of([2.0, 1.0, 3.0], [1.0, 2.0, 3.0], [0.2, 0.3, 0.5])
     # Two pairs agree and one does not.
     assert found.tau == pytest.approx(1 / 3)
     assert found.pairs == pytest.approx(2 / 3)
@@ -29,7 +29,7 @@ def test_one_swap_of_three_is_one_pair_of_three():
 
 def test_ties_are_corrected_for_as_tau_b_does():
     # Oracle 0 0 1 1, scores 1 2 2 3: of 4 ordered pairs 3 agree, 1 is tied in the scores.
-    found = signal([1.0, 2.0, 2.0, 3.0], [0.0, 0.0, 1.0, 1.0], UNIFORM)
+    found = signal_of([1.0, 2.0, 2.0, 3.0], [0.0, 0.0, 1.0, 1.0], UNIFORM)
     assert found.tau == pytest.approx(3 / np.sqrt(5 * 4))
     assert found.pairs == pytest.approx(3.5 / 4)
     assert found.near == 0.5
@@ -37,20 +37,20 @@ def test_ties_are_corrected_for_as_tau_b_does():
 
 
 def test_a_score_that_ties_everything_ranks_nothing():
-    found = signal([1.0] * 4, [0.0, 0.0, 0.0, 1.0], UNIFORM)
+    found = signal_of([1.0] * 4, [0.0, 0.0, 0.0, 1.0], UNIFORM)
     assert (found.tau, found.top, found.pairs, found.near) == (0.0, 0.25, 0.5, 0.25)
 
 
 def test_equally_good_candidates_have_no_order_to_find():
-    found = signal([1.0, 2.0], [1.0, 1.0], [0.5, 0.5])
+    found = signal_of([1.0, 2.0], [1.0, 1.0], [0.5, 0.5])
     assert (found.tau, found.top, found.pairs) == (None, None, None)
     assert found.near == 1.0
 
 
 def test_near_takes_what_is_within_the_margin():
     values = ([1.0, 2.0, 3.0], [0.5, 0.9, 1.0], [0.2, 0.3, 0.5])
-    assert signal(*values, margin=0.1).near == pytest.approx(0.8)
-    assert signal(*values, margin=0.05).near == 0.5
+    assert signal_of(*values, margin=0.1).near == pytest.approx(0.8)
+    assert signal_of(*values, margin=0.05).near == 0.5
 
 
 VALUES = st.lists(st.integers(0, 4), min_size=6, max_size=6)
