@@ -1,46 +1,15 @@
 """`pujax benchmark`: what a training step costs here, as a table and a line of JSON."""
 
-import io
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
-from importlib.metadata import version
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from pujax.config.commands import command
-from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
-from pujax.files.durable import on_disk, refuse_unwritable, write_whole
-
-if TYPE_CHECKING:
-    from pujax.run.measure import Cost
-    from pujax.run.plan import Plan
-
-# What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
-SWEPT: Mapping[str, Sequence[int]] = {
-    "candidates": (2, 4, 8),
-    "prompt_tokens": (64, 128, 256, 512),
-    "response_tokens": (32, 64, 128),
-}
-ROWS = {
-    "step_s": ("step", "s"),
-    "generate_s": ("sampling", "s"),
-    "score_s": ("reference pass and scores", "s"),
-    "update_s": ("update", "s"),
-    "generate_tokens_per_s": ("sampled", "tokens/s"),
-    "tokens": ("prompt and response tokens", ""),
-    "mfu": ("update, of the matrix-product peak", ""),
-    "step_mfu": ("step, of the matrix-product peak", ""),
-    "matmul_gflops_per_s": ("matrix-product peak", "GFLOP/s"),
-    "peak_rss_gib": ("peak memory, process", "GiB"),
-    "peak_device_gib": ("peak memory, device", "GiB"),
-    "compile_cold_s": ("compilation, nothing cached", "s"),
-    "compile_warm_s": ("compilation, cached", "s"),
-    "load_s": ("loading the weights", "s"),
-}
+from pujax.config.tool_settings import BenchmarkConfig
+from pujax.files.durable import refuse_unwritable
 
 
 def run(settings: BenchmarkConfig) -> None:
@@ -50,6 +19,7 @@ def run(settings: BenchmarkConfig) -> None:
         return
     if settings.benchmark.sweep:
         refuse_unwritable(Path(settings.benchmark.out))
+    from pujax.run.benchmarks import described, sweep, table, write_sweep
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)
@@ -71,151 +41,21 @@ def run(settings: BenchmarkConfig) -> None:
 
 def planned(settings: BenchmarkConfig) -> None:
     """Show what a step would take, for each chip whether it fits and how fast it could be."""
-    from pujax.run.plan import CHIPS, have_devices, make_plan
+    from pujax.run.benchmarks import described, plan_table, verdicts
+    from pujax.run.plan import CHIPS, have_devices, plan_step
 
     have_devices(settings.mesh)
-    plan = make_plan(settings)
+    plan = plan_step(settings)
     console = Console(stderr=False)
     console.print(plan_table(plan, settings))
+    for said in verdicts(plan):
+        console.print(said, markup=False, highlight=False, soft_wrap=True)
     chips = {
         name: {"fits": plan.fits(chip), "step_s": plan.seconds(chip)}
         for name, chip in CHIPS.items()
     }
-    for name, chip in CHIPS.items():
-        verdict = "fits" if plan.fits(chip) else "does not fit"
-        line = f"{name}: {verdict}; a step takes {plan.seconds(chip):.2g} s at the very best"
-        if not plan.fits(chip):
-            line += f"; {plan.remedy(chip)}"
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
     line = described(settings) | asdict(plan) | asdict(settings.benchmark) | {"chips": chips}
     print(json.dumps(line))
-
-
-def plan_table(plan: "Plan", settings: BenchmarkConfig) -> Table:
-    """What one device holds, does and is told."""
-    shape, (data, fsdp, tensor) = settings.benchmark, plan.mesh
-    shown = Table(
-        title=f"each of {plan.devices} devices (data {data} x fsdp {fsdp} x "
-        f"tensor {tensor}), {plan.dtype}\n{shape.prompts} prompts x {shape.candidates} "
-        f"candidates x ({shape.prompt_tokens} + {shape.response_tokens}) tokens",
-        show_header=False,
-    )
-    shown.add_column()
-    shown.add_column(justify="right")
-    for title, size in (
-        ("parameters", plan.parameters),
-        ("reference, frozen base", plan.reference),
-        ("optimizer", plan.optimizer),
-        ("gradient, activations, caches at most", plan.scratch),
-        ("  of that caches while sampling", plan.caches),
-        ("everything at the peak", plan.peak),
-        *([("this process with it", plan.here)] if plan.here else []),
-    ):
-        shown.add_row(title, f"{size / 2**30:.2f} GiB")
-    shown.add_row("work", f"{plan.flops / 1e12:.3g} TFLOP a step")
-    for kind, each in plan.collectives.items():
-        shown.add_row(f"{kind}, {each.count} a step", f"{each.bytes / 2**30:.2f} GiB a step")
-    return shown
-
-
-def described(run: BenchmarkConfig) -> dict[str, Any]:
-    """What was measured and with what: the settings' names, versions and the device."""
-    import jax
-
-    return {
-        "model": run.model.path,
-        "dtype": run.model.dtype,
-        "remat": run.model.remat,
-        "lora_rank": run.model.lora.rank,
-        "loss": run.loss["_target_"].rpartition(".")[2],
-        "scorer": run.scorer.score["_target_"].rpartition(".")[2],
-        "offline": run.benchmark.offline,
-        "mesh": list(vars(run.mesh).values()),
-        "device": jax.devices()[0].device_kind,
-        "devices": jax.device_count(),
-        "seed": run.seed,
-        "versions": {name: version(name) for name in ("pujax", "jax", "jaxlib", "flax")},
-    }
-
-
-def table(cost: "Cost") -> Table:
-    """One measurement for a terminal."""
-    shown = Table(
-        title=f"{cost.prompts} prompts x {cost.candidates} candidates x "
-        f"({cost.prompt_tokens} + {cost.response_tokens}) tokens",
-        show_header=False,
-    )
-    shown.add_column()
-    shown.add_column(justify="right")
-    for key, (title, unit) in ROWS.items():
-        value = getattr(cost, key)
-        if value is not None:
-            shown.add_row(title, f"{_short(value)} {unit}".strip())
-    return shown
-
-
-def sweep(
-    measure: Callable[[WorkConfig], "Cost"], shape: WorkConfig
-) -> Iterator[tuple[str, int, "Cost"]]:
-    """The costs around `shape`, one of its sizes changed at a time: which, to what, the cost."""
-    for key, values in SWEPT.items():
-        for value in values:
-            if value != getattr(shape, key):
-                yield key, value, measure(replace(shape, **{key: value}))
-
-
-def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
-    """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
-    with on_disk(directory):
-        directory.mkdir(parents=True, exist_ok=True)
-    names = ("candidates", "prompt_tokens", "response_tokens")
-    keys = ("step_s", "generate_s", "score_s", "update_s", "mfu", "compile_cold_s")
-    rows = [
-        "| K | P | T | " + " | ".join(ROWS[key][0] for key in keys) + " |",
-        "|" + "---:|" * (len(names) + len(keys)),
-        *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
-    ]
-    text, picture = directory / "sweep.md", directory / "sweep.png"
-    write_whole(text, ("\n".join(rows) + "\n").encode())
-    write_whole(picture, _drawn(costs, names))
-    return [text, picture]
-
-
-def _drawn(costs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
-    """A panel for each size: stacked phases over it, and the whole step as a line."""
-    from matplotlib.figure import Figure
-
-    titles = ("K, candidates a prompt", "P, prompt tokens", "T, response tokens")
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
-    panels = figure.subplots(1, len(names), sharey=True)
-    for axes, name, title in zip(panels, names, titles, strict=True):
-        others = [other for other in names if other != name]
-        line = sorted(
-            (cost for cost in costs if all(cost[o] == costs[0][o] for o in others)),
-            key=lambda cost: cost[name],
-        )
-        sizes = [cost[name] for cost in line]
-        phases = {
-            ROWS[key][0]: [cost[key] or 0.0 for cost in line]
-            for key in ("generate_s", "score_s", "update_s")
-        }
-        axes.stackplot(sizes, *phases.values(), labels=list(phases), alpha=0.7)
-        axes.plot(sizes, [cost["step_s"] for cost in line], "k.-", label="whole step")
-        axes.set_xlabel(title)
-        axes.set_xticks(sizes)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("seconds a step")
-    panels[0].set_ylim(bottom=0)  # of all three, and last: it ends the search for an upper limit
-    panels[0].legend(loc="upper left", fontsize="small")
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
-    return picture.getvalue()
-
-
-def _short(value: float | int | None) -> str:
-    if value is None:
-        return "–"
-    return str(value) if isinstance(value, int) else f"{value:.3g}"
 
 
 main = command("benchmark", BenchmarkConfig, run)

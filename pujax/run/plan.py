@@ -24,6 +24,7 @@ from pujax.files.chat import Chat
 from pujax.method.discriminator import new_head
 from pujax.method.step import Recipe, make_train_step
 from pujax.models.decoder import LanguageModel
+from pujax.models.parameters import AXES, FSDP, TENSOR
 from pujax.models.sharding import batch_sharding, make_mesh, padding_of, ways
 from pujax.run.collectives import Traffic, total, traffic
 from pujax.run.compilation import give_back
@@ -58,18 +59,18 @@ CHIPS = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What each device of a `mesh` of (data, fsdp, tensor) holds, does and is told in one step.
+class StepPlan:
+    """What each device of a mesh holds, does and is told in one step.
 
-    Bytes: `parameters` of the policy, `reference` of what it started from and of a LoRA's frozen
-    base, `optimizer` of its state, `caches` of the keys and values of what is sampled, `scratch` of
-    all that comes and goes, caches included, and `peak` of everything at once; `here` is the peak
-    of a process on this CPU with one device, its libraries and programs included, 0 for a mesh.
-    `flops` are those of a device, `read` the bytes of weights and caches that sampling reads,
-    `collectives` by kind.
+    `mesh` has the sizes of its `AXES`. Bytes: `parameters` of the policy, `reference` of what it
+    started from and of a LoRA's frozen base, `optimizer` of its state, `caches` of the keys and
+    values of what is sampled, `scratch` of all that comes and goes, caches included, and `peak` of
+    everything at once; `here` is the peak of a process on this CPU with one device, its libraries
+    and programs included, 0 for a mesh. `flops` are those of a device, `read` the bytes of weights
+    and caches that sampling reads, `collectives` by kind.
     """
 
-    mesh: tuple[int, int, int]
+    mesh: tuple[int, ...]
     dtype: str
     parameters: int
     reference: int
@@ -103,7 +104,7 @@ class Plan:
             times = 2 ** ceil(log2(self.lasting / (room / 2)))
             return (
                 f"weights and optimizer alone take {self.lasting / GIB:.1f} GiB a device: "
-                f"mesh.fsdp={self.mesh[1] * times}, or model.lora.rank=16"
+                f"mesh.fsdp={self.mesh[AXES.index(FSDP)] * times}, or model.lora.rank=16"
             )
         return (
             f"what comes and goes takes {self.scratch / GIB:.1f} GiB a device: fewer prompts or "
@@ -129,7 +130,7 @@ def have_devices(config: MeshConfig) -> None:
         raise ConfigError(f"plan=true: JAX has begun with other devices ({error})") from error
 
 
-def make_plan(run: BenchmarkConfig) -> Plan:
+def plan_step(run: BenchmarkConfig) -> StepPlan:
     """Compile the step of `run` for its mesh, and read what it takes.
 
     Raises `ConfigError` where the mesh doesn't fit the model or the batch.
@@ -159,8 +160,8 @@ def make_plan(run: BenchmarkConfig) -> Plan:
     peak = memory.argument_size_in_bytes + memory.output_size_in_bytes
     peak += memory.temp_size_in_bytes - memory.alias_size_in_bytes
     give_back()
-    return Plan(
-        mesh=(mesh.shape["data"], mesh.shape["fsdp"], mesh.shape["tensor"]),
+    return StepPlan(
+        mesh=tuple(mesh.shape.values()),
         dtype=jnp.dtype(dtype).name,
         parameters=held(state.params),
         reference=held(student.trainable) + held(student.base),
@@ -233,5 +234,5 @@ def _read_by_sampling(student: Student, shape: WorkConfig, caches: int, mesh: Me
     """Bytes that sampling reads on a device: for each token all weights, and the caches so far."""
     params = student.trainable if student.base is None else student.base
     count = sum(prod(leaf.shape) for leaf in jax.tree.leaves(params))
-    weights = count * jnp.dtype(student.model.dtype).itemsize / mesh.shape["tensor"]
+    weights = count * jnp.dtype(student.model.dtype).itemsize / mesh.shape[TENSOR]
     return shape.response_tokens * (weights + caches / 2)

