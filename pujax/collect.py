@@ -6,35 +6,26 @@ reached, 1 after an error or when nothing that was asked got a usable answer, an
 number after Ctrl-C, SIGTERM or a closed terminal.
 """
 
-import heapq
 import signal
-import statistics
-import sys
-import time
-from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from pujax.config.commands import command
 from pujax.config.functions import with_protocol
-from pujax.errors import ConfigError, StoreError, TeacherError
-from pujax.records import Anchor, Prompt, messages_key
+from pujax.errors import ConfigError, TeacherError
+from pujax.records import Prompt
 from pujax.teacher.anchors import anchors_for, collect
-from pujax.teacher.asking import Tally
-from pujax.teacher.plan import Plan, make_plan
+from pujax.teacher.describing import describe, describe_plan
+from pujax.teacher.plan import make_plan
+from pujax.teacher.progress import progress
 from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
 from pujax.teacher.settings import CollectConfig, TeacherConfig
-from pujax.teacher.store import Contents, anchor_of, read_failures, read_records
+from pujax.teacher.store import Contents
 from pujax.teacher.writer import kept_beside
-from pujax.text import counted, printable
-
-REPORT_EVERY = 30.0  # seconds between progress lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -80,6 +71,8 @@ def run(settings: CollectRun) -> int:
     if settings.stats:
         print(describe(store))
         if settings.data.prompts is not None:
+            from pujax.run.judged import describe_answers
+
             for line in describe_answers(store, list(load_prompts(settings.data.prompts, warn))):
                 print(line)
         return 0
@@ -105,16 +98,7 @@ def run(settings: CollectRun) -> int:
         print(describe_plan(plan, teacher))
         return 0
     refuse_pipes(settings.data.prompts)  # they are read twice
-    console = Console(stderr=True)
-    with Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    ) as progress:
-        show = _reporter(progress)
+    with progress() as show:
         tally = collect(prompts, teacher, store, settings.collect, tick=show)
     if tally.stopped and tally.stopped in signal.Signals.__members__:
         return 128 + signal.Signals[tally.stopped]
@@ -122,146 +106,6 @@ def run(settings: CollectRun) -> int:
         last = f" (the last: {tally.trouble})" if tally.trouble else ""
         raise TeacherError(f"nothing that was asked got a usable answer: {tally.failed}{last}")
     return 0
-
-
-def _reporter(progress: Progress):
-    """A function that shows a tally: as a bar on a terminal, as a line now and then elsewhere."""
-    bar = progress.add_task("asking", total=None)
-    last = time.monotonic()
-
-    def show(plan: Plan, tally: Tally) -> None:
-        nonlocal last
-        failed = sum(tally.failed.values())
-        done = tally.answered + failed
-        note = "".join(
-            f", {count} {name}"
-            for name, count in (("failed", failed), ("retried", tally.retried))
-            if count
-        )
-        if progress.console.is_terminal:
-            progress.update(bar, total=plan.to_ask, completed=done, description=f"asking{note}")
-        elif time.monotonic() - last > REPORT_EVERY:
-            last = time.monotonic()
-            print(f"asking: {done} of {plan.to_ask}{note}", file=sys.stderr, flush=True)
-
-    return show
-
-
-def describe_plan(plan: Plan, teacher: TeacherConfig) -> str:
-    """What a collection would take, for `collect.dry_run`."""
-    money = "unknown: set teacher.price.input and teacher.price.output, per million tokens"
-    if plan.cost is not None:
-        money = f"at most about {plan.cost:,.4f}"
-    bound = "at most" if teacher.max_tokens else "a guess, as teacher.max_tokens is null,"
-    return "\n".join(
-        (
-            f"prompts     {plan.prompts:>10,}",
-            f"cached      {plan.cached:>10,}",
-            f"failed      {plan.failed:>10,}   asked again with collect.retry_failed=true alone",
-            f"duplicates  {plan.duplicates:>10,}",
-            f"to ask      {plan.to_ask:>10,}",
-            f"tokens in   {plan.prompt_tokens:>10,}   about, by a count of characters",
-            f"tokens out  {plan.completion_tokens:>10,}   {bound} of all answers",
-            f"cost        {money}",
-        )
-    )
-
-
-def describe(store: Path) -> str:
-    """Counts, lengths, finish reasons, cost and the extremes of a store, for `stats`."""
-    if not store.is_file():
-        raise StoreError(f"{store}: no such store, so nothing to describe: check `store`")
-    lengths: list[int] = []
-    unfinished = thoughts = 0
-    counts: dict[str, Counter[str]] = {"model": Counter(), "finish_reason": Counter()}
-    bill: Counter[str] = Counter()
-    keys: set[str] = set()
-
-    def answers() -> Iterable[tuple[int, str, str]]:
-        nonlocal unfinished, thoughts
-        for _, record in read_records(store):
-            anchor = anchor_of(record)
-            unfinished += anchor is not None and not anchor.finished
-            thoughts += anchor is None or len(anchor.response) < len(record["response"])
-            keys.add(record["key"])
-            lengths.append(len(record["response"]))
-            for name, counter in counts.items():
-                counter[str(record[name])] += 1
-            _charge(bill, record)
-            yield lengths[-1], printable(record["id"], 80), record["response"]
-
-    short: list[tuple[int, str, str]] = []
-    long: list[tuple[int, str, str]] = []
-    for answer in answers():
-        short = heapq.nsmallest(10, [*short, answer])
-        long = heapq.nlargest(10, [*long, answer])
-    reasons: Counter[str] = Counter()
-    for _, record in read_failures(store):
-        reasons[record["reason"]] += 1
-        _charge(bill, record)
-    lines = [f"answers        {len(lengths):,}" + _twice(len(lengths) - len(keys))]
-    lines += [f"{name:<14} {_table(counter)}" for name, counter in counts.items()]
-    lines += [f"unfinished     {unfinished:,}", f"with thoughts  {thoughts:,}"]
-    lines += [f"failures       {_table(reasons) if reasons else 0}"]
-    lines += [
-        f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
-        f"cost           {_money(bill['cost'] / 1e9, bill['unpriced'], bill['records'])}",
-    ]
-    if lengths:
-        lines += [
-            f"characters     shortest {min(lengths)}, median {statistics.median(lengths):g}, "
-            f"mean {statistics.fmean(lengths):.1f}, longest {max(lengths)}"
-        ]
-    for title, extremes in (("shortest", short), ("longest", long)):
-        lines += [f"{title}:"]
-        lines += [f"  {size:>6}  {name}  {text!r:.80}" for size, name, text in extremes]
-    return "\n".join(lines)
-
-
-def describe_answers(store: Path, prompts: Sequence[Prompt]) -> Iterable[str]:
-    """How good the answers are that a store has to these prompts, as far as that can be told."""
-    from pujax.run.judged import judged
-
-    asked = {messages_key(prompt.messages): prompt for prompt in prompts}
-    anchors: dict[str, Anchor] = {}
-    several: Counter[str] = Counter()
-    for _, record in read_records(store):
-        key, anchor = messages_key(record["messages"]), anchor_of(record)
-        if key in asked and anchor is not None:
-            anchors[key] = anchor
-            several[key] += 1
-    told = {"answered": f"{len(anchors):,} of {counted(len(asked), 'prompt')}"}
-    if again := sum(count > 1 for count in several.values()):
-        told["several"] = (
-            f"{counted(again, 'prompt')} with answers by several models or settings: of one "
-            "model's the newest is used"
-        )
-    told |= judged([(asked[key], anchor.response) for key, anchor in anchors.items()])
-    yield "of data.prompts:"
-    yield from (f"  {name:<14} {words}" for name, words in told.items())
-
-
-def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
-    for name in ("prompt_tokens", "completion_tokens"):
-        bill[name] += (record["usage"] or {}).get(name, 0)
-    bill["cost"] += round((record["cost"] or 0.0) * 1e9)
-    bill["unpriced"] += record["cost"] is None
-    bill["records"] += 1
-
-
-def _table(counter: Counter[str]) -> str:
-    return ", ".join(f"{printable(name, 80)} {count:,}" for name, count in counter.most_common())
-
-
-def _twice(count: int) -> str:
-    return f" ({count:,} of them asked twice)" if count else ""
-
-
-def _money(known: float, unpriced: int, records: int) -> str:
-    """A sum of money; what had no price is not taken for nothing."""
-    if records and unpriced == records:
-        return "unknown"
-    return f"{known:,.4f}" + (f" (the price of {unpriced:,} was unknown)" if unpriced else "")
 
 
 main = command("collect", CollectRun, run)

@@ -1,12 +1,14 @@
 """What can be said of a teacher's answers before anything is learnt from them. No jax, no numpy."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from pujax.evaluation import text
-from pujax.records import Example, Prompt
+from pujax.records import Anchor, Example, Prompt, messages_key
 from pujax.run.gate import near_duplicates, refuses
-from pujax.text import printable
+from pujax.teacher.store import anchor_of, read_records
+from pujax.text import counted, printable
 
 ALIKE = 0.8
 """The share of word triples from which answers are told as near copies."""
@@ -32,6 +34,27 @@ def judged(pairs: Sequence[tuple[Prompt, str]]) -> dict[str, str]:
     if copies := len(near_duplicates(examples, ALIKE)):
         told["near copies"] = f"{copies} of {len(pairs)}"
     return told
+
+
+def describe_answers(store: Path, prompts: Sequence[Prompt]) -> Iterable[str]:
+    """How good the answers are that a store has to these prompts, as far as that can be told."""
+    asked = {messages_key(prompt.messages): prompt for prompt in prompts}
+    anchors: dict[str, Anchor] = {}
+    several: Counter[str] = Counter()
+    for _, record in read_records(store):
+        key, anchor = messages_key(record["messages"]), anchor_of(record)
+        if key in asked and anchor is not None:
+            anchors[key] = anchor
+            several[key] += 1
+    told = {"answered": f"{len(anchors):,} of {counted(len(asked), 'prompt')}"}
+    if again := sum(count > 1 for count in several.values()):
+        told["several"] = (
+            f"{counted(again, 'prompt')} with answers by several models or settings: of one "
+            "model's the newest is used"
+        )
+    told |= judged([(asked[key], anchor.response) for key, anchor in anchors.items()])
+    yield "of data.prompts:"
+    yield from (f"  {name:<14} {words}" for name, words in told.items())
 
 
 def _quoted(answer: str) -> str:
