@@ -136,8 +136,11 @@ class ScoringContext:
 # ---------------------------------------------------------------------- scores without a new prompt
 
 
-def embedding(context: ScoringContext, *, depth: float = 2 / 3) -> Float[Array, "B G"]:
-    """cos(h(y), h(a)): h averages the hidden state at `depth` of the layers over the response."""
+def embedding(context: ScoringContext, *, depth: float = 0.6667) -> Float[Array, "B G"]:
+    """cos(h(y), h(a)): h averages the hidden state at `depth` of the layers over the response.
+
+    Two thirds of them, to the digits that settings have: rounded to a layer it is the same.
+    """
     layers = max(1, round(depth * context.model.config.layers))
     hidden = context.hidden(layers).astype(jnp.float32)
     count = jnp.maximum(context.mask.sum(axis=-1), 1)[..., None]
