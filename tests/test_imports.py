@@ -63,12 +63,27 @@ def test_rooms_import_one_way():
             assert down or (room(other) == room(name) and "." in name), f"{name} imports {other}"
 
 
-def test_the_readmes_map_names_every_file_and_lists_the_lowest_floor_first():
-    readme = (ROOT.parent / "README.md").read_text(encoding="utf-8")
-    listed = readme.partition("## The code")[2].split("```")[1]
-    assert {name.rpartition(".")[2] for name in FILES} <= set(re.findall(r"\w+", listed))
+README = (ROOT.parent / "README.md").read_text(encoding="utf-8")
+MAP = README.partition("## The code")[2].split("```")[1]
+
+
+def mapped():
+    """Every module that the map names: a room's after its colon, else a line's first words."""
+    for entry in re.split(r"\n  (?=\w)", MAP.partition("conf/")[0])[1:]:
+        name, _, told = entry.partition("  ")
+        if name.endswith("/"):
+            yield from (f"{name[:-1]}.{inner}" for inner in told.partition(": ")[2].split())
+        else:
+            yield from name.split()
+
+
+def test_the_readmes_map_names_the_files_that_there_are_room_by_room():
+    assert sorted(mapped()) == sorted(FILES)
+
+
+def test_the_readmes_map_lists_the_lowest_floor_first():
     floor = {name: i for i, names in enumerate(FLOORS) for name in names}
-    order = [floor[name] for name in re.findall(r"^  (\w+)", listed, re.MULTILINE)]
+    order = [floor[room(name)] for name in mapped()]
     assert order == sorted(order)
 
 
@@ -107,14 +122,37 @@ def test_the_front_door_is_quick():
     assert loads("import pujax; pujax.load_prompts", "jax", "transformers") == []
 
 
-def test_the_method_loads_jax_flax_and_optax_alone():
-    heavy = ("hydra", "omegaconf", "transformers", "tokenizers", "gguf", "jinja2", "safetensors")
-    heavy += ("datasets", "httpx", "orbax", "tensorboardX", "huggingface_hub")
-    assert loads("import pujax.method.step", "jax", "flax", "optax", *heavy) == [
-        "flax",
-        "jax",
-        "optax",
-    ]
+def loaded(code):
+    """The packages that a process has loaded after `code`, Python's own left out."""
+    shown = "import sys; print(*{name.partition('.')[0] for name in sys.modules})"
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code}; {shown}"], capture_output=True, text=True, check=True
+    )
+    return set(done.stdout.split()) - sys.stdlib_module_names
+
+
+FIELD = {"jax", "flax", "optax", "numpy", "jaxtyping"}
+
+
+def test_the_method_loads_what_jax_flax_and_optax_load_and_nothing_else():
+    theirs = loaded("import jax.experimental.multihost_utils, flax.linen, optax, jaxtyping")
+    assert {"jax", "flax", "optax"} <= theirs
+    assert loaded("import pujax.method.step") - theirs == {"pujax"}
+
+
+def test_the_method_and_all_below_it_import_no_package_but_the_fields():
+    """Even one that flax happens to load, as it does rich and yaml."""
+    graph, below = {name: imported(path) for name, path in FILES.items()}, {"method.step"}
+    while more := set().union(*(graph[name] for name in below)) - below:
+        below |= more
+    assert {"types", "errors", "models.decoder", "method.losses"} <= below
+    for name in below:
+        tree = ast.parse(FILES[name].read_text(encoding="utf-8"))
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            packages = {each.partition(".")[0] for each in names}
+            assert packages - sys.stdlib_module_names <= FIELD | {"pujax"}, name
 
 
 def test_rewards_and_their_workers_need_neither_jax_nor_numpy():
@@ -125,3 +163,11 @@ def test_rewards_and_their_workers_need_neither_jax_nor_numpy():
 def test_the_teacher_needs_no_jax_and_its_command_no_numpy():
     assert loads("import pujax.teacher.anchors", "jax", "flax", "transformers") == []
     assert loads("import pujax.collect, pujax.teacher.asking", "jax", "numpy") == []
+
+
+def test_a_mesh_axis_is_named_in_the_table_of_parameters_alone():
+    for name, path in FILES.items():
+        literals = {
+            n.value for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.Constant)
+        }
+        assert name == "models.parameters" or not literals & {"fsdp", "tensor"}, name

@@ -159,7 +159,7 @@ def load_all(directory: Path) -> list[Evaluation]:
 
 
 def of_run(evaluations: Sequence[Evaluation]) -> list[Evaluation]:
-    """Those of a run's own models, or where there are none of those, all."""
+    """The evaluations of base, sft and aligned alone; all, where there are none of these."""
     own = [evaluation for evaluation in evaluations if evaluation.model in OWN]
     return own or list(evaluations)
 

@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 STATES = ("checkpoints", "damaged")
-"""The states to go on from, and those that once were: a run that is done needs neither."""
+"""Its folders of checkpoints, sound and damaged: a run that is done needs neither."""
 
 
 def ending(directory: Path, *, clean: bool) -> str:

@@ -10,6 +10,7 @@
 with one of its checkpoints, after two of the four steps of the alignment.
 """
 
+import importlib
 import json
 import os
 import shutil
@@ -84,6 +85,22 @@ def test_the_same_command_goes_on_with_it_and_takes_the_same_steps(landed, tmp_p
         assert {key: row[key] for key in was} == pytest.approx(was, rel=1e-4, abs=1e-6)
     now = load(landed / "eval-aligned.jsonl").rows
     assert [row.response for row in now] == [row.response for row in answers]
+
+
+def test_the_commands_take_it_too(landed, monkeypatch, capsys):
+    """As they are typed, through their settings."""
+
+    def told(command: str, *words: str) -> str:
+        monkeypatch.setattr(sys, "argv", [f"pujax {command}", *words])
+        importlib.import_module(f"pujax.{command}").main()
+        return capsys.readouterr().out
+
+    assert told("report", "run=run") == "run/report.html\n"
+    assert told("export", "run=run", "out=out", "compare=2") == "out\n"
+    header = told("evaluate", "run=run", "model=out", "name=again")
+    assert "again" in header
+    now, then = (load(landed / f"eval-{name}.jsonl").rows for name in ("again", "aligned"))
+    assert [row.response for row in now] == [row.response for row in then]
 
 
 def test_it_can_be_evaluated_reported_and_exported(landed):
