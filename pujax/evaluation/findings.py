@@ -19,6 +19,8 @@ SAME = 0.5  # share of one answer among a model's from which it says the same to
 BEYOND = 0.25  # by which that share exceeds the teacher's own, so that it isn't the task's
 
 LEAST = 4  # prompts below which answers may well be equal by chance
+ONE = 0.9  # share of one answer from which a model says one thing, whatever its teacher repeats
+
 
 
 @dataclass(frozen=True)
@@ -108,18 +110,29 @@ def told(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def collapses(evaluation: Evaluation) -> list[str]:
-    """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't."""
+    """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't.
+
+    A teacher that repeats itself excuses that, but not from `ONE` on where the prompts want
+    different answers, by the teacher's or by the true ones.
+    """
     found = []
     for kind, rows in _parts(evaluation):
         answer, count = _most_frequent([row.response for row in rows])
         _, of_teacher = _most_frequent([row.anchor for row in rows])
         share = count / len(rows)
-        if share >= SAME and share - of_teacher / len(rows) >= BEYOND:
+        more = share >= SAME and share - of_teacher / len(rows) >= BEYOND
+        if more or share >= ONE > wanted:
             distinct = len({_plain(row.response) for row in rows})
             found.append(
                 f"{evaluation.model} says the same to {count} of {len(rows)} prompts{kind}, "
-                f"{_quoted(answer)} ({distinct} distinct answers; the teacher's most frequent one "
-                f"is to {of_teacher})"
+        truths = [row.answer for row in rows if row.answer is not None]
+        _, of_truth = _most_frequent(truths or [""])
+        told = f"the teacher's most frequent one is to {of_teacher}"
+        wanted = of_teacher / len(rows)
+        if len(truths) >= LEAST:
+            wanted = min(wanted, of_truth / len(truths))
+            told += f", the most frequent true one to {of_truth} of {len(truths)}"
+                f"{_quoted(answer)} ({distinct} distinct answers; {told})"
             )
     return found
 

@@ -58,6 +58,30 @@ def test_answers_that_the_teacher_repeats_too_are_no_collapse():
 
 
 def test_the_verdict_says_what_is_better_and_what_is_not_clear():
+def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itself():
+    anchors, truths = ["billing"] * 32 + ["account"] * 8, ["billing", "account"] * 20
+    one = evaluation("aligned", ["Billing"] * 40, anchors=anchors)
+    (told,) = findings.collapses(one)
+    assert told.endswith("(1 distinct answers; the teacher's most frequent one is to 32)")
+    (told,) = findings.collapses(
+        evaluation("m", ["billing"] * 37 + ["x"] * 3, anchors=["billing"] * 40, truths=truths)
+    )
+    assert told == (
+        "m says the same to 37 of 40 prompts, “billing” (2 distinct answers; the teacher's most "
+        "frequent one is to 40, the most frequent true one to 20 of 40)"
+    )
+    found = findings.verdict_on([different("sft", 40, rouge=0.1), one])
+    assert (found.style, found.sentence.split(":")[0]) == (
+        "loss",
+        "Not a success, whatever the averages say",
+    )
+    # Nine in ten tickets are about billing indeed, and the model tells some others apart.
+    rare = ["billing"] * 37 + ["account"] * 3
+    assert findings.collapses(evaluation("m", rare, anchors=rare, truths=rare)) == []
+    less = ["billing"] * 35 + ["account"] * 5
+    assert findings.collapses(evaluation("m", less, anchors=anchors, truths=truths)) == []
+
+
     found = findings.verdict_on(
         [different("sft", 40, rouge=0.1), different("aligned", 40, rouge=0.2)]
     )
