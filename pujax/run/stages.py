@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.config.settings import TrainConfig
-from pujax.errors import NonFiniteError, StopRequested, require
+from pujax.errors import DivergedError, NonFiniteError, StopRequested, require
 from pujax.evaluation import results
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric
@@ -192,13 +192,13 @@ class Run:
 
         `state` has `done` steps behind it. The last state's are handed on, or with a criterion the
         best of those that were measured. Raises `NonFiniteError` for a stage that ends on a skipped
-        update.
+        update, and `DivergedError` for one that goes astray.
         """
         self.checkpoints.keep_best(stage.name, range(done + 1))  # a killed process may have more
         if self.criterion and not done:
             self._values(stage.model, stage.begun, self.criterion)  # fails now, not at the end
             self.checkpoints.save_best(stage.name, 0, state.params)
-        seed = (self.config.seed, stage.salt)
+        seed, course = (self.config.seed, stage.salt), self.symptoms.course(stage.name)
         steps = range(done + 1, stage.steps + 1)
         last = done
         ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
@@ -233,7 +233,8 @@ class Run:
                 if metrics["skipped"]:
                     self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
                 wished = self.stopping()
-                if step == stage.steps or wished or step % self.config.checkpoint.every == 0:
+                due = step % self.config.checkpoint.every == 0 and not course.astray
+                if step == stage.steps or wished or due:
                     self._save(stage, step, state)
                     self.pause(f"after {stage.name} step {step}")
                 ended = self._measured(stage, state, step)
@@ -244,6 +245,7 @@ class Run:
             )
         return self._handed_on(stage, state, last)
 
+                self._refuse_divergence(stage)
     def _save(self, stage: Stage, step: int, state: TrainState) -> None:
         """A checkpoint behind what is logged, and no best state that no checkpoint can need."""
         self.log.flush()  # a line that is lost is never written again
@@ -251,6 +253,7 @@ class Run:
         if self.criterion:
             values = self._values(stage.model, stage.begun, self.criterion)
             ends = [number - stage.before for number in self.checkpoints.numbers()]
+        self._refuse_divergence(stage)  # which an earlier process may have gone through
             needed = {
                 self.criterion.best({at: value for at, value in values.items() if at <= end})
                 for end in [*ends, step]
@@ -353,6 +356,26 @@ def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> To
     if not data.examples:  # as of no anchors, where there is no SFT
         return None
     prompts = -(-prompts // ways)
+
+    def _refuse_divergence(self, stage: Stage) -> None:
+        """Raise `DivergedError` where the stage is lost, before its state is saved or handed on."""
+        course = self.symptoms.course(stage.name)
+        if not course.diverged(stage.steps):
+            return
+        self.log.flush()
+        ends = [number - stage.before for number in self.checkpoints.numbers()]
+        good = max((end for end in ends if 0 < end <= course.good), default=None)
+        left = f"{self.directory}/reference has what it began with"
+        if good is not None:
+            left = f"the last good checkpoint is {self.directory}/checkpoints/{stage.before + good}"
+        elif stage.before == 0:
+            left = "no checkpoint is from before"
+        key, rate = f"{stage.name}.lr", getattr(self.config, stage.name).lr
+        raise DivergedError(
+            f"{stage.name} diverged after step {course.good} of {stage.steps}: {course.why}, after "
+            f"{course.astray} such steps; {left}; nothing is exported: begin another run with a "
+            f"lower {key} than {rate:g}"
+        )
 
     def most(lengths: Sequence[float], each: int, size: int) -> int:
         whole = prompts * each * size
