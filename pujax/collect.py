@@ -242,22 +242,16 @@ def describe(store: Path) -> str:
 
 def describe_answers(store: Path, prompts: Sequence[Prompt]) -> Iterable[str]:
     """How good the answers are that a store has to these prompts, as far as that can be told."""
-    from pujax.run.judged import judged
+    from pujax.run.judged import judged, kept
 
     asked = {messages_key(prompt.messages): prompt for prompt in prompts}
     anchors: dict[str, Anchor] = {}
-    several: Counter[str] = Counter()
     for _, record in read_records(store):
         key, anchor = messages_key(record["messages"]), anchor_of(record)
         if key in asked and anchor is not None:
             anchors[key] = anchor
-            several[key] += 1
     told = {"answered": f"{len(anchors):,} of {counted(len(asked), 'prompt')}"}
-    if again := sum(count > 1 for count in several.values()):
-        told["several"] = (
-            f"{counted(again, 'prompt')} with answers by several models or settings: of one "
-            "model's the newest is used"
-        )
+    told |= kept(store, prompts, TeacherConfig())
     told |= judged([(asked[key], anchor.response) for key, anchor in anchors.items()])
     yield "of data.prompts:"
     yield from (f"  {name:<14} {words}" for name, words in told.items())

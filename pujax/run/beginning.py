@@ -18,7 +18,7 @@ from pujax.models.parameters import param_shapes
 from pujax.records import Example
 from pujax.run.data import Dataset
 from pujax.run.ending import amount
-from pujax.run.judged import judged
+from pujax.run.judged import judged, kept
 from pujax.run.measure import flops, matmul_rate
 from pujax.run.provenance import teachers_in
 from pujax.run.student import Student
@@ -56,7 +56,10 @@ def work(
     candidates = data.candidates or config.sampling.candidates
     loss = str(config.loss.get("_target_", "")).rpartition(".")[2]
     trained = len(data.examples)
-    told = judged([(each.prompt, each.anchor) for each in data.with_anchors.examples])
+    answered = [(each.prompt, each.anchor) for each in data.with_anchors.examples]
+    told = judged(answered)
+    if config.data.anchors is not None and Path(config.data.anchors).is_file():
+        told |= kept(Path(config.data.anchors), [prompt for prompt, _ in answered], config.teacher)
     lines = [
         f"anchors: {_whose(config)}; prompts to {data.prompt_size} tokens, responses to "
         f"{data.response_size}",

@@ -1,12 +1,15 @@
 """What can be said of a teacher's answers before anything is learnt from them. No jax, no numpy."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from pujax.evaluation import text
-from pujax.records import Example, Prompt
+from pujax.records import Example, Prompt, messages_key
 from pujax.run.gate import near_duplicates, refuses
-from pujax.text import printable
+from pujax.teacher.settings import TeacherConfig
+from pujax.teacher.store import read_records, said
+from pujax.text import counted, printable
 
 ALIKE = 0.8
 """The share of word triples from which answers are told as near copies."""
@@ -31,6 +34,44 @@ def judged(pairs: Sequence[tuple[Prompt, str]]) -> dict[str, str]:
     examples = [Example(prompt, (), (), answer, (), True) for prompt, answer in pairs]
     if copies := len(near_duplicates(examples, ALIKE)):
         told["near copies"] = f"{copies} of {len(pairs)}"
+    return told
+
+
+LEARNT = {
+    "strip": "left out of what is learnt",
+    "keep": "learnt with it",
+    "fail": "a failure, and not used",
+}
+"""What becomes of a thought that leads an answer, by `teacher.thoughts`."""
+
+
+def kept(store: Path, prompts: Iterable[Prompt], teacher: TeacherConfig) -> dict[str, str]:
+    """What else a store has to these prompts: several answers to one, and thoughts.
+
+    In words, as `judged`, with what is used of it: nothing about what there is none of. Raises
+    `StoreError`.
+    """
+    asked = {messages_key(prompt.messages) for prompt in prompts}
+    answers, thoughts = Counter(), 0
+    for _, record in read_records(store):
+        key = messages_key(record["messages"])
+        if key not in asked:
+            continue
+        bare = said(record["response"], "strip")
+        answers[key] += bare is not None or teacher.thoughts == "keep"
+        thoughts += bare != record["response"]
+    told = {}
+    if several := sum(count > 1 for count in answers.values()):
+        used = "that to these settings" if teacher.asks else "of one model's the newest"
+        told["several"] = (
+            f"{counted(several, 'prompt')} with answers by several models or settings: {used} is "
+            "used"
+        )
+    if thoughts:
+        told["with thoughts"] = (
+            f"{counted(thoughts, 'answer')}: the thought is {LEARNT[teacher.thoughts]} "
+            f"(teacher.thoughts={teacher.thoughts})"
+        )
     return told
 
 

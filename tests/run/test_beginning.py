@@ -1,6 +1,7 @@
 """The first words of a run are those of its settings, and its guesses those of arithmetic."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from pujax.records import Example, Prompt
 from pujax.run import beginning
 from pujax.run.data import Dataset
 from pujax.run.student import Student
+from pujax.teacher.settings import TeacherConfig
 
 CONFIG = TrainConfig(
     model=ModelConfig(path="mine"),
