@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 
 from pujax.config.settings import TrainConfig
 from pujax.config.tool_settings import WorkConfig
+from pujax.evaluation.waiting import duration
 from pujax.method.step import Recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.parameters import param_shapes
@@ -23,6 +24,8 @@ from pujax.run.measure import flops, matmul_rate
 from pujax.run.provenance import teachers_in
 from pujax.run.student import Student
 from pujax.text import counted
+
+PACED = 6  # steps whose ends tell a pace: the first one compiles
 
 SHARE = 0.5
 """Of a matrix product's speed, what a whole run gets out of a CPU: a benchmark's steps, which have
@@ -70,7 +73,7 @@ def work(
         f"evaluation: {counted(len(asked), 'held-out prompt')}, of the base and after each stage",
     ]
     seconds = expected_seconds(config, student.model, recipe, data, asked)
-    time = "about " + _span(seconds) if seconds else "the progress line says it from step 2 on"
+    time = "about " + _span(seconds) if seconds else "said after the first steps"
     return [*lines, f"time: {time}; disk: about {amount(expected_bytes(config, student))}"]
 
 
@@ -118,6 +121,17 @@ def expected_seconds(
     times = 1 + bool(sft.steps) + bool(align.steps)
     work = align.steps * (align.inner_epochs * trained + rest) + sft.steps * supervised
     return (work + times * evaluated) / (SHARE * _rate(jnp.dtype(model.dtype).name))
+
+
+def told_by_pace(stage: str, ends: Sequence[float], left: int, evaluation: float | None) -> str:
+    """How long a stage's last `left` steps will take, by when its first ones ended, in seconds.
+
+    `evaluation` is what one has taken, where there was any. For where `expected_seconds` says
+    nothing.
+    """
+    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+    line = f"time: {stage} takes about {duration(pace * left)} more, by its first steps"
+    return line if evaluation is None else f"{line}; an evaluation took {duration(evaluation)}"
 
 
 @cache

@@ -26,6 +26,7 @@ from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
 from pujax.run.checkpoint import Checkpoints, Place, checksums
+from pujax.run.beginning import PACED, told_by_pace
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.processes import told
@@ -81,6 +82,7 @@ class Run:
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
         return self.model.clone(budget=budget_for(data, prompts, responses, ways(self.mesh)))
+    took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
 
     def rewarded(
         self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
@@ -135,6 +137,7 @@ class Run:
                 self.budgeted(self.heldout, batch, 1),
                 assemble(self.base, trainable),
                 examples,
+            begun = time.monotonic()
                 name=name,
                 batch=batch,
                 collate=collated,
@@ -147,6 +150,7 @@ class Run:
             result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
+            self.took[name] = time.monotonic() - begun
         self.pause(f"after evaluating {name}")
         return result
 
@@ -200,7 +204,7 @@ class Run:
             self.checkpoints.save_best(stage.name, 0, state.params)
         seed, course = (self.config.seed, stage.salt), self.symptoms.course(stage.name)
         steps = range(done + 1, stage.steps + 1)
-        last = done
+        last, ends = done, list[float]()
         ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
         if done < stage.steps and not self.console.is_terminal:
             self.say(f"{stage.name}: compiling, with the first step")
@@ -234,6 +238,10 @@ class Run:
                     self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
                 wished = self.stopping()
                 due = step % self.config.checkpoint.every == 0 and not course.astray
+                ends.append(time.monotonic())
+                if len(ends) == PACED and step < stage.steps and jax.default_backend() != "cpu":
+                    took = max(self.took.values(), default=None)
+                    self.say(told_by_pace(stage.name, ends, stage.steps - step, took))
                 if step == stage.steps or wished or due:
                     self._save(stage, step, state)
                     self.pause(f"after {stage.name} step {step}")

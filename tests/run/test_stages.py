@@ -368,3 +368,12 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     assert evaluated([1.0, 2.0], samples=2, temperature=0.5) == 1
     ours.write_bytes(whole.split(b"\n", 1)[1])  # as a pujax before wrote it
     assert evaluated([1.0, 2.0]) == 0
+
+
+def test_where_arithmetic_can_not_tell_the_time_the_first_steps_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (tmp_path / "short").mkdir()
+    *_, said = gone_through(tmp_path, [0.5] * 99, steps=9)
+    assert said == ["time: sft takes about 0:00 more, by its first steps"]
+    *_, said = gone_through(tmp_path / "short", [0.5] * 99, steps=6)
+    assert said == []
