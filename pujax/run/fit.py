@@ -41,6 +41,7 @@ from pujax.models.sharding import make_mesh, padding_of, tree_shardings
 from pujax.records import STAGES, Example
 from pujax.run import beginning
 from pujax.run.checkpoint import Checkpoints, Place, checksums
+from pujax.run.control import make_control
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
 from pujax.run.ending import ending
@@ -257,6 +258,15 @@ def aligned(
     root = jax.random.key(config.seed)
     sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
 
+    control = make_control(
+        recipe,
+        run.model,
+        lambda trainable: assemble(run.base, trainable if recipe.by_policy else reference),
+        data,
+        mesh=run.mesh,
+        decode=run.chat.decode,
+        seed=config.seed,
+    )
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any], Group]:
@@ -269,7 +279,7 @@ def aligned(
 
     stage = Stage(
         "align", "aligned", begun, align.steps, align.prompts, data,
-        before=config.sft.steps, salt=1, advance=advance,
+        before=config.sft.steps, salt=1, advance=advance, control=control,
     )  # fmt: skip
     with rewards:
         return run.through(stage, state, done)
@@ -383,7 +393,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
     told(report)
     run.console.print(tables.table(made))
-    for line in findings.told(made):
+    for line in findings.told(made, run.symptoms.control):
         run.say(line)
     run.pause("before it was marked as done")
     told(lambda: write_whole(directory / "done", b""))

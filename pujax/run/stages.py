@@ -19,14 +19,16 @@ from pujax.evaluation import results
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation
+from pujax.evaluation.statistics import FEW
 from pujax.files.chat import Chat
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
-from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.beginning import PACED, told_by_pace
+from pujax.run.checkpoint import Checkpoints, Place, checksums
+from pujax.run.control import LOOKED, Controlled
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.processes import told
@@ -42,7 +44,8 @@ class Stage:
 
     `model` is what its evaluations call the model, and `begun` the model and step of the evaluation
     of what it begins with. `advance` does one step on a batch of these examples and returns the new
-    state, its metrics, and the group it learnt from where there is one.
+    state, its metrics, and the group it learnt from where there is one. `control` says of a state's
+    groups what its score is worth beside its control.
     """
 
     name: str
@@ -56,6 +59,7 @@ class Stage:
     advance: Callable[
         [TrainState, Batch, Sequence[Example]], tuple[TrainState, dict[str, Any], Group | None]
     ]
+    control: Controlled | None = None
 
 
 @dataclass(frozen=True)
@@ -78,11 +82,11 @@ class Run:
     stopping: Callable[[], int]
     criterion: Criterion | None = None
     symptoms: Symptoms = field(default_factory=Symptoms)
+    took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
         return self.model.clone(budget=budget_for(data, prompts, responses, ways(self.mesh)))
-    took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
 
     def rewarded(
         self, rewards: Rewards, batch: Batch, made: Completions, examples: Sequence[Example]
@@ -133,11 +137,11 @@ class Run:
                 self.pause(f"while evaluating {name}")
                 return put_batch(self.mesh, collate(some, self.heldout), batch)
 
+            begun = time.monotonic()
             found = evaluate(
                 self.budgeted(self.heldout, batch, 1),
                 assemble(self.base, trainable),
                 examples,
-            begun = time.monotonic()
                 name=name,
                 batch=batch,
                 collate=collated,
@@ -146,11 +150,11 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
                 say=None if self.console.is_terminal else self.say,
             )
+            self.took[name] = time.monotonic() - begun
             # A metric of one's own may find something else in each process.
             result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
             self._warn(line)
-            self.took[name] = time.monotonic() - begun
         self.pause(f"after evaluating {name}")
         return result
 
@@ -229,23 +233,27 @@ class Run:
                 # Of all threads: how long a step took on a machine that does other work too.
                 worked = time.process_time() - worked + metrics.get("time/reward_cpu_s", 0.0)
                 metrics["time/cpu_s"] = worked
+                if group is not None:
+                    metrics |= self._controlled(stage, step, state, placed, examples, group)
                 line = self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens)
                 show(line)
                 self._warn(line)
-                if group is not None:
-                    self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
-                if metrics["skipped"]:
-                    self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
-                wished = self.stopping()
-                due = step % self.config.checkpoint.every == 0 and not course.astray
                 ends.append(time.monotonic())
                 if len(ends) == PACED and step < stage.steps and jax.default_backend() != "cpu":
                     took = max(self.took.values(), default=None)
                     self.say(told_by_pace(stage.name, ends, stage.steps - step, took))
+                if group is not None:
+                    self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
+                self._refuse_divergence(stage)
+                if metrics["skipped"]:
+                    self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
+                wished = self.stopping()
+                due = step % self.config.checkpoint.every == 0 and not course.astray
                 if step == stage.steps or wished or due:
                     self._save(stage, step, state)
                     self.pause(f"after {stage.name} step {step}")
                 ended = self._measured(stage, state, step)
+        self._refuse_divergence(stage)  # which an earlier process may have gone through
         if skipped := int(state.skipped):
             raise NonFiniteError(
                 f"{stage.name} ended on {skipped} updates that were not finite and so skipped: "
@@ -253,7 +261,26 @@ class Run:
             )
         return self._handed_on(stage, state, last)
 
-                self._refuse_divergence(stage)
+    def _controlled(
+        self,
+        stage: Stage,
+        step: int,
+        state: TrainState,
+        batch: Batch,
+        examples: Sequence[Example],
+        group: Group,
+    ) -> dict[str, float]:
+        """What the score of a stage's first groups is worth beside its control, until it is known.
+
+        A stage of fewer than `FEW` groups tells nothing. What a run that goes on knows already is
+        in `metrics.jsonl`.
+        """
+        looked, whole = (steps * stage.prompts for steps in (step - 1, stage.steps))
+        known = self.symptoms.control.groups >= FEW or looked >= LOOKED or whole < FEW
+        if stage.control is None or known or batch.given is not None:
+            return {}
+        return stage.control(step, state.params, batch, examples, group).metrics
+
     def _save(self, stage: Stage, step: int, state: TrainState) -> None:
         """A checkpoint behind what is logged, and no best state that no checkpoint can need."""
         self.log.flush()  # a line that is lost is never written again
@@ -261,7 +288,6 @@ class Run:
         if self.criterion:
             values = self._values(stage.model, stage.begun, self.criterion)
             ends = [number - stage.before for number in self.checkpoints.numbers()]
-        self._refuse_divergence(stage)  # which an earlier process may have gone through
             needed = {
                 self.criterion.best({at: value for at, value in values.items() if at <= end})
                 for end in [*ends, step]
@@ -331,6 +357,26 @@ class Run:
         for said in self.symptoms.of(dict(line)):
             self.say(f"warning: {said}")
 
+    def _refuse_divergence(self, stage: Stage) -> None:
+        """Raise `DivergedError` where the stage is lost, before its state is saved or handed on."""
+        course = self.symptoms.course(stage.name)
+        if not course.diverged(stage.steps):
+            return
+        self.log.flush()
+        ends = [number - stage.before for number in self.checkpoints.numbers()]
+        good = max((end for end in ends if 0 < end <= course.good), default=None)
+        left = f"{self.directory}/reference has what it began with"
+        if good is not None:
+            left = f"the last good checkpoint is {self.directory}/checkpoints/{stage.before + good}"
+        elif stage.before == 0:
+            left = "no checkpoint is from before"
+        key, rate = f"{stage.name}.lr", getattr(self.config, stage.name).lr
+        raise DivergedError(
+            f"{stage.name} diverged after step {course.good} of {stage.steps}: {course.why}, after "
+            f"{course.astray} such steps; {left}; nothing is exported: begin another run with a "
+            f"lower {key} than {rate:g}"
+        )
+
     def _not_finite(
         self, stage: Stage, step: int, batch: Batch, count: int, state: TrainState
     ) -> None:
@@ -364,26 +410,6 @@ def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> To
     if not data.examples:  # as of no anchors, where there is no SFT
         return None
     prompts = -(-prompts // ways)
-
-    def _refuse_divergence(self, stage: Stage) -> None:
-        """Raise `DivergedError` where the stage is lost, before its state is saved or handed on."""
-        course = self.symptoms.course(stage.name)
-        if not course.diverged(stage.steps):
-            return
-        self.log.flush()
-        ends = [number - stage.before for number in self.checkpoints.numbers()]
-        good = max((end for end in ends if 0 < end <= course.good), default=None)
-        left = f"{self.directory}/reference has what it began with"
-        if good is not None:
-            left = f"the last good checkpoint is {self.directory}/checkpoints/{stage.before + good}"
-        elif stage.before == 0:
-            left = "no checkpoint is from before"
-        key, rate = f"{stage.name}.lr", getattr(self.config, stage.name).lr
-        raise DivergedError(
-            f"{stage.name} diverged after step {course.good} of {stage.steps}: {course.why}, after "
-            f"{course.astray} such steps; {left}; nothing is exported: begin another run with a "
-            f"lower {key} than {rate:g}"
-        )
 
     def most(lengths: Sequence[float], each: int, size: int) -> int:
         whole = prompts * each * size

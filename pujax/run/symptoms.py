@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from pujax.evaluation.signal import Control
 from pujax.files.durable import Line
 from pujax.types import Group
 
@@ -23,10 +24,10 @@ CUT_OFF = 0.3  # the share of responses that reach T tokens
 FAR = 0.5  # nats a token from the reference
 WORSE = 0.02  # nats a token that SFT may lose on held-out anchors before it is said
 
-
 LASTING = 10  # steps in a row that are astray before a stage is given up
 ABOVE = 2.0  # times what a loss is at first or at its best, by which it is astray
 GONE = 5.0  # nats a token from the reference: each token is e^5 times as likely as it was, or less
+
 
 def group_notes(group: Group) -> dict[str, float]:
     """Metrics of a step's groups, on the host.
@@ -54,7 +55,6 @@ def group_notes(group: Group) -> dict[str, float]:
     }
 
 
-class Symptoms:
 class Course:
     """How far a stage has come without going astray; takes its lines in their order.
 
@@ -96,6 +96,7 @@ class Course:
         return self.astray >= max(1, min(LASTING, steps - 1))
 
 
+class Symptoms:
     """Sees every line of `metrics.jsonl` in its order; `of` returns what there is to say of one.
 
     Each symptom is told of once. A resumed run shows the lines that it had to a new one first, and
@@ -107,31 +108,34 @@ class Course:
         self._first: dict[str, list[Line]] = {}
         self._last: dict[str, deque[Line]] = {}
         self._anchors: list[tuple[str, float]] = []
+        self._courses: dict[str, Course] = {}
+        self.control = Control()
 
     def of(self, line: Line) -> list[str]:
         """The warnings that this line brings, each a sentence with its remedy."""
         if line["stage"] == "eval":
             return self._once({"memorised": self._memorised(line)})
+        self.course(line["stage"]).take(line)
         first = self._first.setdefault(line["stage"], [])
         last = self._last.setdefault(line["stage"], deque(maxlen=WINDOW))
         if len(first) < WINDOW:
-        self.course(line["stage"]).take(line)
             first.append(line)
         last.append(line)
-        if line["stage"] != "align" or len(last) < WINDOW:
-            return []
-        found = {name: rule(first, last) for name, rule in RULES.items()}
+        self.control = self.control.and_of(line)
+        found = {"control": self.control.warning}
+        if line["stage"] == "align" and len(last) == WINDOW:
+            found |= {name: rule(first, last) for name, rule in RULES.items()}
         where = f"align step {line['step']}: "
         return self._once({name: said and where + said for name, said in found.items()})
+
+    def course(self, stage: str) -> Course:
+        """How the stage goes, by the lines that were seen of it."""
+        return self._courses.setdefault(stage, Course())
 
     def _once(self, found: Mapping[str, str | None]) -> list[str]:
         fresh = {name: said for name, said in found.items() if said and name not in self._told}
         self._told |= fresh.keys()
         return list(fresh.values())
-    def course(self, stage: str) -> Course:
-        """How the stage goes, by the lines that were seen of it."""
-        return self._courses.setdefault(stage, Course())
-
 
     def _memorised(self, line: Line) -> str | None:
         """SFT makes the log-prob of held-out anchors worse than it was, base included."""

@@ -1,5 +1,6 @@
 from pujax.evaluation import findings
 from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.signal import Control
 
 
 def evaluation(model, responses, *, anchors=None, kind=None, logp=-1.0, rouge=0.5, truths=None):
@@ -57,7 +58,6 @@ def test_answers_that_the_teacher_repeats_too_are_no_collapse():
     assert told == "the teacher says the same to 40 of 40 prompts, “yes”"
 
 
-def test_the_verdict_says_what_is_better_and_what_is_not_clear():
 def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itself():
     anchors, truths = ["billing"] * 32 + ["account"] * 8, ["billing", "account"] * 20
     one = evaluation("aligned", ["Billing"] * 40, anchors=anchors)
@@ -82,6 +82,7 @@ def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itsel
     assert findings.collapses(evaluation("m", less, anchors=anchors, truths=truths)) == []
 
 
+def test_the_verdict_says_what_is_better_and_what_is_not_clear():
     found = findings.verdict_on(
         [different("sft", 40, rouge=0.1), different("aligned", 40, rouge=0.2)]
     )
@@ -151,3 +152,12 @@ def test_a_model_put_beside_a_run_is_spoken_of_after_the_runs_own():
     same = evaluation("zeta", ["no"] * 40)
     (told,) = findings.warnings([*own, same])
     assert told.startswith("zeta says the same to 40 of 40 prompts")
+
+
+def test_a_score_that_its_control_equals_is_what_a_reader_is_told_first():
+    few, control = different("aligned", 12), Control(32, 0.5, 0.5)
+    first, second = findings.warnings([few], control)
+    assert first == control.warning
+    assert "rests on 12 prompts" in second
+    assert findings.told([few], control)[1] == f"warning: {control.warning}"
+    assert len(findings.warnings([few], Control(32, 0.8, 0.5))) == 1
