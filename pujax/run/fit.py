@@ -96,8 +96,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):
         say(line)
-    aloud = None if console.is_terminal else say
-    with waited("reading the student", aloud):
+    with waited("reading the student", say):
         student = load_student(config.model, chat, mesh, config.seed)
         sums = checksums((student.base, student.trainable))
     mark = told(
@@ -124,7 +123,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     with closing(checkpoints), stop_signals() as stopping:
         head = new_head(recipe.scorer, shape.width)
         like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh, head)
-        place, state = checkpoints.newest(like) or (Place("sft", 0), None)
+        with waited("reading the newest checkpoint", say):
+            place, state = checkpoints.newest(like) or (Place("sft", 0), None)
         if state is not None:
             say(f"resuming after {place.stage} step {place.step}")
         resume = None if config.resume == "never" else (place.stage, place.step)
@@ -156,10 +156,12 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made = [run.evaluated("base", 0, student.trainable)]
             if place.stage == "sft":
                 reference, step = supervised(run, student.trainable, state, place.step, head)
-                checkpoints.save_reference(reference)
+                with waited("keeping what alignment starts from", say):
+                    checkpoints.save_reference(reference)
                 state = None
             else:
-                reference = checkpoints.restore_reference(like.params)
+                with waited("reading what alignment starts from", say):
+                    reference = checkpoints.restore_reference(like.params)
                 step = run.chosen("sft", ("base", 0), config.sft.steps)
             del student  # what SFT began with is needed no more
             before = ("base", 0)
@@ -171,7 +173,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             # A stage of no steps leaves what it began with, which has been evaluated.
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))
-        with waited("writing the model and the report", aloud):
+        with waited("writing the model and the report", say):
             finish(run, params, made)
     told(lambda: say(ending(directory, clean=config.checkpoint.clean)))
 
@@ -256,8 +258,6 @@ def aligned(
 
     steps = {part.candidates > 0: step_on(part) for part in data.parts.values()}
     root = jax.random.key(config.seed)
-    sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
-
     control = make_control(
         recipe,
         run.model,
@@ -267,6 +267,8 @@ def aligned(
         decode=run.chat.decode,
         seed=config.seed,
     )
+    sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
+
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
     ) -> tuple[TrainState, dict[str, Any], Group]:
