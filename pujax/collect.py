@@ -2,8 +2,8 @@
 
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
 `stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
-reached, 1 after an error or when nothing that was asked got a usable answer, and 128 + the signal's
-number after Ctrl-C, SIGTERM or a closed terminal.
+reached, 1 after an error, when nothing that was asked got a usable answer or no prompt has one, and
+128 + the signal's number after Ctrl-C, SIGTERM or a closed terminal.
 """
 
 import signal
@@ -17,14 +17,14 @@ from omegaconf import MISSING
 from pujax.config.commands import command
 from pujax.config.functions import with_protocol
 from pujax.errors import ConfigError, TeacherError
-from pujax.records import Prompt
+from pujax.records import Prompt, messages_key
 from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.describing import describe, describe_plan
 from pujax.teacher.plan import make_plan
 from pujax.teacher.progress import progress
 from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
 from pujax.teacher.settings import CollectConfig, TeacherConfig
-from pujax.teacher.store import Contents
+from pujax.teacher.store import Contents, digest, failures_path
 from pujax.teacher.writer import kept_beside
 
 
@@ -90,7 +90,8 @@ def run(settings: CollectRun) -> int:
 
     if not teacher.asks:
         no_teacher = "no teacher given to ask for them: add teacher=... and teacher.model=..."
-        anchors_for(list(prompts()), teacher, store, settings.collect, remedy=no_teacher)
+        if not anchors_for(list(prompts()), teacher, store, settings.collect, remedy=no_teacher):
+            raise TeacherError(_unanswered(store, None))
         return 0
     if settings.collect.dry_run:
         retry_failed = settings.collect.retry_failed
@@ -98,14 +99,28 @@ def run(settings: CollectRun) -> int:
         print(describe_plan(plan, teacher))
         return 0
     refuse_pipes(settings.data.prompts)  # they are read twice
+    contents = Contents(store)
     with progress() as show:
-        tally = collect(prompts, teacher, store, settings.collect, tick=show)
+        tally = collect(prompts, teacher, store, settings.collect, tick=show, contents=contents)
     if tally.stopped and tally.stopped in signal.Signals.__members__:
         return 128 + signal.Signals[tally.stopped]
     if tally.asked and not tally.answered and not tally.stopped:
         last = f" (the last: {tally.trouble})" if tally.trouble else ""
         raise TeacherError(f"nothing that was asked got a usable answer: {tally.failed}{last}")
+    if not tally.answered and not any(
+        digest(messages_key(prompt.messages, teacher.asked)) in contents.answered
+        for prompt in prompts()
+    ):
+        raise TeacherError(_unanswered(store, tally.stopped))
     return 0
+
+
+def _unanswered(store: Path, stopped: str | None) -> str:
+    """That no prompt has an answer, why, and what to do."""
+    why = f"{failures_path(store)} has what the teacher said: collect.retry_failed=true asks again"
+    if stopped:
+        why = f"{stopped}: raise collect.budget"
+    return f"no prompt has a usable answer: {why}"
 
 
 main = command("collect", CollectRun, run)

@@ -91,6 +91,10 @@ class NonFiniteError(PujaxError, RuntimeError):
     """Losses or gradients stayed non-finite; the message says where the batches were saved."""
 
 
+class DivergedError(PujaxError, RuntimeError):
+    """A stage went astray; the message says since when, what was good last, and the remedy."""
+
+
 class StopRequested(Exception):
     """Signal `number` asked to stop, and the state is saved; the message says where it stands."""
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import ClassVar
@@ -20,7 +21,7 @@ from pujax.inference.local_teacher import LocalTeacher
 from pujax.records import Anchor, messages_key
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
-from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
+from pujax.teacher.settings import BudgetConfig, CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import read_records
 from tests.teacher_server import TeacherServer, completion, echo
 
@@ -330,11 +331,44 @@ def test_when_nothing_is_answered_the_status_is_not_0(server, prompts, tmp_path)
     line = one_line(collect(tmp_path, *asking(server.url, prompts, store)))
     assert line.isprintable()
     assert "{'rejected': 3} (the last: " in line
+    # Asked again or not, there is nothing to train on: what comes after `&&` must not begin.
     again = collect(tmp_path, *asking(server.url, prompts, store))
-    assert (again.returncode, again.stdout) == (
-        0,
-        "3 prompts: had 0, asked 0; 3 failed before (collect.retry_failed=true asks again)\n",
+    assert again.stdout == (
+        "3 prompts: had 0, asked 0; 3 failed before (collect.retry_failed=true asks again)\n"
     )
+    assert one_line(again) == (
+        "pujax.collect: no prompt has a usable answer: other.failed.jsonl has what the teacher "
+        "said: collect.retry_failed=true asks again"
+    )
+
+
+def test_one_answer_among_failures_is_enough_for_status_0_and_a_budget_before_it_is_not(
+    server, prompts, tmp_path, capsys
+):
+    write(prompts, 3)
+    server.reply = lambda request: (
+        (200, {}, completion("")) if request.prompt == "prompt 1" else echo(request)
+    )
+    teacher = TeacherConfig(base_url=server.url, model="m", max_tokens=8)
+    asked = PromptsConfig(prompts=str(prompts))
+    settings = CollectRun(store=str(tmp_path / "anchors.jsonl"), data=asked, teacher=teacher)
+    assert [describe_and_tell(settings) for _ in range(2)] == [0, 0]
+    assert "had 2, asked 0; 1 failed before" in capsys.readouterr().out
+    none = replace(
+        settings,
+        store=str(tmp_path / "none.jsonl"),
+        collect=CollectConfig(budget=BudgetConfig(tokens=1)),
+    )
+    with pytest.raises(TeacherError, match=r"no prompt has .* is reached: raise collect\.budget$"):
+        describe_and_tell(none)
+    write(prompts, 1)
+    (tmp_path / "none.failed.jsonl").write_bytes(
+        (tmp_path / "anchors.failed.jsonl").read_bytes().replace(b"prompt 1", b"prompt 0")
+    )
+    (tmp_path / "none.jsonl").touch()
+    replay = replace(none, teacher=TeacherConfig())
+    with pytest.raises(TeacherError, match=r"no prompt has a usable answer: .*none\.failed\.jsonl"):
+        describe_and_tell(replay)
 
 
 def test_a_misspelt_key_is_told_once_a_command(server, prompts, tmp_path):

@@ -9,6 +9,7 @@ import numpy as np
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, QUALITY
 from pujax.evaluation.results import Evaluation, Row, of_run
+from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW, compare
 from pujax.evaluation.tables import interval, verdict
 from pujax.records import Prompt
@@ -17,6 +18,8 @@ from pujax.text import blank
 SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
 
 BEYOND = 0.25  # by which that share exceeds the teacher's own, so that it isn't the task's
+
+ONE = 0.9  # share of one answer from which a model says one thing, whatever its teacher repeats
 
 LEAST = 4  # prompts below which answers may well be equal by chance
 
@@ -71,12 +74,16 @@ def _against(before: Evaluation, last: Evaluation) -> Verdict:
     return Verdict(sentence + ("; ".join(parts) or "nothing to compare") + ".", style)
 
 
-def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
-    """What speaks against taking the table at its word, each in a sentence with its remedy."""
+def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> list[str]:
+    """What speaks against taking the table at its word, each in a sentence with its remedy.
+
+    `control` is the score's that the run learnt from.
+    """
     own = of_run(evaluations)
     first = evaluations[0]
     looked_at = [own[-1], *(other for other in evaluations if other not in own)]
-    found = [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
+    found = [] if control.warning is None else [control.warning]
+    found += [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
     found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
     if len(first.rows) < FEW:
         found.append(
@@ -97,10 +104,10 @@ def warnings(evaluations: Sequence[Evaluation]) -> list[str]:
     return found
 
 
-def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
+def remarks(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
     lines = [verdict_on(evaluations).sentence]
-    lines += [f"warning: {warning}" for warning in warnings(evaluations)]
+    lines += [f"warning: {warning}" for warning in warnings(evaluations, control)]
     if ceiling := teacher(evaluations[0]):
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
         lines.append(f"the teacher's own answers: {scores}")
@@ -108,18 +115,29 @@ def remarks(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def collapses(evaluation: Evaluation) -> list[str]:
-    """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't."""
+    """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't.
+
+    A teacher that repeats itself excuses that, but not from `ONE` on where the prompts want
+    different answers, by the teacher's or by the true ones.
+    """
     found = []
     for kind, rows in _parts(evaluation):
         answer, count = _most_frequent([row.response for row in rows])
         _, of_teacher = _most_frequent([row.anchor for row in rows])
+        truths = [row.answer for row in rows if row.answer is not None]
+        _, of_truth = _most_frequent(truths or [""])
+        told = f"the teacher's most frequent one is to {of_teacher}"
+        wanted = of_teacher / len(rows)
+        if len(truths) >= LEAST:
+            wanted = min(wanted, of_truth / len(truths))
+            told += f", the most frequent true one to {of_truth} of {len(truths)}"
         share = count / len(rows)
-        if share >= SAME and share - of_teacher / len(rows) >= BEYOND:
+        more = share >= SAME and share - of_teacher / len(rows) >= BEYOND
+        if more or share >= ONE > wanted:
             distinct = len({_plain(row.response) for row in rows})
             found.append(
                 f"{evaluation.model} says the same to {count} of {len(rows)} prompts{kind}, "
-                f"{_quoted(answer)} ({distinct} distinct answers; the teacher's most frequent one "
-                f"is to {of_teacher})"
+                f"{_quoted(answer)} ({distinct} distinct answers; {told})"
             )
     return found
 

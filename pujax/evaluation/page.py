@@ -14,6 +14,7 @@ from pujax.errors import EvaluationError
 from pujax.evaluation import findings, tables, text
 from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves, drawable
 from pujax.evaluation.results import Evaluation, Row, load_all, shown_by
+from pujax.evaluation.signal import control_of
 from pujax.evaluation.statistics import Difference
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
@@ -144,7 +145,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
     name = escape("/".join(directory.resolve().parts[-2:]))
     sections = [
         f"<h1>{name}</h1>",
-        _findings(evaluations) if evaluations else "",
+        _findings(evaluations, lines) if evaluations else "",
         _facts(settings, lines),
         _evaluation(evaluations) if evaluations else "",
         _curves(lines) if lines else "",
@@ -168,9 +169,10 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
     )
 
 
-def _findings(evaluations: Sequence[Evaluation]) -> str:
+def _findings(evaluations: Sequence[Evaluation], lines: Sequence[Line]) -> str:
     verdict = findings.verdict_on(evaluations)
-    told = "".join(f"<li>{escape(warning)}</li>" for warning in findings.warnings(evaluations))
+    warnings = findings.warnings(evaluations, control_of(lines))
+    told = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""
     )

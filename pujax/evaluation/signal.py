@@ -1,9 +1,19 @@
 """How well scores rank a prompt's candidates, held against an oracle."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+
+from pujax.evaluation.statistics import FEW
+
+SLIGHT = 0.05
+"""Of all pairs, by how many more a score must put into the oracle's order than its control does.
+
+Over `FEW` groups of four the difference has a standard error of about as much, and less where both
+rank alike; what ranks by the anchor gets several times that.
+"""
 
 
 @dataclass(frozen=True)
@@ -37,7 +47,7 @@ def signal_of(
     return Signal(
         tau=kendall(s, r),
         top=_top(s, r) if spread else None,
-        pairs=_pairs(s, r) if spread else None,
+        pairs=pair_accuracy(s, r) if spread else None,
         entropy=float(-np.sum(q[q > 0] * np.log(q[q > 0]))),
         near=float(q[r >= r.max() - margin].sum()),
     )
@@ -65,7 +75,68 @@ def _top(scores: np.ndarray, oracle: np.ndarray) -> float:
     return float(np.mean(oracle[scores == scores.max()] == oracle.max()))
 
 
-def _pairs(scores: np.ndarray, oracle: np.ndarray) -> float:
+def pair_accuracy(scores: np.ndarray, oracle: np.ndarray) -> float:
+    """The share of the pairs that `oracle` orders in which `scores` do so too; a tie is half.
+
+    Some two of `oracle` must differ.
+    """
     better = np.sign(oracle[:, None] - oracle[None, :])
     agree = better * np.sign(scores[:, None] - scores[None, :])
     return float(np.mean((agree[better > 0] + 1) / 2))
+
+
+@dataclass(frozen=True)
+class Control:
+    """How well a run's score ranked its candidates, beside the same score of other anchors.
+
+    `pairs` is the pair accuracy with the prompt's own anchor in view, `shuffled` with another
+    prompt's: means over `groups` whose candidates the oracle tells apart.
+    """
+
+    groups: int = 0
+    pairs: float = 0.0
+    shuffled: float = 0.0
+
+    def and_of(self, line: Mapping[str, Any]) -> "Control":
+        """This with the groups of a step's line, where it has looked at any (`metrics`)."""
+        more = line.get("signal/groups") or 0
+        if not more:
+            return self
+        whole = self.groups + more
+
+        def mean(before: float, now: float) -> float:
+            return (self.groups * before + more * now) / whole
+
+        pairs, shuffled = line["signal/pairs"], line["signal/pairs_shuffled"]
+        return Control(int(whole), mean(self.pairs, pairs), mean(self.shuffled, shuffled))
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """What a step logs of its own groups."""
+        found = {"signal/pairs": self.pairs, "signal/pairs_shuffled": self.shuffled}
+        return {"signal/groups": self.groups} | (found if self.groups else {})
+
+    @property
+    def warning(self) -> str | None:
+        """That the score is no better than its control, once there are groups enough to say so."""
+        if self.groups < FEW or self.pairs - self.shuffled >= SLIGHT:
+            return None
+        return (
+            f"the score ranks candidates no better than its control: {self.pairs:.2f} of the pairs "
+            f"in {self.groups} groups are in the order of the true answers (or of likeness to the "
+            f"anchor), and {self.shuffled:.2f} with another prompt's anchor in view: what it "
+            "teaches does not come from the anchor: take another scorer (suite=signal compares "
+            "them)"
+        )
+
+
+UNKNOWN = Control()
+"""That of a run which has not looked."""
+
+
+def control_of(lines: Iterable[Mapping[str, Any]]) -> Control:
+    """The control of a run, by the lines of its `metrics.jsonl`."""
+    found = UNKNOWN
+    for line in lines:
+        found = found.and_of(line)
+    return found

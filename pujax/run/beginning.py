@@ -12,17 +12,20 @@ from jax.sharding import Mesh
 
 from pujax.config.settings import TrainConfig
 from pujax.config.tool_settings import WorkConfig
+from pujax.evaluation.waiting import duration
 from pujax.method.step import Recipe
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.parameters import param_shapes
 from pujax.records import Example
 from pujax.run.data import Dataset
 from pujax.run.ending import amount
-from pujax.run.judged import judged
+from pujax.run.judged import judged, kept
 from pujax.run.measure import flops, matmul_rate
 from pujax.run.provenance import teachers_in
 from pujax.run.student import Student
 from pujax.text import counted
+
+PACED = 6  # steps whose ends tell a pace: the first one compiles
 
 SHARE = 0.5
 """Of a matrix product's speed, what a whole run gets out of a CPU: a benchmark's steps, which have
@@ -56,7 +59,10 @@ def work(
     candidates = data.candidates or config.sampling.candidates
     loss = str(config.loss.get("_target_", "")).rpartition(".")[2]
     trained = len(data.examples)
-    told = judged([(each.prompt, each.anchor) for each in data.with_anchors.examples])
+    answered = [(each.prompt, each.anchor) for each in data.with_anchors.examples]
+    told = judged(answered)
+    if config.data.anchors is not None and Path(config.data.anchors).is_file():
+        told |= kept(Path(config.data.anchors), [prompt for prompt, _ in answered], config.teacher)
     lines = [
         f"anchors: {_whose(config)}; prompts to {data.prompt_size} tokens, responses to "
         f"{data.response_size}",
@@ -67,7 +73,7 @@ def work(
         f"evaluation: {counted(len(asked), 'held-out prompt')}, of the base and after each stage",
     ]
     seconds = expected_seconds(config, student.model, recipe, data, asked)
-    time = "about " + _span(seconds) if seconds else "the progress line says it from step 2 on"
+    time = "about " + _span(seconds) if seconds else "said after the first steps"
     return [*lines, f"time: {time}; disk: about {amount(expected_bytes(config, student))}"]
 
 
@@ -115,6 +121,17 @@ def expected_seconds(
     times = 1 + bool(sft.steps) + bool(align.steps)
     work = align.steps * (align.inner_epochs * trained + rest) + sft.steps * supervised
     return (work + times * evaluated) / (SHARE * _rate(jnp.dtype(model.dtype).name))
+
+
+def told_by_pace(stage: str, ends: Sequence[float], left: int, evaluation: float | None) -> str:
+    """How long a stage's last `left` steps will take, by when its first ones ended, in seconds.
+
+    `evaluation` is what one has taken, where there was any. For where `expected_seconds` says
+    nothing.
+    """
+    pace = (ends[-1] - ends[0]) / (len(ends) - 1)
+    line = f"time: {stage} takes about {duration(pace * left)} more, by its first steps"
+    return line if evaluation is None else f"{line}; an evaluation took {duration(evaluation)}"
 
 
 @cache

@@ -1,7 +1,7 @@
 """Prompts and anchors to padded batches. A batch is a function of the seed and the step alone."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +12,17 @@ import numpy as np
 from pujax.config.functions import build, with_protocol
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PujaxError
+from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
 from pujax.run.gate import gated, in_words
 from pujax.run.rewarding import AnchorCheck, anchor_check
 from pujax.teacher.anchors import anchors_for
+from pujax.teacher.asking import Tally
+from pujax.teacher.plan import Plan
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
+from pujax.teacher.settings import TeacherConfig
 from pujax.text import counted
 from pujax.types import Batch, Completions, right_padded
 
@@ -113,7 +117,8 @@ def load_data(
     else:
         teacher = with_protocol(config.teacher, config.trusted)
         sources = [data.heldout] if data.prompts is None else [data.prompts, data.heldout]
-        fits = [_fit(load_prompts(source), chat, data) for source in sources]
+        with waited("reading the prompts", say):
+            fits = [_fit(load_prompts(source), chat, data) for source in sources]
         if data.prompts is not None:
             _check_apart(fits[0][0], fits[1][0], data.prompts, data.heldout)
         prompts = [fitted.prompt for part, _ in fits for fitted in part]
@@ -122,9 +127,13 @@ def load_data(
         check(_joined(own, given, data))
         if begun and teacher.asks:
             teacher = replace(teacher, protocol=_ask_nobody)
-        anchors = anchors_for(prompts, teacher, Path(data.anchors), config.collect, say=say)
+        with _waited_for_answers(teacher, say) as tick:
+            anchors = anchors_for(
+                prompts, teacher, Path(data.anchors), config.collect, say=say, tick=tick
+            )
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
-        own = [_trusted(part, data.gate, check_anchors) for part in own]
+        with waited("checking the teacher's answers", say):
+            own = [_trusted(part, data.gate, check_anchors) for part in own]
     for part in given:
         _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
     train_data = _joined(own, given, data)
@@ -144,6 +153,23 @@ def load_data(
         if part.gate_note:
             say(part.gate_note)
     return train_data, heldout
+
+
+@contextmanager
+def _waited_for_answers(
+    teacher: TeacherConfig, say: Callable[[str], None]
+) -> Iterator[Callable[[Plan, Tally], None]]:
+    """What a collection tells how far it is; said each minute."""
+    far = ""
+
+    def tick(plan: Plan, tally: Tally) -> None:
+        nonlocal far
+        failed = sum(tally.failed.values())
+        far = f", {tally.answered} of {plan.to_ask} answered, {failed} failed"
+
+    what = "asking the teacher" if teacher.asks else "reading the teacher's answers"
+    with waited(what, lambda line: say(line + far)):
+        yield tick
 
 
 _EMPTY = Anchor("", "stop", "")

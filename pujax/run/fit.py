@@ -41,6 +41,7 @@ from pujax.models.sharding import make_mesh, padding_of, tree_shardings, ways
 from pujax.records import STAGES, Example
 from pujax.run import beginning
 from pujax.run.checkpoint import Checkpoints, Place, checksums
+from pujax.run.control import make_control
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
 from pujax.run.ending import ending
@@ -91,8 +92,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     check(train_data)  # anchors may be refused, or not trusted
     for line in filling(config, mesh):
         say(line)
-    aloud = None if console.is_terminal else say
-    with waited("reading the student", aloud):
+    with waited("reading the student", say):
         student = load_student(config.model, chat, mesh, config.seed)
         sums = checksums((student.base, student.trainable))
     mark = told(
@@ -119,7 +119,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
     with closing(checkpoints), stop_signals() as stopping:
         head = new_head(recipe.scorer, shape.width)
         like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh, head)
-        place, state = checkpoints.newest(like) or (Place("sft", 0), None)
+        with waited("reading the newest checkpoint", say):
+            place, state = checkpoints.newest(like) or (Place("sft", 0), None)
         if state is not None:
             say(f"resuming after {place.stage} step {place.step}")
         resume = None if config.resume == "never" else (place.stage, place.step)
@@ -151,10 +152,12 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made = [run.evaluated("base", 0, student.trainable)]
             if place.stage == "sft":
                 reference, step = supervised(run, student.trainable, state, place.step, head)
-                checkpoints.save_reference(reference)
+                with waited("keeping what alignment starts from", say):
+                    checkpoints.save_reference(reference)
                 state = None
             else:
-                reference = checkpoints.restore_reference(like.params)
+                with waited("reading what alignment starts from", say):
+                    reference = checkpoints.restore_reference(like.params)
                 step = run.chosen("sft", ("base", 0), config.sft.steps)
             del student  # what SFT began with is needed no more
             before = ("base", 0)
@@ -166,7 +169,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             # A stage of no steps leaves what it began with, which has been evaluated.
             same = None if config.align.steps else made[-1]
             made.append(run.evaluated("aligned", step, params, same=same))
-        with waited("writing the model and the report", aloud):
+        with waited("writing the model and the report", say):
             finish(run, params, made)
     told(lambda: say(ending(directory, clean=config.checkpoint.clean)))
 
@@ -251,6 +254,15 @@ def aligned(
 
     steps = {part.candidates > 0: step_on(part) for part in data.parts.values()}
     root = jax.random.key(config.seed)
+    control = make_control(
+        recipe,
+        run.model,
+        lambda trainable: assemble(run.base, trainable if recipe.by_policy else reference),
+        data,
+        mesh=run.mesh,
+        decode=run.chat.decode,
+        seed=config.seed,
+    )
     sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
 
     def advance(
@@ -265,7 +277,7 @@ def aligned(
 
     stage = Stage(
         "align", "aligned", begun, align.steps, align.prompts, data,
-        before=config.sft.steps, salt=1, advance=advance,
+        before=config.sft.steps, salt=1, advance=advance, control=control,
     )  # fmt: skip
     with rewards:
         return run.through(stage, state, done)
@@ -389,7 +401,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
     told(report)
     run.console.print(tables.table(made))
-    for line in findings.remarks(made):
+    for line in findings.remarks(made, run.symptoms.control):
         run.say(line)
     run.pause("before it was marked as done")
     told(lambda: write_whole(directory / "done", b""))

@@ -7,7 +7,8 @@ from pathlib import Path
 from pujax.evaluation import text
 from pujax.records import Anchor, Example, Prompt, messages_key
 from pujax.run.gate import near_duplicates, refuses
-from pujax.teacher.store import anchor_of, read_records
+from pujax.teacher.settings import TeacherConfig
+from pujax.teacher.store import anchor_of, read_records, said
 from pujax.text import counted, printable
 
 ALIKE = 0.8
@@ -40,21 +41,53 @@ def describe_answers(store: Path, prompts: Sequence[Prompt]) -> Iterable[str]:
     """How good the answers are that a store has to these prompts, as far as that can be told."""
     asked = {messages_key(prompt.messages): prompt for prompt in prompts}
     anchors: dict[str, Anchor] = {}
-    several: Counter[str] = Counter()
     for _, record in read_records(store):
         key, anchor = messages_key(record["messages"]), anchor_of(record)
         if key in asked and anchor is not None:
             anchors[key] = anchor
-            several[key] += 1
     told = {"answered": f"{len(anchors):,} of {counted(len(asked), 'prompt')}"}
-    if again := sum(count > 1 for count in several.values()):
-        told["several"] = (
-            f"{counted(again, 'prompt')} with answers by several models or settings: of one "
-            "model's the newest is used"
-        )
+    told |= kept(store, prompts, TeacherConfig())
     told |= judged([(asked[key], anchor.response) for key, anchor in anchors.items()])
     yield "of data.prompts:"
     yield from (f"  {name:<14} {words}" for name, words in told.items())
+
+
+LEARNT = {
+    "strip": "left out of what is learnt",
+    "keep": "learnt with it",
+    "fail": "a failure, and not used",
+}
+"""What becomes of a thought that leads an answer, by `teacher.thoughts`."""
+
+
+def kept(store: Path, prompts: Iterable[Prompt], teacher: TeacherConfig) -> dict[str, str]:
+    """What else a store has to these prompts: several answers to one, and thoughts.
+
+    In words, as `judged`, with what is used of it: nothing about what there is none of. Raises
+    `StoreError`.
+    """
+    asked = {messages_key(prompt.messages) for prompt in prompts}
+    answers, thoughts = Counter(), 0
+    for _, record in read_records(store):
+        key = messages_key(record["messages"])
+        if key not in asked:
+            continue
+        bare = said(record["response"], "strip")
+        answers[key] += bare is not None or teacher.thoughts == "keep"
+        thoughts += bare != record["response"]
+    told = {}
+    if several := sum(count > 1 for count in answers.values()):
+        used = "that to these settings" if teacher.asks else "of one model's the newest"
+        told["several"] = (
+            f"{counted(several, 'prompt')} with answers by several models or settings: {used} is "
+            "used"
+        )
+    if thoughts:
+        told["with thoughts"] = (
+            f"{counted(thoughts, 'answer')}: the thought is {LEARNT[teacher.thoughts]} "
+            f"(teacher.thoughts={teacher.thoughts})"
+        )
+    return told
 
 
 def _quoted(answer: str) -> str:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from pujax.evaluation.waiting import waited
 from pujax.files.durable import write_whole
 from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
@@ -83,10 +84,12 @@ def reference_logps(
     say(f"reading {shape[0]} prompts' given responses with the reference, once")
     read = jax.jit(partial(_read, model))
     made = np.zeros(shape, np.float32)
-    for start in range(0, shape[0], size):
-        rows = [i % shape[0] for i in range(start, start + size)]  # the last batch begins anew
-        batch = collate([data.examples[i] for i in rows], data)
-        made[rows] = fetched(read(params, put_batch(mesh, batch, size)))[:size]
+    start = 0
+    with waited("reading given responses", lambda line: say(f"{line}, {start} of {shape[0]}")):
+        for start in range(0, shape[0], size):
+            rows = [i % shape[0] for i in range(start, start + size)]  # the last batch begins anew
+            batch = collate([data.examples[i] for i in rows], data)
+            made[rows] = fetched(read(params, put_batch(mesh, batch, size)))[:size]
 
     def keep() -> None:
         content = io.BytesIO()

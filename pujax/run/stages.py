@@ -14,18 +14,21 @@ from jax.sharding import Mesh
 from rich.console import Console
 
 from pujax.config.settings import TrainConfig
-from pujax.errors import NonFiniteError, StopRequested, require
+from pujax.errors import DivergedError, NonFiniteError, StopRequested, require
 from pujax.evaluation import results
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation
+from pujax.evaluation.statistics import FEW
 from pujax.files.chat import Chat
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
+from pujax.run.beginning import PACED, told_by_pace
 from pujax.run.checkpoint import Checkpoints, Place, checksums
+from pujax.run.control import LOOKED, Controlled
 from pujax.run.data import Dataset, batch_at, collate
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.processes import told
@@ -41,7 +44,8 @@ class Stage:
 
     `model` is what its evaluations call the model, and `begun` the model and step of the evaluation
     of what it begins with. `advance` does one step on a batch of these examples and returns the new
-    state, its metrics, and the group it learnt from where there is one.
+    state, its metrics, and the group it learnt from where there is one. `control` says of a state's
+    groups what its score is worth beside its control.
     """
 
     name: str
@@ -55,6 +59,7 @@ class Stage:
     advance: Callable[
         [TrainState, Batch, Sequence[Example]], tuple[TrainState, dict[str, Any], Group | None]
     ]
+    control: Controlled | None = None
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,7 @@ class Run:
     stopping: Callable[[], int]
     criterion: Criterion | None = None
     symptoms: Symptoms = field(default_factory=Symptoms)
+    took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
@@ -131,6 +137,7 @@ class Run:
                 self.pause(f"while evaluating {name}")
                 return put_batch(self.mesh, collate(some, self.heldout), batch)
 
+            begun = time.monotonic()
             found = evaluate(
                 self.budgeted(self.heldout, batch, 1),
                 assemble(self.base, trainable),
@@ -143,6 +150,7 @@ class Run:
                 draws=Draws(settings.samples, settings.temperature),
                 say=None if self.console.is_terminal else self.say,
             )
+            self.took[name] = time.monotonic() - begun
             # A metric of one's own may find something else in each process.
             result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
@@ -192,15 +200,15 @@ class Run:
 
         `state` has `done` steps behind it. The last state's are handed on, or with a criterion the
         best of those that were measured. Raises `NonFiniteError` for a stage that ends on a skipped
-        update.
+        update, and `DivergedError` for one that goes astray.
         """
         self.checkpoints.keep_best(stage.name, range(done + 1))  # a killed process may have more
         if self.criterion and not done:
             self._values(stage.model, stage.begun, self.criterion)  # fails now, not at the end
             self.checkpoints.save_best(stage.name, 0, state.params)
-        seed = (self.config.seed, stage.salt)
+        seed, course = (self.config.seed, stage.salt), self.symptoms.course(stage.name)
         steps = range(done + 1, stage.steps + 1)
-        last = done
+        last, ends = done, list[float]()
         ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
         if done < stage.steps and not self.console.is_terminal:
             self.say(f"{stage.name}: compiling, with the first step")
@@ -225,24 +233,53 @@ class Run:
                 # Of all threads: how long a step took on a machine that does other work too.
                 worked = time.process_time() - worked + metrics.get("time/reward_cpu_s", 0.0)
                 metrics["time/cpu_s"] = worked
+                if group is not None:
+                    metrics |= self._controlled(stage, step, state, placed, examples, group)
                 line = self.log.step(stage.name, step, metrics, seconds=seconds, tokens=tokens)
                 show(line)
                 self._warn(line)
+                ends.append(time.monotonic())
+                if len(ends) == PACED and step < stage.steps and jax.default_backend() != "cpu":
+                    took = max(self.took.values(), default=None)
+                    self.say(told_by_pace(stage.name, ends, stage.steps - step, took))
                 if group is not None:
                     self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
+                self._refuse_divergence(stage)
                 if metrics["skipped"]:
                     self._not_finite(stage, step, batch, int(metrics["skipped"]), state)
                 wished = self.stopping()
-                if step == stage.steps or wished or step % self.config.checkpoint.every == 0:
+                due = step % self.config.checkpoint.every == 0 and not course.astray
+                if step == stage.steps or wished or due:
                     self._save(stage, step, state)
                     self.pause(f"after {stage.name} step {step}")
                 ended = self._measured(stage, state, step)
+        self._refuse_divergence(stage)  # which an earlier process may have gone through
         if skipped := int(state.skipped):
             raise NonFiniteError(
                 f"{stage.name} ended on {skipped} updates that were not finite and so skipped: "
                 f"begin another run with a lower {stage.name}.lr"
             )
         return self._handed_on(stage, state, last)
+
+    def _controlled(
+        self,
+        stage: Stage,
+        step: int,
+        state: TrainState,
+        batch: Batch,
+        examples: Sequence[Example],
+        group: Group,
+    ) -> dict[str, float]:
+        """What the score of a stage's first groups is worth beside its control, until it is known.
+
+        A stage of fewer than `FEW` groups tells nothing. What a run that goes on knows already is
+        in `metrics.jsonl`.
+        """
+        looked, whole = (steps * stage.prompts for steps in (step - 1, stage.steps))
+        known = self.symptoms.control.groups >= FEW or looked >= LOOKED or whole < FEW
+        if stage.control is None or known or batch.given is not None:
+            return {}
+        return stage.control(step, state.params, batch, examples, group).metrics
 
     def _save(self, stage: Stage, step: int, state: TrainState) -> None:
         """A checkpoint behind what is logged, and no best state that no checkpoint can need."""
@@ -319,6 +356,26 @@ class Run:
     def _warn(self, line: Mapping[str, Any]) -> None:
         for said in self.symptoms.of(dict(line)):
             self.say(f"warning: {said}")
+
+    def _refuse_divergence(self, stage: Stage) -> None:
+        """Raise `DivergedError` where the stage is lost, before its state is saved or handed on."""
+        course = self.symptoms.course(stage.name)
+        if not course.diverged(stage.steps):
+            return
+        self.log.flush()
+        ends = [number - stage.before for number in self.checkpoints.numbers()]
+        good = max((end for end in ends if 0 < end <= course.good), default=None)
+        left = f"{self.directory}/reference has what it began with"
+        if good is not None:
+            left = f"the last good checkpoint is {self.directory}/checkpoints/{stage.before + good}"
+        elif stage.before == 0:
+            left = "no checkpoint is from before"
+        key, rate = f"{stage.name}.lr", getattr(self.config, stage.name).lr
+        raise DivergedError(
+            f"{stage.name} diverged after step {course.good} of {stage.steps}: {course.why}, after "
+            f"{course.astray} such steps; {left}; nothing is exported: begin another run with a "
+            f"lower {key} than {rate:g}"
+        )
 
     def _not_finite(
         self, stage: Stage, step: int, batch: Batch, count: int, state: TrainState

@@ -10,6 +10,7 @@ from statistics import fmean, stdev
 
 import numpy as np
 
+from pujax.evaluation.signal import Control
 from pujax.files.durable import Line
 from pujax.types import Group
 
@@ -22,6 +23,10 @@ SURE = 4.0
 CUT_OFF = 0.3  # the share of responses that reach T tokens
 FAR = 0.5  # nats a token from the reference
 WORSE = 0.02  # nats a token that SFT may lose on held-out anchors before it is said
+
+LASTING = 10  # steps in a row that are astray before a stage is given up
+ABOVE = 2.0  # times what a loss is at first or at its best, by which it is astray
+GONE = 5.0  # nats a token from the reference: each token is e^5 times as likely as it was, or less
 
 
 def group_notes(group: Group) -> dict[str, float]:
@@ -50,6 +55,47 @@ def group_notes(group: Group) -> dict[str, float]:
     }
 
 
+class Course:
+    """How far a stage has come without going astray; takes its lines in their order.
+
+    A step is astray whose loss exceeds the best so far by `ABOVE` times what it was at first or at
+    its best, whichever is more, and at least that many nats; the best is the lowest mean of
+    `LASTING` steps in a row. Where a line has the distance to the reference, that decides in the
+    loss's place, from `GONE` on: a policy gradient's loss has either sign and measures nothing.
+    What isn't finite is skipped by the update, and says nothing here.
+    """
+
+    def __init__(self) -> None:
+        self.good, self.astray, self.why = 0, 0, ""
+        self._first = self._best = math.nan
+        self._recent: deque[float] = deque(maxlen=LASTING)
+
+    def take(self, line: Line) -> None:
+        """Take in one more step."""
+        loss, distance = line.get("loss"), line.get("kl/ref")
+        if loss is None:
+            return
+        if math.isnan(self._first):
+            self._first = self._best = loss
+        if distance is not None:
+            lost = abs(distance) >= GONE
+            self.why = f"the policy is {distance:.3g} nats a token from its reference"
+        else:
+            lost = loss - self._best > ABOVE * max(1.0, abs(self._first), abs(self._best))
+            self.why = f"the loss is {loss:.3g}, and was {self._best:.3g} at best"
+        if lost:
+            self.astray += 1
+            return
+        self.good, self.astray = line["step"], 0
+        self._recent.append(loss)
+        if len(self._recent) == LASTING:
+            self._best = min(self._best, fmean(self._recent))
+
+    def diverged(self, steps: int) -> bool:
+        """Whether a stage of so many steps is lost: all but the first are, where it is short."""
+        return self.astray >= max(1, min(LASTING, steps - 1))
+
+
 class Symptoms:
     """Sees every line of `metrics.jsonl` in its order; `of` returns what there is to say of one.
 
@@ -62,21 +108,29 @@ class Symptoms:
         self._first: dict[str, list[Line]] = {}
         self._last: dict[str, deque[Line]] = {}
         self._anchors: list[tuple[str, float]] = []
+        self._courses: dict[str, Course] = {}
+        self.control = Control()
 
     def of(self, line: Line) -> list[str]:
         """The warnings that this line brings, each a sentence with its remedy."""
         if line["stage"] == "eval":
             return self._once({"memorised": self._memorised(line)})
+        self.course(line["stage"]).take(line)
         first = self._first.setdefault(line["stage"], [])
         last = self._last.setdefault(line["stage"], deque(maxlen=WINDOW))
         if len(first) < WINDOW:
             first.append(line)
         last.append(line)
-        if line["stage"] != "align" or len(last) < WINDOW:
-            return []
-        found = {name: rule(first, last) for name, rule in RULES.items()}
+        self.control = self.control.and_of(line)
+        found = {"control": self.control.warning}
+        if line["stage"] == "align" and len(last) == WINDOW:
+            found |= {name: rule(first, last) for name, rule in RULES.items()}
         where = f"align step {line['step']}: "
         return self._once({name: said and where + said for name, said in found.items()})
+
+    def course(self, stage: str) -> Course:
+        """How the stage goes, by the lines that were seen of it."""
+        return self._courses.setdefault(stage, Course())
 
     def _once(self, found: Mapping[str, str | None]) -> list[str]:
         fresh = {name: said for name, said in found.items() if said and name not in self._told}

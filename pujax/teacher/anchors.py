@@ -87,6 +87,7 @@ def anchors_for(
     settings: CollectConfig,
     *,
     say: Callable[[str], None] = print,
+    tick: Callable[[Plan, Tally], None] = lambda plan, tally: None,
     remedy: str = "collect them with `python -m pujax.collect`",
 ) -> dict[str, Anchor]:
     """The prompts' anchors by `messages_key`, asking `teacher` for those that `store` lacks.
@@ -103,7 +104,7 @@ def anchors_for(
     contents = Contents(store, anchors.take)
     found = anchors.found
     if teacher.asks:
-        collect(lambda: prompts, teacher, store, settings, say=say, contents=contents)
+        collect(lambda: prompts, teacher, store, settings, say=say, tick=tick, contents=contents)
     else:
         had = sum(messages_key(prompt.messages) in found for prompt in prompts)
         say(f"{counted(len(prompts), 'prompt')}: had {had}, asked 0")

@@ -1,5 +1,6 @@
 from pujax.evaluation import findings
 from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.signal import Control
 
 
 def evaluation(model, responses, *, anchors=None, kind=None, logp=-1.0, rouge=0.5, truths=None):
@@ -55,6 +56,30 @@ def test_answers_that_the_teacher_repeats_too_are_no_collapse():
     assert findings.collapses(teacher) == []
     (told,) = findings.repetitions(teacher)
     assert told == "the teacher says the same to 40 of 40 prompts, “yes”"
+
+
+def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itself():
+    anchors, truths = ["billing"] * 32 + ["account"] * 8, ["billing", "account"] * 20
+    one = evaluation("aligned", ["Billing"] * 40, anchors=anchors)
+    (told,) = findings.collapses(one)
+    assert told.endswith("(1 distinct answers; the teacher's most frequent one is to 32)")
+    (told,) = findings.collapses(
+        evaluation("m", ["billing"] * 37 + ["x"] * 3, anchors=["billing"] * 40, truths=truths)
+    )
+    assert told == (
+        "m says the same to 37 of 40 prompts, “billing” (2 distinct answers; the teacher's most "
+        "frequent one is to 40, the most frequent true one to 20 of 40)"
+    )
+    found = findings.verdict_on([different("sft", 40, rouge=0.1), one])
+    assert (found.style, found.sentence.split(":")[0]) == (
+        "loss",
+        "Not a success, whatever the averages say",
+    )
+    # Nine in ten tickets are about billing indeed, and the model tells some others apart.
+    rare = ["billing"] * 37 + ["account"] * 3
+    assert findings.collapses(evaluation("m", rare, anchors=rare, truths=rare)) == []
+    less = ["billing"] * 35 + ["account"] * 5
+    assert findings.collapses(evaluation("m", less, anchors=anchors, truths=truths)) == []
 
 
 def test_the_verdict_says_what_is_better_and_what_is_not_clear():
@@ -127,3 +152,12 @@ def test_a_model_put_beside_a_run_is_spoken_of_after_the_runs_own():
     same = evaluation("zeta", ["no"] * 40)
     (told,) = findings.warnings([*own, same])
     assert told.startswith("zeta says the same to 40 of 40 prompts")
+
+
+def test_a_score_that_its_control_equals_is_what_a_reader_is_told_first():
+    few, control = different("aligned", 12), Control(32, 0.5, 0.5)
+    first, second = findings.warnings([few], control)
+    assert first == control.warning
+    assert "rests on 12 prompts" in second
+    assert findings.remarks([few], control)[1] == f"warning: {control.warning}"
+    assert len(findings.warnings([few], Control(32, 0.8, 0.5))) == 1

@@ -361,3 +361,27 @@ def test_a_browser_reaches_every_card_by_keys_and_scrolls_nothing_sideways(html,
     assert told["filtered"] == "1–4 of 15"
     assert told["scroll"] <= 0
     assert told["text"] > 12 * 10  # a letter is at most 10 pixels wide here
+
+
+def test_a_page_begins_with_the_red_verdict_on_a_model_that_says_one_thing(tmp_path):
+    """Its ROUGE-L rose, and its teacher says that one thing to four prompts in five."""
+    with RunLog(tmp_path) as log:
+        log.step("align", 1, {"loss": 1.0}, seconds=1.0, tokens=10)
+    for model, rouge in (("sft", 0.25), ("aligned", 0.75)):
+        rows = [
+            replace(
+                row,
+                answer=("billing", "account")[n % 2],
+                anchor="account" if n % 5 == 0 else "billing",
+                response="billing" if model == "aligned" else f"answer {n}",
+            )
+            for n, row in enumerate(evaluation(model, rouge).rows)
+        ]
+        save(Evaluation(model, tuple(rows)), tmp_path)
+    main = re.sub(r"\s+", " ", page(tmp_path).partition("<main>")[2])
+    assert re.match(
+        r" <h1>[^<]*</h1> <p class=\"verdict loss\">Not a success, whatever the averages say: "
+        r"aligned says the same to 30 of 30 prompts, “billing”[^<]*</p>"
+        r"<ul class=\"warnings\"><li>aligned says the same",
+        main,
+    )

@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pujax.evaluation.signal import kendall, signal_of
+from pujax.evaluation.signal import Control, control_of, kendall, pair_accuracy, signal_of
 
 UNIFORM = [0.25] * 4
 
@@ -73,3 +73,24 @@ def test_tau_b_is_its_formula(scores, oracle):
         assert found == 0.0
     else:
         assert found == pytest.approx(agree / np.sqrt((15 - tied_s) * (15 - tied_r)))
+
+
+def test_a_control_is_the_mean_over_groups_and_warns_once_there_are_enough():
+    steps = [Control(20, 0.8, 0.5), Control(), Control(10, 0.5, 0.65)]
+    found = control_of([{"loss": 1.0}, *(each.metrics for each in steps)])
+    assert found.groups == 30
+    assert (found.pairs, found.shuffled) == pytest.approx((0.7, 0.55))
+    assert found.warning is None
+    assert Control(29, 0.5, 0.5).warning is None
+    assert Control(30, 0.56, 0.5).warning is None
+    warning = Control(30, 0.54, 0.5).warning
+    assert warning is not None
+    assert warning.startswith(
+        "the score ranks candidates no better than its control: 0.54 of the pairs in 30 groups are "
+        "in the order of the true answers (or of likeness to the anchor), and 0.50 with another "
+    )
+
+
+def test_pairs_are_counted_by_hand():
+    # Oracle 3 > 2 > 1: of three pairs one is tied, two are wrong.
+    assert pair_accuracy(np.array([1.0, 1.0, 2.0]), np.array([3.0, 2.0, 1.0])) == 0.5 / 3

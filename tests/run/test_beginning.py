@@ -1,6 +1,7 @@
 """The first words of a run are those of its settings, and its guesses those of arithmetic."""
 
 import dataclasses
+import json
 from functools import partial
 
 import jax.numpy as jnp
@@ -21,6 +22,7 @@ from pujax.records import Example, Prompt
 from pujax.run import beginning
 from pujax.run.data import Dataset
 from pujax.run.student import Student
+from pujax.teacher.settings import TeacherConfig
 
 CONFIG = TrainConfig(
     model=ModelConfig(path="mine"),
@@ -109,3 +111,46 @@ def test_the_disk_is_for_the_model_its_reference_and_the_states_that_are_kept(pa
     assert beginning.expected_bytes(clean, student) == 160 * 2
     adapter = Student(student.model, small, {"a": jnp.zeros((2, 8))})
     assert beginning.expected_bytes(CONFIG, adapter) == 160 + 64 + 3 * 64 * 2
+
+
+def test_a_pace_is_of_the_steps_after_the_first():
+    ends = [100.0, 110.0, 130.0]
+    assert beginning.told_by_pace("sft", ends, 40, None) == (
+        "time: sft takes about 10:00 more, by its first steps"
+    )
+    assert beginning.told_by_pace("align", ends, 4, 61.0).endswith(
+        "about 1:00 more, by its first steps; an evaluation took 1:01"
+    )
+
+
+def test_thoughts_and_several_answers_are_told_with_what_is_used(student, tmp_path):
+    store = tmp_path / "anchors.jsonl"
+    message = {"role": "user", "content": "?"}
+    answers = (("m", "<think>Hm.</think>!"), ("m", "!"), ("n", "?"))
+    record = {"format": 1, "id": "a", "finish_reason": "stop", "usage": None, "cost": None}
+    record |= {"created": "2026-01-01", "sampling": {}, "key": "0" * 64}
+    lines = [record | {"messages": [message], "model": m, "response": r} for m, r in answers]
+    other = lines[0] | {"messages": [message | {"content": "another"}]}
+    store.write_text("".join(json.dumps(line) + "\n" for line in [*lines, other]))
+
+    def told(**teacher):
+        config = dataclasses.replace(
+            CONFIG,
+            data=dataclasses.replace(CONFIG.data, anchors=str(store)),
+            teacher=TeacherConfig(**teacher),
+        )
+        lines = beginning.work(config, student, recipe(), dataset(8), dataset(3))
+        found = [line.removeprefix("the teacher's answers: ") for line in lines]
+        return [line for line in found if line.startswith(("several", "with thoughts"))]
+
+    assert told() == [
+        "several 1 prompt with answers by several models or settings: of one model's the newest is "
+        "used",
+        "with thoughts 1 answer: the thought is left out of what is learnt "
+        "(teacher.thoughts=strip)",
+    ]
+    asked, kept = told(base_url="http://127.0.0.1:1/v1", model="m", thoughts="keep")
+    assert asked.endswith("settings: that to these settings is used")
+    assert kept.endswith("the thought is learnt with it (teacher.thoughts=keep)")
+    store.write_text(json.dumps(lines[1]) + "\n")
+    assert told() == []

@@ -1,5 +1,7 @@
 import json
+import time
 from dataclasses import replace
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -9,8 +11,9 @@ from hypothesis import settings as trials
 from hypothesis import strategies as st
 
 from pujax.config.model_settings import ModelConfig
-from pujax.config.settings import DataConfig, TrainConfig
+from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PromptError
+from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run import data as data_module
@@ -24,7 +27,9 @@ from pujax.run.data import (
     picks,
     with_system,
 )
-from pujax.teacher.settings import TeacherConfig
+from pujax.run.workers import Outcome
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+from tests.teacher_server import TeacherServer, completion
 
 
 class Letters:
@@ -344,3 +349,47 @@ def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
     with pytest.raises(DataError, match=r"data\.anchors lacks answers.*put back the prompts"):
         load_data(config, cast(Any, Letters()), checked.append, checked.append, begun=True)
     assert [len(each.with_anchors.examples) for each in checked if isinstance(each, Dataset)] == [1]
+
+
+def test_no_minute_is_silent_while_the_teacher_is_asked_and_its_answers_are_checked(
+    tmp_path, monkeypatch
+):
+    monkeypatch.setattr(data_module, "waited", partial(waited, every=0.03))
+    (tmp_path / "train.txt").write_text("a\nb\n")
+    (tmp_path / "heldout.txt").write_text("c\n")
+    said = []
+
+    def until_said(words):
+        until = time.monotonic() + 10
+        while not any(words in line for line in said) and time.monotonic() < until:
+            time.sleep(0.01)
+
+    def reply(request):
+        """The teacher says nothing to b, and takes its time over c."""
+        if request.prompt == "c":
+            until_said("1 of 3 answered, 1 failed")
+        return 200, {}, completion("" if request.prompt == "b" else "x")
+
+    def check(examples):
+        until_said("checking")
+        return [Outcome(1.0)] * len(examples)
+
+    monkeypatch.setattr(data_module, "anchor_check", lambda *_, **__: check)
+    with TeacherServer() as server:
+        server.reply = reply
+        config = TrainConfig(
+            data=DataConfig(
+                prompts=str(tmp_path / "train.txt"),
+                heldout=str(tmp_path / "heldout.txt"),
+                anchors=str(tmp_path / "store.jsonl"),
+                gate=GateConfig(check={"_target_": "pujax.rewards.contains", "_partial_": True}),
+                max_prompt_tokens=8,
+                max_response_tokens=5,
+            ),
+            teacher=TeacherConfig(base_url=server.url, model="t"),
+            collect=CollectConfig(concurrency=1),
+        )
+        load_data(config, cast(Any, Letters()), said.append)
+    still = [line.replace(": still at it, 0:00 by now", "") for line in said if "still" in line]
+    assert "asking the teacher, 1 of 3 answered, 1 failed" in still
+    assert still[-1] == "checking the teacher's answers"

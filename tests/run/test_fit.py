@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+from html import escape
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,10 @@ from rich.console import Console
 
 from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.settings import DataConfig, TrainConfig
-from pujax.errors import ConfigError, DataError, NonFiniteError
+from pujax.errors import ConfigError, DataError, DivergedError, NonFiniteError
 from pujax.evaluation import results
 from pujax.evaluation.answering import evaluate
+from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.models.sharding import make_mesh
 from pujax.records import Anchor, Prompt, messages_key
@@ -320,6 +322,75 @@ def test_parameters_that_are_not_finite_are_named_and_not_the_learning_rate(tmp_
     with pytest.raises(NonFiniteError, match=r"it began with are not finite .*embed") as caught:
         fit(config, tmp_path, console=Console(quiet=True))
     assert "lower" not in str(caught.value)
+
+
+def on_one_device(monkeypatch):
+    """As quick as it gets: eight devices share two cores."""
+    one = make_mesh(1, 1, 1)
+    monkeypatch.setattr("pujax.run.fit.make_mesh", lambda **sizes: one)
+
+
+def tickets(tmp_path, monkeypatch, *overrides):
+    """A run's settings on 8 tickets and 32 held-out ones, of which half are about billing.
+
+    Its teacher says so of three in four.
+    """
+    anchors, texts = {}, {"train": [], "heldout": []}
+    for n in range(40):
+        prompt, part = f"Ticket {n}?", "train" if n < 8 else "heldout"
+        texts[part].append({"prompt": prompt, "answer": ("billing", "account")[n % 2]})
+        answer = "account" if n % 4 == 0 else "billing"
+        anchors[messages_key(({"role": "user", "content": prompt},))] = Anchor(answer, "stop", "t")
+    for part, lines in texts.items():
+        (tmp_path / f"{part}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in lines))
+    monkeypatch.setattr("pujax.run.data.anchors_for", lambda *_, **__: anchors)
+    on_one_device(monkeypatch)
+    (tmp_path / "run").mkdir()
+    return config_of(
+        *(f"data.prompts={tmp_path}/train.jsonl", f"data.heldout={tmp_path}/heldout.jsonl"),
+        *("data.max_response_tokens=6", "eval={prompts: null, batch: 32}", "align.steps=0"),
+        *overrides,
+    )
+
+
+@pytest.mark.slow
+def test_a_rate_far_too_high_stops_the_run_before_anything_is_handed_on(tmp_path, monkeypatch):
+    on_one_device(monkeypatch)
+    config = config_of("sft.lr=1", "sft.batch=8", "eval.prompts=2", "eval.batch=8")
+    with pytest.raises(DivergedError, match=r"^sft diverged after step 1 of 4: .* lower sft\.lr"):
+        fit(config, tmp_path, console=Console(quiet=True))
+    lines = map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())
+    first, *losses = (line["loss"] for line in lines if line["stage"] == "sft")
+    assert all(loss > 3 * first for loss in losses)
+    assert not {"reference", "export", "done"} & {path.name for path in tmp_path.iterdir()}
+
+
+@pytest.mark.slow
+def test_a_run_that_says_one_thing_to_everything_ends_in_a_red_verdict(tmp_path, monkeypatch):
+    waiting = []
+
+    def waits(what, say, **settings):
+        waiting.append((what, say))
+        return waited(what, say, **settings)
+
+    monkeypatch.setattr("pujax.run.fit.waited", waits)
+    config = tickets(tmp_path, monkeypatch, "sft={steps: 32, batch: 8, lr: 2e-2}")
+    out = io.StringIO()
+    fit(config, tmp_path / "run", console=Console(file=out, width=200, force_terminal=True))
+    red = (
+        "Not a success, whatever the averages say: aligned says the same to 32 of 32 prompts, "
+        "“billing” (1 distinct answers; the teacher's most frequent one is to 24, the most "
+        "frequent true one to 16 of 32)."
+    )
+    assert red in out.getvalue()
+    base, *_, aligned = results.load_all(tmp_path / "run")
+    assert aligned.means()["eval/rouge_l"] > base.means()["eval/rouge_l"] + 0.5
+    assert f'<p class="verdict loss">{escape(red)}' in (tmp_path / "run/report.html").read_text()
+    # A terminal is told too: there is no bar where a state is handed over.
+    assert [what for what, say in waiting if say is None] == []
+    assert {"keeping what alignment starts from", "writing the model and the report"} <= {
+        what for what, _ in waiting
+    }
 
 
 def test_a_stage_of_no_steps_is_not_evaluated_again(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from pujax.evaluation.waiting import waited
 from pujax.models.logps import response_logps
 from pujax.models.sharding import make_mesh
 from pujax.records import Example, Given, Prompt
@@ -68,3 +69,11 @@ def test_a_step_is_given_the_log_probs_of_its_own_examples(read):
     examples, batch = batch_at(known, 2, (0,), 0)
     rows = [int(e.prompt.id) for e in examples]
     np.testing.assert_array_equal(batch.ref_logps, made[rows])
+
+
+def test_no_minute_is_silent_while_given_responses_are_read(read, monkeypatch):
+    monkeypatch.setattr(reference, "waited", partial(waited, every=0.01))
+    _, said = read()
+    first, *later = said
+    assert first == "reading 3 prompts' given responses with the reference, once"
+    assert later[0] == "reading given responses: still at it, 0:00 by now, 0 of 3"

@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
-from pujax.errors import StopRequested
+from pujax.errors import DivergedError, StopRequested
 from pujax.evaluation.results import Evaluation, Row
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
@@ -41,12 +41,28 @@ def fresh():
     return TrainState(zero, {"embed": jnp.zeros((8, 1))}, (), zero)
 
 
-def advance(state, batch, examples):
-    params = jax.tree.map(lambda x: x + 1, state.params)
-    return TrainState(state.step + 1, params, (), state.skipped), {"loss": 1.0, "skipped": 0}, None
+def advancing(loss):
+    """A step that adds one to the parameter; `loss` says its loss by its number."""
+
+    def advance(state, batch, examples):
+        params, step = jax.tree.map(lambda x: x + 1, state.params), state.step + 1
+        metrics = {"loss": loss(int(step)), "skipped": 0}
+        return TrainState(step, params, (), state.skipped), metrics, None
+
+    return advance
 
 
-def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=lambda: None):
+def gone_through(
+    directory,
+    table,
+    *,
+    steps,
+    criterion=None,
+    every=2,
+    saved=3,
+    die=lambda: None,
+    loss=lambda step: 1.0,
+):
     """The parameter and the step that a stage hands on, and what it said.
 
     `die` is called where a process may be killed: after each thing that is put on the disk.
@@ -98,7 +114,9 @@ def gone_through(directory, table, *, steps, criterion, every=2, saved=3, die=la
             criterion,
         )
         log.evaluation("base", 0, {"eval/exact": table[0]})
-        stage = Stage("sft", "sft", ("base", 0), steps, 8, DATA, before=0, salt=0, advance=advance)
+        stage = Stage(
+            "sft", "sft", ("base", 0), steps, 8, DATA, before=0, salt=0, advance=advancing(loss)
+        )  # fmt: skip
         params, step = run.through(stage, state, place.step)
     checkpoints.close()
     told = [line for line in said if line != "sft: compiling, with the first step"]
@@ -156,6 +174,34 @@ def test_the_best_of_the_measured_states_is_handed_on(tmp_path, table, steps, pa
     assert (len(said) == 2) == (last < steps)
     steps_done = [line["step"] for line in metrics(tmp_path) if line["stage"] == "sft"]
     assert steps_done == list(range(1, last + 1))
+
+
+def test_a_stage_whose_loss_stays_far_above_its_best_stops_with_what_was_good_last(tmp_path):
+    def loss(step):
+        return 1.0 if step <= 7 else 4.0 + step  # beyond 1 + 2 x 1
+
+    for _ in range(2):  # the same command again: from step 6, to the same end
+        with pytest.raises(DivergedError) as caught:
+            gone_through(tmp_path, [0.5] * 99, steps=40, saved=3, loss=loss)
+        assert str(caught.value) == (
+            "sft diverged after step 7 of 40: the loss is 21, and was 1 at best, after 10 such "
+            f"steps; the last good checkpoint is {tmp_path}/checkpoints/6; nothing is exported: "
+            "begin another run with a lower sft.lr than 2e-05"
+        )
+        steps = [line["step"] for line in metrics(tmp_path) if line["stage"] == "sft"]
+        assert steps == list(range(1, 18))
+        assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"3", "6"}
+
+
+def test_a_loss_that_comes_back_stops_nothing_and_a_short_stage_need_not_last(tmp_path):
+    (tmp_path / "back").mkdir()
+    back = gone_through(
+        tmp_path / "back", [0.5] * 99, steps=14, loss=lambda step: 9.0 if 2 < step < 12 else 1.0
+    )
+    assert back[:2] == (14.0, 14)
+    with pytest.raises(DivergedError, match=r"after step 1 of 3: .*; no checkpoint is from before"):
+        gone_through(tmp_path, [0.5] * 9, steps=3, saved=2, loss=lambda step: 10.0**step)
+    assert not (tmp_path / "checkpoints" / "2").exists()
 
 
 def test_a_stage_killed_anywhere_hands_on_what_one_does_that_was_not(tmp_path):
@@ -322,3 +368,12 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     assert evaluated([1.0, 2.0], samples=2, temperature=0.5) == 1
     ours.write_bytes(whole.split(b"\n", 1)[1])  # as a pujax before wrote it
     assert evaluated([1.0, 2.0]) == 0
+
+
+def test_where_arithmetic_can_not_tell_the_time_the_first_steps_do(tmp_path, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    (tmp_path / "short").mkdir()
+    *_, said = gone_through(tmp_path, [0.5] * 99, steps=9)
+    assert said == ["time: sft takes about 0:00 more, by its first steps"]
+    *_, said = gone_through(tmp_path / "short", [0.5] * 99, steps=6)
+    assert said == []

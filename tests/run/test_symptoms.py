@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from groups import make_group
 
-from pujax.run.symptoms import WINDOW, Symptoms, group_notes
+from pujax.run.symptoms import WINDOW, Course, Symptoms, group_notes
 
 
 def test_the_notes_of_a_group_by_hand():
@@ -91,3 +91,33 @@ def test_lines_that_a_resumed_run_had_are_not_told_again():
     before = lines("kl/ref", [2.0] * WINDOW)
     assert told(resumed, before) != []
     assert told(resumed, lines("kl/ref", [2.0] * WINDOW)) == []
+
+
+def course_of(*lines):
+    course = Course()
+    for step, line in enumerate(lines, 1):
+        course.take({"stage": "align", "step": step} | line)
+    return course
+
+
+def test_a_surrogate_of_either_sign_is_no_sign_and_the_distance_to_the_reference_is():
+    """Advantages of rewards in hundreds: the loss swings, and the policy stays where it is."""
+    swings = [{"loss": value, "kl/ref": 0.1} for value in (0.1, *[90.0] * 20, *[-90.0] * 5)]
+    assert course_of(*swings).astray == 0
+    gone = [{"loss": 0.0, "kl/ref": value} for value in (0.1, 0.2, *[-6.0, 7.0] * 5)]
+    course = course_of(*gone)
+    assert (course.good, course.astray) == (2, 10)
+    assert course.diverged(steps=100)
+    assert course.why == "the policy is 7 nats a token from its reference"
+    assert not course_of(*gone[:-1]).diverged(steps=100)
+
+
+def test_a_noisy_loss_a_falling_one_and_one_that_is_not_finite_are_not_astray():
+    rng = np.random.default_rng(0)
+    falling = [{"loss": 2.6 * 0.99**n * np.exp(0.3 * rng.normal())} for n in range(300)]
+    assert course_of(*falling).astray == 0
+    assert course_of({"loss": 1.0}, *[{"loss": None}] * 20).astray == 0
+    # By twice the best and no less than 2 nats: 0.3 to 2.2 is overfitting, 2.6 to 8 is not.
+    assert course_of({"loss": 0.3}, *[{"loss": 2.2}] * 20).astray == 0
+    assert course_of({"loss": 2.6}, *[{"loss": 7.7}] * 9).astray == 0
+    assert course_of({"loss": 2.6}, *[{"loss": 7.9}] * 9).astray == 9
