@@ -63,18 +63,19 @@ def refuse_foreign(directory: Path) -> None:
 
 
 def _steps(path: Path) -> list[Line]:
-    """The lines of the stages' steps; each number is one, or null where it wasn't finite."""
+    """The lines of the stages' steps and of the evaluations between them.
+
+    Each number is one, or null where it wasn't finite.
+    """
     lines = []
     for number, line in enumerate(read_jsonl(path), 1):
         stage = line.get("stage")
-        if stage == "eval":
-            continue
-        if stage not in STAGES:
+        if stage not in (*STAGES, "eval"):
             raise EvaluationError(
                 f"{path}:{number}: {str(stage)[:80]!r} is no stage of a run: is {path.parent} a "
                 "run's directory? If so, remove this line"
             )
-        numbers = {name: value for name, value in line.items() if name != "stage"}
+        numbers = {name: line[name] for name in line if name not in ("stage", "model")}
         wrong = [
             name
             for name, value in numbers.items()
@@ -85,6 +86,8 @@ def _steps(path: Path) -> list[Line]:
                 f"{path}: {wrong[0] if wrong else 'step'} is no number in {str(line)[:80]}: remove "
                 "this line"
             )
+        if stage == "eval" and not isinstance(line.get("model"), str):
+            raise EvaluationError(f"{path}:{number}: of no model: remove this line")
         lines.append(line)
     return lines
 
@@ -106,7 +109,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
             _findings(evaluations) if evaluations else "",
             _facts(settings, lines),
             _evaluation(evaluations) if evaluations else "",
-            _curves(lines) if lines else "",
+            _curves(lines) if drawable(lines) else "",
             answer_cards(evaluations) if evaluations else "",
             group_cards(groups, settings) if groups else "",
             f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre>"

@@ -12,7 +12,7 @@ import pytest
 from pujax import report
 from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.cards import _answer
-from pujax.evaluation.curves import running_mean
+from pujax.evaluation.curves import drawable, held_out, running_mean
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.run.logs import RunLog, SampleGroup
@@ -237,6 +237,44 @@ def test_a_run_without_a_step_has_a_report(tmp_path):
     assert "<h1>" in page(tmp_path)
 
 
+def evaluated(model, step, exact):
+    return {"stage": "eval", "model": model, "step": step, "eval/exact": exact, "eval/length": 3.0}
+
+
+def test_held_out_points_stand_at_the_step_they_are_of_counted_through_both_stages():
+    lines = [
+        evaluated("base", 0, 0.1),
+        {"stage": "sft", "step": 1, "loss": 1.0},
+        {"stage": "sft", "step": 2, "loss": 1.0},
+        evaluated("sft", 1, 0.3),  # the best, which alignment began with
+        evaluated("sft", 2, None),
+        evaluated("aligned", 4, 0.4),
+        evaluated("aligned", 2, 0.5),
+        evaluated("q4", 0, 0.9),  # no model of the run's own
+    ]
+    points = held_out(lines, "eval/exact")
+    assert [(step, stage) for step, _, stage in points] == [
+        (0, ""),
+        (1, "sft"),
+        (2, "sft"),
+        (4, "align"),
+        (6, "align"),
+    ]
+    np.testing.assert_array_equal([y for _, y, _ in points], [0.1, 0.3, np.nan, 0.5, 0.4])
+    # A length has no better end, and no panel of its own.
+    assert [panel.title for panel in drawable(lines)] == ["Held-out exact answer", "SFT loss"]
+
+
+def test_the_page_has_a_panel_for_each_held_out_metric(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.evaluation("base", 0, {"eval/exact": 0.1, "eval/of_my_own": 7.0, "eval/length": 3.0})
+    html = page(tmp_path)
+    assert re.findall(r'alt="([^"]*) over the steps"', html) == [
+        "Held-out exact answer",
+        "Held-out of_my_own",
+    ]
+
+
 def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():
     values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(values, 1), [2.0, 2.0, 4.0, 6.0, 6.0])
@@ -297,6 +335,7 @@ def test_what_another_program_left_in_a_folder_is_not_written_over(
         ("metrics.jsonl", b'{"stage": "sft"}\n', "step is no number"),
         ("metrics.jsonl", b'{"stage": "sft", "step": 1, "loss": "low"}\n', "loss is no number"),
         ("metrics.jsonl", b"\x00\x00\n", "metrics.jsonl:1: not JSON"),
+        ("metrics.jsonl", b'{"stage": "eval", "step": 1}\n', "metrics.jsonl:1: of no model"),
         ("samples.jsonl", b'{"stage": "align", "step": 1}\n', "samples.jsonl:1: no 'prompt'"),
         ("eval-base.jsonl", b'{"id": 1}\n', "eval-base.jsonl:1: not a row"),
         ("eval-base.jsonl", b"\xff\n", "eval-base.jsonl:1: not JSON"),
