@@ -15,6 +15,7 @@ from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves,
 from pujax.evaluation.markup import compared, document, plain, table
 from pujax.evaluation.results import Evaluation, load_all, shown_by
 from pujax.evaluation.statistics import Difference
+from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.records import STAGES
@@ -109,6 +110,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
             _findings(evaluations) if evaluations else "",
             _facts(settings, lines),
             _evaluation(evaluations) if evaluations else "",
+            _suites(directory),
             _curves(lines) if drawable(lines) else "",
             answer_cards(evaluations) if evaluations else "",
             group_cards(groups, settings) if groups else "",
@@ -195,6 +197,18 @@ def _evaluation(evaluations: Sequence[Evaluation]) -> str:
             else ""
         )
     )
+
+
+def _suites(directory: Path) -> str:
+    """The costs, and whatever else has been asked of the run by a suite."""
+    parts = []
+    for name, answer in kept_answers(directory).items():
+        rows = [(row[0], map(plain, row[1:])) for row in answer.rows]
+        header = ["", *answer.header[1:]]
+        parts.append(
+            f"<h2>{escape(name.capitalize())}</h2>{table(header, rows)}<p>{escape(answer.note)}</p>"
+        )
+    return "".join(parts)
 
 
 def _curves(lines: Sequence[Line]) -> str:

@@ -15,6 +15,7 @@ from pujax.evaluation.cards import _answer
 from pujax.evaluation.curves import drawable, held_out, running_mean
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
+from pujax.evaluation.subjects import Answer, keep_answer, kept_answers
 from pujax.run.logs import RunLog, SampleGroup
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
@@ -132,6 +133,19 @@ def test_the_page_shows_settings_evaluation_and_groups(html):
     assert html.count('class="kind">writing<') == 15
     group = html[html.index('class="kind">alignment step 1<') :]
     assert group.index("#1") < group.index("#2") < group.index(">anchor<")
+
+
+def test_the_page_shows_what_a_suite_found_beside_the_evaluation(tmp_path):
+    found = Answer(("costs", "student", "<b>teacher"), (("p50 & p95", "1", "2"),), "a <note>", ())
+    keep_answer(found, "costs", tmp_path)
+    assert kept_answers(tmp_path) == {"costs": found}
+    (tmp_path / "metrics.jsonl").write_text("")
+    html = page(tmp_path)
+    costs = html[html.index("<h2>Costs</h2>") :]
+    assert "<th></th><th>student</th><th>&lt;b&gt;teacher</th>" in costs
+    assert "<th>p50 &amp; p95</th>" in costs
+    assert '<td class="" data-column="&lt;b&gt;teacher">2</td>' in costs
+    assert "<p>a &lt;note&gt;</p>" in costs
 
 
 def test_the_page_begins_with_the_verdict_and_what_speaks_against_it(run, tmp_path):
@@ -340,6 +354,13 @@ def test_what_another_program_left_in_a_folder_is_not_written_over(
         ("eval-base.jsonl", b'{"id": 1}\n', "eval-base.jsonl:1: not a row"),
         ("eval-base.jsonl", b"\xff\n", "eval-base.jsonl:1: not JSON"),
         ("eval-base.jsonl", b"", "eval-base.jsonl: no rows"),
+        ("suite-costs.json", b'{"header": ["a"]}', "suite-costs.json: not what a suite found"),
+        ("suite-costs.json", b"[]", "suite-costs.json: not what a suite found"),
+        (
+            "suite-costs.json",
+            b'{"header": ["a", "b"], "rows": [["c"]], "note": ""}',
+            "suite-costs.json: its rows are not as long as its header",
+        ),
         ("config.yaml", b"a: [1, 2", "config.yaml: not settings"),
         ("config.yaml", b"\xff\xfe", "config.yaml: not settings"),
         ("config.yaml", b"- 1\n- 2\n", "config.yaml: not settings by name"),
