@@ -84,21 +84,22 @@ def style_of(theme: Theme) -> dict[Any, Any]:
 
 
 def drawable(lines: Sequence[Line]) -> list[Panel]:
-    """The panels whose metric the run has: on held-out prompts first, then while it trained.
-
-    Of the held-out metrics those with a better end.
-    """
+    """The panels whose metric the run has: on held-out prompts first, then while it trained."""
     own = [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
+    return [*held_out_panels(lines), *own]
+
+
+def held_out_panels(lines: Sequence[Line]) -> list[Panel]:
+    """A panel for each held-out metric with a better end, or of one's own."""
     found = dict.fromkeys(name for line in lines for name in line if name.startswith(HELD_OUT))
     shown = {
         name: KNOWN.get(metric := name.removeprefix(HELD_OUT), Shown(metric)) for name in found
     }
-    held = [
+    return [
         Panel(f"Held-out {told.title}", name, "mean over prompts")
         for name, told in shown.items()
         if told.better or name.removeprefix(HELD_OUT) not in KNOWN
     ]
-    return [*held, *own]
 
 
 def curves(
@@ -107,20 +108,53 @@ def curves(
     """The run's metrics as small plots, `columns` of them side by side, as a `png` or an `svg`."""
     rows = max(1, -(-len(panels) // columns))
     with matplotlib.rc_context(style_of(theme)):
-        layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
-        figure = Figure(
-            figsize=(11 / 3 * columns, 2.6 * rows), layout=layout, facecolor=theme.paper
-        )
-        FigureCanvasAgg(figure)
+        figure = _figure(rows, columns, theme)
         for place, panel in enumerate(panels, 1):
             axes = figure.add_subplot(rows, columns, place)
             (_draw_held_out if panel.metric.startswith(HELD_OUT) else _draw)(
                 axes, panel, lines, theme
             )
             _dress(axes, panel)
-        image = io.BytesIO()
-        metadata = {"Date": None} if form == "svg" else None
-        figure.savefig(image, format=form, dpi=160, metadata=metadata)
+        return _image(figure, form)
+
+
+ARMS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#888888")
+"""Okabe and Ito's colours, and a grey, that stand out on white and on black."""
+
+
+def colour_of(arm: int) -> str:
+    """The colour of an arm's lines, by its place."""
+    return ARMS[arm % len(ARMS)]
+
+
+def together(arms: Sequence[Sequence[Sequence[Line]]], theme: Theme, panel: Panel) -> bytes:
+    """A held-out metric of several runs as an SVG: a line a run, in the colour of its arm."""
+    with matplotlib.rc_context(style_of(theme)):
+        figure = _figure(1, 1, theme)
+        axes = figure.add_subplot()
+        for at, runs in enumerate(arms):
+            for lines in runs:
+                points = held_out(lines, panel.metric)
+                x, y = [point[0] for point in points], [point[1] for point in points]
+                axes.plot(x, y, "o-", color=colour_of(at), markersize=4, linewidth=1.2, alpha=0.8)
+        axes.set_xlabel("step, of both stages")
+        axes.margins(x=0.04, y=0.12)
+        _dress(axes, panel)
+        return _image(figure, "svg")
+
+
+def _figure(rows: int, columns: int, theme: Theme) -> Figure:
+    layout = ConstrainedLayoutEngine(w_pad=0.1, h_pad=0.1, wspace=0.04, hspace=0.04)
+    size = (11 / 3 * columns, 2.6 * rows)
+    figure = Figure(figsize=size, layout=layout, facecolor=theme.paper)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _image(figure: Figure, form: str) -> bytes:
+    image = io.BytesIO()
+    metadata = {"Date": None} if form == "svg" else None
+    figure.savefig(image, format=form, dpi=160, metadata=metadata)
     return image.getvalue()
 
 

@@ -33,7 +33,7 @@ def write(directory: Path) -> Path:
     if not path.is_file():
         raise EvaluationError(f"{path} is not there: is {directory} the directory of a run?")
     refuse_unwritable(directory)
-    lines = _steps(path)
+    lines = steps(path)
     page = directory / "report.html"
     drawn = curves(lines, LIGHT, "png", drawable(lines))
     html = _page(directory, lines).encode(errors="xmlcharrefreplace")
@@ -63,7 +63,7 @@ def refuse_foreign(directory: Path) -> None:
 # Reading what the run left.
 
 
-def _steps(path: Path) -> list[Line]:
+def steps(path: Path) -> list[Line]:
     """The lines of the stages' steps and of the evaluations between them.
 
     Each number is one, or null where it wasn't finite.

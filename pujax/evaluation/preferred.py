@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
 from pujax.method import labels as rules
 
@@ -151,8 +153,8 @@ def _of_scores(scores: Numbers, labels: Numbers) -> list[Regard]:
     return found
 
 
-def _row(scores: Numbers) -> np.ndarray:
-    return np.array([[np.nan if score is None else score for score in scores]], np.float32)
+def _row(scores: Numbers) -> Array:
+    return jnp.array([[jnp.nan if score is None else score for score in scores]], jnp.float32)
 
 
 def _weighed(raised: float, lowered: float, name: str, other: str) -> Regard:

@@ -10,6 +10,7 @@ import pytest
 
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
+from pujax.report import of_several
 from pujax.run.logs import RunLog, SampleGroup
 
 MATHS = "<b>maths & co"
@@ -34,11 +35,12 @@ def evaluation(model, place):
     return Evaluation(model, tuple(rows))
 
 
-def run_in(directory, models):
+def run_in(directory, models, loss="dpo"):
     with RunLog(directory) as log:
         for step in range(1, 4):
             metrics = {"loss": 1.0 / step, "score/mean": 0.1, "kl/ref": 0.0, "grad_norm": 1.0}
             log.step("align", step, metrics, seconds=1.0, tokens=10)
+            log.evaluation("aligned", step, {"eval/exact": 0.1 * step})
             for place in range(5):
                 scores = [1.0, 0.5, 0.5 if place == 0 else 0.0]
                 name = f"g{5 * step + place - 5}"
@@ -47,7 +49,7 @@ def run_in(directory, models):
     for at, model in enumerate(models):
         save(evaluation(model, min(1, at // 2)), directory)
     pairs = {"_target_": "pujax.method.labels.anchor_vs_all", "_partial_": True}
-    loss = {"_target_": "pujax.method.losses.dpo", "pairs": pairs}
+    loss = {"_target_": f"pujax.method.losses.{loss}", "pairs": pairs}
     config = {"seed": 7, "model": {"path": f"models/{LONG}"}, "loss": loss}
     (directory / "config.yaml").write_text(json.dumps(config))
     return write(directory).read_text(encoding="utf-8")
@@ -146,7 +148,7 @@ WIDTHS = (1280, 390)
 
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
-    """What a browser finds in two pages, each at several widths.
+    """What a browser finds in three pages, each at both widths.
 
     In frames, since a window of Chromium is never narrower than 500 pixels.
     """
@@ -155,6 +157,9 @@ def seen(tmp_path_factory):
         "run": run_in(folder / "run", ["base", "sft", "aligned"]),
         "wide": run_in(folder / "wide", ["base", "sft", "aligned", "q4", "Qwen2.5-0.5B-Instruct"]),
     }
+    run_in(folder / "as-long-a-name-as-a-sweep-gives-to-its-runs", ["base", "aligned"], "ipo")
+    arms = [path for path in folder.iterdir() if path.is_dir()]
+    pages["arms"] = of_several(arms).read_text(encoding="utf-8")
     frames = "".join(
         f'<iframe name="{name}-{width}" width="{width}" height="900" style="border: 0" '
         f'srcdoc="{escape(html.replace("</body>", f"{PROBE}</body>"))}"></iframe>'
@@ -183,7 +188,7 @@ browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser 
 
 @browser
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("name", ["run", "wide"])
+@pytest.mark.parametrize("name", ["run", "wide", "arms"])
 def test_nothing_scrolls_sideways_and_no_column_is_squeezed(seen, name, width):
     told = seen[f"{name}-{width}"]
     assert told["width"] == width

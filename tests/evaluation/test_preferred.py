@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import yaml
@@ -34,7 +35,7 @@ ALIKE = {"cdpo", "cispo", "dapo", "dr_grpo", "gspo"}  # other numbers in the sam
 
 @pytest.mark.parametrize("name", sorted(LOSSES.keys() - ALIKE))
 def test_what_is_said_to_be_raised_or_lowered_is_so_by_the_losss_gradient(name):
-    scores = np.array([SCORES], np.float32)
+    scores = jnp.array([SCORES])
     labels, valid = softmax_labels(scores)
     _, rule = preference_of(LOSSES[name])
     found = rule(SCORES, np.asarray(labels)[0].tolist())

@@ -309,7 +309,9 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys,
     assert status(f"run={directory}") == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
     assert status(f"run=[{directory},{other}]") == 0
-    assert capsys.readouterr().out.split() == [f"{d}/report.html" for d in (directory, other)]
+    *each, together = capsys.readouterr().out.split()
+    assert each == [f"{d}/report.html" for d in (directory, other)]
+    assert together == f"{tmp_path}/compared.html"
     assert status(f"run={directory / 'nowhere'}") == 1
     assert "is not there: is" in capsys.readouterr().err
     (directory / "samples.jsonl").write_text("broken\n")
