@@ -53,13 +53,17 @@ class Anchor:
     """A teacher's answer as training uses it.
 
     `within_limit` is for a `finish_reason` that says neither: whether the answer is known to have
-    fewer tokens than it was allowed.
+    fewer tokens than it was allowed. `seconds`, `tokens` and `cost` are what it took, where that is
+    known; two answers are the same whatever they took.
     """
 
     response: str
     finish_reason: str | None
     model: str | None
     within_limit: bool = False
+    seconds: float | None = field(default=None, compare=False)
+    tokens: float | None = field(default=None, compare=False)
+    cost: float | None = field(default=None, compare=False)
 
     @property
     def told(self) -> bool:
@@ -104,7 +108,7 @@ class Example:
 
     With preference data the candidates are `given`, and the best of them is the anchor; where none
     is known to be good there is no anchor, and `anchor_ids` is empty. `weight` is the anchor's in
-    SFT.
+    SFT. `asked` is the anchor as the teacher gave it, where one was asked.
     """
 
     prompt: Prompt
@@ -115,6 +119,7 @@ class Example:
     anchor_finished: bool
     given: tuple[Given, ...] = ()
     weight: float = 1.0
+    asked: Anchor | None = None
 
 
 def messages_key(

@@ -1,5 +1,7 @@
-"""`pujax report`: a run's page and curves made anew, or the table of a sweep, of files alone."""
+"""`pujax report`: the page of a run, of several side by side, or of a sweep, of files alone."""
 
+import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +18,8 @@ class ReportConfig:
 
     Attributes:
         run: a run's directory, or a folder of runs: its newest finished one; or a list of them:
-            [A,B].
-        sweep: a folder with runs below it: their table and plot, a row a setting.
+            [A,B], which are put side by side in compared.html too.
+        sweep: a folder with runs below it: their table and plot, a row a setting, and their page.
     """
 
     run: Any = None
@@ -40,10 +42,23 @@ def run(settings: ReportConfig) -> None:
         return
     from pujax.evaluation.page import refuse_foreign, write
 
-    for run in settings.runs:
-        directory = newest_run(at_home(run))
+    directories = [newest_run(at_home(run)) for run in settings.runs]
+    for directory in directories:
         refuse_foreign(directory)
+    for directory in directories:
         print(write(directory))
+    if len(directories) > 1:
+        print(of_several(directories))
+
+
+def of_several(directories: Sequence[Path]) -> Path:
+    """The page of several runs side by side, in the folder that they share."""
+    from pujax.evaluation.comparison import write
+    from pujax.inference.heldout import arms, by_arm
+
+    columns, between = arms(directories, [])
+    shared = Path(os.path.commonpath([directory.resolve() for directory in directories]))
+    return write(shared / "compared.html", by_arm(directories), columns, against_first=between)
 
 
 def of_sweep(directory: Path) -> None:

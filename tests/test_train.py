@@ -78,6 +78,7 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
         "curves.png",
         "report.html",
         "table.md",
+        "suite-costs.json",
         "export/model.safetensors",
         "export/tokenizer.json",
     ):

@@ -3,6 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -11,15 +12,30 @@ import numpy as np
 from rich.progress import track
 
 from pujax.errors import EvaluationError, require
+from pujax.evaluation.findings import as_prompt
 from pujax.evaluation.metrics import MetricFn, correct, of_text
+from pujax.evaluation.results import Evaluation
 from pujax.evaluation.statistics import interval_of_mean
 from pujax.evaluation.subjects import Subject, SuiteAnswer
 from pujax.method.sampling import greedy
+from pujax.records import Example
+from pujax.text import counted
 from pujax.types import Completions, Params, Tokens
 
 THOUSAND, MILLION = 1000, 1e6
 UNKNOWN = "–"
 RESAMPLES = 2000
+
+HEADER = ("costs", "student", "teacher")
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What answers took: seconds each, tokens a second, and the money of a thousand of them."""
+
+    seconds: Sequence[float] = ()
+    pace: float | None = None
+    money: float | None = None
 
 
 def costs(
@@ -35,10 +51,10 @@ def costs(
     """Quality, latency, pace, memory and money of the student, answering one prompt at a time.
 
     The first `prompts` of the held-out ones are answered by greed and the clock, after one answer
-    that compiles. `hour` is what an hour of this machine costs, `input` and `output` what a million
-    of the teacher's tokens do, and `latency` how many seconds it takes to answer, which no store
-    tells; what is not given stays unknown. Raises `EvaluationError` without prompts that `quality`
-    knows.
+    that compiles. `hour` is what an hour of this machine costs. What the teacher took is what the
+    store kept of it; `input` and `output`, what a million of its tokens cost, and `latency`, its
+    seconds to an answer, go before that. What is not known stays so. Raises `EvaluationError`
+    without prompts that `quality` knows.
     """
     require(prompts > 0, "suite.prompts", prompts, "must be positive")
     for key, value in (("hour", hour), ("input", input), ("output", output), ("latency", latency)):
@@ -86,33 +102,112 @@ def costs(
         )
     ours, theirs = ([r[key] for r in known] for key in ("quality", "anchor_quality"))
     seconds = [r["seconds"] for r in records]
-    spent = None
+    student = _Taken(
+        seconds,
+        pace=sum(r["tokens"] for r in records) / sum(seconds),
+        money=None if hour is None else float(np.mean(seconds)) / 3600 * hour * THOUSAND,
+    )
+    stored = teacher = _stored(examples)
     if input is not None and output is not None:
         asked = sum(r["prompt_tokens"] for r in records) / len(records)
         told = sum(r["anchor_tokens"] for r in records) / len(records)
         spent = (asked * input + told * output) / MILLION * THOUSAND
-    rented = None if hour is None else float(np.mean(seconds)) / 3600 * hour * THOUSAND
-    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(subject.params))
-    latencies = np.quantile(seconds, (0.5, 0.95))
-    pace = sum(r["tokens"] for r in records) / sum(seconds)
+        teacher = _Taken(stored.seconds, stored.pace, spent)
+    rows = _rows(ours, theirs, student, teacher, subject.params, peak_memory())
+    if latency is not None:
+        rows = tuple(
+            (name, one, _number(latency) if name == "latency, p50 (s)" else other)
+            for name, one, other in rows
+        )
     return SuiteAnswer(
-        ("costs", "student", "teacher"),
-        (
-            ("quality", _interval(ours), _interval(theirs)),
-            ("quality kept", kept(ours, theirs), ""),
-            ("latency, p50 (s)", f"{latencies[0]:.3f}", _number(latency)),
-            ("latency, p95 (s)", f"{latencies[1]:.3f}", UNKNOWN),
-            ("tokens a second", f"{pace:.1f}", UNKNOWN),
-            ("weights (GiB)", f"{weights / 2**30:.2f}", UNKNOWN),
-            ("memory at most (GiB)", _number(peak_memory()), UNKNOWN),
-            ("money, 1000 answers", _number(rented), _number(spent)),
-        ),
+        HEADER,
+        rows,
         f"{len(records)} prompts, {len(known)} of them with a quality; 95 % intervals: bootstrap "
         f"over prompts. The student in pujax's own decoder on {jax.devices()[0].device_kind}, one "
-        "prompt at a time. Money of the teacher by the student's tokens of prompts and anchors, as "
-        f"far as the run reads those; {UNKNOWN} is what nobody has told (suite.hour, suite.input, "
-        "suite.output, suite.latency).",
+        f"prompt at a time.{_as_stored(stored)} Money of the teacher by suite.input and "
+        "suite.output is of the student's tokens of prompts and anchors, as far as the run reads "
+        f"those; {UNKNOWN} is what nobody has told (suite.hour, suite.input, suite.output, "
+        "suite.latency).",
         tuple(records),
+    )
+
+
+def measured_anyway(evaluation: Evaluation, examples: Sequence[Example], params: Params) -> Answer:
+    """The card as far as a run knows it at its end, with nothing measured for its sake.
+
+    `evaluation` is that of the model with `params` on `examples`, or on the first of them. What
+    takes a clock, `costs` adds.
+    """
+    both = [
+        [correct(of_text(as_prompt(row), row.anchor, said)) for said in (row.response, row.anchor)]
+        for row in evaluation.rows
+    ]
+    known = [pair for pair in both if None not in pair]
+    ours, theirs = zip(*known, strict=True) if known else ((), ())
+    stored = _stored(examples[: len(evaluation.rows)])
+    rows = _rows(ours, theirs, _Taken(), stored, params, None)
+    return SuiteAnswer(
+        HEADER,
+        tuple(row for row in rows if set(row[1:]) - {UNKNOWN, ""}),
+        f"{counted(len(both), 'prompt')}, {len(known)} of them with a true answer: quality is 1 "
+        "for that alone and 1/2 where it is contained; 95 % intervals: bootstrap over prompts."
+        f"{_as_stored(stored)} How fast the student answers, in which "
+        "memory and for how much money: pujax evaluate run=… suite=costs.",
+        (),
+    )
+
+
+def _stored(examples: Sequence[Example]) -> _Taken:
+    """What the teacher took for the examples' anchors, as far as the store tells."""
+    asked = [example.asked for example in examples if example.asked is not None]
+    timed = [anchor for anchor in asked if anchor.seconds is not None]
+    paced = [(a.tokens, a.seconds) for a in timed if a.tokens is not None and a.seconds]
+    paid = [anchor.cost for anchor in asked if anchor.cost is not None]
+    return _Taken(
+        [anchor.seconds for anchor in timed if anchor.seconds is not None],
+        pace=sum(t for t, _ in paced) / sum(s for _, s in paced) if paced else None,
+        money=sum(paid) / len(paid) * THOUSAND if paid else None,
+    )
+
+
+def _as_stored(stored: _Taken) -> str:
+    if not stored.seconds:
+        return ""
+    return (
+        f" The teacher's latency and pace are those of {counted(len(stored.seconds), 'answer')} as "
+        "they were collected, several at once and over the network."
+    )
+
+
+def _rows(
+    ours: Sequence[float],
+    theirs: Sequence[float],
+    student: _Taken,
+    teacher: _Taken,
+    params: Params,
+    memory: float | None,
+) -> tuple[tuple[str, str, str], ...]:
+    weights = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+
+    def latency(share: float) -> tuple[str, str]:
+        one, other = (
+            f"{np.quantile(taken.seconds, share):.3f}" if taken.seconds else UNKNOWN
+            for taken in (student, teacher)
+        )
+        return one, other
+
+    def pace(taken: _Taken) -> str:
+        return UNKNOWN if taken.pace is None else f"{taken.pace:.1f}"
+
+    return (
+        ("quality", _interval(ours), _interval(theirs)),
+        ("quality kept", kept(ours, theirs), ""),
+        ("latency, p50 (s)", *latency(0.5)),
+        ("latency, p95 (s)", *latency(0.95)),
+        ("tokens a second", pace(student), pace(teacher)),
+        ("weights (GiB)", f"{weights / 2**30:.2f}", UNKNOWN),
+        ("memory at most (GiB)", _number(memory), UNKNOWN),
+        ("money, 1000 answers", _number(student.money), _number(teacher.money)),
     )
 
 
@@ -122,7 +217,7 @@ def kept(ours: Sequence[float], theirs: Sequence[float], *, seed: int = 0) -> st
     Prompts are drawn again with both of their qualities; unknown where the teacher has none.
     """
     first, second = np.asarray(ours, float), np.asarray(theirs, float)
-    if second.mean() == 0:
+    if not second.any():
         return UNKNOWN
     drawn = np.random.default_rng(seed).integers(len(first), size=(RESAMPLES, len(first)))
     of, over = first[drawn].mean(axis=1), second[drawn].mean(axis=1)
@@ -144,6 +239,8 @@ def peak_memory() -> float | None:
 
 
 def _interval(values: Sequence[float]) -> str:
+    if not values:
+        return UNKNOWN
     found = interval_of_mean(values)
     return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
 

@@ -8,10 +8,10 @@ import numpy as np
 
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, QUALITY
-from pujax.evaluation.results import Evaluation, Row, of_run
+from pujax.evaluation.results import Evaluation, Row, of_run, shown_by
 from pujax.evaluation.signal import UNKNOWN, Control
-from pujax.evaluation.statistics import FEW, compare
-from pujax.evaluation.tables import interval, verdict
+from pujax.evaluation.statistics import FEW
+from pujax.evaluation.tables import Column, difference, interval, runs_of, verdict
 from pujax.records import Prompt
 from pujax.text import blank
 
@@ -45,19 +45,20 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
         alone = f"Only {last.model} has been evaluated, on {len(last.rows)} prompts."
         found = Verdict(alone if len(evaluations) == 1 else "", "")
     else:
-        found = _against(own[-2], last)
-    beside = [_against(last, other).sentence for other in evaluations if other not in own]
+        found = against(own[-2], last)
+    beside = [against(last, other).sentence for other in evaluations if other not in own]
     return Verdict(" ".join(filter(None, [found.sentence, *beside])), found.style)
 
 
-def _against(before: Evaluation, last: Evaluation) -> Verdict:
-    prompts = len(last.rows)
-    differences = compare(before, last)
+def against(before: Column, last: Column) -> Verdict:
+    """How `last` does against `before`, over prompts, and over seeds where there are several."""
+    prompts = len(runs_of(last)[0].rows)
+    differences, titles = difference(before, last), shown_by(runs_of(last))
     found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
     for metric in (metric for metric in QUALITY if metric in differences):
-        shown, difference = last.shown[metric], differences[metric]
-        style = verdict(shown, difference)
-        told = f"{shown.title} {interval(shown, difference)}" if style else shown.title
+        shown, found_here = titles[metric], differences[metric]
+        style = verdict(shown, found_here)
+        told = f"{shown.title} {interval(shown, found_here)}" if style else shown.title
         found[style].append(told.replace("*", ""))
     parts = [
         f"{words} in {', '.join(found[style])}"

@@ -40,6 +40,40 @@ class SuiteAnswer:
     records: tuple[dict[str, Any], ...]
 
 
+def keep_answer(answer: Answer, name: str, folder: Path) -> None:
+    """Write what the suite `name` found to `suite-<name>.json`, its raw records left out.
+
+    It takes the place of what the suite found there before. Raises `DiskError`.
+    """
+    told = {"header": answer.header, "rows": answer.rows, "note": answer.note}
+    text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
+    write_whole(folder / f"suite-{name}.json", text.encode(errors="backslashreplace"))
+
+
+def kept_answers(folder: Path) -> dict[str, Answer]:
+    """What suites found in `folder`, by their names, without raw records.
+
+    Raises `EvaluationError` for a file that has something else in it.
+    """
+    found = {}
+    for path in sorted(folder.glob("suite-*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            header, *rows = (tuple(map(str, row)) for row in (told["header"], *told["rows"]))
+            note = str(told["note"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise EvaluationError(
+                f"{path}: not what a suite found ({error}): delete it, and ask the suite again"
+            ) from error
+        if not header or any(len(row) != len(header) for row in rows):
+            raise EvaluationError(
+                f"{path}: its rows are not as long as its header: delete it, and ask the suite "
+                "again"
+            )
+        found[path.stem.removeprefix("suite-")] = SuiteAnswer(header, tuple(rows), note, ())
+    return found
+
+
 class Records:
     """What a suite finds of each prompt, by its id, kept as it comes: a restart goes on after it.
 

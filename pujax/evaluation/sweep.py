@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pujax.errors import EvaluationError, PujaxError
-from pujax.evaluation import tables
+from pujax.evaluation import comparison, tables
 from pujax.evaluation.curves import LIGHT, style_of
 from pujax.evaluation.results import Evaluation, load, shown_by
 from pujax.evaluation.statistics import same_prompts
@@ -64,6 +64,7 @@ class SweepRow:
     name: str
     runs: tuple[Evaluation, ...]
     seeds: int
+    directories: tuple[Path, ...]
 
     def mean(self, metric: str) -> tuple[float, float | None] | None:
         """The mean over seeds of the means over prompts, and its standard error if it has one."""
@@ -103,7 +104,12 @@ def gather(directory: Path) -> Sweep:
         by_setting.setdefault(setting, []).append(job)
     groups = list(by_setting.values())
     rows = [
-        SweepRow(name, tuple(job.evaluation for job in group if job.evaluation), len(group))
+        SweepRow(
+            name,
+            tuple(job.evaluation for job in group if job.evaluation),
+            len(group),
+            tuple(job.directory for job in group if job.evaluation),
+        )
         for name, group in zip(_names(groups), groups, strict=True)
     ]
     unreadable = [job for job in found if not job.settings]
@@ -123,8 +129,9 @@ def gather(directory: Path) -> Sweep:
 def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
     """The table of the sweep below `directory`, and what else there is to say, a line each.
 
-    They are written to `sweep.md` there too, and drawn in `sweep.png`. While no run is finished
-    there is no table, and nothing is written.
+    They are written to `sweep.md` there too, and drawn in `sweep.png`; the settings stand side by
+    side in `sweep.html`, unless their prompts differ. While no run is finished there is no table,
+    and nothing is written.
     """
     sweep = gather(directory)
     told = [f"unfinished: {job.directory}: {job.state}" for job in sweep.unfinished]
@@ -147,10 +154,28 @@ def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
     page = [*lines, "", caption, *(f"\n{line}" for line in told), ""]
     write_whole(directory / "sweep.md", "\n".join(page).encode(errors="backslashreplace"))
     write_whole(directory / "sweep.png", _drawn(sweep.rows))
-    told.append(f"sweep: {directory / 'sweep.md'}, {directory / 'sweep.png'}")
+    told.append(
+        f"sweep: {directory / 'sweep.md'}, {directory / 'sweep.png'}{_page(directory, sweep)}"
+    )
     # Without spaces a narrow terminal does not break a number from its error.
     close = [[name, *(text.replace(" ± ", "±") for text in texts)] for name, *texts in cells]
     return tables.named(header, close, caption), told
+
+
+def _page(directory: Path, sweep: Sweep) -> str:
+    """The name of the page that was written, to be said; or nothing, where none can be."""
+    rows = [row for row in sweep.rows if row.runs]
+    page = directory / "sweep.html"
+    try:
+        comparison.write(
+            page,
+            {row.name: row.directories for row in rows},
+            [tables.Arm(row.name, row.runs) for row in rows],
+            against_first=True,
+        )
+    except EvaluationError:  # other prompts, which the table's note has said
+        return ""
+    return f", {page}"
 
 
 # Reading what the runs left.

@@ -34,13 +34,14 @@ Column = Evaluation | Arm
 
 def difference(first: Column, second: Column) -> dict[str, Difference]:
     """How far `second` is above `first`, over prompts, and over seeds where there are several."""
-    one, other = _runs(first), _runs(second)
+    one, other = runs_of(first), runs_of(second)
     if len(one) == len(other) == 1:
         return compare(one[0], other[0])
     return compare_runs(one, other)
 
 
-def _runs(column: Column) -> tuple[Evaluation, ...]:
+def runs_of(column: Column) -> tuple[Evaluation, ...]:
+    """The evaluations of a column."""
     return column.runs if isinstance(column, Arm) else (column,)
 
 
@@ -59,7 +60,7 @@ def cells(
     header += [f"{second.model} - {first.model}" for first, second in pairs]
     compared = [difference(first, second) for first, second in pairs]
     rows: dict[str, list[str | Difference]] = {}
-    for metric, shown in shown_by(run for column in columns for run in _runs(column)).items():
+    for metric, shown in shown_by(run for column in columns for run in runs_of(column)).items():
         values = [column.values(metric) for column in columns]
         if any(values):
             means: list[str | Difference] = [
@@ -100,10 +101,10 @@ def interval(shown: Shown, difference: Difference) -> str:
 
 def note(columns: Sequence[Column]) -> str:
     """What a reader of the tables must know."""
-    first = _runs(columns[0])[0]
+    first = runs_of(columns[0])[0]
     rows = len(first.rows)
     answers = sum(row.answer is not None for row in first.rows)
-    seeds = [len(_runs(column)) for column in columns]
+    seeds = [len(runs_of(column)) for column in columns]
     text = f"{rows} held-out prompts, {answers} with a true answer; greedy decoding."
     if max(seeds) > 1:
         text += f" Means of {', '.join(map(str, seeds))} runs."
@@ -121,7 +122,7 @@ def table(columns: Sequence[Column], *, against_first: bool = False) -> "Wide":
     What is too wide for it goes on in a further table: no number is ever cut.
     """
     header, rows = cells(columns, against_first=against_first)
-    shown = shown_by(run for column in columns for run in _runs(column))
+    shown = shown_by(run for column in columns for run in runs_of(column))
     texts = {}
     for metric, row in rows.items():
         texts[escape(shown[metric].title)] = written = []

@@ -56,16 +56,10 @@ def arms(
     `EvaluationError`, and `ConfigError` for settings that can't be read.
     """
     kept = dict(zip(directories, folders or directories, strict=True))
-    grouped: dict[str, list[Path]] = {}
-    for place, directory in enumerate(directories):
-        key = names[place] if names else _all_but_the_seed(directory)
-        grouped.setdefault(key, []).append(directory)
+    grouped = by_arm(directories, names)
     if len(grouped) > 1:
-        firsts = [runs[0] for runs in grouped.values()]
-        titled = {} if names else dict(zip(grouped, titles(firsts), strict=True))
         columns = [
-            Arm(titled.get(key, key), tuple(final(kept[run]) for run in runs))
-            for key, runs in grouped.items()
+            Arm(name, tuple(final(kept[run]) for run in runs)) for name, runs in grouped.items()
         ]
         return columns, True
     stages: dict[str, list[Evaluation]] = {}
@@ -73,6 +67,24 @@ def arms(
         for found in evaluations_of(kept[directory]):
             stages.setdefault(found.model, []).append(found)
     return [Arm(model, tuple(runs)) for model, runs in stages.items()], False
+
+
+def by_arm(directories: Sequence[Path], names: Sequence[str] = ()) -> dict[str, list[Path]]:
+    """Runs by what their arm is called: those of one name, or of settings alike but for the seed.
+
+    Raises `ConfigError` for settings that can't be read.
+    """
+    grouped: dict[str, list[Path]] = {}
+    for place, directory in enumerate(directories):
+        key = names[place] if names else _all_but_the_seed(directory)
+        grouped.setdefault(key, []).append(directory)
+    firsts = [runs[0] for runs in grouped.values()]
+    if names or len(firsts) == 1:
+        return grouped if names else {firsts[0].name: list(directories)}
+    called = titles(firsts)
+    if len(set(called)) < len(called):
+        called = list(map(str, firsts))
+    return dict(zip(called, grouped.values(), strict=True))
 
 
 def titles(directories: Sequence[Path]) -> list[str]:

@@ -13,8 +13,9 @@ from pujax import __version__
 from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, EvaluationError
+from pujax.evaluation import page
 from pujax.evaluation.results import Evaluation
-from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
+from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer, keep_answer
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
@@ -38,8 +39,9 @@ def answered(
     """What the suite that `node` names finds, and the file in `folder` that its records are in.
 
     The file is named for all that was asked, so that no other question's is written over; the same
-    question goes on where it was left. Raises `ConfigError` for a suite that can't be built, and
-    what making its parameters raises.
+    question goes on where it was left. The table is kept beside it, and a run's report,
+    which shows it, is written anew. Raises `ConfigError` for a suite that can't be built, and what
+    making its parameters and writing a report raise.
     """
     suite = build(node, "suite", trusted)
     function = getattr(suite, "func", suite)
@@ -66,6 +68,9 @@ def answered(
     given = {name: value for name, (value, _) in made.items()}
     answer = suite(**given | ({"records": records} if "records" in wanted else {}))
     records.write(answer.records)
+    keep_answer(answer, function.__name__, folder)
+    if (folder / "metrics.jsonl").is_file():
+        page.write(folder)
     return answer, kept
 
 

@@ -311,6 +311,7 @@ def _with_anchors(
                 anchor=anchor.response,
                 anchor_ids=tuple(anchor_ids),
                 anchor_finished=finished,
+                asked=anchor,
             )
         )
     if not examples:

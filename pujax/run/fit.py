@@ -17,8 +17,9 @@ from rich.console import Console
 from pujax.config.functions import build, build_loss, build_metrics, with_protocol
 from pujax.config.settings import TrainConfig
 from pujax.errors import require, stops
-from pujax.evaluation import findings, page, tables
+from pujax.evaluation import costs, findings, page, tables
 from pujax.evaluation.results import Evaluation
+from pujax.evaluation.subjects import keep_answer
 from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
@@ -397,6 +398,8 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
     def report() -> None:
         write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
+        known = costs.measured_anyway(made[-1], run.heldout.examples, whole)
+        keep_answer(known, "costs", directory)
         page.write(directory)
 
     told(report)

@@ -9,7 +9,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -277,7 +277,9 @@ class Collection:
         tally.requests += 1
         spent = Spend(requests=1.0)
         try:
+            begun = time.monotonic()
             answer = await self._teacher.ask(prompt.messages)
+            answer = replace(answer, seconds=time.monotonic() - begun)
             self._heard, self._unheard = True, 0
             prompt_tokens, completion_tokens = self._used(prompt, answer)
             tally.prompt_tokens += prompt_tokens
@@ -409,6 +411,7 @@ class Collection:
             "sampling": self._identity.sampling,
             "usage": answer.usage,
             "cost": self._paid(answer, prompt_tokens, completion_tokens),
+            "seconds": None if answer.seconds is None else round(answer.seconds, 3),
             "created": datetime.now(UTC).isoformat(timespec="seconds"),
         } | ({} if failure is None else {"reason": failure, "refusal": answer.refusal})
 

@@ -64,7 +64,10 @@ class Unreachable(Retryable):
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What the teacher said. `usage` has prompt_tokens and completion_tokens, when it told them."""
+    """What the teacher said. `usage` has prompt_tokens and completion_tokens, when it told them.
+
+    `seconds` is how long the request took that it answered.
+    """
 
     text: str
     finish_reason: str | None = None
@@ -73,6 +76,7 @@ class Answer:
     refusal: str | None = None
     calls_tools: bool = False
     holds_key: bool = False
+    seconds: float | None = None
 
     @property
     def failure(self) -> str | None:

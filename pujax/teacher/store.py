@@ -12,7 +12,7 @@ import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -117,8 +117,8 @@ def parse(raw: bytes, place: str, failed: bool | None = None) -> dict[str, Any]:
     lacking = FIELDS.keys() - record.keys()
     if lacking:
         raise StoreError(f"{place}: a record without {sorted(lacking)}: take this line out")
-    for name, holds in FIELDS.items():
-        if not holds(record[name]):
+    for name, holds in (*FIELDS.items(), *LATER.items()):
+        if not holds(record.get(name)):
             raise StoreError(
                 f"{place}: a record with {name} {record[name]!r:.80}: mend or take out this line"
             )
@@ -174,6 +174,11 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "created": _text,
 }
 """What every record has, and what each field may hold."""
+
+LATER: dict[str, Callable[[Any], bool]] = {
+    "seconds": lambda value: value is None or (_number(value) and value >= 0),
+}
+"""What a record of an earlier pujax lacks: how long the request took."""
 
 
 # --- what a store holds ---------------------------------------------------------------------------
@@ -335,15 +340,22 @@ def anchor_of(record: dict[str, Any], thoughts: str = "strip") -> Anchor | None:
     text = said(record["response"], thoughts)
     if text is None:
         return None
-    anchor = Anchor(well_formed(text), record["finish_reason"], record["model"])
+    tokens = (record["usage"] or {}).get("completion_tokens")
+    anchor = Anchor(
+        well_formed(text),
+        record["finish_reason"],
+        record["model"],
+        seconds=record.get("seconds"),
+        tokens=tokens,
+        cost=record.get("cost"),
+    )
     if anchor.told:
         return anchor
     sampling = record.get("sampling")
     limits = sampling if isinstance(sampling, dict) else {}
     limit = limits.get("max_tokens") or limits.get("max_completion_tokens")
-    tokens = (record["usage"] or {}).get("completion_tokens")
     within = limit is None or (tokens is not None and _number(limit) and tokens < limit)
-    return Anchor(anchor.response, anchor.finish_reason, anchor.model, within)
+    return replace(anchor, within_limit=within)
 
 
 def said(response: str, thoughts: str) -> str | None:

@@ -13,9 +13,10 @@ from pujax.config.compose import conf_dir
 from pujax.config.functions import build
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import costs as module
-from pujax.evaluation.costs import UNKNOWN, costs, kept, peak_memory
+from pujax.evaluation.costs import UNKNOWN, costs, kept, measured_anyway, peak_memory
+from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.suites import Subject
-from pujax.records import Example, Prompt
+from pujax.records import Anchor, Example, Prompt
 from pujax.types import Batch, Frames, right_padded
 
 PIECE = np.array([7, 8], np.int32)
@@ -77,6 +78,53 @@ def test_what_nobody_told_is_unknown(subject):
     unknown = [replace(e, prompt=replace(e.prompt, answer=None)) for e in subject.examples]
     with pytest.raises(EvaluationError, match="give them an `answer`"):
         suite(replace(subject, examples=unknown), prompts=1)
+
+
+def timed(subject):
+    """The same prompts, the teacher's answers as a store keeps them; of the last no seconds."""
+    took = [(1.0, 10, 0.002), (2.0, 40, 0.004), (3.0, None, 0.003), (None, 50, None)]
+    examples = [
+        replace(e, asked=Anchor(e.anchor, "stop", "t", seconds=seconds, tokens=tokens, cost=cost))
+        for e, (seconds, tokens, cost) in zip(subject.examples, took, strict=True)
+    ]
+    return replace(subject, examples=examples)
+
+
+def test_what_the_teacher_took_is_what_its_store_kept(subject):
+    rows = {name: cells for name, *cells in costs(timed(subject)).rows}
+    assert rows["latency, p50 (s)"][1] == "2.000"
+    assert rows["latency, p95 (s)"][1] == "2.900"  # between 2 and 3, at 1.9 of 2
+    assert rows["tokens a second"][1] == "16.7"  # 10 + 40 in 1 + 2
+    assert rows["money, 1000 answers"][1] == "3"  # the mean of three
+    told = costs(timed(subject), input=1.0, output=2.0, latency=0.5)
+    rows = {name: cells for name, *cells in told.rows}
+    assert rows["latency, p50 (s)"][1] == "0.5"
+    assert rows["money, 1000 answers"][1] == "0.008"
+
+
+def test_a_run_knows_quality_size_and_teacher_without_measuring(subject):
+    examples = timed(subject).examples
+    # Right alone, contained, wrong; the teacher, "yes" of the first three, is right in all.
+    said = ["yes", "oh yes", "no"]
+    rows = [
+        Row(e.prompt.id, None, "?", "yes", e.anchor, response, {})
+        for e, response in zip(examples[:3], said, strict=True)
+    ]
+    weights = {"w": np.broadcast_to(np.float32(0), 2**27)}
+    card = measured_anyway(Evaluation("aligned", tuple(rows)), examples, weights)
+    assert {name: cells for name, *cells in card.rows} == {
+        "quality": ["0.500 [0.000, 1.000]", "1.000 [1.000, 1.000]"],
+        "quality kept": ["50% [0%, 100%]", ""],
+        "latency, p50 (s)": [UNKNOWN, "2.000"],
+        "latency, p95 (s)": [UNKNOWN, "2.900"],
+        "tokens a second": [UNKNOWN, "16.7"],
+        "weights (GiB)": ["0.50", UNKNOWN],
+        "money, 1000 answers": [UNKNOWN, "3"],
+    }
+    assert "suite=costs" in card.note
+    rows = [replace(row, answer=None) for row in rows]
+    card = measured_anyway(Evaluation("aligned", tuple(rows)), subject.examples, {})
+    assert [name for name, *_ in card.rows] == ["weights (GiB)"]
 
 
 def test_the_share_that_is_kept_is_a_ratio_of_means():

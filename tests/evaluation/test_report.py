@@ -2,20 +2,20 @@ import json
 import re
 import shutil
 import struct
-import subprocess
 import sys
 import warnings
 from dataclasses import replace
-from html import unescape
 
 import numpy as np
 import pytest
 
 from pujax import report
 from pujax.errors import DiskError, EvaluationError
-from pujax.evaluation.curves import running_mean
-from pujax.evaluation.page import _answer, write
+from pujax.evaluation.cards import _answer
+from pujax.evaluation.curves import drawable, held_out, running_mean
+from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
+from pujax.evaluation.subjects import SuiteAnswer, keep_answer, kept_answers
 from pujax.run.logs import RunLog, SampleGroup
 
 EVIL = "<script>alert('x')</script> & \"quotes\""
@@ -135,6 +135,44 @@ def test_the_page_shows_settings_evaluation_and_groups(html):
     assert group.index("#1") < group.index("#2") < group.index(">anchor<")
 
 
+def test_the_page_shows_what_a_suite_found_beside_the_evaluation(tmp_path):
+    found = SuiteAnswer(
+        ("costs", "student", "<b>teacher"), (("p50 & p95", "1", "2"),), "a <note>", ()
+    )
+    keep_answer(found, "costs", tmp_path)
+    assert kept_answers(tmp_path) == {"costs": found}
+    (tmp_path / "metrics.jsonl").write_text("")
+    html = page(tmp_path)
+    costs = html[html.index("<h2>Costs</h2>") :]
+    assert "<th></th><th>student</th><th>&lt;b&gt;teacher</th>" in costs
+    assert "<th>p50 &amp; p95</th>" in costs
+    assert '<td class="" data-column="&lt;b&gt;teacher">2</td>' in costs
+    assert "<p>a &lt;note&gt;</p>" in costs
+
+
+def test_the_page_begins_with_the_verdict_and_what_speaks_against_it(run, tmp_path):
+    directory = shutil.copytree(run, tmp_path / "run")
+    for model in ("base", "sft", "aligned"):
+        rows = evaluation(model, 0.9 if model == "aligned" else 0.5).rows
+        said = [
+            replace(row, anchor=f"a{at}", response="billing" if model == "aligned" else f"r{at}")
+            for at, row in enumerate(rows)
+        ]
+        save(Evaluation(model, tuple(said)), directory)
+    (directory / "metrics.jsonl").write_text("")  # no curves, which take a while to draw
+    html = page(directory)
+    body = html[html.index("<main>") :]
+    begun = re.findall(r"<(h1|h2|p|ul|dl|table|section|picture)\b([^>]*)>", body)[:4]
+    assert begun == [
+        ("h1", ""),
+        ("p", ' class="verdict loss"'),  # though ROUGE-L has gained
+        ("ul", ' class="warnings"'),
+        ("dl", ' class="facts"'),
+    ]
+    assert re.search(r'<p class="verdict loss">Not a success[^<]*“billing”', body)
+    assert body.index("aligned says the same to 30 of 30 prompts") < body.index('class="facts"')
+
+
 def test_an_answer_of_white_space_takes_no_room_and_says_what_it_is():
     assert "<em>nothing that can be seen</em>" in _answer("base", "\n" * 16, "wrong", "loss")
 
@@ -215,6 +253,44 @@ def test_a_run_without_a_step_has_a_report(tmp_path):
     assert "<h1>" in page(tmp_path)
 
 
+def evaluated(model, step, exact):
+    return {"stage": "eval", "model": model, "step": step, "eval/exact": exact, "eval/length": 3.0}
+
+
+def test_held_out_points_stand_at_the_step_they_are_of_counted_through_both_stages():
+    lines = [
+        evaluated("base", 0, 0.1),
+        {"stage": "sft", "step": 1, "loss": 1.0},
+        {"stage": "sft", "step": 2, "loss": 1.0},
+        evaluated("sft", 1, 0.3),  # the best, which alignment began with
+        evaluated("sft", 2, None),
+        evaluated("aligned", 4, 0.4),
+        evaluated("aligned", 2, 0.5),
+        evaluated("q4", 0, 0.9),  # no model of the run's own
+    ]
+    points = held_out(lines, "eval/exact")
+    assert [(step, stage) for step, _, stage in points] == [
+        (0, ""),
+        (1, "sft"),
+        (2, "sft"),
+        (4, "align"),
+        (6, "align"),
+    ]
+    np.testing.assert_array_equal([y for _, y, _ in points], [0.1, 0.3, np.nan, 0.5, 0.4])
+    # A length has no better end, and no panel of its own.
+    assert [panel.title for panel in drawable(lines)] == ["Held-out exact answer", "SFT loss"]
+
+
+def test_the_page_has_a_panel_for_each_held_out_metric(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.evaluation("base", 0, {"eval/exact": 0.1, "eval/of_my_own": 7.0, "eval/length": 3.0})
+    html = page(tmp_path)
+    assert re.findall(r'alt="([^"]*) over the steps"', html) == [
+        "Held-out exact answer",
+        "Held-out of_my_own",
+    ]
+
+
 def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():
     values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(values, 1), [2.0, 2.0, 4.0, 6.0, 6.0])
@@ -235,7 +311,9 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys,
     assert status(f"run={directory}") == 0
     assert capsys.readouterr().out.strip() == str(directory / "report.html")
     assert status(f"run=[{directory},{other}]") == 0
-    assert capsys.readouterr().out.split() == [f"{d}/report.html" for d in (directory, other)]
+    *each, together = capsys.readouterr().out.split()
+    assert each == [f"{d}/report.html" for d in (directory, other)]
+    assert together == f"{tmp_path}/compared.html"
     assert status(f"run={directory / 'nowhere'}") == 1
     assert "is not there: is" in capsys.readouterr().err
     (directory / "samples.jsonl").write_text("broken\n")
@@ -275,10 +353,18 @@ def test_what_another_program_left_in_a_folder_is_not_written_over(
         ("metrics.jsonl", b'{"stage": "sft"}\n', "step is no number"),
         ("metrics.jsonl", b'{"stage": "sft", "step": 1, "loss": "low"}\n', "loss is no number"),
         ("metrics.jsonl", b"\x00\x00\n", "metrics.jsonl:1: not JSON"),
+        ("metrics.jsonl", b'{"stage": "eval", "step": 1}\n', "metrics.jsonl:1: of no model"),
         ("samples.jsonl", b'{"stage": "align", "step": 1}\n', "samples.jsonl:1: no 'prompt'"),
         ("eval-base.jsonl", b'{"id": 1}\n', "eval-base.jsonl:1: not a row"),
         ("eval-base.jsonl", b"\xff\n", "eval-base.jsonl:1: not JSON"),
         ("eval-base.jsonl", b"", "eval-base.jsonl: no rows"),
+        ("suite-costs.json", b'{"header": ["a"]}', "suite-costs.json: not what a suite found"),
+        ("suite-costs.json", b"[]", "suite-costs.json: not what a suite found"),
+        (
+            "suite-costs.json",
+            b'{"header": ["a", "b"], "rows": [["c"]], "note": ""}',
+            "suite-costs.json: its rows are not as long as its header",
+        ),
         ("config.yaml", b"a: [1, 2", "config.yaml: not settings"),
         ("config.yaml", b"\xff\xfe", "config.yaml: not settings"),
         ("config.yaml", b"- 1\n- 2\n", "config.yaml: not settings by name"),
@@ -312,55 +398,6 @@ def test_a_full_disk_is_told_in_a_line_and_leaves_the_old_page(run, tmp_path, mo
     with pytest.raises(DiskError, match=said):
         write(directory)
     assert (directory / "report.html").read_bytes() == before
-
-
-PROBE = """
-<script>
-const told = {};
-for (const b of document.querySelectorAll(".browser")) {
-  const seen = new Set();
-  const all = b.querySelectorAll("article").length;
-  for (let turn = 0; turn < 50; turn++) {
-    for (const a of b.querySelectorAll("article:not([hidden])")) seen.add(a);
-    b.scrollIntoView();
-    document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "n", bubbles: true }));
-  }
-  document.body.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
-  told[b.id] = [seen.size, all, b.querySelector("output").textContent];
-}
-const select = document.querySelector("#answers select");
-select.value = "writing";
-select.dispatchEvent(new Event("change"));
-told.filtered = document.querySelector("#answers output").textContent;
-told.scroll = document.documentElement.scrollWidth - window.innerWidth;
-const narrow = [...document.querySelectorAll("article:not([hidden]) .text")];
-told.text = Math.min(...narrow.map((t) => t.getBoundingClientRect().width));
-document.title = JSON.stringify(told);
-</script>
-"""
-
-CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser on the PATH")
-@pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_reaches_every_card_by_keys_and_scrolls_nothing_sideways(html, tmp_path, width):
-    file = tmp_path / "probed.html"
-    file.write_text(html.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
-    command += " --disable-background-networking --disable-component-update --disable-sync"
-    command += f" --user-data-dir={tmp_path / 'profile'} --window-size={width},900 --dump-dom"
-    done = subprocess.run(
-        [*command.split(), file.as_uri()], capture_output=True, text=True, timeout=100, check=True
-    )
-    title = re.search(r"<title>(.*?)</title>", done.stdout)
-    assert title is not None
-    told = json.loads(unescape(title[1]))
-    assert told["answers"][:2] == [30, 30]
-    assert told["groups"] == [15, 15, "9–12 of 15"]
-    assert told["filtered"] == "1–4 of 15"
-    assert told["scroll"] <= 0
-    assert told["text"] > 12 * 10  # a letter is at most 10 pixels wide here
 
 
 def test_a_page_begins_with_the_red_verdict_on_a_model_that_says_one_thing(tmp_path):

@@ -68,6 +68,10 @@ def test_the_command_prints_and_keeps_the_table_and_says_what_is_unfinished(swee
     assert "| loss=grpo | 1/2 | 0.500 |" in page
     assert line in page
     assert (sweep / "sweep.png").read_bytes().startswith(b"\x89PNG")
+    page = (sweep / "sweep.html").read_text(encoding="utf-8")
+    assert "4 runs side by side" in page
+    assert "<th>loss=grpo - loss=dpo</th>" in page
+    assert 'href="smoke/1_seed=0/report.html"' in page
 
 
 def test_of_one_setting_and_seed_the_newest_counts_that_is_finished(sweep):
@@ -102,6 +106,8 @@ def test_runs_on_other_prompts_are_not_passed_off_as_comparable(sweep):
     other = done(sweep / "smoke" / "3_seed=2", 0.5, seed=2, loss="grpo")
     save(evaluation(0.5, anchor="b"), other)
     assert any("same held-out prompts" in note for note in gather(sweep).notes)
+    report.run(report.ReportConfig(sweep=str(sweep)))
+    assert not (sweep / "sweep.html").exists()
 
 
 def test_what_can_not_be_read_is_unfinished_and_costs_no_other_run(sweep):

@@ -115,7 +115,12 @@ def offers(store):
 
 def test_what_a_suite_found_is_never_written_over_by_another_question(tmp_path):
     given = offers(tmp_path / "verdicts.jsonl")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").touch()
     answer, kept = answered(node(), tmp_path / "run", given)
+    report = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+    assert "<h2>Winrate</h2>" in report
+    assert "<th>lean to the answer shown first</th>" in report
     assert ("lean to the answer shown first", "+0.500") in answer.rows
     header, *records = map(json.loads, kept.read_text().splitlines())
     assert header["asked"]["suite"] == node()

@@ -68,6 +68,15 @@ def dataset(texts, anchors, **settings):
     return make_dataset(prompts, stored, cast(Any, Letters()), config)
 
 
+def test_an_example_knows_what_its_anchor_took():
+    anchor = Anchor("xy", "stop", "teacher", seconds=1.5, tokens=3, cost=0.1)
+    asked = prompt("abc")
+    config = DataConfig(anchors="s", max_prompt_tokens=8, max_response_tokens=5)
+    stored = {messages_key(asked.messages): anchor}
+    (example,) = make_dataset([asked], stored, cast(Any, Letters()), config).examples
+    assert example.asked is anchor
+
+
 def test_batches_hold_tokens_then_zeros_and_their_lengths():
     data = dataset(["abc", "de"], [("xy", "stop"), ("z", "stop")])
     batch = collate(data.examples, data)

@@ -51,10 +51,12 @@ def test_prompts_with_the_same_messages_are_asked_once(server, store):
 
 
 def test_a_record_holds_what_was_asked_and_what_it_cost(server, store):
+    server.latency = 0.05
     teacher = at(server, system="S", temperature=0.0, price=PriceConfig(1.0, 2.0))
     run(user("a"), server, store, teacher=teacher)
     ((_, record),) = read_records(store)
     assert record.pop("created").endswith("+00:00")
+    assert 0.05 <= record.pop("seconds") < 5
     assert record == {
         "format": 1,
         "key": messages_key(user("a")[0].messages, teacher.asked),

@@ -649,7 +649,20 @@ def test_a_store_of_the_landed_version_is_read_under_its_keys(store):
         '"finish_reason": "stop", "model": "m", "served_model": null, "sampling": {"system": null, '
         '"temperature": 0.0, "max_tokens": 8}, "usage": null, "cost": null, "created": "2026"}\n'
     )
-    assert read_anchors(store)[messages_key([TURN])] == Anchor("Hello", "stop", "m")
+    anchor = read_anchors(store)[messages_key([TURN])]
+    assert anchor == Anchor("Hello", "stop", "m")
+    assert (anchor.seconds, anchor.tokens, anchor.cost) == (None, None, None)
+
+
+def test_an_anchor_knows_what_it_took_and_is_the_same_whatever_that_was(server, store):
+    run(many(1), server, store)
+    ((_, record),) = read_records(store)
+    (anchor,) = read_anchors(store).values()
+    assert (anchor.seconds, anchor.tokens) == (record["seconds"], 5)
+    assert anchor == dataclasses.replace(anchor, seconds=9.0, cost=1.0)
+    store.write_text(json.dumps(record | {"seconds": -1}) + "\n")
+    with pytest.raises(StoreError, match=r":1: a record with seconds -1: mend or take out"):
+        read_anchors(store)
 
 
 def test_a_store_is_read_once_a_command(server, store, monkeypatch):

@@ -1,0 +1,166 @@
+"""What a loss makes of each response of a group, in words for whoever reads the groups."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+
+from pujax.method import labels as rules
+
+Numbers = Sequence[float | None]
+
+OURS = "pujax."  # a function of the same name elsewhere may be anything
+
+
+@dataclass(frozen=True)
+class Regard:
+    """What becomes of one response: in words, their style, how much of it, and a bar in [0, 1].
+
+    Responses are shown by falling `preference`, which is negative where the loss lowers one.
+    """
+
+    words: str
+    style: str
+    preference: float
+    bar: float | None = None
+
+
+Rule = Callable[[Numbers, Numbers], list[Regard]]
+"""A group's scores and labels, the anchor first and None where not finite, to what becomes of
+each response."""
+
+UNUSED = Regard("not used", "", 0.0)
+
+
+def preference_of(loss: Any) -> tuple[str, Rule]:
+    """How a loss's groups are ordered, in words, and what it makes of their responses.
+
+    `loss` are its settings. A loss that isn't known here, one's own among them, is taken to learn
+    from the labels.
+    """
+    name, parts = _name(loss), loss if isinstance(loss, Mapping) else {}
+    pairs, sides = (_rule(parts.get(key)) for key in ("pairs", "sides"))
+    if pairs is not None:
+        return (
+            "by falling preference: the loss raises the chosen over the rejected; the bar is the "
+            "weight.",
+            partial(_of_pairs, pairs),
+        )
+    if sides is not None:
+        return (
+            "by falling preference: the loss raises the good and lowers the bad, each by itself; "
+            "the bar is the weight.",
+            partial(_of_sides, sides),
+        )
+    if name in ("distill", "e_dpo"):
+        return (
+            "by falling score: the loss draws the candidates as far apart as their scores, raised "
+            "above their mean and lowered below it; the bar is how far.",
+            _of_scores,
+        )
+    if name == "grpo" and _name(parts.get("advantage")) in ("", "mean_std", "mean"):
+        return (
+            "by falling score: the loss raises the candidates above their mean and lowers those "
+            "below it; the bar is how far.",
+            _of_scores,
+        )
+    if name == "nnpu":
+        return (
+            "the anchor first, the positive; the candidates are unlabeled: this loss looks at no "
+            "score.",
+            _of_the_unlabeled,
+        )
+    if name == "raft":
+        return "the best first: the loss imitates it, and nothing else.", _of_the_best
+    if name == "sft":
+        return "the anchor first: the loss imitates it, and nothing else.", _of_the_anchor
+    if name == "beside_anchor":
+        told, rule = preference_of(parts.get("loss"))
+        told = f"the anchor first, which is imitated, and then {told}"
+        return told, partial(_beside_anchor, rule)
+    return "by falling label; the bar is the label.", _of_labels
+
+
+def shown(value: float | None) -> str:
+    """A score or a label as the cards show it."""
+    return "not finite" if value is None else f"{value:.2f}"
+
+
+def _name(node: Any) -> str:
+    """What pujax calls the function that settings name; nothing for anybody else's."""
+    target = str(node.get("_target_", "")) if isinstance(node, Mapping) else ""
+    return target.rpartition(".")[2] if target.startswith(OURS) else ""
+
+
+def _rule(node: Any) -> Any:
+    name = _name(node)
+    return getattr(rules, name, None) if name else None
+
+
+def _of_labels(scores: Numbers, labels: Numbers) -> list[Regard]:
+    return [Regard(f"label {shown(label)}", "", label or 0.0, label) for label in labels]
+
+
+def _of_pairs(pairs: Any, scores: Numbers, labels: Numbers) -> list[Regard]:
+    """How much of the pairs' weight has each response as its chosen, and as its rejected one."""
+    weights = np.nan_to_num(np.asarray(pairs(_row(scores))[0]))
+    return [
+        _weighed(float(chosen), float(rejected), "chosen", "rejected")
+        for chosen, rejected in zip(weights.sum(axis=1), weights.sum(axis=0), strict=True)
+    ]
+
+
+def _of_sides(sides: Any, scores: Numbers, labels: Numbers) -> list[Regard]:
+    values = np.nan_to_num(np.asarray(sides(_row(scores))[0]))
+    return [_weighed(float(max(v, 0)), float(max(-v, 0)), "good", "bad") for v in values]
+
+
+def _of_the_best(scores: Numbers, labels: Numbers) -> list[Regard]:
+    weights = np.nan_to_num(np.asarray(rules.best(_row(scores))[0]))
+    return [_weighed(float(weight), 0.0, "imitated", "") for weight in weights]
+
+
+def _of_the_anchor(scores: Numbers, labels: Numbers) -> list[Regard]:
+    return [UNUSED if at else Regard("imitated", "gain", 1.0) for at in range(len(scores))]
+
+
+def _of_the_unlabeled(scores: Numbers, labels: Numbers) -> list[Regard]:
+    return [Regard("positive", "gain", 1.0), *[Regard("unlabeled", "", -1.0)] * (len(scores) - 1)]
+
+
+def _beside_anchor(rule: Rule, scores: Numbers, labels: Numbers) -> list[Regard]:
+    anchor, *candidates = rule(scores, labels)
+    return [replace(anchor, words="imitated", style="gain", preference=math.inf), *candidates]
+
+
+def _of_scores(scores: Numbers, labels: Numbers) -> list[Regard]:
+    """Each candidate by how far it is above the candidates' mean; the anchor takes no part."""
+    known = [score for score in scores[1:] if score is not None]
+    above = [0.0 if score is None else score - sum(known) / len(known) for score in scores[1:]]
+    most = max(map(abs, above), default=0.0)
+    near = 1e-6 * max(map(abs, known), default=0.0)  # float32's noise, as labels.standardize has it
+    found = [UNUSED]
+    for far in above:
+        words, style = ("raised", "gain") if far > 0 else ("lowered", "loss")
+        if most <= near or abs(far) <= near:
+            words, style = "neither", ""
+        found.append(Regard(words, style, far, far / most if far > near else None))
+    return found
+
+
+def _row(scores: Numbers) -> Array:
+    return jnp.array([[jnp.nan if score is None else score for score in scores]], jnp.float32)
+
+
+def _weighed(raised: float, lowered: float, name: str, other: str) -> Regard:
+    """A response by its weight on either side of a loss that takes sides."""
+    if raised == lowered:
+        return UNUSED
+    word, weight, style = (name, raised, "gain") if raised > lowered else (other, lowered, "loss")
+    words = word if weight == 1 else f"{word} {weight:.2f}"
+    return Regard(words, style, raised - lowered, raised or None)

@@ -1,0 +1,241 @@
+"""The page in a browser, at a desk's and at a phone's width."""
+
+import json
+import re
+import shutil
+import subprocess
+from html import escape, unescape
+
+import pytest
+
+from pujax.evaluation.page import write
+from pujax.evaluation.results import Evaluation, Row, save
+from pujax.report import of_several
+from pujax.run.logs import RunLog, SampleGroup
+
+MATHS = "<b>maths & co"
+
+# Of each kind in turn: how right SFT's and the aligned answer are, and how near the anchor.
+MATHS_ROWS = [(0, 1)] * 4 + [(1, 0)] * 3 + [(1, 1)] * 2 + [(0, 0)] * 6
+WRITING_ROWS = [(0.3, 0.5)] * 5 + [(0.5, 0.3)] * 4 + [(0.50, 0.54)] * 6
+
+LONG = "Donaudampfschifffahrtsgesellschaft" * 12
+
+
+def evaluation(model, place):
+    """`place` is 0 before alignment and 1 after it."""
+    rows = []
+    for maths, writing in zip(MATHS_ROWS, WRITING_ROWS, strict=True):
+        at = len(rows)
+        right = float(maths[place])
+        values = {"anchor_logp": -1.0, "rouge_l": 0.5, "exact": right, "contains": right}
+        rows.append(Row(f"p{at}", MATHS, f"p{at} {LONG}", "4", "4", LONG, values))
+        values = {"anchor_logp": -1.0, "rouge_l": writing[place], "exact": None, "contains": None}
+        rows.append(Row(f"p{at + 1}", "writing", f"p{at + 1} ?", None, LONG, "no", values))
+    return Evaluation(model, tuple(rows))
+
+
+def run_in(directory, models, loss="dpo"):
+    with RunLog(directory) as log:
+        for step in range(1, 4):
+            metrics = {"loss": 1.0 / step, "score/mean": 0.1, "kl/ref": 0.0, "grad_norm": 1.0}
+            log.step("align", step, metrics, seconds=1.0, tokens=10)
+            log.evaluation("aligned", step, {"eval/exact": 0.1 * step})
+            for place in range(5):
+                scores = [1.0, 0.5, 0.5 if place == 0 else 0.0]
+                name = f"g{5 * step + place - 5}"
+                told = SampleGroup(name, f"{name} ?", "a", ["b", LONG], scores, [0.0, 0.75, 0.25])
+                log.samples("align", step, [told])
+    for at, model in enumerate(models):
+        save(evaluation(model, min(1, at // 2)), directory)
+    pairs = {"_target_": "pujax.method.labels.anchor_vs_all", "_partial_": True}
+    loss = {"_target_": f"pujax.method.losses.{loss}", "pairs": pairs}
+    config = {"seed": 7, "model": {"path": f"models/{LONG}"}, "loss": loss}
+    (directory / "config.yaml").write_text(json.dumps(config))
+    return write(directory).read_text(encoding="utf-8")
+
+
+PROBE = """
+<script>
+const told = { width: innerWidth, narrow: [], filters: {}, browsers: {} };
+const pen = document.createElement("canvas").getContext("2d");
+
+function measure(boxes, lone) {
+  for (const box of boxes) {
+    const style = getComputedStyle(box);
+    pen.font = `${style.fontWeight} ${style.fontSize} ${style.fontFamily}`;
+    const wide = box.getBoundingClientRect().width / pen.measureText("0").width;
+    const inside = document.createRange();
+    inside.selectNodeContents(box);
+    const lines = inside.getBoundingClientRect().height / parseFloat(style.lineHeight);
+    // What a single line holds is not squeezed, however short it is.
+    if (wide > 0 && wide < 12 && !(lone && lines < 1.5)) {
+      told.narrow.push(`${box.tagName}.${box.className} ${wide.toFixed(1)} "${box.textContent}"`);
+    }
+  }
+}
+
+function press(key, more) {
+  const given = { key, bubbles: true, cancelable: true, ...more };
+  document.body.dispatchEvent(new KeyboardEvent("keydown", given));
+}
+
+const TURNS = 9;  // more than any browser has pages
+
+// The names of all cards that the keys reach.
+function reached(section, measured) {
+  section.scrollIntoView();
+  for (let turn = 0; turn < TURNS; turn++) press(turn % 2 ? "p" : "ArrowLeft");
+  const seen = new Set();
+  for (let turn = 0; turn < TURNS; turn++) {
+    for (const card of section.querySelectorAll("article:not([hidden])")) {
+      seen.add(card.querySelector(".prompt").textContent.split(" ")[0]);
+      if (measured) measure(card.querySelectorAll(".who, .text, .mark"), false);
+    }
+    press(turn % 2 ? "n" : "ArrowRight");
+  }
+  return [...seen];
+}
+
+function choose(select, value) {
+  select.value = value;
+  select.dispatchEvent(new Event("change"));
+}
+
+measure(document.querySelectorAll("th, td, dd"), true);
+for (const section of document.querySelectorAll(".browser")) {
+  const output = section.querySelector("output");
+  const of = told.browsers[section.id] = { all: section.querySelectorAll("article").length };
+  of.reached = reached(section, true);
+  of.end = output.textContent;
+  press("ArrowLeft");
+  of.before = output.textContent;
+  press("n", { ctrlKey: true });
+  const select = section.querySelector("select");
+  select.dispatchEvent(new KeyboardEvent("keydown", { key: "n", bubbles: true }));
+  of.still = output.textContent;
+  section.querySelector("[data-turn='1']").click();
+  of.clicked = output.textContent;
+  const selects = frameElement.name.startsWith("run") ? section.querySelectorAll("select") : [];
+  for (const each of selects) {
+    for (const { value } of [...each.options].slice(1)) {
+      choose(each, value);
+      told.filters[`${section.id}: ${each.dataset.mark}: ${value}`] = reached(section);
+    }
+    choose(each, "");
+  }
+}
+const [kind, change, right] = document.querySelectorAll("#answers select");
+const count = document.querySelector("#answers output");
+if (frameElement.name.startsWith("run")) {
+  choose(kind, "writing");
+  told.kind = count.textContent;
+  choose(change, "gained");
+  told.both = reached(document.querySelector("#answers"));
+  choose(right, "wrong");
+  const left = document.querySelectorAll("#answers article:not([hidden])");
+  told.none = [count.textContent, left.length];
+}
+told.scroll = document.documentElement.scrollWidth - innerWidth;
+parent.told[frameElement.name] = told;
+</script>
+"""
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+
+WIDTHS = (1280, 390)
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """What a browser finds in three pages, each at both widths.
+
+    In frames, since a window of Chromium is never narrower than 500 pixels.
+    """
+    folder = tmp_path_factory.mktemp("browser")
+    pages = {
+        "run": run_in(folder / "run", ["base", "sft", "aligned"]),
+        "wide": run_in(folder / "wide", ["base", "sft", "aligned", "q4", "Qwen2.5-0.5B-Instruct"]),
+    }
+    run_in(folder / "as-long-a-name-as-a-sweep-gives-to-its-runs", ["base", "aligned"], "ipo")
+    arms = [path for path in folder.iterdir() if path.is_dir()]
+    pages["arms"] = of_several(arms).read_text(encoding="utf-8")
+    frames = "".join(
+        f'<iframe name="{name}-{width}" width="{width}" height="900" style="border: 0" '
+        f'srcdoc="{escape(html.replace("</body>", f"{PROBE}</body>"))}"></iframe>'
+        for name, html in pages.items()
+        for width in WIDTHS
+    )
+    file = folder / "frames.html"
+    file.write_text(
+        f"<!doctype html><script>window.told = {{}};</script>{frames}<script>onload = () => "
+        "{ document.title = JSON.stringify(window.told); };</script>",
+        encoding="utf-8",
+    )
+    command = f"{CHROMIUM} --headless --no-sandbox --disable-gpu --disable-quic --no-first-run"
+    command += " --disable-background-networking --disable-component-update --disable-sync"
+    command += f" --hide-scrollbars --user-data-dir={folder / 'profile'} --dump-dom"
+    done = subprocess.run(
+        [*command.split(), file.as_uri()], capture_output=True, text=True, timeout=100, check=True
+    )
+    title = re.search(r"<title>(.*?)</title>", done.stdout)
+    assert title is not None
+    return json.loads(unescape(title[1]))
+
+
+browser = pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium browser on the PATH")
+
+
+@browser
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("name", ["run", "wide", "arms"])
+def test_nothing_scrolls_sideways_and_no_column_is_squeezed(seen, name, width):
+    told = seen[f"{name}-{width}"]
+    assert told["width"] == width
+    assert told["scroll"] <= 0
+    assert told["narrow"] == []
+
+
+def names(rows, wanted, first):
+    """Those of every second prompt from `first` on whose two values are `wanted`."""
+    return {f"p{2 * at + first}" for at, row in enumerate(rows) if row in wanted}
+
+
+@browser
+@pytest.mark.parametrize("width", WIDTHS)
+def test_keys_reach_every_card_and_filters_show_theirs_alone(seen, width):
+    told = seen[f"run-{width}"]
+    answers, groups = told["browsers"]["answers"], told["browsers"]["groups"]
+    assert (len(answers["reached"]), answers["all"]) == (30, 30)
+    assert (len(groups["reached"]), groups["all"]) == (15, 15)
+    assert (groups["end"], groups["before"], groups["still"]) == (
+        "13–15 of 15",
+        "9–12 of 15",
+        "9–12 of 15",
+    )
+    assert groups["clicked"] == "13–15 of 15"
+    maths, writing = (names(rows, rows, at) for at, rows in enumerate((MATHS_ROWS, WRITING_ROWS)))
+    gained = names(WRITING_ROWS, [(0.3, 0.5)], 1)
+    equal = {"g0", "g5", "g10"}
+    expected = {
+        f"answers: kind: {MATHS}": maths,
+        "answers: kind: writing": writing,
+        "answers: change: gained": gained | names(MATHS_ROWS, [(0, 1)], 0),
+        "answers: change: lost": names(WRITING_ROWS, [(0.5, 0.3)], 1)
+        | names(MATHS_ROWS, [(1, 0)], 0),
+        "answers: change: same": names(WRITING_ROWS, [(0.5, 0.54)], 1)
+        | names(MATHS_ROWS, [(1, 1), (0, 0)], 0),
+        "answers: aligned is: right": names(MATHS_ROWS, [(0, 1), (1, 1)], 0),
+        "answers: aligned is: wrong": names(MATHS_ROWS, [(1, 0), (0, 0)], 0),
+        "answers: aligned is: no true answer": writing,
+        **{
+            f"groups: step: alignment step {step}": {f"g{5 * step + at - 5}" for at in range(5)}
+            for step in (1, 2, 3)
+        },
+        "groups: signal: scores are equal": equal,
+        "groups: signal: scores differ": set(groups["reached"]) - equal,
+    }
+    assert {name: set(found) for name, found in told["filters"].items()} == expected
+    assert told["kind"] == "1–4 of 15"
+    assert set(told["both"]) == gained
+    assert told["none"] == ["none", 0]
