@@ -8,11 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 from pujax.config.commands import command, in_new_words, listed
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
-from pujax.errors import ConfigError, require
+from pujax.errors import ConfigError, EvaluationError, require
 from pujax.files.durable import refuse_unwritable
-from pujax.files.locate import at_home
+from pujax.files.locate import here
+from pujax.files.settings import kept_settings
+from pujax.inference.finished import model_path, newest_runs, refuse_name
 from pujax.run.compilation import compile_once
+from pujax.teacher.prompts import refuse_missing
 from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import require_store
 
 if TYPE_CHECKING:
     from pujax.evaluation.results import Evaluation
@@ -107,6 +111,8 @@ class EvaluateConfig:
 
 def run(settings: EvaluateConfig) -> None:
     """Evaluate the models that are named, then print the table and what to know of it."""
+    directories = newest_runs(settings.runs)
+    _require_sources(settings, directories)
     if settings.models or settings.splits or settings.suite is not None:
         compile_once()
     from rich.console import Console
@@ -114,11 +120,9 @@ def run(settings: EvaluateConfig) -> None:
     from pujax.evaluation.findings import told
     from pujax.evaluation.results import save
     from pujax.evaluation.tables import named, table
-    from pujax.inference.finished import newest_run
     from pujax.inference.heldout import arms, evaluate_other, evaluations_of
 
     console = Console()
-    directories = [newest_run(at_home(run)) for run in settings.runs]
     if settings.suite is not None:
         answer, kept = _asked(settings, directories)
         console.print(named(answer.header, answer.rows, answer.note))
@@ -139,6 +143,26 @@ def run(settings: EvaluateConfig) -> None:
         return
     compared, between = arms(directories, settings.names, folders)
     console.print(table(compared, against_first=between))
+
+
+def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> None:
+    """Refuse runs, models, prompts and a store that are not there, before jax is imported."""
+    anew = settings.splits or settings.suite is not None
+    if settings.models and not anew:
+        (directory,) = directories
+        for path, name in zip(settings.models, settings.names, strict=True):
+            refuse_name(directory, path, name)
+    for directory in directories:
+        if settings.models or anew:
+            kept_settings(directory)
+        elif not any(directory.glob("eval-*.jsonl")):
+            raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
+    for path in settings.models:
+        here(model_path(path))
+    if settings.data.heldout is not None:
+        refuse_missing(settings.data.heldout)
+    if settings.data.anchors is not None:
+        require_store(Path(settings.data.anchors))
 
 
 def _split(settings: EvaluateConfig, directory: Path | None) -> "Split":
