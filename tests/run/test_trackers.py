@@ -115,3 +115,57 @@ def test_one_that_is_not_installed_is_refused_before_there_is_a_run(tmp_path, mo
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match=r"log.to='tensorboard': choose trackio, wandb or mlflow"):
         LogConfig(to=["tensorboard"])
+
+
+def trackio_kept(directory):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    logs = SQLiteStorage.get_logs("mine", "now")
+    return [(log["step"], log["sft/loss"]) for log in logs]
+
+
+def wandb_kept(directory):
+    from wandb.proto.wandb_internal_pb2 import Record
+    from wandb.sdk.internal.datastore import DataStore
+
+    kept = []
+    for file in sorted(directory.glob("wandb/offline-run-*/run-*.wandb")):
+        store = DataStore()
+        store.open_for_scan(str(file))
+        while data := store.scan_data():
+            record = Record()
+            record.ParseFromString(data)
+            said = {"/".join(i.nested_key) or i.key: i.value_json for i in record.history.item}
+            if "sft/loss" in said:
+                kept.append((int(said["_step"]), float(said["sft/loss"])))
+    return kept
+
+
+def mlflow_kept(directory):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mine")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "sft/loss")]
+
+
+KEPT = {"trackio": trackio_kept, "wandb": wandb_kept, "mlflow": mlflow_kept}
+
+
+@pytest.mark.filterwarnings("default")  # these packages have their own
+@pytest.mark.parametrize("name", OPENERS)
+def test_the_tracker_itself_keeps_on_this_machine_what_it_is_told(name, tmp_path, monkeypatch):
+    for key in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip(name, reason=f"{name}, an extra, is not installed")
+    directory, said = tmp_path / "runs" / "mine" / "now", []
+    directory.mkdir(parents=True)
+    with telling(config(name), directory, said.append) as tell:
+        tell("sft", 1, {"loss": 2.0})
+        tell("sft", 2, {"loss": 1.0})
+    with telling(config(name), directory, said.append) as tell:  # the run goes on
+        tell("sft", 3, {"loss": 0.5})
+    assert said == []
+    assert KEPT[name](directory) == [(1, 2.0), (2, 1.0), (3, 0.5)]
