@@ -7,6 +7,7 @@ from pathlib import Path
 
 from pujax import __version__
 from pujax.config.streams import hold
+from pujax.errors import ConfigError
 
 COMMANDS = (
     "train",
@@ -31,10 +32,26 @@ def main() -> None:
     if name == "--version":
         print(f"pujax {__version__}")
         return
+    if name == "--completion":
+        print(_completion(sys.argv[2:]), end="")
+        return
     listed = "\n".join(f"  {command:<10} {_purpose(command)}" for command in COMMANDS)
     if name not in ("--help", "-h"):
         sys.exit(f"pujax: no command {name!r}; there are\n{listed}")
     print(f"pujax COMMAND KEY=VALUE ...   (pujax COMMAND --help shows its settings)\n\n{listed}")
+    print("\npujax --completion bash, or zsh, prints what that shell is to complete")
+
+
+def _completion(shell: list[str]) -> str:
+    """The script for the shell that is named; it knows every command's settings."""
+    from pujax.config.completion import script
+
+    for command in COMMANDS:
+        importlib.import_module(f"pujax.{command}")
+    try:
+        return script(" ".join(shell), COMMANDS)
+    except ConfigError as error:
+        sys.exit(f"pujax: {error}")
 
 
 def _purpose(command: str) -> str:

@@ -1,13 +1,23 @@
 """`pujax evaluate`: a run's held-out table again, other models beside it, or several runs."""
 
+from collections.abc import Sequence
+from pathlib import Path
+
 from pujax.config.commands import command, in_new_words
 from pujax.config.tool_settings import EvaluateConfig
-from pujax.files.locate import at_home
+from pujax.errors import EvaluationError
+from pujax.files.locate import here
+from pujax.files.settings import kept_settings
+from pujax.inference.finished import model_path, newest_runs, refuse_name
 from pujax.run.compilation import compile_once
+from pujax.teacher.prompts import refuse_missing
+from pujax.teacher.store import require_store
 
 
 def run(settings: EvaluateConfig) -> None:
     """Evaluate the models that are named, then print the table and what to know of it."""
+    directories = newest_runs(settings.runs)
+    _require_sources(settings, directories)
     if settings.models or settings.splits or settings.suite is not None:
         compile_once()
     from rich.console import Console
@@ -16,11 +26,9 @@ def run(settings: EvaluateConfig) -> None:
     from pujax.evaluation.results import save
     from pujax.evaluation.tables import named, table
     from pujax.inference.evaluating import asked, on_split
-    from pujax.inference.finished import newest_run
     from pujax.inference.heldout import arms, evaluate_other, evaluations_of
 
     console = Console()
-    directories = [newest_run(at_home(run)) for run in settings.runs]
     if settings.suite is not None:
         answer, kept = asked(settings, directories)
         console.print(named(answer.header, answer.rows, answer.note))
@@ -41,6 +49,26 @@ def run(settings: EvaluateConfig) -> None:
         return
     compared, between = arms(directories, settings.names, folders)
     console.print(table(compared, against_first=between))
+
+
+def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> None:
+    """Refuse runs, models, prompts and a store that are not there, before jax is imported."""
+    anew = settings.splits or settings.suite is not None
+    if settings.models and not anew:
+        (directory,) = directories
+        for path, name in zip(settings.models, settings.names, strict=True):
+            refuse_name(directory, path, name)
+    for directory in directories:
+        if settings.models or anew:
+            kept_settings(directory)
+        elif not any(directory.glob("eval-*.jsonl")):
+            raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
+    for path in settings.models:
+        here(model_path(path))
+    if settings.data.heldout is not None:
+        refuse_missing(settings.data.heldout)
+    if settings.data.anchors is not None:
+        require_store(Path(settings.data.anchors))
 
 
 GROUPS = ("eval", "teacher", "scorer")

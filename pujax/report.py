@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from pujax.config.commands import command, in_new_words, listed
-from pujax.errors import require
+from pujax.errors import EvaluationError, require
 from pujax.files.locate import at_home
-from pujax.inference.finished import newest_run
+from pujax.files.settings import SETTINGS
+from pujax.inference.finished import newest_runs
 
 
 @dataclass(frozen=True)
@@ -40,9 +41,14 @@ def run(settings: ReportConfig) -> None:
     if settings.sweep is not None:
         of_sweep(at_home(settings.sweep))
         return
+    directories = newest_runs(settings.runs)
+    for directory in directories:
+        if not (directory / SETTINGS).is_file():  # refused before matplotlib is imported
+            raise EvaluationError(
+                f"{directory / SETTINGS} is not there: is {directory} a run's directory?"
+            )
     from pujax.evaluation.page import refuse_foreign, write
 
-    directories = [newest_run(at_home(run)) for run in settings.runs]
     for directory in directories:
         refuse_foreign(directory)
     for directory in directories:

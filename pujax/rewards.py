@@ -73,7 +73,10 @@ def _asked(answer: str, row: Mapping[str, Any]) -> Prompt:
 def number(response: str, answer: str | None, *, tolerance: float = 0.0) -> float | None:
     """1 where the last number in the response is the last one in the true answer.
 
-    `tolerance` is relative to the larger of the two. None where the answer has no number.
+    None where the answer has no number.
+
+    Settings:
+        tolerance: how far they may be apart, a share of the larger of the two.
 
     >>> number("That makes 1,250 of 3,000: about 41.7 %.", "#### 41.7")
     1.0
@@ -96,6 +99,9 @@ def _last_number(words: str) -> float | None:
 def regex(response: str, *, pattern: str) -> float:
     """1 where `pattern` is found in the response; `^`, `$` and `(?i)` mean what they do in `re`.
 
+    Settings:
+        pattern: a regular expression.
+
     >>> regex("Dear Ann, ... Yours, Bob", pattern=r"^Dear .*Yours")
     1.0
     """
@@ -111,6 +117,10 @@ def json_object(response: str, *, required: Mapping[str, str]) -> float:
     """1 where the response is a JSON object and nothing else, with `required` keys of these types.
 
     The types are named as in JSON Schema; of a schema this is `required` and `type` alone.
+
+    Settings:
+        required: the keys, each with its type: string, number, integer, boolean, array, object or
+            null.
 
     >>> json_object('{"name": "Ann", "age": 7}', required={"name": "string", "age": "integer"})
     1.0
@@ -140,6 +150,9 @@ def column(row: Mapping[str, Any], *, name: str) -> float | None:
 
     It says the same of all responses, so it gates anchors (`data.gate.check`) and ranks nothing.
 
+    Settings:
+        name: the column.
+
     >>> column({"judge": 4}, name="judge"), column({}, name="judge")
     (4.0, None)
     """
@@ -153,6 +166,10 @@ def column(row: Mapping[str, Any], *, name: str) -> float | None:
 
 def length(response: str, *, least: int = 0, most: int) -> float:
     """1 for `least` to `most` words, else the ratio to the nearer bound.
+
+    Settings:
+        least: the fewest words.
+        most: the most words.
 
     >>> length("a b c", most=3), length("a b c", most=2), length("a b c", least=4, most=9)
     (1.0, 0.6666666666666666, 0.75)

@@ -1,13 +1,18 @@
 """`pujax train`: SFT on the anchors, then alignment, evaluated and resumable."""
 
+from pathlib import Path
+
 from pujax.config.commands import command, swept
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, title
 from pujax.errors import require
+from pujax.files.locate import here
 from pujax.run.compilation import compile_once
 from pujax.run.directory import OUTPUT, finished, run_directory
 from pujax.run.processes import first, opened, several, together, told
 from pujax.run.trackers import require_trackers
+from pujax.teacher.prompts import refuse_missing
+from pujax.teacher.store import require_store
 
 
 def run(config: TrainConfig) -> None:
@@ -29,6 +34,7 @@ def run(config: TrainConfig) -> None:
             if first():
                 print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
             return
+        told(lambda: require_sources(config))
         with opened(lambda: run_directory(config, apart)) as directory:
             compile_once()
             import rich
@@ -43,6 +49,20 @@ def run(config: TrainConfig) -> None:
                 rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
                 fit(config, directory, console=rich.get_console())
         print(f"{title(apart)}: done in {directory}", flush=True)
+
+
+def require_sources(config: TrainConfig) -> None:
+    """Refuse a student, prompts and a store that are not there, before jax is imported.
+
+    Raises `WeightsError`, `ConfigError`, `PromptError` and `StoreError`.
+    """
+    data = config.data
+    here(config.model.path)
+    for source in (data.prompts, data.heldout, data.preferences):
+        if source is not None:
+            refuse_missing(source)
+    if data.anchors is not None and not config.teacher.asks:
+        require_store(Path(data.anchors))
 
 
 main = command("train", TrainConfig, run)

@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -34,6 +35,45 @@ def test_a_clones_own_data_comes_first_and_by_its_short_name(tmp_path, monkeypat
     (tmp_path / name).write_text("")
     assert shipped("quickstart/train.jsonl") == name
     assert shipped("quickstart/none.jsonl") == "experiments/quickstart/none.jsonl"
+
+
+def ran(words, **how):
+    """What a command says on standard output and error, and its status."""
+    done = subprocess.run(words, capture_output=True, text=True, **how)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_the_sdist_makes_a_wheel_that_runs_from_any_folder(tmp_path):
+    pytest.importorskip("hatchling", reason="hatchling, which builds it, is not installed")
+    build = [sys.executable, "-m", "hatchling", "build", "-d", str(tmp_path / "dist"), "-t"]
+    assert ran([*build, "sdist"], cwd=ROOT)[0] == 0
+    (archive,) = (tmp_path / "dist").glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        packed.extractall(tmp_path / "source", filter="data")
+    (source,) = (tmp_path / "source").iterdir()
+    for name in ("tests/conftest.py", "Makefile", "requirements.lock", "docs/data.md"):
+        assert (source / name).is_file(), name
+    status, said = ran([*build, "wheel"], cwd=source)
+    assert status == 0, said
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    site = tmp_path / "site"
+    install = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-compile"]
+    status, said = ran([*install, "--quiet", "--target", str(site), str(wheel)])
+    assert status == 0, said
+
+    def pujax(*words):
+        environment = os.environ | {"PYTHONPATH": str(site)}
+        return ran([sys.executable, site / "bin" / "pujax", *words], cwd=tmp_path, env=environment)
+
+    assert pujax("evaluate", "--help")[0] == 0
+    status, said = pujax("train", "experiment=quickstart", "--cfg", "job", "--resolve")
+    assert status == 0, said
+    assert f"prompts: {site}/pujax/experiments/quickstart/train.jsonl\n" in said
+    # All of the settings are read and the data is found: what stops it comes after that.
+    assert pujax("train", "experiment=smoke", "model.path=./none") == (
+        1,
+        "pujax.train: ./none: no such file or directory\n",
+    )
 
 
 @pytest.mark.long  # it builds, with what the registry has for that

@@ -135,3 +135,27 @@ def test_without_the_extra_one_line_says_how_to_get_it(monkeypatch):
 def test_a_setting_out_of_its_range_is_refused(wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         ServeConfig(model="m", **wrong)
+
+
+def test_openais_own_client_asks_it(run):
+    openai = pytest.importorskip("openai", reason="openai, whose client this is, is not installed")
+    kept = to_serve(str(run), None, kind="Q4_0", say=print).path
+    asked = {
+        "model": "mine",
+        "messages": [{"role": "user", "content": "Hi"}],
+        "max_tokens": 4,
+        "temperature": 0,
+    }
+    with serving.served_at(kept, context=256) as address:
+        client = openai.OpenAI(base_url=address, api_key="none", timeout=60)
+        whole = client.chat.completions.create(**asked)
+        pieces = [
+            piece.choices[0].delta.content
+            for piece in client.chat.completions.create(stream=True, **asked)
+            if piece.choices
+        ]
+        listed = [model.id for model in client.models.list()]
+        client.close()
+    assert whole.usage.completion_tokens == 4
+    assert "".join(filter(None, pieces)) == whole.choices[0].message.content
+    assert listed == [kept.name]

@@ -153,7 +153,7 @@ def command(
         job.__module__ = f"pujax.{name}"  # Hydra names the application after it
         try:
             where = Path(conf_dir(), folder)
-            groups = _groups(name, where)
+            groups = groups_of(name, where)
             if name != "train" and any(given.startswith("+experiment=") for given in typed):
                 raise ConfigError("experiment: train alone takes one: name what it sets by itself")
             sweep = not {"-m", "--multirun"}.isdisjoint(options)
@@ -261,7 +261,7 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     return options, overrides
 
 
-def _groups(name: str, conf: Path) -> list[str]:
+def groups_of(name: str, conf: Path) -> list[str]:
     """The groups that a command takes: those of its defaults list, and train's experiments."""
     defaults = yaml.safe_load((conf / f"{name}.yaml").read_text(encoding="utf-8"))["defaults"]
     keys = [key for entry in defaults if isinstance(entry, dict) for key in entry]

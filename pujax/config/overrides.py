@@ -8,7 +8,7 @@ values to go through.
 """
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -27,8 +27,8 @@ def in_hydra_words(
     """The overrides as Hydra is to read them, of a command with the settings `schema`.
 
     `groups` are its configuration groups, whose values name files. A setting that the schema leaves
-    open, to take a text or a list of texts, is a text unless it stands in brackets or braces or has
-    a comma. With `sweep`, commas part the values to go through.
+    open, to take a text or a list of texts, is a text unless it stands in brackets or braces. With
+    `sweep`, commas part the values to go through.
     """
     return [_in_hydra_words(given, schema, groups, sweep) for given in overrides]
 
@@ -46,7 +46,7 @@ def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bo
     if listed and kind in (Any, list[str]):
         each = (_quoted(text.strip(), references) for text in listed[1].split(","))
         return f"{key}=[{','.join(each)}]"
-    if kind is str or (kind is Any and not re.search(r"^[\[{]|,", value)):
+    if kind is str or (kind is Any and not value.startswith(("[", "{"))):
         return f"{key}={_quoted(value, references)}"
     return given
 
@@ -72,6 +72,16 @@ def _type_of(schema: Any, key: str) -> Any:
         else:
             return None
     return schema
+
+
+def kinds_of(schema: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every dotted key of a settings record and what it holds, null aside."""
+    for name, annotation in get_type_hints(schema).items():
+        kind = _given(annotation)
+        yield prefix + name, kind
+        if is_dataclass(kind):
+            assert isinstance(kind, type)
+            yield from kinds_of(kind, f"{prefix}{name}.")
 
 
 def _given(annotation: Any) -> Any:

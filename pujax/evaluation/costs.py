@@ -132,7 +132,9 @@ def costs(
     )
 
 
-def measured_anyway(evaluation: Evaluation, examples: Sequence[Example], params: Params) -> Answer:
+def measured_anyway(
+    evaluation: Evaluation, examples: Sequence[Example], params: Params
+) -> SuiteAnswer:
     """The card as far as a run knows it at its end, with nothing measured for its sake.
 
     `evaluation` is that of the model with `params` on `examples`, or on the first of them. What

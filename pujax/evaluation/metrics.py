@@ -42,7 +42,13 @@ MetricFn = Callable[[Reading], float | None]
 
 @dataclass(frozen=True)
 class Shown:
-    """How tables show a metric; `better` is higher, lower or, where it has no better end, None."""
+    """How tables show a metric.
+
+    Attributes:
+        title: what it is called.
+        digits: after the decimal point.
+        better: higher, lower, or null where it has no better end.
+    """
 
     title: str
     digits: int = 3
@@ -63,7 +69,12 @@ class Shown:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric's function, its settings bound, and how it is shown."""
+    """A metric's function, its settings bound, and how it is shown.
+
+    Attributes:
+        function: from what a model made of a prompt to a number, or none.
+        shown: in tables.
+    """
 
     function: MetricFn
     shown: Shown
@@ -123,6 +134,9 @@ def distinct_n(reading: Reading, *, n: int = 2) -> float | None:
     """Distinct n-grams of words among all of the response's: below 1 it repeats itself.
 
     Li et al. (2016) count over all responses at once; within each, prompts can be paired.
+
+    Settings:
+        n: words in a gram.
     """
     require(n > 0, "eval.metrics.distinct_n.function.n", n, "must be positive")
     found = text.words(reading.response)
@@ -131,7 +145,11 @@ def distinct_n(reading: Reading, *, n: int = 2) -> float | None:
 
 
 def sampled(reading: Reading, *, metric: MetricFn) -> float | None:
-    """The mean of a metric of texts (`exact`, `contains`, `rouge_l`) over the sampled answers."""
+    """The mean of a metric of texts (`exact`, `contains`, `rouge_l`) over the sampled answers.
+
+    Settings:
+        metric: of each of the eval.samples answers; a prompt has none while that is 0.
+    """
     import numpy as np  # no command that asks a teacher needs it, and each names metrics
 
     values = [metric(of_text(reading.prompt, reading.anchor, sample)) for sample in reading.samples]
@@ -143,6 +161,10 @@ def pass_at_k(reading: Reading, *, k: int = 4, metric: MetricFn = exact) -> floa
     """The chance that one of k sampled answers is right, without bias from n >= k of them.
 
     1 - C(n - c, k) / C(n, k), c the right ones (Chen et al., 2021, eq. 1).
+
+    Settings:
+        k: answers that one has; eval.samples, n, must be as many or more.
+        metric: 1 for a right answer, 0 for a wrong one.
     """
     n = len(reading.samples)
     share = sampled(reading, metric=metric)

@@ -40,7 +40,7 @@ class SuiteAnswer:
     records: tuple[dict[str, Any], ...]
 
 
-def keep_answer(answer: Answer, name: str, folder: Path) -> None:
+def keep_answer(answer: SuiteAnswer, name: str, folder: Path) -> None:
     """Write what the suite `name` found to `suite-<name>.json`, its raw records left out.
 
     It takes the place of what the suite found there before. Raises `DiskError`.
@@ -50,7 +50,7 @@ def keep_answer(answer: Answer, name: str, folder: Path) -> None:
     write_whole(folder / f"suite-{name}.json", text.encode(errors="backslashreplace"))
 
 
-def kept_answers(folder: Path) -> dict[str, Answer]:
+def kept_answers(folder: Path) -> dict[str, SuiteAnswer]:
     """What suites found in `folder`, by their names, without raw records.
 
     Raises `EvaluationError` for a file that has something else in it.

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from pujax.errors import ConfigError
 from pujax.models.decoder import DecoderConfig
 
 _TAG = "tags: [pujax]"
@@ -90,6 +91,14 @@ def is_card(path: Path) -> bool:
         return False
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
     return lines[:1] == ["---"] and "---" in lines[1:] and _TAG in lines[: lines.index("---", 1)]
+
+
+def refuse_foreign_card(path: Path) -> None:
+    """Raise `ConfigError` unless the name is free or an export's model card has it."""
+    if path.is_dir() or (path.exists() and not is_card(path)):
+        raise ConfigError(
+            f"{path}: not a model card that an export wrote: move it away, or choose another out"
+        )
 
 
 def tokenizer_files(path: Path) -> list[str] | None:

@@ -23,11 +23,11 @@ def cache_folder() -> Path:
     return at_home(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
 
 
-def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
-    """The local file or directory that `path` (as in `load`) stands for, fetched if need be.
+def here(path: str | os.PathLike[str]) -> Path | None:
+    """The local file or directory that `path` (as in `load`) stands for.
 
-    Without `tensors` a repository's safetensors are left on the hub. Raises `WeightsError` when it
-    is nowhere, `ConfigError` for a missing package or home.
+    None for a repository's name, whose hub is not asked. Raises `WeightsError` for what is nowhere,
+    `ConfigError` for a missing package or home.
     """
     text = os.fspath(path)
     if text.startswith("package://"):
@@ -35,8 +35,21 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
     local = at_home(text)
     if local.exists():
         return local
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(/[\w./-]+\.gguf)?", text):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.gguf)?", text):
         raise WeightsError(f"{text}: no such file or directory")
+    return None
+
+
+def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
+    """What `path` stands for, as `here` finds it, or a repository fetched from the hub.
+
+    Without `tensors` its safetensors are left there. Raises as `here` does, and `WeightsError` for
+    a repository that can't be had.
+    """
+    local = here(path)
+    if local is not None:
+        return local
+    text = os.fspath(path)
     import huggingface_hub
     from httpx import HTTPError
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -47,7 +60,7 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
         if file:
             return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file[0]))
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
         raise WeightsError(
             f"{text}: neither a local path nor to be had from the model hub ({error}); "
             "give a local directory or GGUF file, or check the id, the network and `hf auth login`"

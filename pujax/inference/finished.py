@@ -1,13 +1,13 @@
 """What a finished run left behind, and in which forms it can be had."""
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pujax.errors import ConfigError, WeightsError, one_of
-from pujax.files.locate import at_home
+from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, require
+from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
 
 
@@ -72,8 +72,18 @@ def finished_run(directory: Path) -> Finished:
     return _finished(ended[-1])  # they are named by the time
 
 
-def newest_run(directory: Path) -> Path:
-    """`directory`, or where that is a folder of runs its newest one that is finished."""
+def newest_runs(runs: Sequence[str]) -> list[Path]:
+    """Each directory, or where that is a folder of runs its newest one that is finished.
+
+    Raises `ConfigError` for what looks like several in one text, and is none.
+    """
+    for run in runs:
+        one = "," not in run or at_home(run).exists()
+        require(one, "run", run, "nothing there: several runs are a list, run=[A,B]")
+    return [_newest_run(at_home(run)) for run in runs]
+
+
+def _newest_run(directory: Path) -> Path:
     if _is_run(directory) or any(directory.glob("eval-*.jsonl")):
         return directory
     ended = (path for path in directory.glob("*") if _is_run(path) and _has_ended(path))
@@ -89,12 +99,31 @@ def model_path(path: str) -> str:
     return str(_finished(directory).model) if _is_run(directory) else path
 
 
+def refuse_name(directory: Path, path: str, name: str) -> None:
+    """Raise `EvaluationError` where the model at `path` can't be called that beside a run's own.
+
+    Going on, the run would take another's evaluation for its own.
+    """
+    from pujax.evaluation.results import OWN  # numpy with it
+
+    if not re.fullmatch(r"[\w.-]+", name) or (directory / f"eval-{name}.jsonl").exists():
+        raise EvaluationError(
+            f"name={name!r}: the run has it, or it can't name a file: choose another"
+        )
+    own = name == "aligned" and Path(model_path(path)).resolve() == (directory / "export").resolve()
+    if name.lower() in OWN and not own:
+        raise EvaluationError(
+            f"name={name!r}: what a run calls its own models, which {path} is not: choose another"
+        )
+
+
 def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
     """Where the model of a `run` lies, or the one at `model`; and the system message of a run.
 
-    Raises as `finished_run` does.
+    Raises as `finished_run` does, and `WeightsError` for a model that is not there.
     """
     if run is None:
+        here(str(model))
         return str(model), None
     finished = finished_run(at_home(run))
     return str(finished.model), finished.system
@@ -143,12 +172,27 @@ def export(
 ) -> Path:
     """Export a `run`'s model or the one at `model`; the directory or file that was written.
 
-    A GGUF file gets a Modelfile for Ollama beside it. What was written goes to the hub too where
-    `push` names a model there. `say` is told what the form itself can't hold. Raises `ConfigError`,
-    and with it `WeightsError` and `ChatError`, for what can't be exported, and `DiskError`.
+    A GGUF file gets a Modelfile for Ollama and its model card beside it. What was written goes to
+    the hub too where `push` names a model there. `say` is told what the form itself can't hold.
+    Raises `ConfigError`, and with it `WeightsError` and `ChatError`, for what can't be exported,
+    and `DiskError`.
     """
+    # What needs no more than these is refused before jax is imported.
+    from pujax.files.hub import require_hub
+
+    _refuse_run(out)
+    if push is not None:
+        require_hub(push)
+    if format == "gguf" and out.suffix != ".gguf":
+        if out.is_file():
+            raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
+        out = out / f"model-{kind}.gguf"
+    finished = None if run is None else finished_run(run)
+    source = str(model if finished is None else finished.model)
+    here(source)
+
     from pujax.files import weights
-    from pujax.files.card import model_card
+    from pujax.files.card import model_card, refuse_foreign_card
     from pujax.files.chat import Chat
     from pujax.files.durable import refuse_unwritable, write_whole
     from pujax.files.export import (
@@ -158,32 +202,24 @@ def export(
         refuse_foreign_directory,
         refuse_foreign_file,
     )
-    from pujax.files.hub import require_hub
     from pujax.files.ollama import modelfile, refuse_foreign_modelfile
     from pujax.run.provenance import licence_of
 
-    _refuse_run(out)
-    if push is not None:
-        require_hub(push)
-    if format == "gguf" and out.suffix != ".gguf":
-        if out.is_file():
-            raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
-        out = out / f"model-{kind}.gguf"
-    source, system = str(model), None
+    system = None
     card: dict[str, Any] = {"student": source}
-    if run is not None:
-        finished = finished_run(run)
-        source, card, system = str(finished.model), finished.card(), finished.system
+    if finished is not None:
+        card, system = finished.card(), finished.system
     else:
         card["licence"] = licence_of(source)
     if format == "peft":
         copy_adapter(Path(source), out)
         return _pushed(push, out, say)
     # The exports ask this too; here it is asked before gigabytes are read.
-    beside = out.with_suffix(".Modelfile")
+    beside, told = out.with_suffix(".Modelfile"), out.with_suffix(".md")
     if format == "gguf":
         refuse_foreign_file(out)
         refuse_foreign_modelfile(beside)
+        refuse_foreign_card(told)
         refuse_unwritable(out.parent)
     else:
         refuse_foreign_directory(out)
@@ -193,9 +229,9 @@ def export(
     if format == "gguf":
         export_gguf(config, params, chat, out, kind=kind)
         write_whole(beside, modelfile(chat, out.name, system).encode())
+        write_whole(told, model_card(config, card, library="gguf").encode())
         if system is not None:
             say(f"trained with the system message {system!r}: give it in each conversation")
-        told = model_card(config, card, library="gguf").encode()
         return _pushed(push, out, say, {"Modelfile": beside, "README.md": told})
     export_hf(config, params, chat, out, card, dtype=dtype)
     return _pushed(push, out, say)
@@ -205,7 +241,7 @@ def _pushed(
     name: str | None,
     out: Path,
     say: Callable[[str], None],
-    beside: Mapping[str, Path | bytes] | None = None,
+    beside: Mapping[str, Path] | None = None,
 ) -> Path:
     """`out`, which has gone to the hub if there is a `name`: its files, and what lies `beside`."""
     from pujax.files.exported import RECORD

@@ -15,14 +15,14 @@ from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.errors import EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric
-from pujax.evaluation.results import OWN, Evaluation, load_all, of_run
+from pujax.evaluation.results import Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.durable import refuse_unwritable
 from pujax.files.settings import kept_settings
-from pujax.inference.finished import model_path
+from pujax.inference.finished import model_path, refuse_name
 from pujax.method.step import assemble
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh
@@ -164,15 +164,7 @@ def evaluate_other(
     for a `name` that the run has or keeps for its own models: going on, it would take another's
     evaluation for its own.
     """
-    if not re.fullmatch(r"[\w.-]+", name) or (directory / f"eval-{name}.jsonl").exists():
-        raise EvaluationError(
-            f"name={name!r}: the run has it, or it can't name a file: choose another"
-        )
-    own = name == "aligned" and Path(model_path(path)).resolve() == (directory / "export").resolve()
-    if name.lower() in OWN and not own:
-        raise EvaluationError(
-            f"name={name!r}: what a run calls its own models, which {path} is not: choose another"
-        )
+    refuse_name(directory, path, name)
     refuse_unwritable(directory)
     config = run_config(directory, trusted)
     metrics = build_metrics(config.eval, config.trusted)

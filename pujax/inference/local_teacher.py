@@ -25,8 +25,10 @@ class LocalTeacher:
     """A model on this disk, through pujax's own decoder: as many prompts at a time as are asked.
 
     It is what `teacher.protocol` names in place of a server. Of `teacher.extra_body` it takes
-    top_k, top_p and seed; a temperature of null is 0 here. `answers` says what the model does: it
-    writes, unless that is another function.
+    top_k, top_p and seed; a temperature of null is 0 here.
+
+    Settings:
+        answers: what the model does: it writes, unless that is another function.
     """
 
     on_device = True

@@ -6,10 +6,13 @@ import importlib
 import importlib.util
 import json
 import os
+import re
 import signal
 import socket
+import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +107,27 @@ def require_free(host: str, port: int) -> None:
             raise ConfigError(
                 f"host={host!r} port={port}: {error.strerror}: choose an address of this machine"
             ) from error
+
+
+@contextmanager
+def served_at(path: Path, *, context: int) -> Iterator[str]:
+    """The address, up to /v1, of a server of a GGUF file, in a process of its own meanwhile.
+
+    It answers one request at a time, prompt and answer of at most `context` tokens. Raises
+    `ConfigError` where it does not start; its reason then stands on standard error.
+    """
+    words = (f"model={path.absolute()}", "port=0", "parallel=1", f"context={context}")
+    with subprocess.Popen(
+        [sys.executable, "-m", "pujax.serve", *words], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        try:
+            found = re.search(r"http://\S+/v1", server.stdout.readline())
+            if found is None:
+                raise ConfigError(f"{path}: llama.cpp can't serve it: its reason stands above")
+            yield found[0]
+        finally:
+            server.terminate()
 
 
 def serve(

@@ -29,7 +29,9 @@ def discriminator(
 ) -> Float[Array, "B G"]:
     """D of each response, by what the head has learnt in the steps before this one.
 
-    `lr` and `weight_decay` are those of the head's own AdamW, whose rate is constant.
+    Settings:
+        lr: the constant learning rate of the head's own AdamW, in (0, 1).
+        weight_decay: of that, a share of the learning rate.
 
     Raises `ConfigError` where nothing trains a head, as in a suite or a loop of one's own.
     """

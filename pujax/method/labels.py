@@ -72,6 +72,11 @@ def softmax_labels(
     z is the score, `standardized` within the candidates of its prompt or as it is. The anchor, the
     one known positive, gets `anchor_mass` and the candidates share the rest; with none it is out.
 
+    Settings:
+        tau: temperature of the softmax: towards 0 the best candidate gets it all.
+        standardized: give each group's scores mean 0 and deviation 1 first.
+        anchor_mass: the anchor's share, in [0, 1); 0 leaves it out.
+
     If every |s_i - r_i| <= eps, then r_i - r_j > 2 eps puts label i above label j, the argmax has
     regret at most 2 eps, and (for z = s) the mass on {r_i < r* - delta} is at most
     (K - 1) exp(-(delta - 2 eps) / tau).

@@ -131,13 +131,17 @@ def nnpu(
     """Non-negative PU risk of the implied reward h = beta Delta (Kiryo et al., 2017, eq. 6).
 
     prior l(h(a)) + max(0, E_U l(-h(y)) - prior l(-h(a))): the anchor a is the positive, the
-    candidates are the unlabeled, `prior` is the share of them that is as good as the anchor. Where
-    the max is at 0 the candidates get no gradient; with `sigmoid_loss` and h(a) large that is where
-    their mean sigmoid(h) has come down to `prior`.
+    candidates are the unlabeled. Where the max is at 0 the candidates get no gradient; with
+    `sigmoid_loss` and h(a) large that is where their mean sigmoid(h) has come down to `prior`.
 
     Ours: the classifier, and the max within each prompt (in the paper within each batch), so that
     a prompt's loss does not depend on its neighbours. This is eq. 6 itself, without the paper's
     gradient switch below the max. Scores and labels are not used.
+
+    Settings:
+        beta: the implied reward for a nat of log-ratio to the reference.
+        prior: the share of the candidates that is as good as the anchor, in (0, 1).
+        surrogate: l, the loss of a classifier's output.
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
     require(0 < prior < 1, "loss.prior", prior, "must lie in (0, 1)")
@@ -157,6 +161,10 @@ def listwise(logps: Float[Array, "B G T"], group: Group, *, beta: float = 0.1) -
 
     Zero where beta Delta = log q + const. At the reference p is uniform over the G valid responses,
     so the gradient there is the policy gradient with advantages beta (q_i - 1 / G).
+
+    Settings:
+        beta: the implied reward for a nat of log-ratio to the reference: the smaller, the further
+            the policy goes.
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
     rewards_BG = beta * deltas(logps, group)
@@ -215,6 +223,9 @@ def constant(
     """The mean over candidates of each one's sum over tokens, divided by a constant `length`.
 
     Free of length bias (Dr. GRPO, Liu et al., 2025); at length 1 it is the policy gradient itself.
+
+    Settings:
+        length: what the sums are divided by, in tokens: a step size.
 
     >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
     >>> print(constant(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask, length=2.0))
@@ -305,14 +316,22 @@ def grpo(
 ) -> LossAndMetrics:
     """Clipped surrogate over the candidates plus KL to the reference (Shao et al., 2024, eq. 3).
 
-    The anchor takes no part: it was never sampled. `clip_low` and `clip_high` bound the ratio to
-    [1 - low, 1 + high] (DAPO, Yu et al., 2025); which ratio, and how, is `clip`'s to say. The KL
-    term is `kl_terms`, not the paper's k3, whose gradient is not the KL's. `mask_unfinished` drops
-    the tokens of responses that were cut off, though their scores stay in the baseline (as in
-    DAPO). The metrics' rewards take beta = 1.
+    The anchor takes no part: it was never sampled. The bounds [1 - low, 1 + high] are DAPO's (Yu et
+    al., 2025). The KL term is `kl_terms`, not the paper's k3, whose gradient is not the KL's. The
+    metrics' rewards take beta = 1.
 
     With `constant` and on-policy, its gradient is that of -E[A] + kl_coef KL(policy || ref), so for
     fixed advantages training ends at policy ~ ref exp(A / kl_coef).
+
+    Settings:
+        advantage: from a group's scores or labels to each candidate's advantage.
+        aggregate: from the terms of a prompt's tokens to its loss.
+        clip: which ratio of policy to old policy is bounded, and how.
+        clip_low: how far that ratio may fall below 1.
+        clip_high: how far it may rise above 1.
+        kl_coef: the weight of the KL to the reference; 0 is none.
+        mask_unfinished: drop the tokens of responses that were cut off; their scores stay in the
+            baseline (as in DAPO).
     """
     mask = _candidate_mask(group, mask_unfinished)
     advantages = stop_gradient(advantage(group))
@@ -348,7 +367,13 @@ def ldl_grpo(
     weighs the same in both: at the reference, with the anchor left out, the gradient is G times
     that of `grpo` with `from_labels`, which never stops.
 
-    Candidates that `mask_unfinished` drops lose their tokens but stay in q and p, as in `grpo`.
+    Settings:
+        beta: the implied reward for a nat of log-ratio to the reference: the smaller, the further
+            the policy goes.
+        clip_low: how far a token's ratio of policy to old policy may fall below 1.
+        clip_high: how far it may rise above 1.
+        kl_coef: the weight of the KL to the reference, of a candidate; 0 is none.
+        mask_unfinished: drop the tokens of responses that were cut off; they stay in q and p.
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
     valid = group.valid
@@ -376,6 +401,10 @@ def beside_anchor(
 
     What `pair_losses.dpo` has as `nll_weight` (Pang et al., 2024), for a loss of candidates alone
     (ours).
+
+    Settings:
+        loss: the other loss.
+        weight: of the anchor's mean negative log-prob.
     """
     require(weight > 0, "loss.weight", weight, "must be positive")
     loss_B, metrics = loss(logps, group)

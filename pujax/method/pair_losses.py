@@ -57,10 +57,17 @@ def dpo(
 ) -> LossAndMetrics:
     """-log sigmoid(beta (Delta_w - Delta_l)), weighted over pairs (Rafailov et al., 2023, eq. 7).
 
-    `label_smoothing` takes the labels to be flipped that often (cDPO, Mitchell, 2023), which ends
-    at beta (Delta_w - Delta_l) = logit(1 - label_smoothing). `length_normalized` divides each Delta
-    by the response's length. `nll_weight` adds the chosen response's mean negative log-prob, which
-    holds up what the margin alone lets sink (Pang et al., 2024, eq. 1).
+    With `label_smoothing` (cDPO, Mitchell, 2023) it ends at beta (Delta_w - Delta_l) =
+    logit(1 - label_smoothing). The chosen's likelihood holds up what the margin alone lets sink
+    (Pang et al., 2024, eq. 1).
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: the implied reward for a nat of log-ratio to the reference: the smaller, the further
+            the policy goes.
+        label_smoothing: how often a preference is taken to be the wrong way round, in [0, 0.5).
+        length_normalized: divide each response's log-ratio by its length.
+        nll_weight: of the chosen response's mean negative log-prob, in the loss beside the margin.
     """
     _check_beta(beta)
     require(
@@ -89,7 +96,10 @@ def ipo(
 ) -> LossAndMetrics:
     """(Delta_w - Delta_l - 1 / (2 beta))^2, weighted over pairs (Azar et al., 2023, eq. 17).
 
-    `length_normalized` is what TRL does.
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: a pair is right where the chosen's log-ratio is ahead by 1 / (2 beta) nats.
+        length_normalized: divide each response's log-ratio by its length, as TRL does.
     """
     _check_beta(beta)
     weights_BGG = pairs(group.scores)
@@ -111,8 +121,14 @@ def slic(
 
     The form is that of Liu et al., 2024 (RSO, hinge-norm), which measures from the reference as DPO
     does; Zhao's max(0, delta - lp_w + lp_l) is delta = 1 / beta times this under a reference that
-    finds both equally likely. A pair whose margin is beyond 1 / beta has no gradient. `nll_weight`
-    adds the chosen response's mean negative log-prob, Zhao's regularisation towards a target.
+    finds both equally likely. A pair whose margin is beyond 1 / beta has no gradient.
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: a pair is left alone once the chosen's log-ratio is ahead by 1 / beta nats.
+        length_normalized: divide each response's log-ratio by its length.
+        nll_weight: of the chosen response's mean negative log-prob, Zhao's regularisation towards a
+            target.
     """
     _check_beta(beta)
     weights_BGG = pairs(group.scores)
@@ -134,6 +150,11 @@ def simpo(
 
     m is a response's mean log-prob a token; there is no reference. At a lead m_w - m_l of exactly
     gamma / beta a pair costs log 2, whatever the lengths.
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: the reward for a nat of mean log-prob a token.
+        gamma: how far the chosen's reward is to be ahead.
     """
     _check_beta(beta)
     require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
@@ -152,8 +173,11 @@ def orpo(
 ) -> LossAndMetrics:
     """NLL of the chosen less odds_weight log sigmoid(log odds ratio) (ORPO, Hong et al., 2024).
 
-    The odds are p / (1 - p), p = exp(mean log-prob a token) (eq. 4 and 7); `odds_weight` is the
-    paper's lambda. There is no reference.
+    The odds are p / (1 - p), p = exp(mean log-prob a token) (eq. 4 and 7). There is no reference.
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        odds_weight: of the odds beside the chosen's likelihood, the paper's lambda.
     """
     require(odds_weight >= 0, "loss.odds_weight", odds_weight, "must not be negative")
     weights_BGG = pairs(group.scores)
@@ -180,6 +204,12 @@ def gamma_dpo(
     itself ranks the pair right. With c = lp_ref(y_l) - lp_ref(y_w), the policy gives the chosen at
     least the rejected's probability if and only if the loss is at most -log sigmoid(beta gamma c)
     (their Theorem 4.1, which is for DPO).
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: the implied reward for a nat of D.
+        gamma: how much of the reference counts: 1 is DPO, 0 none.
+        length_normalized: divide each response's D by its length.
     """
     _check_beta(beta)
     require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
@@ -201,6 +231,10 @@ def distill(
 
     Reward-model distillation (d-DPO, Fisch et al., 2024, arXiv 2405.19316): not who wins but by how
     much. It ends where policy ~ ref exp(r / beta), so the scale of the scores counts.
+
+    Settings:
+        beta: the implied reward, on the scores' scale, for a nat of log-ratio to the reference.
+        length_normalized: divide each response's log-ratio by its length.
     """
     _check_beta(beta)
     delta_BG = deltas(logps, group, length_normalized=length_normalized)
@@ -236,6 +270,11 @@ def e_dpo(
     The KL is the candidates' mean of -Delta, each weighed by ref / old policy, weights that sum to
     one (self-normalised importance sampling, ours). It is exact as candidates grow in number; of a
     few it may well be negative. The family is `Group.members`; without it, the scores alone.
+
+    Settings:
+        beta: the implied reward, on the scores' scale, for a nat of log-ratio to the reference.
+        pessimism: the weight of KL(ref || policy), which draws to the scorer that asks for least.
+        length_normalized: divide each response's log-ratio by its length.
     """
     require(pessimism >= 0, "loss.pessimism", pessimism, "must not be negative")
     family_BMG = group.scores[:, None] if group.members is None else group.members
@@ -289,6 +328,13 @@ def kto(
     - Delta))) for an undesirable one, the mean over those that `sides` marks. z is the
     `reference_point`, without a gradient. No response is compared with another, so a prompt may
     have one alone; and the loss saturates: what is far above or below z has no more gradient.
+
+    Settings:
+        sides: which of a group's responses are good and which bad.
+        beta: the implied reward for a nat of log-ratio to the reference.
+        desirable_weight: lambda_D, of the good.
+        undesirable_weight: lambda_U, of the bad.
+        reference_point: z, the log-ratio from which gains and losses are measured.
     """
     _check_beta(beta)
     require(desirable_weight >= 0, "loss.desirable_weight", desirable_weight, "be 0 or more")

@@ -140,6 +140,9 @@ def embedding(context: ScoringContext, *, depth: float = 0.6667) -> Float[Array,
     """cos(h(y), h(a)): h averages the hidden state at `depth` of the layers over the response.
 
     Two thirds of them, to the digits that settings have: rounded to a layer it is the same.
+
+    Settings:
+        depth: the share of the layers that responses are read through.
     """
     layers = max(1, round(depth * context.model.config.layers))
     hidden = context.hidden(layers).astype(jnp.float32)
@@ -266,9 +269,13 @@ def reward(
 ) -> Float[Array, "B G"]:
     """What `function`, plain Python, says of each response: see `pujax.rewards`.
 
-    It runs on the host, between sampling and the rest of the step: in `workers` processes, each
-    call for at most `seconds` (`pujax.run.rewarding`). `batched` functions get lists, one call a
-    step, and return a list.
+    It runs on the host, between sampling and the rest of the step (`pujax.run.rewarding`).
+
+    Settings:
+        function: the reward: higher is better.
+        batched: call it once a step, with a list for each argument, for a list.
+        seconds: that a call may take.
+        workers: processes that call it.
 
     Raises `ConfigError` where nobody has run it, as in a benchmark or a suite.
     """
@@ -317,6 +324,10 @@ def blend(
     That sum's mean is 0 in every group and tells nothing, so two metrics are noted in its place:
     the candidates' mean of each score as it came, `score/<name>`, and the weighted sum of those
     means, `score/mean`.
+
+    Settings:
+        scores: the scores, each a function by `_target_`.
+        weights: of each.
     """
     if len(scores) != len(weights):
         raise ValueError(f"blend: {len(scores)} scores but {len(weights)} weights: give one each")
@@ -357,9 +368,13 @@ def mixture(
     Labels at tau 1 of these scores, unstandardised, are sum_k lambda_k q_k, and the cross-entropy
     is linear in labels: `listwise` on them is, but for a constant, sum_k lambda_k times the
     listwise DPO loss of each score (lambda-weighted listwise DPO, arXiv 2506.19780; there the q_k
-    are of rating columns, here of scorers). lambda are the `weights` made to sum to one, or with
-    `drawn` a draw for each batch from the Dirichlet distribution of these parameters. The anchor is
-    as good as the best.
+    are of rating columns, here of scorers). The anchor is as good as the best.
+
+    Settings:
+        scores: the scores, each a function by `_target_`.
+        weights: lambda, made to sum to one.
+        tau: temperature of each score's softmax.
+        drawn: draw lambda for each batch, from the Dirichlet distribution of `weights`.
     """
     if len(scores) != len(weights) or min(weights, default=0) <= 0:
         raise ValueError(f"mixture: {len(scores)} scores need as many positive weights: {weights}")
@@ -382,6 +397,10 @@ def confident(
     Each score, standardised, counts as much as its soft labels q = softmax(z / tau) say of the
     group: log K - H(q) nats, so a ranker that finds all candidates alike has no say. (The paper
     weighs an ensemble of reward models by confidence; its latent heads are not here.)
+
+    Settings:
+        scores: the scores, each a function by `_target_`.
+        tau: temperature of the soft labels that tell how sure a score is.
     """
     candidates = _candidates(context)
     total, said = jnp.zeros(candidates.shape), jnp.zeros((candidates.shape[0], 1))
@@ -399,8 +418,12 @@ def family(
 ) -> Float[Array, "B G"]:
     """The mean of several scores, which a loss is also given one by one, as `Group.members`.
 
-    `standardized` within the group's candidates, so that no member is the nearest for being flat.
-    (That scorers of one group stand for the reward models of arXiv 2405.19316 is ours.)
+    That scorers of one group stand for the reward models of arXiv 2405.19316 is ours.
+
+    Settings:
+        scores: the scores, each a function by `_target_`.
+        standardized: give each score mean 0 and deviation 1 within a group, so that none is the
+            nearest for being flat.
     """
     return _members(context, scores, standardized).mean(axis=1)
 
@@ -421,7 +444,11 @@ def _members(
 
 
 def shuffled(context: ScoringContext, *, score: Scorer) -> Float[Array, "B G"]:
-    """`score` with another prompt's anchor in view: what of it does not come from the anchor."""
+    """`score` with another prompt's anchor in view: what of it does not come from the anchor.
+
+    Settings:
+        score: the score, a function by `_target_`.
+    """
     return score(context.with_shuffled_anchors())
 
 

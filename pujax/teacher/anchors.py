@@ -8,7 +8,7 @@ from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.asking import Tally, ask_all
 from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig
-from pujax.teacher.store import Anchors, Contents
+from pujax.teacher.store import COLLECT, Anchors, Contents, require_store
 from pujax.teacher.writer import AnchorStore, kept_beside, take_up
 from pujax.text import counted, printable
 
@@ -88,7 +88,7 @@ def anchors_for(
     *,
     say: Callable[[str], None] = print,
     tick: Callable[[Plan, Tally], None] = lambda plan, tally: None,
-    remedy: str = "collect them with `python -m pujax.collect`",
+    remedy: str = COLLECT,
 ) -> dict[str, Anchor]:
     """The prompts' anchors by `messages_key`, asking `teacher` for those that `store` lacks.
 
@@ -99,8 +99,8 @@ def anchors_for(
     Raises `StoreError` naming the prompts that have no anchor, and what `collect` raises.
     """
     anchors = Anchors(store, teacher, prompts)
-    if not teacher.asks and not store.is_file():
-        raise StoreError(f"{store}: no such store: {remedy}")
+    if not teacher.asks:
+        require_store(store, remedy)
     contents = Contents(store, anchors.take)
     found = anchors.found
     if teacher.asks:

@@ -457,7 +457,12 @@ def open_endpoint(
     request: RequestFn = openai_request,
     answer: AnswerFn = openai_answer,
 ) -> HttpTeacher:
-    """The server at `teacher.base_url`, with as many connections as may be in flight."""
+    """The server at `teacher.base_url`, with as many connections as may be in flight.
+
+    Settings:
+        request: from a prompt's messages to what is sent.
+        answer: from what came back to the answer.
+    """
     return HttpTeacher(
         teacher,
         timeout=settings.timeout,

@@ -74,6 +74,22 @@ def refuse_pipes(source: str | Sequence[str] | Mapping[str, Any]) -> None:
             )
 
 
+def refuse_missing(source: str | Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise `PromptError` for a file that is not there, or of a kind that nothing reads.
+
+    None is opened, and a dataset is not looked for.
+    """
+    for path in [] if isinstance(source, Mapping) else _paths(source):
+        _reader(path)
+        if not path.exists():
+            raise _unread(path, "No such file or directory")
+
+
+def _unread(path: Path, reason: object) -> PromptError:
+    several = "; several files are a list, [A,B]" if "," in str(path) else ""
+    return PromptError(f"{path}: {reason}: check data.prompts or data.heldout{several}")
+
+
 def _paths(source: str | Sequence[str]) -> list[Path]:
     return [Path(path) for path in ([source] if isinstance(source, str | Path) else source)]
 
@@ -94,6 +110,19 @@ def rows(source: str | Sequence[str] | Mapping[str, Any]) -> Rows:
 
 
 def _file(path: Path) -> Rows:
+    read, empty = _reader(path), True
+    try:
+        for place, row in read(path):
+            empty = False
+            yield place, row
+    except OSError as error:
+        raise _unread(path, error.strerror or error) from error
+    if empty:
+        raise PromptError(f"{path}: no prompts in it: write one a line")
+
+
+def _reader(path: Path) -> Callable[[Path], Rows]:
+    """What reads a file of such a name. Raises `PromptError` where nothing does."""
     kind = path.suffix.lower()
     readers: dict[str, Callable[[Path], Rows]] = {
         **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), _jsonl),
@@ -108,17 +137,7 @@ def _file(path: Path) -> Rows:
             f"{path}: can't tell how to read {kind}: name the file .txt for one prompt a line, or "
             ".jsonl, .csv, .tsv or .parquet"
         )
-    empty = True
-    try:
-        for place, row in readers[kind](path):
-            empty = False
-            yield place, row
-    except OSError as error:
-        raise PromptError(
-            f"{path}: {error.strerror or error}: check data.prompts or data.heldout"
-        ) from error
-    if empty:
-        raise PromptError(f"{path}: no prompts in it: write one a line")
+    return readers[kind]
 
 
 def _text_lines(path: Path) -> Rows:

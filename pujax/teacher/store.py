@@ -25,6 +25,9 @@ FORMAT = 1
 
 TAIL = 256  # bytes at the end of what is known of a file, to see whether they are still there
 
+COLLECT = "collect them with `python -m pujax.collect`"
+"""What to do about answers that a store lacks."""
+
 THOUGHT = re.compile(
     r"\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL | re.IGNORECASE
 )
@@ -37,6 +40,12 @@ def failures_path(store: Path) -> Path:
     if not store.name:
         raise StoreError(f"{store}: is a folder: name a file in it with `store`")
     return store.with_name(f"{store.stem}.failed{store.suffix}")
+
+
+def require_store(store: Path, remedy: str = COLLECT) -> None:
+    """Raise `StoreError` where there is no store, with what to do about it."""
+    if not store.is_file():
+        raise StoreError(f"{store}: no such store: {remedy}")
 
 
 def read_failures(store: Path) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -51,7 +51,7 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
         ("align", "'align': write it as KEY=VALUE"),
         ("+loss.x=étude", "+loss.x: can't read its value: quote it twice, as in '+loss.x=\"ét"),
-        ("data.prompts=a,b", "data.prompts: a value with a comma: write 'data.prompts=\"a,b\"'"),
+        ("align.steps=1,2", "align.steps: a value with a comma: write 'align.steps=\"1,2\"'"),
         ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
         ("align.steps=-1", "align.steps=-1: must not be negative"),
         ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),

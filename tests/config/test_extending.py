@@ -29,6 +29,7 @@ def outside(tmp_path):
 @pytest.mark.slow
 def test_the_pages_loss_scorer_and_metric_are_tried_and_taken(outside):
     """All are tried before prompts are read: that these are missed says that they were taken."""
+    (outside / "nowhere.jsonl").touch()
     words = ["+experiment=smoke", "loss=hinge", "loss.margin=2", "scorer=close_in_length"]
     words += ["+eval=shouting", "trusted=[mine]", "data.prompts=nowhere.jsonl"]
     done = subprocess.run(

@@ -1,17 +1,21 @@
 """`--help` says what every setting means."""
 
+import importlib
+import inspect
+import re
 import shlex
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import yaml
 from hydra import compose, initialize_config_dir
 
 from pujax.chat import ChatConfig
 from pujax.collect import CollectRun
 from pujax.config.compose import conf_dir, from_hydra, offered, register
-from pujax.config.help import COLUMN, WIDTH, help_of, meanings
+from pujax.config.help import COLUMN, WIDTH, help_of, meanings, said_of
 from pujax.config.overrides import in_hydra_words
 from pujax.config.settings import TrainConfig
 from pujax.config.tool_settings import BenchmarkConfig
@@ -112,3 +116,57 @@ def test_help_says_what_a_command_is_for_and_gives_examples_that_hold(name):
                 words = [word.split(",")[0] if word in swept else word for word in words]
                 overrides = in_hydra_words(words, schema, PICKED, sweep=False)
                 from_hydra(schema, compose(name, overrides=overrides))
+
+
+def nodes(value):
+    """Every function's node in settings, those in lists too."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            yield value
+        value = list(value.values())
+    for part in value if isinstance(value, list) else ():
+        yield from nodes(part)
+
+
+NAMED = ("loss", "labels", "scorer", "eval", "teacher")
+
+
+@pytest.mark.parametrize("group", NAMED)
+def test_every_setting_of_a_function_that_conf_names_has_a_meaning(group):
+    found = 0
+    for file in sorted(Path(conf_dir(), group).rglob("*.yaml")):
+        for node in nodes(yaml.safe_load(file.read_text(encoding="utf-8"))):
+            purpose, told = said_of(node["_target_"])
+            assert purpose, (file, node)
+            assert node.keys() - {"_target_", "_partial_"} <= told.keys(), (file, node)
+            found += 1
+    assert found
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("pujax.method.losses.dpo", "pujax.method.losses.grpo", "pujax.method.scoring.reward"),
+        *("pujax.method.labels.softmax_labels", "pujax.rewards.length", "pujax.rewards.regex"),
+    ],
+)
+def test_a_functions_meanings_are_of_all_its_keywords_and_of_nothing_else(target):
+    module, _, name = target.rpartition(".")
+    parameters = inspect.signature(getattr(importlib.import_module(module), name)).parameters
+    keywords = {key for key, each in parameters.items() if each.kind is each.KEYWORD_ONLY}
+    assert said_of(target)[1].keys() == keywords
+
+
+def test_no_key_that_train_shows_lacks_its_meaning():
+    register("train_schema", TrainConfig)
+    told = help_of("train", Path(conf_dir()), TrainConfig, [], ["+experiment=smoke"])
+    _, _, settings = told.partition("Settings, with the values that they have:\n")
+    lines = settings.splitlines()
+    keys = [place for place, line in enumerate(lines) if re.match(r" *\w+:", line)]
+    assert any("beta:" in lines[place] for place in keys)
+    for place in keys:
+        assert "# " in lines[place] or lines[place + 1].lstrip().startswith("# "), lines[place]
+
+
+def test_a_function_from_elsewhere_is_not_looked_for():
+    assert said_of("mine.loss") == said_of("pujax.method.losses.none") == ("", {})

@@ -76,6 +76,10 @@ def test_references_to_settings_and_the_environment_are_resolved(monkeypatch):
     [
         ("data.prompts", TrainConfig, "/home/josé/a b (1).jsonl", "/home/josé/a b (1).jsonl"),
         ("data.prompts", TrainConfig, "[josé.jsonl, k=v.jsonl]", ["josé.jsonl", "k=v.jsonl"]),
+        ("data.prompts", TrainConfig, "a, b.jsonl", "a, b.jsonl"),
+        ("data.heldout", TrainConfig, "['a,b.jsonl', c.jsonl]", ["a,b.jsonl", "c.jsonl"]),
+        ("data.heldout", EvaluateConfig, "Müller, 2026.csv", "Müller, 2026.csv"),
+        ("run", EvaluateConfig, "runs/a,b", "runs/a,b"),
         ("data.prompts", TrainConfig, "{dataset: d, split: x}", {"dataset": "d", "split": "x"}),
         ("run.name", TrainConfig, "2026_11_25", "2026_11_25"),
         ("resume", TrainConfig, "runs/lr=1/x", "runs/lr=1/x"),

@@ -17,6 +17,7 @@ from tiny_families import TINY, tiny
 from pujax.errors import ConfigError, DiskError, WeightsError
 from pujax.export import ExportConfig
 from pujax.files import gguf, safetensors, weights
+from pujax.files.card import is_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.inference.finished import KINDS, export
@@ -372,6 +373,14 @@ def test_a_model_goes_from_one_format_to_another(chat, tmp_path):
     beside.write_text("FROM mine\n")
     with pytest.raises(ConfigError, match="a Modelfile that no export wrote: move it away"):
         export(model=model, out=out, format="gguf")
+    beside.unlink()
+    card = out.with_suffix(".md")
+    assert is_card(card)
+    assert "library_name: gguf\n" in card.read_text()
+    card.write_text("# mine\n")
+    with pytest.raises(ConfigError, match=r"model-F16\.md: not a model card that an export wrote"):
+        export(model=model, out=out, format="gguf")
+    assert card.read_text() == "# mine\n"
     back = export(model=str(out), out=tmp_path / "back", dtype="bfloat16")
     assert weights.read_config(back) == config
     assert Chat.load(back).encode("Hi 12") == chat.encode("Hi 12")

@@ -1,6 +1,7 @@
 """Trackers: what each is told, and that a run needs none of them."""
 
 import sys
+import time
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -115,3 +116,62 @@ def test_one_that_is_not_installed_is_refused_before_there_is_a_run(tmp_path, mo
     assert not (tmp_path / "runs").exists()
     with pytest.raises(ConfigError, match=r"log.to='tensorboard': choose trackio, wandb or mlflow"):
         LogConfig(to=["tensorboard"])
+
+
+def trackio_kept(directory):
+    from trackio.sqlite_storage import SQLiteStorage
+
+    logs = SQLiteStorage.get_logs("mine", "now")
+    return [(log["step"], log["sft/loss"]) for log in logs]
+
+
+def wandb_kept(directory):
+    from wandb.proto.wandb_internal_pb2 import Record
+
+    for _ in range(100):  # it writes on in a process of its own
+        kept = []
+        for file in sorted(directory.glob("wandb/offline-run-*/run-*.wandb")):
+            written, at = file.read_bytes(), 7  # LevelDB's log: a head, then records with theirs
+            while at + 7 <= len(written):
+                size = int.from_bytes(written[at + 4 : at + 6], "little")
+                record = Record()
+                record.ParseFromString(written[at + 7 : at + 7 + size])
+                at += 7 + size
+                said = {(i.key or i.nested_key[0]): i.value_json for i in record.history.item}
+                if "sft/loss" in said:
+                    kept.append((int(said["_step"]), float(said["sft/loss"])))
+        if len(kept) == 3:
+            break
+        time.sleep(0.1)
+    return kept
+
+
+def mlflow_kept(directory):
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{directory.parent / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("mine")
+    (run,) = client.search_runs([experiment.experiment_id])
+    return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "sft/loss")]
+
+
+KEPT = {"trackio": trackio_kept, "wandb": wandb_kept, "mlflow": mlflow_kept}
+
+
+@pytest.mark.filterwarnings("default")  # these packages have their own
+@pytest.mark.parametrize("name", OPENERS)
+def test_the_tracker_itself_keeps_on_this_machine_what_it_is_told(name, tmp_path, monkeypatch):
+    for key in ("WANDB_MODE", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(key, raising=False)
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read as it is imported
+    pytest.importorskip(name, reason=f"{name}, an extra, is not installed")
+    directory, said = tmp_path / "runs" / "mine" / "now", []
+    directory.mkdir(parents=True)
+    with telling(config(name), directory, said.append) as tell:
+        tell("sft", 1, {"loss": 2.0})
+        tell("sft", 2, {"loss": 1.0})
+    time.sleep(1.1)  # wandb names its folders by the second
+    with telling(config(name), directory, said.append) as tell:  # the run goes on
+        tell("sft", 3, {"loss": 0.5})
+    assert said == []
+    assert KEPT[name](directory) == [(1, 2.0), (2, 1.0), (3, 0.5)]

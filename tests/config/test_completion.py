@@ -1,0 +1,85 @@
+"""What bash completes, as bash itself says."""
+
+import importlib
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from pujax.__main__ import COMMANDS
+from pujax.config.completion import script
+
+BASH = shutil.which("bash")
+
+
+@pytest.fixture(scope="module")
+def made():
+    """The script as the command prints it."""
+    words = [sys.executable, "-m", "pujax", "--completion", "bash"]
+    return subprocess.run(words, capture_output=True, text=True, check=True).stdout
+
+
+def completed(made, *lines, breaks="\"'><=;|&(:"):
+    """What bash proposes at the end of each of the lines."""
+    asked = [
+        f"COMP_LINE='{line}' COMP_POINT={len(line)} COMP_CWORD={len(line.split(' ')) - 1}; "
+        f"COMP_WORDS=({line}); _pujax; printf '%s\\n' \"${{COMPREPLY[@]}}\" ---"
+        for line in lines
+    ]
+    done = subprocess.run(
+        [str(BASH), "--norc", "-u"],
+        input="\n".join([made, f"COMP_WORDBREAKS=$'{breaks}'".replace("\"'", "\"\\'"), *asked]),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not done.stderr
+    return [part.strip("\n").split("\n") for part in done.stdout.split("---\n")[:-1]]
+
+
+@pytest.mark.skipif(BASH is None, reason="bash, which is asked, is not installed")
+def test_bash_completes_commands_settings_and_choices(made):
+    commands, named, keys, choices, sweep, booleans, inside, tools, nothing = completed(
+        made,
+        "pujax ",
+        "pujax tr",
+        "pujax train sft.",
+        "pujax train seed=1 loss=d",
+        "pujax train -m loss=dpo,ip",
+        "pujax train checkpoint.clean=",
+        "pujax train loss.b",
+        "pujax evaluate suite=",
+        "pujax train run.name=",
+    )
+    assert [f"{command} " for command in COMMANDS] == commands[: len(COMMANDS)]
+    assert named == ["train "]
+    assert keys == ["sft.steps=", "sft.batch=", "sft.lr="]
+    assert {"dpo ", "dapo ", "distill "} <= set(choices)
+    assert all(choice.startswith("d") for choice in choices)
+    assert sweep == ["dpo,ipo "]
+    assert booleans == ["true ", "false "]
+    assert "loss.beta=" in inside
+    assert {"costs ", "signal "} <= set(tools)
+    assert nothing == [""]
+
+
+@pytest.mark.skipif(BASH is None, reason="bash, which is asked, is not installed")
+def test_where_bash_does_not_break_words_at_the_sign_the_key_stays(made):
+    (choices, sweep) = completed(
+        made, "pujax train +loss=ip", "pujax train loss=dpo,ip", breaks=" "
+    )
+    assert choices == ["+loss=ipo "]
+    assert sweep == ["loss=dpo,ipo "]
+
+
+def test_zsh_gets_a_script_of_its_own_and_no_other_shell_does():
+    words = [sys.executable, "-m", "pujax", "--completion", "fish"]
+    done = subprocess.run(words, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (
+        1,
+        "pujax: --completion='fish': choose bash or zsh\n",
+    )
+    for command in COMMANDS:
+        importlib.import_module(f"pujax.{command}")
+    assert script("zsh", COMMANDS).startswith("#compdef pujax\n")
