@@ -11,6 +11,8 @@ from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
 from pujax.errors import ConfigError
+from pujax.files.settings import leaves
+from pujax.text import secret_name, variables
 
 T = TypeVar("T")
 
@@ -88,8 +90,16 @@ def _unlock(node: DictConfig) -> None:
 def from_hydra(schema: type[T], composed: DictConfig) -> T:
     """The composed settings as an instance of `schema`, every value present and checked.
 
-    Raises `ConfigError` for a missing mandatory value, naming its key.
+    Raises `ConfigError` for a missing mandatory value, naming its key, and for what the environment
+    calls a secret, which no setting but the teacher's may take.
     """
+    for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
+        for name in variables(str(value)) if key.partition(".")[0] != "teacher" else ():
+            if secret_name(name):
+                raise ConfigError(
+                    f"{key} takes the environment variable {name}, a secret by its name: take it "
+                    "out, and let what needs it read the environment"
+                )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")

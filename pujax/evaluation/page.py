@@ -19,7 +19,7 @@ from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.method import labels as rules
 from pujax.records import STAGES
-from pujax.text import blank
+from pujax.text import blank, mask
 
 PAGE = 4  # cards of a browser shown at once; page.js has the number from the page
 
@@ -150,7 +150,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
         _curves(lines) if lines else "",
         _answers(evaluations) if evaluations else "",
         _groups(groups, settings) if groups else "",
-        f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre>"
+        f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(mask(config))}</pre>"
         "</details>"
         if config
         else "",

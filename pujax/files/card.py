@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from pujax.models.decoder import DecoderConfig
+from pujax.text import mask
 
 _TAG = "tags: [pujax]"
 
@@ -132,4 +133,4 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return html.escape(text, quote=False)
+    return html.escape(mask(text), quote=False)
