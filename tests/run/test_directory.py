@@ -76,7 +76,7 @@ def test_secrets_in_settings_are_refused_unshown_since_a_run_writes_its_settings
 
 def test_a_secret_too_short_to_be_found_in_a_text_is_refused_by_its_variables_name(monkeypatch):
     monkeypatch.setenv("ONCE_TOKEN", "hush4")
-    with pytest.raises(ConfigError, match="data.system takes the environment variable ONCE_TOKEN"):
+    with pytest.raises(ConfigError, match="takes the environment variable ONCE_TOKEN"):
         config_of("data.system='say ${oc.env:ONCE_TOKEN}'")
     monkeypatch.setenv("HOUSE_RULES", "Be brief.")
     assert config_of("data.system=${oc.env:HOUSE_RULES}").data.system == "Be brief."
