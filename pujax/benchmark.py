@@ -13,7 +13,7 @@ from rich.table import Table
 
 from pujax.config.commands import command
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
-from pujax.files.durable import on_disk, refuse_unwritable, write_whole
+from pujax.files.durable import on_disk, refuse_other, refuse_unwritable, write_whole
 
 if TYPE_CHECKING:
     from pujax.run.measure import Cost
@@ -50,6 +50,7 @@ def run(settings: BenchmarkConfig) -> None:
         return
     if settings.benchmark.sweep:
         refuse_unwritable(Path(settings.benchmark.out))
+        sweep_files(Path(settings.benchmark.out))
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)
@@ -164,6 +165,14 @@ def sweep(
                 yield key, value, measure(replace(shape, **{key: value}))
 
 
+def sweep_files(directory: Path) -> tuple[Path, Path]:
+    """Where a sweep's table and picture go. Raises `DiskError` where another file is there."""
+    text, picture = directory / "sweep.md", directory / "sweep.png"
+    refuse_other(text, b"| K | P | T |")
+    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
+    return text, picture
+
+
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
     with on_disk(directory):
@@ -175,7 +184,7 @@ def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Pat
         "|" + "---:|" * (len(names) + len(keys)),
         *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
     ]
-    text, picture = directory / "sweep.md", directory / "sweep.png"
+    text, picture = sweep_files(directory)
     write_whole(text, ("\n".join(rows) + "\n").encode())
     write_whole(picture, _drawn(costs, names))
     return [text, picture]
@@ -208,7 +217,7 @@ def _drawn(costs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     panels[0].set_ylim(bottom=0)  # of all three, and last: it ends the search for an upper limit
     panels[0].legend(loc="upper left", fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": "pujax"})
     return picture.getvalue()
 
 
