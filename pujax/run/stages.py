@@ -1,6 +1,7 @@
 """One stage of a run: its steps, logged and saved, and which of its states is handed on."""
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,6 +21,7 @@ from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation
 from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
@@ -327,7 +329,13 @@ class Run:
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
         named = jax.tree_util.tree_leaves_with_path(batch)
         arrays = {jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
-        told(lambda: np.savez(path, **arrays))
+
+        def save() -> None:
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            write_whole(path, content.getvalue())
+
+        told(save)
         self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
         if count < self.config.optim.max_skipped:
             return
