@@ -368,7 +368,7 @@ def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> To
         if ways > 1:
             drawn = np.random.default_rng(0).choice(lengths, (200, ways, prompts))
             wanted = max(wanted, float(np.quantile(drawn.sum(axis=2).max(axis=1), 0.9)) * each)
-        return min(whole, -(-round(wanted) // 32) * 32)
+        return min(whole, max(1, -(-round(wanted) // 32)) * 32)  # of empty answers too
 
     P, T = data.prompt_size, data.response_size
     budget = TokenBudget(
