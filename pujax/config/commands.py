@@ -180,6 +180,9 @@ def command(
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
+            if isinstance(error, UnicodeDecodeError):  # Hydra's, which says of no file
+                why = f"byte {error.start} of {error.object[:20]!r}..."
+                cause = ConfigError(f"a YAML file of the settings is not UTF-8 ({why}): save it so")
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__
@@ -317,6 +320,9 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         mark = error.problem_mark
         at = f"{mark.name}:{mark.line + 1}: " if mark else ""
         return 1, f"{at}no YAML: {error.problem}: mend that line, or the indentation above it"
+    if isinstance(error, yaml.reader.ReaderError):  # a NUL, or a byte that is no UTF-8
+        why = f"{error.reason} at position {error.position}"
+        return 1, f"{error.name}: no YAML: {why}: take it out, and save it as UTF-8"
     if isinstance(error, PujaxError):
         return 1, str(error)
     if type(error).__module__.partition(".")[0] in LAUNCHERS.values():

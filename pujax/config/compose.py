@@ -157,9 +157,11 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     """The composed settings as an instance of `schema`, every value present and checked.
 
     Raises `ConfigError` for a missing mandatory value, naming its key, and for what the environment
-    calls a secret, which no setting but the teacher's may take.
+    calls a secret, which no setting but the teacher's may take; and for a NUL character.
     """
     for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
+        if "\0" in str(value):
+            raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
         for name in variables(str(value)) if key.partition(".")[0] != "teacher" else ():
             if secret_name(name):
                 raise ConfigError(

@@ -333,6 +333,15 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
             ["eval=[exact,mine]"],
             "eval/mine.yaml: begin it with the line `# @package eval.metrics.mine`",
         ),
+        (
+            "loss/mine.yaml",
+            '_target_: "mine\\0hinge"\n',
+            ["loss=mine"],
+            "loss._target_: has a NUL character, which no path or text may: take it out",
+        ),
+        ("loss/mine.yaml", "a: \0", ["loss=mine"], "mine.yaml"),
+        ("loss/mine.yaml", "a: \0", ["loss=mine"], "special characters are not allowed at pos"),
+        ("loss/mine.yaml", "a: \udcff", ["loss=mine"], "of the settings is not UTF-8 (byte 3 of"),
         ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
         (
             "x.yaml",
@@ -347,7 +356,7 @@ def test_a_slip_of_ones_own_is_one_line_that_says_what_to_write(
     monkeypatch, capsys, tmp_path, file, content, words, said
 ):
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, errors="surrogateescape")
     given = ("+experiment=smoke", "--config-dir", str(tmp_path), *words)
     assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
     (line,) = capsys.readouterr().err.splitlines()

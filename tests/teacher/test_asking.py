@@ -1,4 +1,5 @@
 import contextlib
+import json
 import math
 import os
 import socket
@@ -495,6 +496,10 @@ def test_nonsense_in_the_usage_is_as_good_as_none(server, store):
     server.reply = reply
     tally = run(user(*"abcdef"), server, store)
     assert tally.answered == 6
-    assert all(record["usage"] is None for _, record in read_records(store))
+    endless = json.dumps(completion("ok")).replace(": 10,", f": {'9' * 5000},").encode()
+    server.reply = lambda request: (200, {}, endless)
+    assert run(user("g"), server, store).requests == 1  # an answer is paid for once
+    usages = [record["usage"] for _, record in read_records(store)]
+    assert usages == [None] * 6 + [{"completion_tokens": 5}]
     assert math.isfinite(tally.prompt_tokens)
     assert tally.prompt_tokens > 0
