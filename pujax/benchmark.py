@@ -17,9 +17,11 @@ def run(settings: BenchmarkConfig) -> None:
     if settings.plan:
         planned(settings)
         return
+    from pujax.run.benchmarks import described, sweep, sweep_files, table, write_sweep
+
     if settings.benchmark.sweep:
         refuse_unwritable(Path(settings.benchmark.out))
-    from pujax.run.benchmarks import described, sweep, table, write_sweep
+        sweep_files(Path(settings.benchmark.out))
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)

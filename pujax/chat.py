@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pujax.config.commands import command
-from pujax.config.streams import escape
 from pujax.config.typed import Answering, lines, text_or_file
 from pujax.errors import PujaxError
 from pujax.inference.finished import source_of
@@ -33,7 +32,6 @@ class ChatConfig(Answering):
 
 def run(settings: ChatConfig) -> None:
     """Answer each line of standard input, with those before it in view, until it ends."""
-    escape()
     source, system = source_of(settings.run, settings.model)
     compile_once()
     from pujax.inference.generator import Generator  # jax with it: --help does not need that

@@ -9,7 +9,7 @@ from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.locate import at_home
 from pujax.inference.finished import require_kind
-from pujax.run.compilation import keep_compiled
+from pujax.run.compilation import compile_once
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Export as told, print where to, and say how near that is to the run."""
-    keep_compiled()  # before jax is imported
+    compile_once()  # before jax is imported
     from pujax.inference.finished import export
 
     def say(text: str) -> None:

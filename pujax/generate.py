@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from pujax.config.commands import command
-from pujax.config.streams import escape
 from pujax.config.typed import Answering, lines, text_or_file
 from pujax.errors import ConfigError
 from pujax.inference.finished import source_of
@@ -28,7 +27,6 @@ class GenerateConfig(Answering):
 
 def run(settings: GenerateConfig) -> None:
     """Print an answer to `prompt`, or one to each line of standard input, in their order."""
-    escape()
     source, of_run = source_of(settings.run, settings.model)
     system = text_or_file("system", settings.system)
     prompt = text_or_file("prompt", settings.prompt)

@@ -3,8 +3,6 @@
 import os
 import re
 import unicodedata
-from collections.abc import Mapping
-from typing import Any
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 MASKED = "***"
@@ -33,7 +31,8 @@ _SECRET_NAME = re.compile(
     re.IGNORECASE,
 )
 _SECRET_VALUE = re.compile(
-    r"(?i:bearer|basic) \S{8,}|(sk-|ghp_|gho_|github_pat_|hf_|xox[abp]-|AIza|eyJ)[\w.-]{16,}"
+    r"(?i:bearer|basic) (?![a-z]+[.,:;!?]?$)\S{8,}"
+    r"|(sk-|ghp_|gho_|github_pat_|hf_|xox[abp]-|AIza|eyJ)[\w.-]{16,}"
 )
 _BEGINS_AS_KEYS = re.compile(r"(sk|hf|gh[a-z])[-_]|(bearer|basic) ", re.IGNORECASE)
 """What is typed with such a beginning is not said, though it be too short for a key."""
@@ -161,10 +160,14 @@ def secrets_in(key: str, value: str) -> list[str]:
     return list(dict.fromkeys(found + from_environment(value)))
 
 
+def variables(text: str) -> list[str]:
+    """The NAME of each `${oc.env:NAME}` in `text`."""
+    return re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", text)
+
+
 def from_environment(text: str) -> list[str]:
     """What each `${oc.env:NAME}` in `text` stands for, where the environment has it."""
-    names = re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", text)
-    return [os.environ[name] for name in names if os.environ.get(name)]
+    return [os.environ[name] for name in variables(text) if os.environ.get(name)]
 
 
 def hide(text: str, secret: str) -> str:
@@ -181,44 +184,30 @@ def hide(text: str, secret: str) -> str:
     return text
 
 
-def mask(value: Any, name: str = "") -> Any:
-    """`value`, settings or text, as it may be written or printed: what is secret becomes ***.
+def mask(text: str) -> str:
+    """`text` as it may be printed: what is secret in it becomes ***.
 
-    Secret is what stands under a secret's name, headers that are neither harmless nor `env:NAME`,
-    passwords and keys in a URL, and the value of each secret of the environment.
+    Secret are the value of each secret of the environment, passwords and keys in a URL, and all of
+    it where it has the form of a key.
     """
-    if isinstance(value, Mapping):
-        if _are_headers(name):
-            return {key: _header(str(key), part) for key, part in value.items()}
-        return {key: mask(part, str(key)) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [mask(part, name) for part in value]
-    if not isinstance(value, str):
-        return value
-    if secret_name(name) or _SECRET_VALUE.fullmatch(value):
+    if _SECRET_VALUE.fullmatch(text):
         return MASKED
     for variable, secret in os.environ.items():
         secret = secret.strip()
         if secret_name(variable) and len(secret) >= LEAST_SECRET:
-            value = hide(value, secret)
-    if "://" in value:
-        value = _USER.sub(f"{MASKED}@", value)
-        value = re.sub(
+            text = hide(text, secret)
+    if "://" in text:
+        text = _USER.sub(f"{MASKED}@", text)
+        text = re.sub(
             r"([?&])([^=&#\s]+)=([^&#\s]+)",
             lambda found: (
                 f"{found[1]}{found[2]}={MASKED if _secret_part(found[2], found[3]) else found[3]}"
             ),
-            value,
+            text,
         )
-        value = re.sub(
+        text = re.sub(
             r"(?<=/)[^/?#\s]+",
             lambda found: MASKED if _SECRET_VALUE.fullmatch(unquote(found[0])) else found[0],
-            value,
+            text,
         )
-    return value
-
-
-def _header(name: str, value: Any) -> Any:
-    if isinstance(value, str) and value.startswith("env:"):
-        return value
-    return mask(value) if _may_be_said(name) else MASKED
+    return text

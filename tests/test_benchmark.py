@@ -11,8 +11,9 @@ import pytest
 from matplotlib.figure import Figure
 from recipes import recipe
 
-from pujax.config.tool_settings import WorkConfig
-from pujax.errors import ConfigError
+from pujax.benchmark import run
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
+from pujax.errors import ConfigError, DiskError
 from pujax.method.needs import Needs
 from pujax.run.benchmarks import sweep, write_sweep
 from pujax.run.measure import Cost, flops, matmul_rate
@@ -77,6 +78,14 @@ def test_a_sweep_is_written_from_its_first_two_costs_on(tmp_path):
     assert head.startswith("| K | P | T | step | sampling |")
     assert rows == [f"| {K} | 64 | 64 | {K} |" + " 0.5 |" * 5 for K in (8, 2)]
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_file_of_ones_own_in_a_sweeps_place_is_refused_before_anything_is_measured(tmp_path):
+    (tmp_path / "sweep.md").write_text("| setting | seeds |\n")  # as `pujax report` writes it
+    settings = BenchmarkConfig(benchmark=WorkConfig(sweep=True, out=str(tmp_path)))
+    with pytest.raises(DiskError, match=r"sweep\.md can't be written .*choose another name"):
+        run(settings)
+    assert (tmp_path / "sweep.md").read_text() == "| setting | seeds |\n"
 
 
 def test_every_curve_fits_into_its_panel(tmp_path, monkeypatch):

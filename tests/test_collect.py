@@ -379,11 +379,13 @@ def test_a_misspelt_key_is_told_once_a_command(server, prompts, tmp_path):
 
 def test_stats_count_thoughts_and_escape_what_a_server_said(server, prompts, tmp_path):
     write(prompts, 2)
-    thinks = completion("<think>Hm</think>Yes", finish_reason="\x1b[31mend")
+    thinks = completion("<think>Hm</think>Yes, café", finish_reason="\x1b[31mend")
     server.reply = lambda request: (200, {}, thinks)
     assert collect(tmp_path, *asking(server.url, prompts)).returncode == 0
-    said = collect(tmp_path, "store=anchors.jsonl", "stats=true").stdout
+    ascii_alone = {"PYTHONIOENCODING": "ascii"}
+    said = collect(tmp_path, "store=anchors.jsonl", "stats=true", **ascii_alone).stdout
     assert "\x1b" not in said
+    assert "Yes, caf\\xe9" in said
     assert "finish_reason  \\x1b[31mend 2" in said
     assert "with thoughts  2" in said
     assert "unfinished     0" in said

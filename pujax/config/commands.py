@@ -22,10 +22,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
-from pujax.config.compose import conf_dir, from_hydra, offered, register
+from pujax.config.compose import conf_dir, from_hydra, offered, register, wary
 from pujax.config.help import help_of
 from pujax.config.overrides import in_hydra_words
-from pujax.config.streams import hold
+from pujax.config.streams import escape, hold
 from pujax.config.sweeps import (
     LAUNCHERS,
     beside_others,
@@ -104,6 +104,7 @@ def command(
 
     def main() -> None:
         hold(f"pujax.{name}")
+        escape()
         try:
             os.getcwd()
         except FileNotFoundError:
@@ -159,7 +160,7 @@ def command(
             sweep = not {"-m", "--multirun"}.isdisjoint(options)
             overrides = in_hydra_words(typed, schema, groups, sweep=sweep)
             beside = sweep_folder(typed) if sweep else nullcontext()
-            with offered(shared), beside as aside:
+            with offered(shared), wary(), beside as aside:
                 if options and set(options) <= {"--help", "-h"}:
                     purpose = _purpose(act)
                     told = help_of(name, where, schema, groups, overrides, purpose=purpose)
@@ -179,6 +180,9 @@ def command(
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
+            if isinstance(error, UnicodeDecodeError):  # Hydra's, which says of no file
+                why = f"byte {error.start} of {error.object[:20]!r}..."
+                cause = ConfigError(f"a YAML file of the settings is not UTF-8 ({why}): save it so")
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__
@@ -250,7 +254,9 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
         elif rest and word in VALUED:
             options.append(rest.pop(0))
     try:
-        _, unknown = parser.parse_known_args(options)
+        known, unknown = parser.parse_known_args(options)
+        if known.experimental_rerun is not None:  # it reads a pickle, which runs what it names
+            unknown = ["--experimental-rerun"]
     except argparse.ArgumentError as error:
         unknown, said = [], str(error)
     else:
@@ -314,6 +320,9 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         mark = error.problem_mark
         at = f"{mark.name}:{mark.line + 1}: " if mark else ""
         return 1, f"{at}no YAML: {error.problem}: mend that line, or the indentation above it"
+    if isinstance(error, yaml.reader.ReaderError):  # a NUL, or a byte that is no UTF-8
+        why = f"{error.reason} at position {error.position}"
+        return 1, f"{error.name}: no YAML: {why}: take it out, and save it as UTF-8"
     if isinstance(error, PujaxError):
         return 1, str(error)
     if type(error).__module__.partition(".")[0] in LAUNCHERS.values():

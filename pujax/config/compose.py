@@ -5,12 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
+from hydra._internal import hydra as application
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
 from pujax.errors import ConfigError
+from pujax.files.settings import leaves
+from pujax.text import secret_name, variables
 
 T = TypeVar("T")
 
@@ -70,6 +74,70 @@ def offered(groups: Sequence[str]) -> Iterator[None]:
             repository.pop(group, None)
 
 
+SILENT = {"version": 1, "root": None, "disable_existing_loggers": False}
+"""Hydra's choice `none` of what it logs, which every command makes."""
+
+
+class WaryLoader(ConfigLoaderImpl):
+    """Hydra's composing, which refuses settings by which Hydra would call what they name.
+
+    That would be before any check of ours. Overridden, since Hydra asks nobody between composing
+    and calling; the processes of a launcher get this loader too, and compose by it.
+    """
+
+    def load_configuration(self, *given: Any, **named: Any) -> DictConfig:
+        """The settings composed. Raises `ConfigError` as `refuse_calls` does."""
+        composed = super().load_configuration(*given, **named)
+        refuse_calls(composed.hydra)
+        return composed
+
+
+@contextmanager
+def wary() -> Iterator[None]:
+    """Within the block, Hydra composes by `WaryLoader`."""
+    before = application.ConfigLoaderImpl
+    vars(application)["ConfigLoaderImpl"] = WaryLoader
+    try:
+        yield
+    finally:
+        vars(application)["ConfigLoaderImpl"] = before
+
+
+def refuse_calls(hydra: DictConfig) -> None:
+    """Raise `ConfigError` for what in Hydra's own settings has it call, or write, what they name.
+
+    That is callbacks; logging, whose handlers are built by name and open files; a `_target_` within
+    a sweeper's or a launcher's settings (Hydra holds their own against its plugins); and a folder
+    for Hydra's copy of all settings.
+    """
+    remedy = "it may come from a file that somebody else wrote: take it out"
+    if hydra.callbacks:
+        names = ", ".join(map(str, hydra.callbacks))
+        raise ConfigError(f"hydra.callbacks ({names}): Hydra would call what it names; {remedy}")
+    for key in ("hydra_logging", "job_logging"):
+        if OmegaConf.to_container(hydra[key]) != SILENT:
+            raise ConfigError(f"hydra.{key}: pujax logs nothing by it, leave it at none; {remedy}")
+    for key in ("launcher", "sweeper"):
+        for place in _targets(hydra[key], f"hydra.{key}"):
+            if place != f"hydra.{key}._target_":
+                raise ConfigError(f"{place}: Hydra would call what it names; {remedy}")
+    if hydra.output_subdir is not None:
+        raise ConfigError(f"hydra.output_subdir: a run keeps its own settings; {remedy}")
+
+
+def _targets(node: Any, key: str) -> Iterator[str]:
+    """The dotted key of each `_target_` below a node, also of those that a reference leads to."""
+    if not isinstance(node, Container) or node._is_none():
+        return
+    for name in node if isinstance(node, DictConfig) else range(len(node)):
+        child = node._get_node(name)
+        if child is not None and child._is_interpolation():
+            child = child._maybe_dereference_node()  # None where there is nothing yet
+        if name == "_target_":
+            yield f"{key}.{name}"
+        yield from _targets(child, f"{key}.{name}")
+
+
 def structured(schema: type) -> DictConfig:
     """The node of a settings record, to merge values into."""
     node = OmegaConf.structured(schema)
@@ -88,8 +156,18 @@ def _unlock(node: DictConfig) -> None:
 def from_hydra(schema: type[T], composed: DictConfig) -> T:
     """The composed settings as an instance of `schema`, every value present and checked.
 
-    Raises `ConfigError` for a missing mandatory value, naming its key.
+    Raises `ConfigError` for a missing mandatory value, naming its key, and for what the environment
+    calls a secret, which no setting but the teacher's may take; and for a NUL character.
     """
+    for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
+        if "\0" in str(value):
+            raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
+        for name in variables(str(value)) if key.partition(".")[0] != "teacher" else ():
+            if secret_name(name):
+                raise ConfigError(
+                    f"{key} takes the environment variable {name}, a secret by its name: take it "
+                    "out, and let what needs it read the environment"
+                )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")

@@ -20,6 +20,7 @@ from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.records import STAGES
+from pujax.text import mask
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a sum beyond float64 is shown as inf or nan
@@ -115,7 +116,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
             _curves(lines) if drawable(lines) else "",
             answer_cards(evaluations) if evaluations else "",
             group_cards(groups, settings) if groups else "",
-            f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(config)}</pre>"
+            f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(mask(config))}</pre>"
             "</details>"
             if config
             else "",

@@ -19,7 +19,7 @@ from pujax.evaluation import comparison, tables
 from pujax.evaluation.curves import LIGHT, style_of
 from pujax.evaluation.results import Evaluation, load, shown_by
 from pujax.evaluation.statistics import same_prompts
-from pujax.files.durable import read_jsonl, write_whole
+from pujax.files.durable import read_jsonl, refuse_other, write_whole
 from pujax.files.settings import (
     DONE,
     SETTINGS,
@@ -152,11 +152,12 @@ def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
         *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells),
     ]
     page = [*lines, "", caption, *(f"\n{line}" for line in told), ""]
-    write_whole(directory / "sweep.md", "\n".join(page).encode(errors="backslashreplace"))
-    write_whole(directory / "sweep.png", _drawn(sweep.rows))
-    told.append(
-        f"sweep: {directory / 'sweep.md'}, {directory / 'sweep.png'}{_page(directory, sweep)}"
-    )
+    text, picture = directory / "sweep.md", directory / "sweep.png"
+    refuse_other(text, b"| setting | seeds |")
+    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
+    write_whole(text, "\n".join(page).encode(errors="backslashreplace"))
+    write_whole(picture, _drawn(sweep.rows))
+    told.append(f"sweep: {text}, {picture}{_page(directory, sweep)}")
     # Without spaces a narrow terminal does not break a number from its error.
     close = [[name, *(text.replace(" ± ", "±") for text in texts)] for name, *texts in cells]
     return tables.named(header, close, caption), told
@@ -318,7 +319,7 @@ def _drawn(rows: Sequence[SweepRow]) -> bytes:
         for axes in list(grid.flat)[len(shown) :]:
             axes.set_visible(False)
         image = io.BytesIO()
-        figure.savefig(image, format="png", dpi=160)
+        figure.savefig(image, format="png", dpi=160, metadata={"Software": "pujax"})
     return image.getvalue()
 
 

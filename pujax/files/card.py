@@ -8,6 +8,7 @@ from typing import Any
 
 from pujax.errors import ConfigError
 from pujax.models.decoder import DecoderConfig
+from pujax.text import mask
 
 _TAG = "tags: [pujax]"
 
@@ -141,4 +142,4 @@ def _cell(value: Any) -> str:
 
 
 def _plain(text: str) -> str:
-    return html.escape(text, quote=False)
+    return html.escape(mask(text), quote=False)

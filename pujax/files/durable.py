@@ -83,6 +83,20 @@ def refuse_unwritable(folder: Path) -> None:
         pass
 
 
+def refuse_other(path: Path, *marks: bytes) -> None:
+    """Raise `DiskError` where something is at `path` whose beginning has none of our `marks`.
+
+    For a file under a plain name in a folder of the user's own, who may have one of that name.
+    """
+    begun = b""
+    with on_disk(path):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                begun = file.read(300)
+        if os.path.lexists(path) and not any(mark in begun for mark in marks):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
+
+
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """A file at `path` that no other process has until the block ends; no link is followed."""

@@ -1,6 +1,6 @@
 """A run's settings, as its directory keeps them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ import yaml
 
 from pujax.errors import ConfigError
 from pujax.files.durable import write_whole
+from pujax.text import secret_name, secret_value
 
 SETTINGS, SWEPT, DONE = "config.yaml", "swept.json", "done"
 """Files of a run: all its settings; those that its sweep gave to it alone, as they were typed; and
@@ -63,6 +64,36 @@ def _moved(target: Any) -> Any:
         if target.startswith(before):
             target = now + target.removeprefix(before)
     return MOVED_ALONE.get(target, target)
+
+
+def refuse_secrets(settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError`, which shows no value, for a setting outside of `teacher` that is secret.
+
+    A run writes its settings into its directory, its report and its model's card, and is known
+    again by them: one that was masked would be another. A teacher's are held by its own record.
+    """
+    for key, value in leaves(settings):
+        if key.partition(".")[0] == "teacher":
+            continue
+        named = isinstance(value, str) and value and secret_name(key.rpartition(".")[2])
+        why = secret_value(str(value)) or ("what its name says is secret" if named else None)
+        if why is not None:
+            raise ConfigError(
+                f"{key} holds {why}, and a run writes its settings down: take it out, and let what "
+                "needs it read the environment"
+            )
+
+
+def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """Every value in nested settings with its dotted key, which those of a list share."""
+    if isinstance(value, Mapping):
+        for name, part in value.items():
+            yield from leaves(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from leaves(part, key)
+    else:
+        yield key, value
 
 
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:

@@ -73,13 +73,14 @@ def new_head(scorer: Any, width: int) -> Head | None:
 def learn(scorer: Any, head: Head, states: Float[Array, "B G D"]) -> tuple[Head, Metrics]:
     """The head after a step on a batch's states, and its loss and accuracy on them before.
 
-    A gradient that isn't finite leaves it as it was.
+    A loss, a gradient or new parameters that aren't finite leave it as it was.
     """
     states = jax.lax.stop_gradient(states)
     loss, grads = jax.value_and_grad(bradley_terry)(head.params, states)
     updates, opt_state = _optimizer(scorer).update(grads, head.opt_state, head.params)
     learnt = Head(optax.apply_updates(head.params, updates), opt_state)
-    finite = jnp.isfinite(loss) & jnp.isfinite(optax.tree.norm(grads))
+    norms = jnp.stack([optax.tree.norm(tree) for tree in (grads, learnt.params)])
+    finite = jnp.isfinite(loss) & jnp.isfinite(norms).all()
     learnt = jax.tree.map(lambda new, old: jnp.where(finite, new, old), learnt, head)
     scores_BG = scores_of(head.params, states)
     above = scores_BG[:, :1] > scores_BG[:, 1:]

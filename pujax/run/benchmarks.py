@@ -11,7 +11,7 @@ import jax
 from rich.table import Table
 
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
-from pujax.files.durable import on_disk, write_whole
+from pujax.files.durable import on_disk, refuse_other, write_whole
 from pujax.models.parameters import AXES
 from pujax.run.measure import Cost
 from pujax.run.plan import CHIPS, StepPlan
@@ -122,6 +122,14 @@ def sweep(
                 yield key, value, measure(replace(shape, **{key: value}))
 
 
+def sweep_files(directory: Path) -> tuple[Path, Path]:
+    """Where a sweep's table and picture go. Raises `DiskError` where another file is there."""
+    text, picture = directory / "sweep.md", directory / "sweep.png"
+    refuse_other(text, b"| K | P | T |")
+    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
+    return text, picture
+
+
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
     with on_disk(directory):
@@ -133,7 +141,7 @@ def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Pat
         "|" + "---:|" * (len(names) + len(keys)),
         *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
     ]
-    text, picture = directory / "sweep.md", directory / "sweep.png"
+    text, picture = sweep_files(directory)
     write_whole(text, ("\n".join(rows) + "\n").encode())
     write_whole(picture, _drawn(costs, names))
     return [text, picture]
@@ -166,7 +174,7 @@ def _drawn(costs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> bytes:
     panels[0].set_ylim(bottom=0)  # of all three, and last: it ends the search for an upper limit
     panels[0].legend(loc="upper left", fontsize="small")
     picture = io.BytesIO()
-    figure.savefig(picture, format="png", dpi=120)
+    figure.savefig(picture, format="png", dpi=120, metadata={"Software": "pujax"})
     return picture.getvalue()
 
 

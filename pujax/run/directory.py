@@ -26,6 +26,7 @@ from pujax.files.settings import (
     kept_settings,
     named_now,
     of_asking,
+    refuse_secrets,
     within,
 )
 
@@ -64,10 +65,11 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there, for a `run.dir` with files that no run wrote where this one
-    would write, and for a place with * ? or [ in its path. A job of a sweep that somebody does at
-    this moment is in use, and not begun again.
+    would write, for a place with * ? or [ in its path, and for a secret among the settings. A job
+    of a sweep that somebody does at this moment is in use, and not begun again.
     """
     settings, theirs = named_now(asdict(config)), False
+    refuse_secrets(settings)
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
     _refuse_pattern(place if config.resume in ("auto", "never") else Path(config.resume))
     made = [folder for folder in (place, *place.parents) if not folder.exists()]

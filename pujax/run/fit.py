@@ -243,6 +243,7 @@ def aligned(
             size=align.prompts,
             steps=align.steps,
             say=run.say,
+            pause=lambda: run.pause("while reading with the reference"),
         )
 
     def model_for(part: Dataset) -> LanguageModel:

@@ -34,13 +34,16 @@ def with_reference(
     size: int,
     steps: int,
     say: Callable[[str], None],
+    pause: Callable[[], None],
 ) -> Dataset:
     """The data, its given responses with `reference_logps` where `steps` of `size` repeat them."""
 
     def read(part: Dataset, share: float) -> Dataset:
         if not part.candidates or share * steps * size <= len(part.examples):
             return part
-        made = reference_logps(part, model, params, folder=folder, mesh=mesh, size=size, say=say)
+        made = reference_logps(
+            part, model, params, folder=folder, mesh=mesh, size=size, say=say, pause=pause
+        )
         return replace(part, ref_logps=made)
 
     if data.other is None:
@@ -57,12 +60,14 @@ def reference_logps(
     mesh: Mesh,
     size: int,
     say: Callable[[str], None],
+    pause: Callable[[], None],
 ) -> np.ndarray:
     """Log-probs [N G T] in float32 of the anchors and given candidates, under whole `params`.
 
     They lie in `folder` under a name that is made of the parameters and the tokens, so any run
     with the same reference and the same data finds them. A file that can't be read is made again.
-    `size` examples at once are read. Raises `DiskError`.
+    `size` examples at once are read, and `pause` is called before. Raises `DiskError`, and what
+    `pause` raises, with nothing kept.
     """
     shape = (len(data.examples), data.candidates + 1, data.response_size)
     path = folder / f"{_key(data, model, params)}.npy"
@@ -87,6 +92,7 @@ def reference_logps(
     start = 0
     with waited("reading given responses", lambda line: say(f"{line}, {start} of {shape[0]}")):
         for start in range(0, shape[0], size):
+            pause()
             rows = [i % shape[0] for i in range(start, start + size)]  # the last batch begins anew
             batch = collate([data.examples[i] for i in rows], data)
             made[rows] = fetched(read(params, put_batch(mesh, batch, size)))[:size]

@@ -1,6 +1,7 @@
 """One stage of a run: its steps, logged and saved, and which of its states is handed on."""
 
 import hashlib
+import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -21,6 +22,7 @@ from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.statistics import FEW
 from pujax.files.chat import Chat
+from pujax.files.durable import write_whole
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
@@ -384,7 +386,13 @@ class Run:
         path = self.directory / f"nonfinite-{stage.name}-{step}.npz"
         named = jax.tree_util.tree_leaves_with_path(batch)
         arrays = {jax.tree_util.keystr(at, simple=True, separator="."): x for at, x in named}
-        told(lambda: np.savez(path, **arrays))
+
+        def save() -> None:
+            content = io.BytesIO()
+            np.savez(content, **arrays)
+            write_whole(path, content.getvalue())
+
+        told(save)
         self.say(f"{stage.name} step {step}: loss or gradient not finite, update skipped")
         if count < self.config.optim.max_skipped:
             return
@@ -417,7 +425,7 @@ def budget_for(data: Dataset, prompts: int, responses: int, ways: int = 1) -> To
         if ways > 1:
             drawn = np.random.default_rng(0).choice(lengths, (200, ways, prompts))
             wanted = max(wanted, float(np.quantile(drawn.sum(axis=2).max(axis=1), 0.9)) * each)
-        return min(whole, -(-round(wanted) // 32) * 32)
+        return min(whole, max(1, -(-round(wanted) // 32)) * 32)  # of empty answers too
 
     P, T = data.prompt_size, data.response_size
     budget = TokenBudget(

@@ -26,11 +26,13 @@ from pujax.teacher.store import FORMAT, digest, said
 from pujax.teacher.writer import AnchorStore
 from pujax.text import printable
 
-SEVERAL = 8  # prompts that are all refused before any is answered: the settings are at fault
+SEVERAL = 8  # refusals in the same words before there is any answer: the settings are at fault
 
 FEW = 3  # replies that a function of the user's own can't read before it has read any
 
-ALIKE = 32  # refusals in a row in the very same words: the account is at fault, late in a run
+# Refusals in a row in the very same words: the account is at fault, late in a run. And in whatever
+# words, before there is any answer.
+ALIKE = 32
 
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait for; for more, the run ends
 TOLD_WAIT = 10.0  # seconds of a wait that are worth a line
@@ -80,6 +82,7 @@ class Collection:
         self._failed_now: set[bytes] = set()
         self._rejected: list[tuple[Prompt, str, str]] = []
         self._alike = Counter[str]()
+        self._refused = 0  # since the last answer
         self._elsewhere: list[Prompt] = []
         self._queue: asyncio.Queue[tuple[dict[str, Any], asyncio.Future[None]]] = asyncio.Queue()
         self._resume_at = 0.0
@@ -217,6 +220,7 @@ class Collection:
             return
         self._failing = 0
         self._alike.clear()
+        self._refused = 0
         failure = answer.failure
         if failure is None and said(answer.text, self._identity.thoughts) is None:
             failure = "thought"
@@ -224,20 +228,32 @@ class Collection:
         await self._keep_rejected()
 
     async def _reject(self, prompt: Prompt, key: str, error: Rejected) -> None:
-        """A prompt that the server refused fails alone; several alike stop the run."""
+        """A prompt that the server refused fails alone, and is kept as such; several alike stop.
+
+        Where there is no answer yet, in the store neither, and all are refused in the same words,
+        it may be the settings: then none is kept. Those that are kept are not asked again, so that
+        the same command gets beyond them.
+        """
         why = self._tally.trouble = str(error)
         self._rejected.append((prompt, key, why))
         self._alike = Counter({why: self._alike[why] + 1})
+        answered = self._tally.answered or self._store.contents.answered
         if error.certain:
             await self._keep_rejected()
-        elif self._tally.answered:
+            return
+        self._refused += 1
+        if answered or self._refused > self._alike[why]:
             await self._keep_rejected()
-            if self._alike[why] >= ALIKE:
+            if (self._alike[why] if answered else self._refused) >= ALIKE:
                 again = "collect.retry_failed=true asks them again"
                 self._fail(TeacherError(f"{ALIKE} prompts in a row were refused: {why}; {again}"))
-        elif len(self._rejected) >= SEVERAL:
-            count = len(self._rejected)
-            self._fail(TeacherError(f"{error} (as the first {count} prompts were all refused)"))
+        elif self._refused >= SEVERAL:
+            self._fail(
+                TeacherError(
+                    f"{error} (as the first {self._refused} prompts were all refused; if they are "
+                    "at fault, put others before them)"
+                )
+            )
 
     async def _keep_rejected(self) -> None:
         while self._rejected:

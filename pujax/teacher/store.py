@@ -5,6 +5,7 @@ The anchor store is a JSONL file that only grows, one answer a line. Beside `anc
 used as anchors) and `anchors.jsonl.lock`, which `pujax.teacher.writer` needs.
 """
 
+import codecs
 import contextlib
 import json
 import math
@@ -113,6 +114,8 @@ def parse(raw: bytes, place: str, failed: bool | None = None) -> dict[str, Any]:
 
     Raises `StoreError`.
     """
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in raw[:4]:
+        raise StoreError(f"{place}: UTF-16, and not the UTF-8 of a store: save it as UTF-8")
     try:
         record = json.loads(raw)
     except (ValueError, RecursionError) as error:

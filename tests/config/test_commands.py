@@ -9,22 +9,28 @@ import signal
 import subprocess
 import sys
 import tempfile
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import cloudpickle  # joblib's, as Hydra's launchers use it
 import pytest
+from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
+from omegaconf import OmegaConf
 from rich.console import Console
 
 from pujax import __version__, benchmark, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
 from pujax.config import commands
 from pujax.config.commands import command, masked, swept
+from pujax.config.compose import SILENT, WaryLoader, refuse_calls
 from pujax.config.settings import TrainConfig
 from pujax.config.typed import text_or_file
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
 from pujax.inference.finished import model_path, source_of
 from pujax.inference.serving import to_serve
+from pujax.models.sharding import make_mesh
+from pujax.run import beginning
 
 
 def called(monkeypatch, act, *arguments, name="train"):
@@ -108,6 +114,7 @@ def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, er
 def test_the_home_of_nobody_is_one_line(monkeypatch, act):
     monkeypatch.setattr(generate, "compile_once", lambda: None)
     monkeypatch.setattr(evaluate, "compile_once", lambda: None)
+    monkeypatch.setattr(export, "compile_once", lambda: None)
     with pytest.raises(ConfigError, match=r"~nobody-at-all/x: no home directory .* the whole path"):
         act("~nobody-at-all/x")
 
@@ -131,6 +138,103 @@ def test_settings_that_are_shown_hide_what_is_secret(monkeypatch, capsys, option
     assert "shown" in said
     assert "out-of-the-env" not in said
     assert "typed-in" not in said
+
+
+CALLS = "{_target_: shutil.copyfile, src: %s, dst: %s}"
+TRUNCATES = "{f: {class: logging.FileHandler, filename: %s, mode: w}}"
+
+
+@pytest.mark.parametrize(
+    ("settings", "key"),
+    [
+        ("callbacks: {mine: CALLS}", "hydra.callbacks (mine)"),
+        ("callbacks: '${loss}'", "hydra.callbacks"),
+        ("job_logging: {handlers: TRUNCATES}", "hydra.job_logging"),
+        ("hydra_logging: {formatters: {f: {(): shutil.copyfile, src: a}}}", "hydra.hydra_logging"),
+        ("sweeper: {params: {mine: CALLS}}", "hydra.sweeper.params.mine._target_"),
+        ("run: {dir: FOLDER}, output_subdir: '.'", "hydra.output_subdir"),
+    ],
+)
+def test_hydra_calls_and_writes_nothing_that_a_strangers_file_names(
+    monkeypatch, capsys, tmp_path, settings, key
+):
+    """`hydra.callbacks._target_` was called before any check of ours, and handlers open files."""
+    (tmp_path / "experiment").mkdir()
+    source, thesis = tmp_path / "source", tmp_path / "config.yaml"
+    for path in (source, thesis):
+        path.write_text(path.name)
+    written = settings
+    for name, text in {
+        "CALLS": CALLS % (source, thesis),
+        "TRUNCATES": TRUNCATES % thesis,
+        "FOLDER": str(tmp_path),
+    }.items():
+        written = written.replace(name, text)
+    (tmp_path / "experiment" / "theirs.yaml").write_text(
+        f"# @package _global_\ndefaults: [smoke]\nhydra: {{{written}}}\n"
+    )
+    given = ("+experiment=theirs", "--config-dir", str(tmp_path))
+    for sweep in [(), *([("-m", "seed=0,1")] if "CALLS" in settings else [])]:
+        assert called(monkeypatch, lambda _: pytest.fail("ran"), *given, *sweep) == 1
+        assert key in capsys.readouterr().err
+    assert thesis.read_text() == "config.yaml"
+
+
+def test_hydra_calls_nothing_that_is_typed(monkeypatch, capsys, tmp_path):
+    made = tmp_path / "made"
+    for word in (
+        f"+hydra.callbacks.mine={CALLS % (__file__, made)}",
+        f"+hydra.job_logging.handlers={TRUNCATES % made}",
+        "hydra/job_logging=default",
+        f"hydra.output_subdir={tmp_path}",
+    ):
+        assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", word) == 1
+        assert "take it out" in capsys.readouterr().err
+        assert not list(tmp_path.iterdir())
+
+
+def test_what_a_launcher_would_call_is_found_behind_a_reference():
+    plugin = {"_target_": "hydra_plugins.x", "parameters": {"a": [1, "${loss}"]}}
+    silent = {"callbacks": {}, "hydra_logging": SILENT, "job_logging": SILENT}
+    hydra = silent | {"launcher": plugin, "sweeper": {"_target_": "y"}, "output_subdir": None}
+    with pytest.raises(
+        ConfigError, match=r"hydra\.launcher\.parameters\.a\.1\._target_: Hydra wou"
+    ):
+        refuse_calls(OmegaConf.create({"loss": {"_target_": "z"}, "hydra": hydra}).hydra)
+    refuse_calls(OmegaConf.create({"loss": {"z": "z"}, "hydra": hydra}).hydra)
+
+
+def test_a_job_of_a_sweep_is_held_to_it_in_whichever_process(monkeypatch, capsys, tmp_path):
+    (tmp_path / "loss").mkdir()
+    made = tmp_path / "made"
+    logging = f"hydra: {{job_logging: {{handlers: {TRUNCATES % made}}}}}"
+    (tmp_path / "loss" / "theirs.yaml").write_text(f"# @package _global_\n{logging}\n")
+    given = ("-m", "+experiment=smoke", "--config-dir", str(tmp_path), "loss=dpo,theirs")
+    assert called(monkeypatch, lambda _: None, *given) == 1
+    assert "hydra.job_logging" in capsys.readouterr().err
+    assert not made.exists()
+    loader = WaryLoader(ConfigSearchPathImpl())
+    assert type(pickle.loads(cloudpickle.dumps(loader))) is WaryLoader
+
+
+def test_what_a_terminals_encoding_lacks_is_printed_as_an_escape(monkeypatch, tmp_path, model):
+    """As PYTHONIOENCODING=ascii or LC_ALL=C has it; each of these was a UnicodeEncodeError."""
+    out, err = (TextIOWrapper(BytesIO(), encoding="ascii") for _ in range(2))
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+
+    def act(config):
+        for line in beginning.place(config, tmp_path, model.config, make_mesh()):
+            Console().print(line, markup=False, highlight=False)
+        print("é", file=sys.stderr)
+        raise DataError("no café")
+
+    assert called(monkeypatch, act, "+experiment=smoke") == 1
+    for stream in (out, err):
+        stream.flush()
+    assert "device: 8 \\xd7 cpu" in out.buffer.getvalue().decode()
+    said = err.buffer.getvalue().decode()
+    assert said == "\\xe9\npujax.train: no caf\\xe9\n"
 
 
 def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):
@@ -199,6 +303,7 @@ def test_options_may_stand_anywhere(monkeypatch, tmp_path):
         (("--foo", "align.steps=1"), "no option --foo"),
         (("align.steps=1", "--config-dir"), "argument --config-dir/-cd: expected one argument"),
         (("--cfg", "all-of-it"), "argument --cfg/-c: invalid choice: 'all-of-it'"),
+        (("--experimental-rerun", "x.pickle"), "no option --experimental-rerun"),
     ],
 )
 def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
@@ -228,6 +333,15 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
             ["eval=[exact,mine]"],
             "eval/mine.yaml: begin it with the line `# @package eval.metrics.mine`",
         ),
+        (
+            "loss/mine.yaml",
+            '_target_: "mine\\0hinge"\n',
+            ["loss=mine"],
+            "loss._target_: has a NUL character, which no path or text may: take it out",
+        ),
+        ("loss/mine.yaml", "a: \0", ["loss=mine"], "mine.yaml"),
+        ("loss/mine.yaml", "a: \0", ["loss=mine"], "special characters are not allowed at pos"),
+        ("loss/mine.yaml", "a: \udcff", ["loss=mine"], "of the settings is not UTF-8 (byte 3 of"),
         ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
         (
             "x.yaml",
@@ -242,7 +356,7 @@ def test_a_slip_of_ones_own_is_one_line_that_says_what_to_write(
     monkeypatch, capsys, tmp_path, file, content, words, said
 ):
     (tmp_path / file).parent.mkdir(exist_ok=True)
-    (tmp_path / file).write_text(content)
+    (tmp_path / file).write_text(content, errors="surrogateescape")
     given = ("+experiment=smoke", "--config-dir", str(tmp_path), *words)
     assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
     (line,) = capsys.readouterr().err.splitlines()

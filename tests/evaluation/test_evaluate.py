@@ -4,6 +4,7 @@ import re
 import sys
 from dataclasses import replace
 from functools import partial
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
@@ -484,6 +485,17 @@ def called(monkeypatch, capsys):
         return status, captured.out + captured.err + said
 
     return call
+
+
+def test_a_terminal_of_ascii_gets_the_table_with_escapes(tmp_path, monkeypatch):
+    for found in three():
+        save(found, tmp_path)
+    out = TextIOWrapper(BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["pujax evaluate", f"run={tmp_path}"])
+    evaluate.main()  # its quotes and dashes were a UnicodeEncodeError
+    out.flush()
+    assert b"\\u201c" in out.buffer.getvalue()
 
 
 def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, monkeypatch):

@@ -85,6 +85,13 @@ def visible(html):
     return re.sub(bulk, "", html, flags=re.DOTALL)
 
 
+def test_a_page_masks_what_the_settings_of_an_earlier_run_may_hold(run, monkeypatch):
+    monkeypatch.setenv("THEIR_TOKEN", "losses.dpo")  # which stands in them
+    settings = page(run).partition("<h2>Settings</h2>")[2]
+    assert "pujax.method.***" in settings
+    assert "losses.dpo" not in settings
+
+
 def test_text_of_prompts_models_and_settings_is_escaped_everywhere(html):
     assert html.count("<script") == 1  # the page's own
     assert "<script" not in visible(html)

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from pujax import report
-from pujax.errors import ConfigError, EvaluationError
+from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.evaluation.sweep import gather
 
@@ -72,6 +72,23 @@ def test_the_command_prints_and_keeps_the_table_and_says_what_is_unfinished(swee
     assert "4 runs side by side" in page
     assert "<th>loss=grpo - loss=dpo</th>" in page
     assert 'href="smoke/1_seed=0/report.html"' in page
+
+
+@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
+def test_a_file_of_ones_own_of_that_name_is_refused_and_stays(sweep, name):
+    (sweep / name).write_text("# Thesis\n")
+    with pytest.raises(DiskError, match=rf"{name} can't be written .*move away what is in its way"):
+        report.run(report.ReportConfig(sweep=str(sweep)))
+    assert [path.read_text() for path in sweep.glob("sweep.*")] == ["# Thesis\n"]
+
+
+def test_a_sweeps_own_files_are_written_anew_those_of_an_earlier_pujax_too(sweep):
+    report.run(report.ReportConfig(sweep=str(sweep)))
+    picture = (sweep / "sweep.png").read_bytes()
+    assert b"pujax" in picture[:100]
+    (sweep / "sweep.png").write_bytes(picture.replace(b"Software\0pujax", b"Software\0Matplotlib"))
+    report.run(report.ReportConfig(sweep=str(sweep)))
+    assert (sweep / "sweep.png").read_bytes() == picture
 
 
 def test_of_one_setting_and_seed_the_newest_counts_that_is_finished(sweep):

@@ -468,6 +468,15 @@ def test_a_card_of_a_local_model_does_not_say_where_it_lay(model):
     assert "/home/me" not in model_card(model[0], {"student": "/home/me/models/own"})
 
 
+def test_a_card_masks_what_the_settings_of_an_earlier_run_may_hold(model, monkeypatch):
+    monkeypatch.setenv("THEIR_TOKEN", "hush-hush-9")
+    card = model_card(
+        model[0], {"data": {"system": "say hush-hush-9"}, "labels": {"a": "hush-hush-9"}}
+    )
+    assert "hush-hush-9" not in card
+    assert "> say ***" in card
+
+
 # ---------------------------------------------------------------------- runs
 
 

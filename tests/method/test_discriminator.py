@@ -70,6 +70,19 @@ def test_states_that_are_not_finite_leave_the_head_as_it_was():
     jax.tree.map(np.testing.assert_array_equal, same, head)
 
 
+def test_new_parameters_that_are_not_finite_leave_the_head_as_it_was(monkeypatch):
+    head = new_head(SCORER, 2)
+    assert head is not None
+    endless = optax.GradientTransformation(
+        lambda params: head.opt_state,
+        lambda grads, state, params: (jax.tree.map(lambda x: x + jnp.inf, grads), state),
+    )
+    monkeypatch.setattr("pujax.method.discriminator._optimizer", lambda scorer: endless)
+    same, metrics = learn(SCORER, head, STATES)
+    assert jnp.isfinite(metrics["discriminator/loss"])
+    jax.tree.map(np.testing.assert_array_equal, same, head)
+
+
 def test_its_settings_are_those_of_the_heads_own_optimizer():
     first, second = (
         learn(scorer, head, STATES)[0].params["discriminator"]

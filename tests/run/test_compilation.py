@@ -4,6 +4,7 @@ import resource
 import subprocess
 import sys
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,8 +12,11 @@ import jax
 import jax.monitoring
 import pytest
 
-from pujax import evaluate, generate
+from pujax import chat, evaluate, export, generate, train
+from pujax.chat import ChatConfig
+from pujax.config.settings import TrainConfig
 from pujax.evaluate import EvaluateConfig
+from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
 from pujax.inference.local_teacher import LocalTeacher
 from pujax.run import compilation
@@ -148,6 +152,9 @@ class Called(Exception):
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", model="m", name="n"))),
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", suite={"a": 1}))),
         ("pujax.generate", lambda: generate.run(GenerateConfig(model="m", prompt="p"))),
+        ("pujax.chat", lambda: chat.run(ChatConfig(model="m"))),
+        ("pujax.export", lambda: export.run(ExportConfig(model="m", out="o"))),
+        ("pujax.train", lambda: train.run(TrainConfig())),
         (
             "pujax.inference.local_teacher",
             lambda: LocalTeacher(TeacherConfig(max_tokens=1), CollectConfig()),
@@ -159,6 +166,8 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
         raise Called
 
     monkeypatch.setattr(f"{place}.compile_once", compile_once)
+    monkeypatch.setattr("pujax.train.run_directory", lambda *_: nullcontext("r"))
+    monkeypatch.setattr("pujax.chat.source_of", lambda *_: ("m", None))
     with pytest.raises(Called):
         act()
 

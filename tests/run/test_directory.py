@@ -50,6 +50,42 @@ def test_a_place_whose_checkpoints_could_not_be_read_again_is_refused(tmp_path, 
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ("data.system=say hush-hush-9 to none", "data.system"),
+        ("data.system=${oc.env:THEIR_TOKEN}", "data.system"),
+        ("model.path=hf_0123456789abcdefgh", "model.path"),
+        ("+labels.api_key=abc", "labels.api_key"),
+        ("trusted=[mine,hush-hush-9]", "trusted"),
+        ("+scorer.score.of={a: [{b: hush-hush-9}]}", "scorer.score.of.a.b"),
+        ("run.name=Hush-Hush-9", "run.name"),
+    ],
+)
+def test_secrets_in_settings_are_refused_unshown_since_a_run_writes_its_settings(
+    tmp_path, monkeypatch, given, key
+):
+    monkeypatch.setenv("THEIR_TOKEN", "hush-hush-9")
+    with pytest.raises(ConfigError, match=rf"{key} (holds|takes) .*take it out") as refused:
+        begun(f"run.root={tmp_path}/runs", given)
+    value = given.partition("=")[2]
+    assert "hush-hush-9" not in str(refused.value).lower()
+    assert value not in str(refused.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_secret_too_short_to_be_found_in_a_text_is_refused_by_its_variables_name(monkeypatch):
+    monkeypatch.setenv("ONCE_TOKEN", "hush4")
+    with pytest.raises(ConfigError, match="takes the environment variable ONCE_TOKEN"):
+        config_of("data.system='say ${oc.env:ONCE_TOKEN}'")
+    monkeypatch.setenv("HOUSE_RULES", "Be brief.")
+    assert config_of("data.system=${oc.env:HOUSE_RULES}").data.system == "Be brief."
+
+
+def test_words_that_a_key_could_begin_with_are_no_secret(tmp_path):
+    begun(f"run.root={tmp_path}", "data.system=Basic arithmetic.")
+
+
 def test_another_seed_begins_another_run(tmp_path):
     first = begun(f"run.root={tmp_path}")
     second = begun(f"run.root={tmp_path}", "seed=1")

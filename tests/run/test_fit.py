@@ -120,6 +120,10 @@ def test_the_budget_is_a_third_above_the_mean_and_none_where_little_is_padding(c
     assert one is not None
     assert of_four is not None
     assert of_four.responses >= 120 > one.responses  # the longest of four must fit
+    cut = [dataclasses.replace(example, anchor_ids=()) for example in data.examples]
+    empty = budget_for(dataclasses.replace(data, examples=tuple(cut)), prompts=4, responses=5)
+    assert empty is not None
+    assert empty.responses == 32  # with room for none the model was given arrays of no tokens
     none = dataclasses.replace(dataset(chat, ["Yes"], 40), examples=())
     assert budget_for(none, prompts=4, responses=5) is None
 
@@ -419,6 +423,29 @@ def test_a_batch_beyond_the_data_is_refused_by_its_key(chat):
     empty = dataclasses.replace(data, examples=tuple(cut))
     with pytest.raises(ConfigError, match=r"sft\.batch=1: no training prompt has an answer"):
         check_batches(config_of("sft.batch=1"), empty)
+
+
+def test_anchors_that_are_all_empty_are_refused_before_the_first_step(tmp_path, monkeypatch):
+    """Each was cut off at once: no token of theirs, and no EOS that the teacher said."""
+    monkeypatch.setattr("pujax.run.fit.load_student", lambda *_: pytest.fail("read"))
+    texts = {"prompts": "One?\nTwo?\n", "heldout": "Three?\n"}
+    records = []
+    for name, text in texts.items():
+        (tmp_path / f"{name}.txt").write_text(text)
+        for asked in text.splitlines():
+            messages = [{"role": "user", "content": asked}]
+            told = {"response": "", "finish_reason": "length", "model": "m", "usage": None}
+            records.append({"format": 1, "key": messages_key(messages), "id": asked} | told)
+            records[-1] |= {"messages": messages, "cost": None, "created": ""}
+    store = tmp_path / "anchors.jsonl"
+    store.write_text("".join(json.dumps(record) + "\n" for record in records))
+    (tmp_path / "run").mkdir()
+    few = [f"data.{name}={tmp_path}/{name}.txt" for name in texts]
+    config = config_of(*few, f"data.anchors={store}", "sft.batch=2", "align.prompts=2")
+    with pytest.raises(
+        ConfigError, match="no training prompt has an answer with a token in it: lo"
+    ):
+        fit(config, tmp_path / "run", console=Console(quiet=True))
 
 
 def test_what_fills_up_a_mesh_is_told_with_a_size_that_needs_no_filling():

@@ -1,16 +1,25 @@
 from functools import partial
+from types import SimpleNamespace
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recipes import recipe
 
+from pujax.config.settings import TrainConfig
+from pujax.errors import StopRequested
 from pujax.evaluation.waiting import waited
+from pujax.method import losses
+from pujax.method.needs import Needs
 from pujax.models.logps import response_logps
 from pujax.models.sharding import make_mesh
 from pujax.records import Example, Given, Prompt
 from pujax.run import reference
 from pujax.run.data import Dataset, batch_at
+from pujax.run.fit import aligned
+from pujax.types import TrainState
 
 
 def example(i):
@@ -27,9 +36,10 @@ DATA = Dataset(tuple(example(i) for i in range(3)), 4, 6, 4, candidates=2)
 def read(model, params, tmp_path):
     said = []
 
-    def reading(data=DATA, params=params):
+    def reading(data=DATA, params=params, pause=lambda: None):
         mesh = make_mesh(4, 1, 2)  # two rows, filled up to four
         how = {"folder": tmp_path / "kept", "mesh": mesh, "size": 2, "say": said.append}
+        how |= {"pause": pause}
         return reference.reference_logps(data, model, params, **how), said
 
     return reading
@@ -61,6 +71,37 @@ def test_log_probs_of_given_responses_are_the_models_and_kept_by_model_and_data(
     other, _ = read(params=jax.tree.map(lambda x: x * 1.01, params))
     assert np.abs(other - made).max() > 1e-3
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_a_wish_to_stop_is_granted_between_batches_and_nothing_is_kept(read, tmp_path):
+    """SIGTERM while the reference read was heard after its last batch, hours later."""
+    asked = []
+
+    def pause():
+        asked.append(None)
+        if len(asked) == 2:
+            raise StopRequested("stopped while reading", 15)
+
+    with pytest.raises(StopRequested):
+        read(pause=pause)
+    assert len(asked) == 2
+    assert not (tmp_path / "kept").exists()
+    read(pause=lambda: asked.append(None))
+    assert len(asked) == 2 + 2  # three examples in batches of two
+
+
+def test_alignment_has_the_reading_ask_for_a_wish_to_stop(monkeypatch):
+    def stopped(where):
+        raise StopRequested(f"stopped {where}", 15)
+
+    monkeypatch.setattr("pujax.run.fit.with_reference", lambda *_, pause, **__: pause())
+    run: Any = SimpleNamespace(config=TrainConfig(), mesh=make_mesh(), model=None, base=None)
+    run.data, run.say, run.pause = DATA, print, stopped
+    zero = jnp.zeros((), jnp.int32)
+    state = TrainState(zero, {"embed": jnp.zeros((8, 1))}, (), zero)
+    needs = Needs(anchor=True, reference=True)
+    with pytest.raises(StopRequested, match="while reading with the reference"):
+        aligned(run, recipe(needs=needs), losses.grpo, state.params, ("sft", 1), state, 0)
 
 
 def test_a_step_is_given_the_log_probs_of_its_own_examples(read):

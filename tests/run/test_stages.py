@@ -8,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
-from pujax.errors import DivergedError, StopRequested
+from pujax.errors import DiskError, DivergedError, StopRequested
 from pujax.evaluation.results import Evaluation, Row
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
@@ -121,6 +122,19 @@ def gone_through(
     checkpoints.close()
     told = [line for line in said if line != "sft: compiling, with the first step"]
     return float(params["embed"][0, 0]), step, told
+
+
+def test_a_batch_that_was_not_finite_is_on_the_disk_whole_or_not_at_all(tmp_path):
+    run: Any = SimpleNamespace(directory=tmp_path, config=TrainConfig(), say=print)
+    stage: Any = SimpleNamespace(name="sft")
+    batch = collate(EXAMPLES[:2], DATA)
+    Run._not_finite(run, stage, 3, batch, 1, fresh())
+    (path,) = tmp_path.iterdir()
+    with np.load(path) as kept:
+        np.testing.assert_array_equal(kept["prompts.ids"], batch.prompts.ids)
+    run.directory = tmp_path / "gone"
+    with pytest.raises(DiskError, match=r"nonfinite-sft-4\.npz can't be written"):
+        Run._not_finite(run, stage, 4, batch, 1, fresh())
 
 
 def test_a_reward_is_asked_of_the_examples_and_not_of_what_fills_up_the_mesh():

@@ -1,4 +1,5 @@
 import contextlib
+import json
 import math
 import os
 import socket
@@ -372,6 +373,34 @@ def test_when_all_are_refused_the_settings_are_at_fault(server, store):
     assert not failures_path(store).exists()
 
 
+def test_refused_prompts_stop_no_collection_for_ever_where_the_store_has_answers(server, store):
+    """The answers may be an earlier run's: eight of one wording ended each run, with none kept."""
+    run(many(3), server, store)
+    long = {f"prompt {n}" for n in range(3, 43)}
+    server.reply = lambda request: (
+        error(400, "maximum context length is 9") if request.prompt in long else echo(request)
+    )
+    with pytest.raises(TeacherError, match=r"32 prompts in a row .*: maximum context length is 9"):
+        run(many(50), server, store, concurrency=1)
+    again = run(many(50), server, store, concurrency=1)
+    assert (again.passed, again.answered, again.failed) == (3 + 32, 7, {"rejected": 8})
+
+
+def test_refusals_in_differing_words_are_each_their_own_prompts(server, store):
+    server.reply = lambda request: (
+        echo(request) if server.seen > 9 else error(400, f"{server.seen} tokens are too many")
+    )
+    tally = run(many(12), server, store, concurrency=1)
+    assert (tally.answered, tally.failed) == (3, {"rejected": 9})
+
+
+def test_where_nothing_is_ever_answered_refusals_end_the_run_in_whatever_words(server, store):
+    server.reply = lambda request: error(400, f"request {server.seen}: no such parameter")
+    with pytest.raises(TeacherError, match=r"32 prompts in a row were refused: .*no such param"):
+        run(many(500), server, store, concurrency=4)
+    assert 32 <= len(list(read_records(failures_path(store)))) <= server.seen <= 36
+
+
 def test_an_account_that_runs_dry_late_does_not_fail_all_the_rest(server, store):
     server.reply = lambda request: (
         echo(request) if server.seen <= 20 else error(400, "your credit is too low")
@@ -469,6 +498,10 @@ def test_nonsense_in_the_usage_is_as_good_as_none(server, store):
     server.reply = reply
     tally = run(user(*"abcdef"), server, store)
     assert tally.answered == 6
-    assert all(record["usage"] is None for _, record in read_records(store))
+    endless = json.dumps(completion("ok")).replace(": 10,", f": {'9' * 5000},").encode()
+    server.reply = lambda request: (200, {}, endless)
+    assert run(user("g"), server, store).requests == 1  # an answer is paid for once
+    usages = [record["usage"] for _, record in read_records(store)]
+    assert usages == [None] * 6 + [{"completion_tokens": 5}]
     assert math.isfinite(tally.prompt_tokens)
     assert tally.prompt_tokens > 0

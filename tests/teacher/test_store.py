@@ -729,3 +729,12 @@ def test_half_a_character_becomes_a_replacement_character_in_an_anchor(server, s
     run(user("a"), server, store)
     (anchor,) = read_anchors(store).values()
     assert anchor.response == "smile \ufffd end"
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_a_store_that_was_saved_as_utf_16_is_named_so(tmp_path, encoding):
+    store = tmp_path / "anchors.jsonl"
+    store.write_bytes('{"format": 1, "key": "é"}\n'.encode(encoding))
+    for read in (read_anchors, Contents):
+        with pytest.raises(StoreError, match=r"anchors\.jsonl:1: UTF-16, .*: save it as UTF-8"):
+            read(store)
