@@ -31,7 +31,11 @@ def command(*overrides):
 
 
 def train(*overrides, cache):
-    environment = os.environ | {"JAX_COMPILATION_CACHE_DIR": str(cache), "XLA_FLAGS": ""}
+    environment = os.environ | {
+        "JAX_COMPILATION_CACHE_DIR": str(cache),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # on one device; see conftest.py
+    }
     return subprocess.Popen(
         command(*overrides),
         cwd=ROOT,
