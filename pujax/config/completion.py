@@ -100,6 +100,7 @@ def _completed(command: str) -> Iterator[tuple[str, list[str]]]:
     groups = groups_of(command, conf)
     yield from choices_of(conf, groups).items()
     schema = OmegaConf.get_type(ConfigStore.instance().load(f"{command}_schema.yaml").node)
+    assert schema is not None  # commands register records
     for key, kind in kinds_of(schema):
         if not is_dataclass(kind) and key not in groups:
             yield key, ["true", "false"] if kind is bool else []

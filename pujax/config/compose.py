@@ -7,10 +7,10 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from hydra._internal import hydra as application
+from hydra._internal import hydra as application_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.config_store import ConfigStore
-from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pujax.errors import ConfigError
 from pujax.files.settings import leaves
@@ -95,12 +95,13 @@ class WaryLoader(ConfigLoaderImpl):
 @contextmanager
 def wary() -> Iterator[None]:
     """Within the block, Hydra composes by `WaryLoader`."""
+    application: Any = application_module
     before = application.ConfigLoaderImpl
-    vars(application)["ConfigLoaderImpl"] = WaryLoader
+    application.ConfigLoaderImpl = WaryLoader
     try:
         yield
     finally:
-        vars(application)["ConfigLoaderImpl"] = before
+        application.ConfigLoaderImpl = before
 
 
 def refuse_calls(hydra: DictConfig) -> None:
@@ -127,10 +128,11 @@ def refuse_calls(hydra: DictConfig) -> None:
 
 def _targets(node: Any, key: str) -> Iterator[str]:
     """The dotted key of each `_target_` below a node, also of those that a reference leads to."""
-    if not isinstance(node, Container) or node._is_none():
+    if not isinstance(node, DictConfig | ListConfig) or node._is_none():
         return
-    for name in node if isinstance(node, DictConfig) else range(len(node)):
-        child = node._get_node(name)
+    nodes: Any = node
+    for name in nodes if isinstance(node, DictConfig) else range(len(node)):
+        child = nodes._get_node(name)
         if child is not None and child._is_interpolation():
             child = child._maybe_dereference_node()  # None where there is nothing yet
         if name == "_target_":
