@@ -15,7 +15,7 @@ from pujax.evaluation.cards import answer_cards
 from pujax.evaluation.curves import DARK, LIGHT, colour_of, held_out_panels, together
 from pujax.evaluation.markup import compared, document, plain, table
 from pujax.evaluation.page import steps
-from pujax.evaluation.results import shown_by
+from pujax.evaluation.results import OWN, shown_by
 from pujax.evaluation.tables import Arm
 from pujax.files.durable import refuse_unwritable, write_whole
 from pujax.files.settings import UNTOUCHED, flat, kept_settings, of_asking, within
@@ -62,7 +62,14 @@ def _findings(columns: Sequence[Arm], against_first: bool) -> str:
     )
     ended = columns if against_first else columns[-1:]
     runs = [replace(run, model=column.model) for column in ended for run in column.runs]
-    warnings = dict.fromkeys(warning for run in runs for warning in findings.warnings([run]))
+    early = [
+        f"{column.model} is compared by its {run.model} model, the last that it has: finish it"
+        for column in columns
+        for run in column.runs
+        if against_first and run.model in OWN[:-1]
+    ]
+    told_of = [*early, *(warning for run in runs for warning in findings.warnings([run]))]
+    warnings = dict.fromkeys(told_of)
     items = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return told + (f'<ul class="warnings">{items}</ul>' if items else "")
 

@@ -85,6 +85,13 @@ def test_an_arm_that_says_one_thing_to_everything_is_warned_of(tmp_path):
     assert "fine says" not in warnings
 
 
+def test_a_run_that_has_not_ended_is_said_to_be_compared_by_an_earlier_model(tmp_path):
+    one, two = (run(tmp_path / loss, loss=loss, right=6) for loss in ("dpo", "grpo"))
+    assert "the last that it has" not in page(one, two)
+    (two / "eval-aligned.jsonl").unlink()
+    assert "<li>grpo is compared by its base model, the last that it has" in page(one, two)
+
+
 def test_runs_on_other_prompts_are_refused(tmp_path):
     one = run(tmp_path / "a", loss="dpo", right=6)
     with pytest.raises(EvaluationError, match="on different prompts"):
