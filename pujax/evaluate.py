@@ -63,7 +63,7 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
             kept_settings(directory)
         elif not any(directory.glob("eval-*.jsonl")):
             raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
-    for path in settings.models:
+    for path in settings.models if settings.suite is None else ():  # a suite may take none
         here(model_path(path))
     if settings.data.heldout is not None:
         refuse_missing(settings.data.heldout)

@@ -34,12 +34,13 @@ def finished(tmp_path, monkeypatch):
     (directory / "export").mkdir(parents=True)
     (directory / "export" / "config.json").write_text("{}")
     (directory / "metrics.jsonl").write_text("")
+    (tmp_path / "test.jsonl").write_text("")
     prompts = {"prompts": "a.jsonl", "anchors": "b.jsonl", "heldout": "test.jsonl"}
     (directory / "config.yaml").write_text(json.dumps({"data": prompts, "eval": {"batch": 1}}))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Chat, "load", begun)
     monkeypatch.setattr(weights, "load", begun)
-    monkeypatch.setattr(page, "_steps", begun)
+    monkeypatch.setattr(page, "steps", begun)
     monkeypatch.setattr(pujax.run.measure, "Benchmark", begun)
     return directory
 

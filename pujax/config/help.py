@@ -85,8 +85,6 @@ def said_of(target: str) -> tuple[str, dict[str, str]]:
     if not module.startswith("pujax.") or not file.is_file():
         return "", {}
     source = file.read_text(encoding="utf-8")
-    if moved := re.search(rf"^from (pujax\S+) import {name} as {name}$", source, re.MULTILINE):
-        return said_of(f"{moved[1]}.{name}")
     found = re.search(rf'^(?:def|class) {name}\b.*?"""(.*?)"""', source, re.MULTILINE | re.DOTALL)
     text = inspect.cleandoc(found[1]) if found else ""
     return text.partition("\n")[0], _entries(text)

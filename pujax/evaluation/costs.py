@@ -50,11 +50,17 @@ def costs(
 ) -> SuiteAnswer:
     """Quality, latency, pace, memory and money of the student, answering one prompt at a time.
 
-    The first `prompts` of the held-out ones are answered by greed and the clock, after one answer
-    that compiles. `hour` is what an hour of this machine costs. What the teacher took is what the
-    store kept of it; `input` and `output`, what a million of its tokens cost, and `latency`, its
-    seconds to an answer, go before that. What is not known stays so. Raises `EvaluationError`
-    without prompts that `quality` knows.
+    The first of the held-out prompts are answered by greed and the clock, after one answer that
+    compiles. What the teacher took is what the store kept of it, unless that is given here. What is
+    not known stays so. Raises `EvaluationError` without prompts that `quality` knows.
+
+    Settings:
+        quality: a metric of texts, of the student's answers and the teacher's.
+        prompts: how many of the held-out ones are answered, one at a time.
+        hour: what an hour of this machine costs.
+        input: what a million tokens of the teacher's prompts cost.
+        output: what a million tokens of its answers cost.
+        latency: how many seconds it takes to answer.
     """
     require(prompts > 0, "suite.prompts", prompts, "must be positive")
     for key, value in (("hour", hour), ("input", input), ("output", output), ("latency", latency)):

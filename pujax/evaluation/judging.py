@@ -61,10 +61,15 @@ def winrate(
 ) -> SuiteAnswer:
     """How often `model`'s answers are preferred to `against`'s, in both orders.
 
-    Without names they are the last evaluation and the one before it; `prompts` and `kinds` say
-    which prompts, null all. Equal answers are a tie that nobody is asked about. A pair of which a
-    verdict failed is left out. Raises `EvaluationError` for a model that has no answers, other
-    prompts, and when no pair was judged.
+    Equal answers are a tie that nobody is asked about. A pair of which a verdict failed is left
+    out. Raises `EvaluationError` for a model that has no answers, other prompts, and when no pair
+    was judged.
+
+    Settings:
+        model: which of those that have been evaluated; null is the last.
+        against: which other; null is the one before it.
+        prompts: how many of the prompts; null is all.
+        kinds: which kinds of prompts; null is all.
     """
     require(prompts is None or prompts > 0, "suite.prompts", prompts, "must be positive")
     one, other = _pair(answers, model, against)

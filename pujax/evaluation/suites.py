@@ -67,13 +67,21 @@ def signal(
 ) -> SuiteAnswer:
     """How well each scorer ranks the model's own candidates, held against an oracle.
 
-    `samples` candidates a prompt are drawn once, and all scorers see the same; each scores them
-    again with another prompt's anchor in view, and where that changes its scores it has a second
-    row, its control. Prompts that `oracle` does not know are ordered by `otherwise`; or, where they
-    are `judged`, by how much the judge prefers each candidate to the anchor, in both orders; or
-    left out. Groups in which all candidates are equally good count for entropy and mass alone.
-    `scorers` are functions, or settings as in `conf/scorer/` with the function as `score`. Raises
-    `EvaluationError` when fewer than two prompts are left.
+    Candidates are drawn once, and all scorers see the same; each scores them again with another
+    prompt's anchor in view, and where that changes its scores it has a second row, its control.
+    Prompts that nothing orders are left out. Groups in which all candidates are equally good count
+    for entropy and mass alone. Raises `EvaluationError` when fewer than two prompts are left.
+
+    Settings:
+        scorers: by name, functions or settings as in conf/scorer/.
+        labels: from scores to labels, for their entropy and mass.
+        oracle: a metric of texts: what truly orders the candidates.
+        otherwise: what orders those of prompts that the oracle does not know; null leaves them out.
+        judged: order those by how much the judge prefers each to the anchor, in both orders.
+        samples: candidates a prompt.
+        temperature: at which they are drawn.
+        margin: from the oracle's best, within which a candidate counts as near it.
+        seed: of what is drawn.
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
     require(temperature > 0, "suite.temperature", temperature, "must be positive")
@@ -392,11 +400,19 @@ def ranking(
 ) -> SuiteAnswer:
     """How often a model finds the better of two responses likelier (Chen et al., 2024).
 
-    The pairs are all that the oracle orders among `samples` candidates that the reference draws for
-    a prompt, so that every model that came of it is asked about the same. Beside the model stand
-    the reference itself and the optimum of DPO's objective from there, at `beta`, when a share
-    `preference` prefers the better. Each is the mean over prompts of the share of its pairs. Raises
-    `EvaluationError` when the oracle orders fewer than two prompts.
+    The pairs are all that the oracle orders among candidates that the reference draws for a prompt,
+    so that every model that came of it is asked about the same. Beside the model stand the
+    reference itself and the optimum of DPO's objective from there. Each is the mean over prompts of
+    the share of its pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts.
+
+    Settings:
+        oracle: a metric of texts: what truly orders the candidates.
+        otherwise: what orders those of prompts that the oracle does not know; null leaves them out.
+        samples: candidates a prompt.
+        temperature: at which they are drawn.
+        beta: DPO's, for the optimum.
+        preference: the share that prefers the better response, for the optimum.
+        seed: of what is drawn.
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
     require(temperature > 0, "suite.temperature", temperature, "must be positive")

@@ -128,7 +128,7 @@ def nodes(value):
         yield from nodes(part)
 
 
-NAMED = ("loss", "labels", "scorer", "eval", "teacher")
+NAMED = ("loss", "labels", "scorer", "eval", "teacher", "tools/suite")
 
 
 @pytest.mark.parametrize("group", NAMED)
@@ -138,7 +138,7 @@ def test_every_setting_of_a_function_that_conf_names_has_a_meaning(group):
         for node in nodes(yaml.safe_load(file.read_text(encoding="utf-8"))):
             purpose, told = said_of(node["_target_"])
             assert purpose, (file, node)
-            assert node.keys() - {"_target_", "_partial_"} <= told.keys(), (file, node)
+            assert node.keys() - {"_target_", "_partial_", "defaults"} <= told.keys(), (file, node)
             found += 1
     assert found
 
@@ -146,7 +146,11 @@ def test_every_setting_of_a_function_that_conf_names_has_a_meaning(group):
 @pytest.mark.parametrize(
     "target",
     [
-        *("pujax.method.losses.dpo", "pujax.method.losses.grpo", "pujax.method.scoring.reward"),
+        *(
+            "pujax.method.pair_losses.dpo",
+            "pujax.method.losses.grpo",
+            "pujax.method.scoring.reward",
+        ),
         *("pujax.method.labels.softmax_labels", "pujax.rewards.length", "pujax.rewards.regex"),
     ],
 )

@@ -167,7 +167,10 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
 
     monkeypatch.setattr(f"{place}.compile_once", compile_once)
     monkeypatch.setattr("pujax.train.run_directory", lambda *_: nullcontext("r"))
-    monkeypatch.setattr("pujax.chat.source_of", lambda *_: ("m", None))
+    for command in ("chat", "generate"):
+        monkeypatch.setattr(f"pujax.{command}.source_of", lambda *_: ("m", None))
+    for command in ("evaluate._require_sources", "train.require_sources"):
+        monkeypatch.setattr(f"pujax.{command}", lambda *_: None)
     with pytest.raises(Called):
         act()
 

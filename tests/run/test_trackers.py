@@ -3,6 +3,7 @@
 import sys
 import time
 from dataclasses import replace
+from importlib import import_module
 from types import SimpleNamespace
 
 import pytest
@@ -119,22 +120,19 @@ def test_one_that_is_not_installed_is_refused_before_there_is_a_run(tmp_path, mo
 
 
 def trackio_kept(directory):
-    from trackio.sqlite_storage import SQLiteStorage
-
-    logs = SQLiteStorage.get_logs("mine", "now")
+    logs = import_module("trackio.sqlite_storage").SQLiteStorage.get_logs("mine", "now")
     return [(log["step"], log["sft/loss"]) for log in logs]
 
 
 def wandb_kept(directory):
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    proto = import_module("wandb.proto.wandb_internal_pb2")
     for _ in range(100):  # it writes on in a process of its own
         kept = []
         for file in sorted(directory.glob("wandb/offline-run-*/run-*.wandb")):
             written, at = file.read_bytes(), 7  # LevelDB's log: a head, then records with theirs
             while at + 7 <= len(written):
                 size = int.from_bytes(written[at + 4 : at + 6], "little")
-                record = Record()
+                record = proto.Record()
                 record.ParseFromString(written[at + 7 : at + 7 + size])
                 at += 7 + size
                 said = {(i.key or i.nested_key[0]): i.value_json for i in record.history.item}
@@ -147,9 +145,7 @@ def wandb_kept(directory):
 
 
 def mlflow_kept(directory):
-    from mlflow import MlflowClient
-
-    client = MlflowClient(f"sqlite:///{directory.parent / 'mlflow.db'}")
+    client = import_module("mlflow").MlflowClient(f"sqlite:///{directory.parent / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("mine")
     (run,) = client.search_runs([experiment.experiment_id])
     return [(m.step, m.value) for m in client.get_metric_history(run.info.run_id, "sft/loss")]
