@@ -6,6 +6,7 @@ learnt from it, so that no step is another for it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import jax
@@ -106,7 +107,7 @@ def _scores(
         reader=model,
         params=params,
         frames=recipe.frames,
-        batch=batch.replace(anchors=Tokens(batch.anchors.ids[:, :size], batch.anchors.lengths)),
+        batch=replace(batch, anchors=Tokens(batch.anchors.ids[:, :size], batch.anchors.lengths)),
         after=model.prefill(params, batch.prompts),
         tokens=tokens,
         mask=mask,
