@@ -61,8 +61,8 @@ class Course:
     A step is astray whose loss exceeds the best so far by `ABOVE` times what it was at first or at
     its best, whichever is more, and at least that many nats; the best is the lowest mean of
     `LASTING` steps in a row. Where a line has the distance to the reference, that decides in the
-    loss's place, from `GONE` on: a policy gradient's loss has either sign and measures nothing.
-    What isn't finite is skipped by the update, and says nothing here.
+    loss's place, from `GONE` on: a policy gradient's loss measures nothing, and says nothing where
+    there is no reference either. A loss that isn't finite is skipped by the update, and here too.
     """
 
     def __init__(self) -> None:
@@ -72,14 +72,17 @@ class Course:
 
     def take(self, line: Line) -> None:
         """Take in one more step."""
-        loss, distance = line.get("loss"), line.get("kl/ref")
+        loss = line.get("loss")
         if loss is None:
             return
         if math.isnan(self._first):
             self._first = self._best = loss
-        if distance is not None:
+        if "kl/ref" in line:
+            distance = math.inf if line["kl/ref"] is None else line["kl/ref"]
             lost = abs(distance) >= GONE
             self.why = f"the policy is {distance:.3g} nats a token from its reference"
+        elif "policy/clip_fraction" in line or loss < 0:
+            lost = False
         else:
             lost = loss - self._best > ABOVE * max(1.0, abs(self._first), abs(self._best))
             self.why = f"the loss is {loss:.3g}, and was {self._best:.3g} at best"

@@ -104,12 +104,15 @@ def test_a_surrogate_of_either_sign_is_no_sign_and_the_distance_to_the_reference
     """Advantages of rewards in hundreds: the loss swings, and the policy stays where it is."""
     swings = [{"loss": value, "kl/ref": 0.1} for value in (0.1, *[90.0] * 20, *[-90.0] * 5)]
     assert course_of(*swings).astray == 0
+    alone = [{"loss": value, "policy/clip_fraction": 0.0} for value in (0.1, *[90.0] * 20)]
+    assert course_of(*alone).astray == 0  # GRPO without a KL
     gone = [{"loss": 0.0, "kl/ref": value} for value in (0.1, 0.2, *[-6.0, 7.0] * 5)]
     course = course_of(*gone)
     assert (course.good, course.astray) == (2, 10)
     assert course.diverged(steps=100)
     assert course.why == "the policy is 7 nats a token from its reference"
     assert not course_of(*gone[:-1]).diverged(steps=100)
+    assert course_of({"loss": 0.1, "kl/ref": 0.1}, {"loss": 9.0, "kl/ref": None}).astray == 1
 
 
 def test_a_noisy_loss_a_falling_one_and_one_that_is_not_finite_are_not_astray():
