@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -534,6 +535,26 @@ def test_two_thousand_prompts_are_all_answered_by_a_server_that_fails_a_quarter_
     assert server.delivered.total() == len(server.delivered) == 2000
     assert len({record["key"] for _, record in read_records(tmp_path / "anchors.jsonl")}) == 2000
     assert min(server.faulted.values()) > 20
+
+
+def test_a_server_that_fails_half_the_time_costs_twice_the_requests_and_no_memory(server, tmp_path):
+    prompts = write(tmp_path / "prompts.jsonl", 200)
+    server.faults = 0.5
+    server.faults_drawn = ("429", "500", "503", "408", "reset", "half", "junk", "shape")
+    pace = ("collect.concurrency=32", "collect.retries=30")
+    running = start(tmp_path, *asking(server.url, prompts), *pace)
+    # What wait4 tells is this process's own, from before the exec.
+    status, most = Path(f"/proc/{running.pid}/status"), 0
+    while running.poll() is None:
+        with suppress(OSError):  # it has ended
+            found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text())
+            most = max(most, int(found[1]) if found else 0)
+        time.sleep(0.02)
+    running.communicate()
+    assert running.returncode == 0
+    assert server.delivered.total() == len(server.delivered) == 200
+    assert 200 + server.faulted.total() == server.seen < 2.5 * 200  # twice as many are expected
+    assert most < 100 * 1024  # KiB
 
 
 class Shouter:

@@ -1,5 +1,4 @@
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from campaign import CACHE, environment
 from safetensors.numpy import load_file
 
 from pujax.config.functions import build_metrics
@@ -30,16 +30,11 @@ def command(*overrides):
     return [sys.executable, "-m", "pujax.train", *SMALL, *overrides]
 
 
-def train(*overrides, cache):
-    environment = os.environ | {
-        "JAX_COMPILATION_CACHE_DIR": str(cache),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # on one device; see conftest.py
-    }
+def train(*overrides):
     return subprocess.Popen(
         command(*overrides),
         cwd=ROOT,
-        env=environment,
+        env=environment(CACHE),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -56,15 +51,10 @@ def lines(directory):
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("xla")
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory, cache):
+def whole(tmp_path_factory):
     """A run that nothing interrupted."""
     directory = tmp_path_factory.mktemp("whole") / "run"
-    process = train(f"run.dir={directory}", cache=cache)
+    process = train(f"run.dir={directory}")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     return directory, output
@@ -134,11 +124,11 @@ def finish_after(process, directory, stage, step, number):
 @pytest.mark.long  # tests/campaign.py kills runs too, at moments that chance chooses
 @pytest.mark.parametrize(("stage", "step"), [("sft", 3), ("align", 3)])
 def test_a_killed_run_resumes_and_ends_bit_for_bit_as_if_it_had_not_been(
-    whole, tmp_path, cache, stage, step
+    whole, tmp_path, stage, step
 ):
     directory = tmp_path / "run"
-    finish_after(train(f"run.dir={directory}", cache=cache), directory, stage, step, signal.SIGKILL)
-    process = train(f"run.dir={directory}", cache=cache)
+    finish_after(train(f"run.dir={directory}"), directory, stage, step, signal.SIGKILL)
+    process = train(f"run.dir={directory}")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "resuming after" in output
@@ -151,9 +141,9 @@ def test_a_killed_run_resumes_and_ends_bit_for_bit_as_if_it_had_not_been(
 
 
 @pytest.mark.slow
-def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(whole, tmp_path, cache):
+def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(whole, tmp_path):
     root = tmp_path / "runs"
-    process = train(f"run.root={root}", cache=cache)
+    process = train(f"run.root={root}")
     until = time.monotonic() + 300
     while time.monotonic() < until and not list(root.glob("smoke/*/metrics.jsonl")):
         time.sleep(0.05)
@@ -161,7 +151,7 @@ def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(whole, tmp
     output = finish_after(process, directory, "align", 1, signal.SIGTERM)
     assert process.returncode == 128 + signal.SIGTERM, output
     assert "the same command goes on from there" in output
-    process = train(f"run.root={root}", cache=cache)
+    process = train(f"run.root={root}")
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert [path.name for path in root.glob("smoke/*")] == [directory.name]
@@ -169,8 +159,8 @@ def test_sigterm_saves_and_exits_cleanly_and_the_same_command_goes_on(whole, tmp
 
 
 @pytest.mark.slow
-def test_a_prompt_that_is_too_long_stops_the_command_with_one_line(tmp_path, cache):
-    process = train(f"run.dir={tmp_path}/run", "data.max_prompt_tokens=40", cache=cache)
+def test_a_prompt_that_is_too_long_stops_the_command_with_one_line(tmp_path):
+    process = train(f"run.dir={tmp_path}/run", "data.max_prompt_tokens=40")
     output, _ = process.communicate()
     assert process.returncode == 1
     assert "data.max_prompt_tokens is 40: raise it" in output

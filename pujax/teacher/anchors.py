@@ -69,8 +69,8 @@ def collect(
     if tally.unanswered and not tally.stopped:
         raise TeacherError(
             f"{counted(tally.unanswered, 'prompt has', 'prompts have')} no answer after "
-            f"{counted(settings.retries, 'retry', 'retries')} each (the last: {tally.trouble}): "
-            "run the same command again"
+            f"{counted(settings.retries, 'retry', 'retries')} each at {teacher.place} (the last: "
+            f"{tally.trouble}): run the same command again"
         )
     return tally
 

@@ -203,7 +203,8 @@ class Collection:
             if isinstance(error, Unreachable) and not self._heard:
                 self._fail(TeacherError(f"{error}: check teacher.base_url, and that it is running"))
             elif self._failing >= self._settings.concurrency:
-                self._fail(TeacherError(f"{self._failing} prompts in a row failed: {error}"))
+                failed = f"{self._failing} prompts in a row failed: {error}"
+                self._fail(TeacherError(f"{failed} (asked at {self._identity.place})"))
             return
         except Rejected as error:
             await self._reject(prompt, key, error)

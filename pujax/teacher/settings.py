@@ -199,6 +199,11 @@ class TeacherConfig:
         return self.base_url is not None or self.path is not None
 
     @property
+    def place(self) -> str | None:
+        """Where the teacher is asked: its address, or the path of a local one."""
+        return self.base_url or self.path
+
+    @property
     def sampling(self) -> dict[str, Any]:
         """The settings that change what the teacher says."""
         return {

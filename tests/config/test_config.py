@@ -193,6 +193,7 @@ def test_build_refuses_unknown_functions_and_keywords(bad, message):
     ],
 )
 def test_build_runs_nothing_and_looks_where_it_may_alone(bad, message):
+    """`_target_` called whatever it named: now no function outside of pujax and what is trusted."""
     with pytest.raises(ConfigError, match=message):
         build(bad, "loss")
 

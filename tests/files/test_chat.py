@@ -428,6 +428,7 @@ def test_a_template_that_drops_or_changes_what_the_user_says_shows_no_reference(
 
 
 def test_code_that_comes_with_a_tokenizer_is_neither_run_nor_asked_about(tmp_path, monkeypatch):
+    """`trust_remote_code` is False, where transformers asked on standard input."""
     toy_chat().save(tmp_path)
     path = tmp_path / "tokenizer_config.json"
     settings = json.loads(path.read_text())

@@ -1,6 +1,7 @@
 """Files of any content: what can't be used is refused in one line, and nothing else comes out."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,14 +40,15 @@ def often(slow: Callable[..., Any]) -> Any:
     )(slow)
 
 
-def refused_or_read(read: Callable[[], Any]) -> None:
-    """`read` returns, or raises a PujaxError of one line."""
-    told = ""
+def refused_or_read(read: Callable[[], Any], place: str) -> None:
+    """`read` returns, or raises a PujaxError of one line that says in which file, and a remedy."""
     try:
         read()
     except PujaxError as error:
         told = str(error)
-    assert "\n" not in told
+        assert told.isprintable()
+        assert re.search(place, told), told
+        assert re.search(r": [^:]+", told), told
 
 
 def repeated(examples: int, strategy: Any, check: Callable[[Any], None]) -> None:
@@ -63,7 +65,7 @@ def test_a_config_of_any_values_is_read_or_refused(examples, tmp_path):
         name, changed, left_out = drawn
         config = {k: v for k, v in (TINY[name] | changed).items() if k not in left_out}
         (tmp_path / "config.json").write_text(json.dumps(config))
-        refused_or_read(lambda: safetensors.read_config(tmp_path))
+        refused_or_read(lambda: safetensors.read_config(tmp_path), f"{tmp_path}/config.json")
 
     repeated(examples, st.tuples(st.sampled_from(list(TINY)), changes, missing), check)
 
@@ -76,8 +78,8 @@ def test_an_index_and_a_generation_config_of_any_values_are_read_or_refused(exam
         placed, eos = drawn
         (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": placed}))
         (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
-        refused_or_read(lambda: safetensors.open_model(tmp_path))
-        refused_or_read(lambda: safetensors.read_settings(tmp_path))
+        refused_or_read(lambda: safetensors.open_model(tmp_path), str(tmp_path))
+        refused_or_read(lambda: safetensors.read_settings(tmp_path), "generation_config.json")
 
     files = st.sampled_from(["model.safetensors", "config.json", "..", "", "/etc/passwd"])
     maps = st.dictionaries(st.text(max_size=4), files | VALUES, max_size=2)
@@ -101,7 +103,7 @@ def test_a_gguf_file_with_any_bytes_changed_is_read_or_refused(examples, tmp_pat
         for at, value in changes:
             content[at] = value
         path.write_bytes(content[: int(keep * len(content))])
-        refused_or_read(lambda: _read_all(path))
+        refused_or_read(lambda: _read_all(path), str(path))
 
     at = st.integers(0, weights_begin - 1)
     change = st.tuples(at, st.sampled_from([0, 1, 8, 9, 127, 255]) | st.integers(0, 255))
@@ -122,7 +124,7 @@ def test_a_safetensors_file_with_any_bytes_changed_is_read_or_refused(examples, 
         for at, value in changes:
             content[at] = value
         path.write_bytes(content[: int(keep * len(content))])
-        refused_or_read(lambda: weights.load(tmp_path))
+        refused_or_read(lambda: weights.load(tmp_path), str(tmp_path))
 
     change = st.tuples(st.integers(0, header - 1), st.integers(0, 255) | st.sampled_from(b'0",[]:'))
     changes = st.lists(change, min_size=1, max_size=3)
@@ -138,8 +140,8 @@ def test_gguf_keys_of_any_values_are_read_or_refused(examples, tmp_path):
     def check(drawn):
         key, value = drawn
         changed = gguf.GgufFile(file.path, {**file.metadata, key: value}, file.tensors)
-        refused_or_read(lambda: gguf.model_of(changed))
-        refused_or_read(lambda: tokenizers.from_gguf(changed))
+        refused_or_read(lambda: gguf.model_of(changed), str(file.path))
+        refused_or_read(lambda: tokenizers.from_gguf(changed), str(file.path))
 
     repeated(examples, st.tuples(st.sampled_from(sorted(file.metadata)), values), check)
 
@@ -150,7 +152,7 @@ def test_lines_of_any_bytes_are_read_or_refused(examples, tmp_path):
 
     def check(content):
         path.write_bytes(content)
-        refused_or_read(lambda: read_jsonl(path))
+        refused_or_read(lambda: read_jsonl(path), rf"{path}:\d+: ")
 
     lines = VALUES.map(lambda value: json.dumps(value).encode() + b"\n")
     odd = st.sampled_from([b"[" * 100_000 + b"\n", b'{"a": ' + b"9" * 5000 + b"}\n", b"\xff\n"])

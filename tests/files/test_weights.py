@@ -362,6 +362,7 @@ def _sevens(path: Path) -> None:
 @pytest.mark.parametrize("name", ["model_old", "consolidated", "adapter_model", "zz"])
 @pytest.mark.parametrize("shard_bytes", [2**30, 20_000])
 def test_another_file_beside_the_models_does_not_count(name, shard_bytes, tmp_path):
+    """A second safetensors file beside model.safetensors won in silence."""
     _, params = tiny("llama")
     safetensors.save(tmp_path, *tiny("llama"), shard_bytes=shard_bytes)
     if shard_bytes == 2**30:

@@ -75,7 +75,7 @@ def test_new_parameters_that_are_not_finite_leave_the_head_as_it_was(monkeypatch
     assert head is not None
     endless = optax.GradientTransformation(
         lambda params: head.opt_state,
-        lambda grads, state, params: (jax.tree.map(lambda x: x + jnp.inf, grads), state),
+        lambda updates, state, params=None: (jax.tree.map(lambda x: x + jnp.inf, updates), state),
     )
     monkeypatch.setattr("pujax.method.discriminator._optimizer", lambda scorer: endless)
     same, metrics = learn(SCORER, head, STATES)

@@ -2,19 +2,17 @@ import io
 import json
 import os
 import re
-import struct
 
 import numpy as np
 import pytest
+from event_files import PROTOS, events
 from rich.console import Console
-from tensorboardX.proto import event_pb2
 
 from pujax.errors import RecordError
 from pujax.files import durable
 from pujax.files.durable import read_jsonl
 from pujax.run.logs import RunLog, SampleGroup, cut, duration, eta, progress
 
-PROTOS = vars(event_pb2)  # made at run time: a type checker knows none of them
 GROUP = SampleGroup("p1", "Say hi.", "Hi.", ["Hello.", "Hey!"], [1.0, 0.5, 0.25], [0.5, 0.3, 0.2])
 
 
@@ -26,18 +24,6 @@ def train(log, stage, steps):
 
 def places(path):
     return [(line["stage"], line["step"]) for line in read_jsonl(path)]
-
-
-def events(directory):
-    """What TensorBoard reads from a directory: record by record, a protobuf between its CRCs."""
-    found = []
-    for path in sorted(directory.iterdir()):
-        data, at = path.read_bytes(), 0
-        while at < len(data):
-            (size,) = struct.unpack_from("<Q", data, at)
-            found.append(PROTOS["Event"].FromString(data[at + 12 : at + 12 + size]))
-            at += 16 + size
-    return found
 
 
 def test_a_step_is_one_line_with_its_pace_and_six_digits(tmp_path):

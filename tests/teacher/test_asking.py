@@ -153,7 +153,9 @@ def test_retry_after_holds_every_worker_back(server, store):
 
 def test_retries_end_and_the_prompt_is_asked_again_next_time(server, store):
     server.reply = lambda request: error(500) if request.prompt == "b" else echo(request)
-    with pytest.raises(TeacherError, match=r"1 prompt has no answer after 2 retries each .*500"):
+    with pytest.raises(
+        TeacherError, match=r"1 prompt has no answer after 2 retries each at http.*500"
+    ):
         run(user("a", "b"), server, store, retries=2, concurrency=8)
     server.reply = echo
     assert run(user("a", "b"), server, store).asked == 1
@@ -177,7 +179,7 @@ def test_an_error_that_nobody_foresaw_ends_the_run_and_keeps_what_is_in_flight(s
 
 def test_a_teacher_that_only_fails_stops_the_run_early(server, store):
     server.reply = lambda request: error(500, "down")
-    with pytest.raises(TeacherError, match="4 prompts in a row failed: 500: down"):
+    with pytest.raises(TeacherError, match=r"4 prompts in a row failed: 500: down \(asked at http"):
         run(many(500), server, store, retries=1, concurrency=4)
     assert server.seen <= 4 * 2 * 2
 

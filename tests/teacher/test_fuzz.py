@@ -2,13 +2,17 @@
 
 import contextlib
 import json
+import re
+import sys
 import tempfile
+from io import StringIO
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from pujax import collect
 from pujax.errors import PujaxError, StoreError
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
@@ -111,16 +115,28 @@ def folder():
     return tempfile.TemporaryDirectory()
 
 
+@contextlib.contextmanager
+def refused_in(place: str, kind: type[Exception] = PujaxError):
+    """Within the block `kind` alone is raised: one line that says `place`, a pattern."""
+    try:
+        yield
+    except kind as error:
+        told = str(error)
+        assert told.isprintable(), told
+        assert re.search(place, told), told
+
+
 def check_store(lines, ending):
     with folder() as name:
         path = Path(name) / "anchors.jsonl"
         path.write_bytes(b"\n".join(lines) + ending)
+        at_line = r"/anchors\.jsonl(:\d+)?: .+: ."
         for read in (read_anchors, Contents):
-            with contextlib.suppress(StoreError):
+            with refused_in(at_line, StoreError):
                 read(path)
-        with contextlib.suppress(StoreError):
+        with refused_in(at_line, StoreError):
             AnchorStore(path).close()
-        with contextlib.suppress(StoreError):
+        with refused_in(at_line, StoreError):
             anchors_for([], TeacherConfig(), path, CollectConfig(), say=[].append)
 
 
@@ -128,7 +144,7 @@ def check_prompts(suffix, data):
     with folder() as name:
         path = Path(name) / f"p{suffix}"
         path.write_bytes(data)
-        with contextlib.suppress(PujaxError):
+        with refused_in(rf"/p{re.escape(suffix)}(:\d+)?: .+"):
             for prompt in load_prompts(str(path), [].append):
                 json.dumps(prompt.messages, ensure_ascii=False).encode()
 
@@ -136,10 +152,32 @@ def check_prompts(suffix, data):
 def check_reply(status, headers, data):
     server.reply = lambda request: (status, headers, data)
     for protocol in ({}, {"answer": anthropic_answer}):
-        with contextlib.suppress(PujaxError, Retryable):
+        # What is asked again says no address: whoever gives up says it.
+        with refused_in(f"{server.url}.*: .+: ."), refused_in("", Retryable):
             answer = ask(at(server), **protocol)
             assert isinstance(answer, Answer)
             json.dumps(answer.usage, allow_nan=False)
+
+
+def check_command(lines, ending):
+    """`pujax collect stats=true` of any store and prompts: status 0, or 1 and a line of where."""
+    with folder() as name, pytest.MonkeyPatch.context() as patched:
+        store, prompts = Path(name) / "anchors.jsonl", Path(name) / "p.jsonl"
+        for path in (store, prompts):
+            path.write_bytes(b"\n".join(lines) + ending)
+        words = [f"store={store}", f"data.prompts={prompts}", "stats=true"]
+        patched.setattr(sys, "argv", ["pujax collect", *words])
+        said, status = StringIO(), 0
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(StringIO()):
+                collect.main()
+        except SystemExit as ended:
+            status = ended.code
+        *_, line = ["", *said.getvalue().splitlines()]
+        assert status == 0 or (status == 1 and line.startswith("pujax.collect: "))
+        assert status == 0 or re.search(rf"{name}/(anchors|p)\.jsonl(:\d+)?: ", line), line
+        assert "Traceback" not in said.getvalue()
+        assert status == 1 or lines != [b"{"]
 
 
 server = TeacherServer()
@@ -177,6 +215,13 @@ answers = (
 @given(*stores)
 def test_store_lines(lines, ending):
     check_store(lines, ending)
+
+
+@settings(FEW, max_examples=5)
+@example([b"{"], b"\n")
+@given(*stores)
+def test_a_whole_command(lines, ending):
+    check_command(lines, ending)
 
 
 @FEW
