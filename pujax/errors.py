@@ -1,8 +1,11 @@
 """The errors of every room, and the checks that raise them."""
 
+import errno
 import inspect
+import os
 import signal
 import sys
+import termios
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -110,6 +113,19 @@ def stops() -> list[signal.Signals]:
     """
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [signal.SIGINT, signal.SIGTERM, *([signal.SIGHUP] if hangs_up else [])]
+
+
+def forget_closed_terminal() -> None:
+    """Write from now on to nowhere what would go to a terminal that has been closed.
+
+    For who hears SIGHUP and goes on for a while: each print there is an OSError.
+    """
+    for number in (0, 1, 2):
+        try:
+            termios.tcgetattr(number)
+        except termios.error as error:
+            if error.args[0] == errno.EIO:  # ENOTTY is a file or a pipe
+                os.dup2(os.open(os.devnull, os.O_RDWR), number)
 
 
 def require(condition: bool, key: str, value: object, remedy: str) -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 
 from pujax.config.functions import build, build_loss, build_metrics, with_protocol
 from pujax.config.settings import TrainConfig
-from pujax.errors import require, stops
+from pujax.errors import forget_closed_terminal, require, stops
 from pujax.evaluation import costs, findings, page, tables
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import keep_answer
@@ -423,6 +423,8 @@ def stop_signals() -> Iterator[Callable[[], int]]:
         if wished and number == signal.SIGINT:
             raise KeyboardInterrupt
         wished = number
+        if number == signal.SIGHUP:
+            forget_closed_terminal()
 
     before = {number: signal.signal(number, take) for number in stops()}
     try:

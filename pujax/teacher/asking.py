@@ -16,7 +16,7 @@ from typing import Any
 import tenacity
 from aiolimiter import AsyncLimiter
 
-from pujax.errors import Rejected, StoreError, TeacherError, Unread, stops
+from pujax.errors import Rejected, StoreError, TeacherError, Unread, forget_closed_terminal, stops
 from pujax.records import Prompt, messages_key
 from pujax.teacher.endpoint import OpenTeacher, open_endpoint
 from pujax.teacher.plan import CHARS_PER_TOKEN, Spend, cost, estimate_tokens
@@ -478,6 +478,8 @@ def ask_all(
                 caught = stops()
 
             def stop(number: signal.Signals) -> None:
+                if number == signal.SIGHUP:
+                    forget_closed_terminal()
                 collection.stop(number.name)
                 loop.remove_signal_handler(number)  # the second one ends the process
 

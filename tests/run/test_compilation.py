@@ -36,11 +36,9 @@ def trims(monkeypatch):
     calls = []
     libc = SimpleNamespace(malloc_trim=calls.append)
     monkeypatch.setattr(compilation.ctypes, "CDLL", lambda name: libc)
-    release_compiler_memory.cache_clear()
+    release_compiler_memory()  # a command that an earlier test called may have done so
     release_compiler_memory()
-    release_compiler_memory()
-    yield calls
-    release_compiler_memory.cache_clear()
+    return calls
 
 
 def test_a_long_compilation_is_followed_by_a_trim_and_a_short_one_is_not(trims):

@@ -4,6 +4,9 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
+import time
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -275,6 +278,34 @@ def test_a_wish_to_stop_is_heard_and_the_handlers_come_back(number):
         os.kill(os.getpid(), number)
         assert stopping() == number
     assert signal.getsignal(number) is before
+
+
+def test_a_closed_terminal_stops_a_run_where_its_state_is_saved_and_no_print_fails(tmp_path):
+    """SIGHUP; each print to that terminal was an OSError, ahead of the save."""
+    code = """
+import fcntl, sys, termios, time
+from pathlib import Path
+from pujax.run.fit import stop_signals
+fcntl.ioctl(0, termios.TIOCSCTTY)
+with stop_signals() as stopping:
+    Path(sys.argv[1]).touch()
+    while not stopping():
+        time.sleep(0.01)
+    print("stopped", flush=True)
+    print("saved", file=sys.stderr, flush=True)
+    Path(sys.argv[2]).write_text(str(stopping()))
+"""
+    ready, saved = tmp_path / "ready", tmp_path / "saved"
+    ours, theirs = os.openpty()
+    words = [sys.executable, "-c", code, str(ready), str(saved)]
+    streams: Any = dict.fromkeys(("stdin", "stdout", "stderr"), theirs)
+    child = subprocess.Popen(words, start_new_session=True, **streams)
+    os.close(theirs)
+    while not ready.exists() and child.poll() is None:
+        time.sleep(0.05)
+    os.close(ours)
+    assert child.wait(60) == 0
+    assert saved.read_text() == str(int(signal.SIGHUP))
 
 
 def test_under_nohup_a_closed_terminal_stops_nothing():
