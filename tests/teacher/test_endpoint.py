@@ -481,7 +481,10 @@ def test_a_long_part_of_a_secret_in_an_answer_counts_as_the_secret(server, monke
         assert ask(at(server, api_key_env="MY_KEY")).text == harmless
 
 
-def test_an_answer_that_comes_twice_is_not_the_next_ones():
+@pytest.mark.parametrize("late", [0.0, 0.02])
+def test_an_answer_that_comes_twice_is_not_the_next_ones(late):
+    """In one piece, or while nothing is asked; during the next request nothing tells them apart."""
+
     async def twice(reader, writer):
         with contextlib.suppress(asyncio.IncompleteReadError):
             while True:
@@ -489,9 +492,11 @@ def test_an_answer_that_comes_twice_is_not_the_next_ones():
                 size = int(re.findall(rb"content-length: (\d+)", head.lower())[0])
                 asked = json.loads(await reader.readexactly(size))["messages"][-1]["content"]
                 data = json.dumps(completion(f"to {asked}")).encode()
-                writer.write(
-                    2 * (b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
-                )
+                whole = b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(data) + data
+                writer.write(whole if late else 2 * whole)
+                if late:
+                    await asyncio.sleep(late)
+                    writer.write(whole)
         writer.close()
 
     async def several():
@@ -499,7 +504,11 @@ def test_an_answer_that_comes_twice_is_not_the_next_ones():
             url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
             settings = TeacherConfig(base_url=url, model="m")
             async with endpoint.HttpTeacher(settings, timeout=60.0, connections=1) as http:
-                return [(await http.ask([TURN | {"content": text}])).text for text in "abc"]
+                told = []
+                for text in "abc":
+                    told.append((await http.ask([TURN | {"content": text}])).text)
+                    await asyncio.sleep(5 * late)
+                return told
 
     assert asyncio.run(several()) == ["to a", "to b", "to c"]
 
