@@ -17,6 +17,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from pujax.config.compose import conf_dir
+from pujax.files.settings import named_now
 
 WIDTH, COLUMN = 100, 40  # of the whole, and where meanings begin
 
@@ -80,7 +81,7 @@ def said_of(target: str) -> tuple[str, dict[str, str]]:
     Of its docstring, read without importing it, since jax comes with most; nothing of a function
     from elsewhere.
     """
-    module, _, name = target.rpartition(".")
+    module, _, name = str(named_now({"_target_": target})["_target_"]).rpartition(".")
     file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
     if not module.startswith("pujax.") or not file.is_file():
         return "", {}

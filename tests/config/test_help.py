@@ -172,5 +172,11 @@ def test_no_key_that_train_shows_lacks_its_meaning():
         assert "# " in lines[place] or lines[place + 1].lstrip().startswith("# "), lines[place]
 
 
+def test_a_functions_former_name_has_its_meanings_too():
+    purpose, told = said_of("pujax.method.losses.dpo")
+    assert purpose.startswith("-log sigmoid")
+    assert (purpose, told) == said_of("pujax.method.pair_losses.dpo")
+
+
 def test_a_function_from_elsewhere_is_not_looked_for():
     assert said_of("mine.loss") == said_of("pujax.method.losses.none") == ("", {})
