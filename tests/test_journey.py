@@ -53,6 +53,7 @@ def test_a_newcomer_comes_from_a_table_to_an_answer(journey):
     if find_spec("xllamacpp") is None:
         assert "llama.cpp is not here" in journey
         return
+    assert "the run's own, by llama.cpp\n" in exported
     served = json.loads(re.findall(r"^\{.*\}$", journey, re.MULTILINE)[-1])
     assert served["message"]["role"] == "assistant"
     assert 0 < served["usage"]["completion_tokens"] <= 8
