@@ -85,10 +85,13 @@ class WaryLoader(ConfigLoaderImpl):
     and calling; the processes of a launcher get this loader too, and compose by it.
     """
 
-    def load_configuration(self, *given: Any, **named: Any) -> DictConfig:
+    def load_configuration(
+        self, config_name: str | None, overrides: list[str], *given: Any, **named: Any
+    ) -> DictConfig:
         """The settings composed. Raises `ConfigError` as `refuse_calls` does."""
-        composed = super().load_configuration(*given, **named)
-        refuse_calls(composed.hydra)
+        composed = super().load_configuration(config_name, overrides, *given, **named)
+        if config_name is not None or overrides:  # else they are Hydra's own, as --hydra-help asks
+            refuse_calls(composed.hydra)
         return composed
 
 

@@ -193,6 +193,18 @@ def test_hydra_calls_nothing_that_is_typed(monkeypatch, capsys, tmp_path):
         assert not list(tmp_path.iterdir())
 
 
+def test_hydras_own_help_is_shown_and_nothing_called_that_is_typed_beside_it(
+    monkeypatch, capsys, tmp_path
+):
+    command = [sys.executable, "-m", "pujax.train", "--hydra-help"]
+    shown = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "== Flags ==" in shown.stdout
+    word = f"+hydra.job_logging.handlers={TRUNCATES % (tmp_path / 'made')}"
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), word, "--hydra-help") == 1
+    assert "take it out" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_a_launcher_would_call_is_found_behind_a_reference():
     plugin = {"_target_": "hydra_plugins.x", "parameters": {"a": [1, "${loss}"]}}
     silent = {"callbacks": {}, "hydra_logging": SILENT, "job_logging": SILENT}
