@@ -15,6 +15,13 @@ from pujax.records import Prompt, messages_key
 LETTERS = ("A", "B")
 """What stands for the answer shown first, and for the other."""
 
+VERDICT = re.compile(
+    r"(?:\W* is|\W*+(?:the )?(?:better |best )?(?:answer|verdict|winner|choice)?(?: is)?)"
+    r"\W*([AB])\W*",
+    re.IGNORECASE,
+)
+"""A letter alone. Two of `\\W*` that may share marks are quadratic: `\\W*+` gives none back."""
+
 QUESTION = (
     "Which of two answers to a question is better?\n\n"
     "Question:\n{x}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
@@ -42,11 +49,7 @@ def first_is_better(said: str) -> float | None:
     """
     if share := re.fullmatch(r"A=([01]\.\d+)", said):
         return float(share[1])
-    letter = re.fullmatch(
-        r"\W*(?:the )?(?:better |best )?(?:answer|verdict|winner|choice)?(?: is)?\W*([AB])\W*",
-        said,
-        re.IGNORECASE,
-    )
+    letter = VERDICT.fullmatch(said)
     return None if letter is None else float(letter[1].upper() == "A")
 
 

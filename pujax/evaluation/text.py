@@ -87,7 +87,7 @@ def exact(prompt: Prompt, response: str) -> bool:
     count, unless the answer itself has them; nor does case, unless the prompt's kind is in CASED.
     """
     assert prompt.answer is not None
-    return _cased(prompt, prompt.answer.strip()) in _peeled(_cased(prompt, response))
+    return _peels_to(_cased(prompt, prompt.answer.strip()), _cased(prompt, response))
 
 
 def contains(prompt: Prompt, response: str) -> bool:
@@ -100,7 +100,8 @@ def contains(prompt: Prompt, response: str) -> bool:
     answer, response = _cased(prompt, prompt.answer.strip()), _cased(prompt, response)
     at = response.find(answer)
     while at >= 0:
-        if _stands_alone(answer, response[:at], response[at + len(answer) :]):
+        end = at + len(answer)  # two letters on each side tell, however long the response is
+        if _stands_alone(answer, response[max(0, at - 2) : at], response[end : end + 2]):
             return True
         at = response.find(answer, at + 1)
     return False
@@ -140,16 +141,26 @@ def _cased(prompt: Prompt, text: str) -> str:
     return text if prompt.kind in CASED else text.casefold()
 
 
-def _peeled(text: str) -> list[str]:
-    """The text, then with one mark around or after it less each time, to the bare words."""
-    peels = [text.strip()]
-    while (text := peels[-1]) and (text[-1] in PUNCTUATION or {text[0], text[-1]} & QUOTES):
-        if text[-1] in PUNCTUATION:
-            text = text[:-1]
+def _peels_to(answer: str, text: str) -> bool:
+    """Whether `text` is `answer` once some of the marks around or after it are off, one by one.
+
+    By places, since answers of marks alone would be copied once a mark.
+    """
+    start, end = 0, len(text)
+    while True:
+        while start < end and text[start].isspace():
+            start += 1
+        while start < end and text[end - 1].isspace():
+            end -= 1
+        if end - start <= len(answer):
+            return text[start:end] == answer
+        first, last = text[start], text[end - 1]
+        if last in PUNCTUATION:
+            end -= 1
+        elif {first, last} & QUOTES:
+            start, end = start + (first in QUOTES), end - (last in QUOTES)
         else:
-            text = text[text[0] in QUOTES : len(text) - (text[-1] in QUOTES)]
-        peels.append(text.strip())
-    return peels
+            return False
 
 
 def shown(prompt: Prompt) -> str:

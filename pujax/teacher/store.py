@@ -29,9 +29,9 @@ TAIL = 256  # bytes at the end of what is known of a file, to see whether they a
 COLLECT = "collect them with `python -m pujax.collect`"
 """What to do about answers that a store lacks."""
 
-THOUGHT = re.compile(
-    r"\s*(?:<think(?:ing)?>)?(.*?)</think(?:ing)?>\s*(.*)", re.DOTALL | re.IGNORECASE
-)
+OPENED = re.compile("<think(?:ing)?>", re.IGNORECASE)
+CLOSED = re.compile("</think(?:ing)?>", re.IGNORECASE)
+"""Around a thought. One expression of both and the space between takes quadratic time."""
 
 # --- records --------------------------------------------------------------------------------------
 
@@ -378,7 +378,11 @@ def said(response: str, thoughts: str) -> str | None:
     """
     if thoughts == "keep" or "think" not in response.casefold():
         return response
-    thought = THOUGHT.fullmatch(response)
-    if thought is None or "<think" in thought[1].casefold():
-        return None if re.match(r"\s*<think(ing)?>", response, re.IGNORECASE) else response
-    return (None if blank(thought[2]) else thought[2]) if thoughts == "strip" else None
+    led = response.lstrip()
+    opened = OPENED.match(led)
+    start = opened.end() if opened else 0
+    closed = CLOSED.search(led, start)
+    if closed is None or "<think" in led[start : closed.start()].casefold():
+        return None if opened else response
+    answer = led[closed.end() :].lstrip()
+    return (None if blank(answer) else answer) if thoughts == "strip" else None

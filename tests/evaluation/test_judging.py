@@ -1,4 +1,5 @@
 import re
+import time
 
 import numpy as np
 import pytest
@@ -130,6 +131,7 @@ def test_what_can_not_be_judged_is_named():
         (" A.\n", 1.0),
         ("Answer: B", 0.0),
         ("The better answer is A.", 1.0),
+        ("... is A", 1.0),
         ("A=0.250000", 0.25),
         ("A=1.000000", 1.0),
         ("", None),
@@ -141,6 +143,13 @@ def test_what_can_not_be_judged_is_named():
 )
 def test_a_verdict_is_a_share_or_one_letter_alone(said, share):
     assert first_is_better(said) == share
+
+
+def test_a_verdict_of_marks_alone_is_read_in_linear_time():
+    begun = time.process_time()
+    assert first_is_better("!" * 20_000) is None
+    assert first_is_better("!" * 20_000 + " is B" + "!" * 20_000) == 0.0
+    assert time.process_time() - begun < 0.5
 
 
 def test_what_stands_in_the_texts_is_not_filled_in():

@@ -1,4 +1,5 @@
 import string
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -119,3 +120,10 @@ def test_part_of_a_word_of_any_spaced_script_is_not_the_answer(answer, response)
 def test_a_chinese_full_stop_does_not_count_against_an_exact_answer():
     assert exact(prompt("东京"), "东京。")
     assert not exact(prompt("东京"), "东京都")
+
+
+def test_a_response_of_marks_or_hits_alone_is_gone_through_in_linear_time():
+    begun = time.process_time()
+    assert exact(prompt("1"), "'1" + "!" * 100_000)
+    assert not contains(prompt("1"), "1" * 100_000)
+    assert time.process_time() - begun < 1.0

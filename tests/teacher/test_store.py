@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
@@ -722,6 +723,13 @@ def test_a_thought_is_no_part_of_an_anchor(response, strip, fail):
     assert said(response, "strip") == strip
     assert said(response, "fail") == fail
     assert said(response, "keep") == response
+
+
+def test_an_answer_that_begins_with_very_much_space_is_read_in_linear_time():
+    begun = time.process_time()
+    assert said(" " * 20_000 + "I think so", "strip") == " " * 20_000 + "I think so"
+    assert said(" " * 20_000 + "<think>Hmm</think>" + "\n" * 20_000 + "Paris", "strip") == "Paris"
+    assert time.process_time() - begun < 0.5
 
 
 def test_half_a_character_becomes_a_replacement_character_in_an_anchor(server, store):
