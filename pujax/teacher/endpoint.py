@@ -65,6 +65,13 @@ CHARSETS = frozenset(
 Of the others some are no charsets, and some take time quadratic in the length (punycode).
 """
 
+CHARSET = re.compile(r";\s*charset\s*=\s*[\"']?([a-z0-9_.:-]{1,40})", re.IGNORECASE | re.ASCII)
+"""Where a content type names it.
+
+Python's own reading of such a header (`email`) also takes `charset*=`, which nobody sends: it may
+raise anything there, and decodes the value in a charset of the sender's choice.
+"""
+
 ABOUT_ALL = {
     "account_deactivated": 401,
     "authentication_error": 401,
@@ -357,10 +364,10 @@ def _unpacked(data: bytes) -> bytes:
 
 def _text(response: httpx.Response, data: bytes) -> str:
     """The body in the charset that the server names; else as JSON is, in UTF-8."""
-    charset = response.charset_encoding
+    named = CHARSET.search(response.headers.get("content-type", ""))
     try:
-        if charset is not None and codecs.lookup(charset).name in CHARSETS:
-            return data.decode(charset)
+        if named is not None and codecs.lookup(named[1]).name in CHARSETS:
+            return data.decode(named[1])
     except (LookupError, ValueError):  # servers name charsets that aren't, or aren't theirs
         pass
     encoding = json.detect_encoding(data)

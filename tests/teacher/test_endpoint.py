@@ -15,6 +15,7 @@ from urllib.parse import quote, urlsplit
 import h2.config
 import h2.connection
 import h2.events
+import httpx
 import pytest
 from omegaconf import OmegaConf
 
@@ -423,6 +424,9 @@ def test_an_answer_is_read_in_the_charset_that_it_names(server):
     named = {"content-type": "application/json; charset=ISO-8859-1"}
     server.reply = lambda request: (200, named, latin)
     assert ask(at(server)).text == "café"
+    quoted = {"content-type": 'a/b; v=1 ;Charset = "iso-8859-1"; w=2'}
+    server.reply = lambda request: (200, quoted, latin)
+    assert ask(at(server)).text == "café"
     server.reply = lambda request: (200, {"content-type": "a/b; charset=utf-8"}, b"\xef\xbb\xbf{}")
     with pytest.raises(Retryable, match="not one of this protocol"):
         ask(at(server))
@@ -436,6 +440,25 @@ def test_a_charset_that_no_server_writes_is_not_decoded(server, charset):
     body = json.dumps(completion("a-b \\u0063")).encode()  # a backslash, which escapes would read
     server.reply = lambda request: (200, {"content-type": f"a/b; charset={charset}"}, body)
     assert ask(at(server)).text == r"a-b \u0063"
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "charset*" + "9" * 5000 + "*=x",
+        "charset*=x%00y''abc",
+        "charset*=punycode''" + "a" * 9000,
+        "charset*=utf-8''\xe9",
+        "charset=\xe9",
+        "charset=" + "x" * 9000,
+        "charset=../latin-1",
+        ";" * 9000,
+    ],
+)
+def test_a_content_type_that_names_nothing_leaves_utf8(named):
+    headers = [(b"content-type", f"application/json; {named}".encode("latin-1"))]
+    response = httpx.Response(200, headers=headers)
+    assert endpoint._text(response, '{"a": "é"}'.encode()) == '{"a": "é"}'
 
 
 @pytest.mark.parametrize("charset", ["latin-1", "Windows-1252", "GBK", "shift_jis", "euc-kr"])
