@@ -4,6 +4,7 @@ import heapq
 import statistics
 from collections import Counter
 from collections.abc import Iterable
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ def describe(store: Path) -> str:
     lines += [f"failures       {_table(reasons) if reasons else 0}"]
     lines += [
         f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
-        f"cost           {_money(bill['cost'] / 1e9, bill['unpriced'], bill['records'])}",
+        f"cost           {_money(bill['cost'] / 10**9, bill['unpriced'], bill['records'])}",
     ]
     if lengths:
         lines += [
@@ -88,7 +89,7 @@ def describe(store: Path) -> str:
 def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
     for name in ("prompt_tokens", "completion_tokens"):
         bill[name] += (record["usage"] or {}).get(name, 0)
-    bill["cost"] += round((record["cost"] or 0.0) * 1e9)
+    bill["cost"] += round(Fraction(record["cost"] or 0) * 10**9)  # exact, however much it is
     bill["unpriced"] += record["cost"] is None
     bill["records"] += 1
 

@@ -130,7 +130,7 @@ def parse(raw: bytes, place: str, failed: bool | None = None) -> dict[str, Any]:
     if lacking:
         raise StoreError(f"{place}: a record without {sorted(lacking)}: take this line out")
     for name, holds in (*FIELDS.items(), *LATER.items()):
-        if not holds(record.get(name)):
+        if name in record and not holds(record[name]):
             raise StoreError(
                 f"{place}: a record with {name} {record[name]!r:.80}: mend or take out this line"
             )
@@ -189,8 +189,12 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
 
 LATER: dict[str, Callable[[Any], bool]] = {
     "seconds": lambda value: value is None or (_number(value) and value >= 0),
+    "reason": _text,
 }
-"""What a record of an earlier pujax lacks: how long the request took."""
+"""What not every record has.
+
+Those of an earlier pujax lack how long the request took, and answers why they can't be anchors.
+"""
 
 
 # --- what a store holds ---------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from pujax.errors import StoreError
 from pujax.records import Anchor, messages_key
 from pujax.teacher import store as store_module
 from pujax.teacher.anchors import anchors_for, collect
+from pujax.teacher.describing import describe
 from pujax.teacher.settings import CollectConfig, PriceConfig, TeacherConfig
 from pujax.teacher.store import (
     Contents,
@@ -641,6 +642,27 @@ def test_a_field_of_another_type_is_named_with_its_line(server, store, field, va
     for read in (read_anchors, Contents, AnchorStore):
         with pytest.raises(StoreError, match=rf"anchors\.jsonl:2: a record with {field} "):
             read(store)
+
+
+RECORD = {
+    **{"format": 1, "key": "0" * 64, "id": "a", "messages": [TURN], "response": "x"},
+    **{"finish_reason": "stop", "model": "m", "usage": None, "cost": None, "created": "2026"},
+}
+
+
+@pytest.mark.parametrize("reason", [["a"], {}, 5, None])
+def test_a_failure_whose_reason_is_no_text_is_named(store, reason):
+    store.touch()
+    failures_path(store).write_text(json.dumps(RECORD | {"reason": reason}) + "\n")
+    for read in (describe, Contents):
+        with pytest.raises(StoreError, match=r"failed\.jsonl:1: a record with reason .*: mend"):
+            read(store)
+
+
+def test_the_costs_of_a_store_add_up_however_large_one_is(store):
+    store.write_text("".join(json.dumps(RECORD | {"cost": cost}) + "\n" for cost in (9e299, 0.5)))
+    (line,) = [line for line in describe(store).splitlines() if line.startswith("cost ")]
+    assert float(line.split()[1].replace(",", "")) == 9e299
 
 
 def test_a_store_of_the_landed_version_is_read_under_its_keys(store):
