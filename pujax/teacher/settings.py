@@ -106,7 +106,7 @@ class TeacherConfig:
         one_of("teacher.thoughts", self.thoughts, ("strip", "keep", "fail"))
         longest = self.extra_body.get("max_completion_tokens")
         require(
-            longest is None or (isinstance(longest, int) and longest > 0),
+            longest is None or (type(longest) is int and longest > 0),
             "teacher.extra_body.max_completion_tokens",
             longest,
             "must be a positive number",
@@ -119,13 +119,13 @@ class TeacherConfig:
             ours,
             "these have settings of their own or are made here: take them out",
         )
-        for key, remedy in (("stream", "answers are read whole"), ("n", "one answer a prompt")):
-            require(
-                self.extra_body.get(key) in (None, False, 1),
-                f"teacher.extra_body.{key}",
-                self.extra_body.get(key),
-                remedy,
-            )
+        for key, only, remedy in (
+            ("stream", False, "answers are read whole: leave it out, or set false"),
+            ("n", 1, "one answer a prompt: leave it out, or set 1"),
+        ):
+            value = self.extra_body.get(key)
+            same = type(value) is type(only) and value == only  # True == 1, and both are odd here
+            require(value is None or same, f"teacher.extra_body.{key}", value, remedy)
 
     def _refuse_secrets(self) -> None:
         """Raise `ConfigError`, which shows no value, for a secret: settings are kept in files."""
@@ -231,6 +231,10 @@ def _leaves(value: Any, place: str) -> Iterator[tuple[str, str]]:
         yield place, value
 
 
+MOST_AT_ONCE = 4096
+"""Requests in flight: each has a connection of its own, and an open file with it."""
+
+
 @dataclass(frozen=True)
 class BudgetConfig:
     """What one collection may spend at most; null is no limit.
@@ -257,7 +261,7 @@ class CollectConfig:
     """How the teacher is asked: pace, patience and budget.
 
     Attributes:
-        concurrency: requests in flight at most.
+        concurrency: requests in flight at most, up to 4096.
         requests_per_minute: requests begun at most; null is no limit.
         tokens_per_minute: tokens of prompts and answers, as estimated; null is no limit.
         retries: how often a request that failed is tried again.
@@ -280,6 +284,12 @@ class CollectConfig:
         for key in ("concurrency", "timeout", "requests_per_minute", "tokens_per_minute"):
             value = getattr(self, key)
             require(value is None or value > 0, f"collect.{key}", value, "must be positive")
+        require(
+            self.concurrency <= MOST_AT_ONCE,
+            "collect.concurrency",
+            self.concurrency,
+            f"at most {MOST_AT_ONCE}, since each has a connection of its own",
+        )
         require(self.retries >= 0, "collect.retries", self.retries, "must not be negative")
 
 

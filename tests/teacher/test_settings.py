@@ -4,7 +4,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from pujax.errors import ConfigError
-from pujax.teacher.settings import TeacherConfig
+from pujax.teacher.settings import MOST_AT_ONCE, CollectConfig, TeacherConfig
 
 SECRET = "sk-secret-4242-of-mine"
 FAKE = "sk-fake-4242-0123456789"
@@ -73,6 +73,8 @@ def test_what_interpolation_takes_from_the_environment_is_refused():
         {"extra_body": {"max_completion_tokens": 9, "stop": ["Basic words"], "key": 1}},
         {"system": "Basic instructions"},
         {"api_key_env": "MY_API_KEY"},
+        {"extra_body": {"stream": False, "n": 1}},
+        {"extra_body": {"stream": None, "n": None}},
     ],
 )
 def test_what_is_harmless_passes(settings):
@@ -89,9 +91,20 @@ def test_what_is_harmless_passes(settings):
         ({"temperature": float("inf")}, "teacher.temperature"),
         ({"thoughts": "drop"}, "teacher.thoughts='drop': choose strip, keep or fail"),
         ({"extra_body": {"max_completion_tokens": "many"}}, "must be a positive number"),
+        ({"extra_body": {"max_completion_tokens": True}}, "must be a positive number"),
+        ({"extra_body": {"stream": True}}, r"extra_body\.stream=True: answers are read whole"),
+        ({"extra_body": {"stream": 1}}, r"extra_body\.stream=1: answers are read whole"),
+        ({"extra_body": {"n": True}}, r"extra_body\.n=True: one answer a prompt"),
+        ({"extra_body": {"n": 2}}, r"extra_body\.n=2: one answer a prompt"),
         ({"base_url": None, "path": "some/model"}, "needs teacher=local"),
     ],
 )
 def test_a_value_that_can_not_be_is_refused(settings, said):
     with pytest.raises(ConfigError, match=said):
         at(**settings)
+
+
+def test_more_requests_in_flight_than_a_process_has_files_are_refused():
+    CollectConfig(concurrency=MOST_AT_ONCE)
+    with pytest.raises(ConfigError, match=r"collect\.concurrency=4097: at most 4096, since each"):
+        CollectConfig(concurrency=MOST_AT_ONCE + 1)
