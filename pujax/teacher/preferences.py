@@ -98,12 +98,14 @@ def _pair(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, R
             f"{place}: `chosen` and `rejected` are the same text: take the row out, or set "
             "data.on_bad_row=drop"
         )
+    told = row.get("prompt")
     if before:
-        told = row.get("prompt")
-        if isinstance(told, str) and told.strip() and told.strip() != before[-1]["content"].strip():
-            raise PromptError(f"{place}: `prompt` is not what `chosen` answers")
         row = {**row, "prompt": None, "messages": before}
-    return _prompt(row, place), [(chosen, {SIDE: 1.0}), (rejected, {SIDE: -1.0})]
+    prompt = _prompt(row, place)
+    same = ("", prompt.messages[-1]["content"].strip())
+    if before and isinstance(told, str) and told.strip() not in same:
+        raise PromptError(f"{place}: `prompt` is not what `chosen` answers")
+    return prompt, [(chosen, {SIDE: 1.0}), (rejected, {SIDE: -1.0})]
 
 
 def _listed(row: Mapping[str, Any], name: str, place: str) -> list[tuple[str, Ratings]]:
@@ -160,9 +162,15 @@ def _ratings(value: Any, name: str, place: str) -> Ratings:
             raise PromptError(
                 f"{place}: {name} {dimension!r} must be a number, found {number!r:.60}"
             )
-        if not math.isfinite(number):
-            raise PromptError(f"{place}: {name} {dimension!r} is {number}: it must be finite")
-        found[str(dimension)] = float(number)
+        try:
+            rating = float(number)
+        except OverflowError:  # a whole number of hundreds of digits
+            rating = math.inf
+        if not math.isfinite(rating):
+            raise PromptError(f"{place}: {name} {dimension!r} is {rating}: it must be finite")
+        if dimension == SIDE:
+            raise PromptError(f"{place}: {name} has a dimension without a name: name it")
+        found[str(dimension)] = rating
     if not found:
         raise PromptError(f"{place}: {name} is missing")
     return found
@@ -240,5 +248,8 @@ def _scored(
                 f"{place}: response {i} has a rating {more[0]!r}, which the first row has not: "
                 "name those that count in data.dimensions"
             )
-        scored.append(Rated(text, sum(weight * ratings[name] for name, weight in used.items())))
+        score = sum(weight * ratings[name] for name, weight in used.items())
+        if not math.isfinite(score):
+            raise PromptError(f"{place}: response {i}'s ratings add up to {score}: scale them down")
+        scored.append(Rated(text, score))
     return tuple(scored)

@@ -71,13 +71,37 @@ def parquet_rows(path: Path) -> Rows:
         with parquet.ParquetFile(path) as file:
             _check_columns(file.schema_arrow.names, str(path))
             for batch in file.iter_batches():
-                for row in batch.to_pylist():
+                for row in _values(batch, path, number):
                     yield f"{path}[{number}]", row
                     number += 1
     except PromptError:
         raise
     except (pyarrow.ArrowException, ValueError) as error:
         raise PromptError(f"{path}: not Parquet ({error}): write it again") from error
+
+
+def _values(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
+    """The rows of a batch, of which row `first` is the first, as Python has them.
+
+    Raises `PromptError` for a cell that Python can't hold, such as a date after the year 9999.
+    """
+    try:
+        return batch.to_pylist()
+    except Exception:  # of a dozen types
+        for name, cells in zip(batch.schema.names, batch.columns, strict=True):
+            for number, cell in enumerate(cells, first):
+                try:
+                    cell.as_py()
+                except Exception as error:
+                    raise PromptError(
+                        f"{path}[{number}]: {name!r} can't be read ({_first_line(error)}): leave "
+                        "this column out, or write it as text"
+                    ) from error
+        raise
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
@@ -100,8 +124,7 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
             data_files=settings.data_files,
         )
     except Exception as error:  # the library raises a dozen types, those of its readers among them
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise PromptError(f"dataset {settings.dataset!r}: {first}") from error
+        raise PromptError(f"dataset {settings.dataset!r}: {_first_line(error)}") from error
     start, _, stop = (settings.slice or ":").partition(":")
     picked = range(len(rows))[int(start) if start else None : int(stop) if stop else None]
     if not picked:
@@ -114,7 +137,11 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
                 f"dataset {settings.dataset!r}: no column {name!r}: it has {rows.column_names}"
             )
     for index in picked:
-        row, place = rows[index], f"{settings.dataset}[{index}]"
+        place = f"{settings.dataset}[{index}]"
+        try:
+            row = rows[index]
+        except Exception as error:  # as of `load_dataset`: a date after the year 9999 is read here
+            raise PromptError(f"{place}: can't be read ({_first_line(error)}): mend it") from error
         mapped = {name: row.get(settings.columns.get(name, name)) for name in MAPPED}
         if settings.template is not None:
             mapped["prompt"], mapped["messages"] = _fill(settings.template, row, place), None

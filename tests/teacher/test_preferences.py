@@ -93,6 +93,8 @@ def test_dimensions_have_weights(tmp_path):
     }
     _, responses = one(tmp_path, row, weights={"x": 2.0, "y": -1.0})
     assert responses == [("a", -2.0), ("b", 2.0)]
+    with pytest.raises(PromptError, match="response 1's ratings add up to inf: scale them down"):
+        one(tmp_path, row, weights={"x": 1e308})
 
 
 @pytest.mark.parametrize(
@@ -181,6 +183,24 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
         ({"prompt": "Hi", "completion": "a", "label": "maybe"}, "`label` must be true, false"),
         ({"prompt": "Hi", "label": True}, "needs a `completion`"),
         ({"prompt": "Hi", "answer": "a"}, "needs `chosen` and `rejected`, `responses`"),
+        (
+            {"prompt": "q", "responses": ["a", "b"], "ratings": [10**400, 2]},
+            "is inf: it must be fi",
+        ),
+        (
+            {"prompt": "q", "responses": ["a", "b"], "ratings": {"": [1, 2]}},
+            "has a dimension without a name",
+        ),
+        (
+            {
+                "prompt": "q",
+                **{
+                    name: [{"role": "user", "content": 5}, {"role": "assistant", "content": name}]
+                    for name in ("chosen", "rejected")
+                },
+            },
+            r"`messages\[0\]\.content` must be a text",
+        ),
     ],
 )
 def test_a_bad_row_is_named_by_file_and_line_or_left_out_and_counted(tmp_path, row, said):

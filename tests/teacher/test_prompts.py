@@ -226,6 +226,19 @@ def test_parquet_is_a_table_too(tmp_path):
     assert list(load_prompts(str(tmp_path / "p.parquet"))) == [Prompt(str(2**60), user("One"), "3")]
 
 
+def test_a_cell_that_python_can_not_hold_is_named_with_its_row_and_column(tmp_path):
+    parquet = pytest.importorskip("pyarrow.parquet")
+    import pyarrow
+
+    days = pyarrow.array([0, 2**30], pyarrow.int32()).cast(pyarrow.date32())
+    late = pyarrow.array([0, 2**62], pyarrow.int64()).cast(pyarrow.timestamp("us"))
+    for when in (days, late):
+        table = pyarrow.table({"prompt": ["One", "Two"], "when": when})
+        parquet.write_table(table, tmp_path / "p.parquet")
+        with pytest.raises(PromptError, match=r"p\.parquet\[1\]: 'when' can't be read \("):
+            list(load_prompts(str(tmp_path / "p.parquet")))
+
+
 def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
     source = write(
         tmp_path / "p.jsonl",
