@@ -29,6 +29,7 @@ from pujax.files.settings import (
     refuse_secrets,
     within,
 )
+from pujax.text import counted
 
 LOCK, OUTPUT = ".lock", "output.log"
 
@@ -78,7 +79,9 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
-            raise ConfigError(f"resume={config.resume!r}: no run there (no {SETTINGS})")
+            raise ConfigError(
+                f"resume={config.resume!r}: no run there (no {SETTINGS}){_runs_in(directory)}"
+            )
         lock = _lock(directory, remedy)
     elif config.run.dir is not None:
         directory = Path(config.run.dir)
@@ -118,6 +121,17 @@ def elsewhere(config: TrainConfig) -> str:
     """What to set for a run of its own, beside the one that can't be gone on with."""
     placed = config.run.dir is not None and config.resume in ("auto", "never")
     return "choose another run.dir" if placed else "set resume=never for a new run"
+
+
+def _runs_in(directory: Path) -> str:
+    """Which of a folder's own runs to go on with; nothing where it is no folder of runs."""
+    runs = [stored.parent for stored in sorted(directory.glob(f"*/{SETTINGS}"))]
+    left = [path for path in runs if not (path / DONE).exists()]
+    if not runs:
+        return ""
+    if not left:
+        return f": {counted(len(runs), 'run')} in it, none of them unfinished"
+    return f": {counted(len(left), 'unfinished run')} in it: give resume={left[-1]}"
 
 
 def finished(config: TrainConfig, apart: Mapping[str, str]) -> Path | None:

@@ -132,6 +132,17 @@ def test_resuming_from_where_no_run_is_is_an_error(tmp_path):
         begun(f"resume={tmp_path}/none")
 
 
+def test_resuming_from_a_folder_of_runs_names_one_to_go_on_with(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        keep_settings(tmp_path / name, {})
+    (tmp_path / "c" / "done").touch()
+    with pytest.raises(
+        ConfigError, match=rf"no run there.*: 2 unfinished runs in it: give resume={tmp_path}/b"
+    ):
+        begun(f"resume={tmp_path}")
+
+
 @pytest.mark.parametrize(
     ("override", "named"),
     [
