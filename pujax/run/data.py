@@ -218,11 +218,13 @@ def _trusted(data: Dataset, gate: GateConfig, check: AnchorCheck | None) -> Data
     return replace(data, examples=kept, gated=counts, weighed=bool(counts) and gate.weight > 0)
 
 
-def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
+def load_heldout(
+    config: TrainConfig, chat: Chat, say: Callable[[str], None] = lambda line: None
+) -> Dataset:
     """A run's held-out examples by the rules of `load_data`, for any model's `chat`.
 
-    Nobody is asked. Raises `DataError` where the store lacks what the run had, and what reading
-    prompts and anchors raises.
+    Nobody is asked; `say` is told how many prompts are left out. Raises `DataError` where the store
+    lacks what the run had, and what reading prompts and anchors raises.
     """
     if config.data.anchors is None:
         return _once(make_preferences(config.data.heldout, chat, config.data))
@@ -234,7 +236,15 @@ def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
         config.collect,
         say=lambda line: None,
     )
-    return _answered(fitted, dropped, anchors, chat, config.data)
+    dataset = _answered(fitted, dropped, anchors, chat, config.data)
+    for count, why in (
+        (len(fitted) - len(dataset.examples), "the teacher gave no usable answer"),
+        (dropped, f"longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"),
+    ):
+        if count:
+            left = counted(count, "held-out prompt is", "held-out prompts are")
+            say(f"{left} left out: {why}")
+    return dataset
 
 
 _HAD_ALL = (

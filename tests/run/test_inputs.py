@@ -172,7 +172,9 @@ def test_held_out_prompts_are_loaded_by_the_runs_own_rules(tmp_path, chat):
     line(tmp_path / "a.failed.jsonl", refused)
     data = DataConfig(prompts="none", heldout=heldout, anchors=anchors)
     config = replace(CONFIG, data=data, teacher=replace(CONFIG.teacher, model="t2"))
-    assert [e.anchor for e in load_heldout(config, chat).examples] == ["two"]
+    said = []
+    assert [e.anchor for e in load_heldout(config, chat, said.append).examples] == ["two"]
+    assert said == ["1 held-out prompt is left out: the teacher gave no usable answer"]
 
 
 def test_loading_held_out_prompts_asks_nobody(tmp_path, chat):
