@@ -31,8 +31,15 @@ def on_split(settings: EvaluateConfig, directory: Path | None) -> Path:
     """The folder with the models' evaluations on a split, made now where they weren't there."""
     split = _split(settings, directory)
     models = list(zip(settings.models, settings.names, strict=True)) if settings.models else []
+    told = set[str]()
+
+    def say(line: str) -> None:
+        if line not in told:  # of prompts that several models share
+            print(line)
+        told.add(line)
+
     for path, name in models or [(str(directory), FINAL)]:
-        evaluated(split, path, name)
+        evaluated(split, path, name, say=say)
     return split.folder
 
 

@@ -41,6 +41,8 @@ class Finished:
         return section if isinstance(section, dict) else {}
 
 
+_GO_ON = "start the command that made it again, and it goes on"
+
 KINDS = ("F16", "Q8_0", "Q4_1", "Q4_0")
 """How a GGUF file can store matrices: what there is a quantiser for."""
 
@@ -75,7 +77,8 @@ def finished_run(directory: Path) -> Finished:
 def newest_runs(runs: Sequence[str]) -> list[Path]:
     """Each directory, or where that is a folder of runs its newest one that is finished.
 
-    Raises `ConfigError` for what looks like several in one text, and is none.
+    Raises `ConfigError` for what looks like several in one text, and is none, and `WeightsError`
+    for a folder of runs of which none is finished: each of these may be given by itself.
     """
     for run in runs:
         one = "," not in run or at_home(run).exists()
@@ -86,7 +89,13 @@ def newest_runs(runs: Sequence[str]) -> list[Path]:
 def _newest_run(directory: Path) -> Path:
     if _is_run(directory) or any(directory.glob("eval-*.jsonl")):
         return directory
-    ended = (path for path in directory.glob("*") if _is_run(path) and _has_ended(path))
+    runs = [path for path in sorted(directory.glob("*")) if _is_run(path)]
+    ended = [path for path in runs if _has_ended(path)]
+    if runs and not ended:
+        raise WeightsError(
+            f"run={directory}: no run in it has ended: give {runs[-1]} for what it has so "
+            f"far, or {_GO_ON}"
+        )
     return max(ended, default=directory)
 
 
@@ -142,7 +151,7 @@ def _finished(directory: Path) -> Finished:
     if not _has_ended(directory):
         raise WeightsError(
             f"{directory}: this run has not ended: it has not come to its end with a whole export/ "
-            "in it; start the command that made it again, and it goes on"
+            f"in it; {_GO_ON}"
         )
     return Finished(directory / "export", _settings(directory))
 

@@ -3,7 +3,7 @@
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -168,7 +168,7 @@ def evaluate_other(
     refuse_unwritable(directory)
     config = run_config(directory, trusted)
     metrics = build_metrics(config.eval, config.trusted)
-    return evaluate_subject(subject_of(config, path), config, metrics, name)
+    return evaluate_subject(subject_of(config, path, print), config, metrics, name)
 
 
 def evaluate_subject(
@@ -189,15 +189,17 @@ def evaluate_subject(
     )
 
 
-def subject_of(config: TrainConfig, path: str) -> Subject:
+def subject_of(
+    config: TrainConfig, path: str, say: Callable[[str], None] = lambda line: None
+) -> Subject:
     """The model at `path` with the held-out prompts that `config` names.
 
-    `path` may be a finished run's directory too. Raises what reading prompts, anchors and weights
-    raises.
+    `path` may be a finished run's directory too; `say` is told how many prompts are left out.
+    Raises what reading prompts, anchors and weights raises.
     """
     path = model_path(path)
     chat = Chat.load(path)
-    return subject_for(config, path, chat, load_heldout(config, chat))
+    return subject_for(config, path, chat, load_heldout(config, chat, say))
 
 
 def subject_for(config: TrainConfig, path: str, chat: Chat, dataset: Dataset) -> Subject:

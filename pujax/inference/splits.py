@@ -12,10 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from omegaconf import MISSING
+
 from pujax.config.functions import build_metrics
 from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
-from pujax.errors import ConfigError, EvaluationError
+from pujax.errors import ConfigError, EvaluationError, PujaxError
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
@@ -23,9 +25,12 @@ from pujax.files.durable import on_disk, refuse_unwritable, write_whole
 from pujax.files.locate import at_home, locate
 from pujax.inference.finished import model_path
 from pujax.inference.heldout import evaluate_subject, run_config, subject_for
-from pujax.records import Example, canonical
+from pujax.records import Example, Prompt, canonical, messages_key
 from pujax.run.data import load_heldout
+from pujax.teacher.preferences import load_preferences
+from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import TeacherConfig
+from pujax.text import counted
 
 FINAL = "aligned"
 """What the model is called that a run ended with."""
@@ -118,13 +123,15 @@ def evaluated(
     if not kept.exists():
         refuse_unwritable(split.folder)
     chat = Chat.load(path)
-    dataset = load_heldout(split.config, chat)
+    dataset = load_heldout(split.config, chat, say)
     examples = dataset.examples[: split.config.eval.prompts]
     asked = asked_of(split.config, examples) | {
         "eval.metrics": [list(split.metrics), split.config.eval.metrics]
     }
     asked["model"] = model_digest(path)
     _refuse_other(split.folder, name, asked)
+    if warning := warning_of_training([e.prompt for e in examples], split.config.data):
+        say(warning)
     if kept.exists():
         say(f"{kept}: has been evaluated")
         return load(kept)
@@ -136,6 +143,29 @@ def evaluated(
     write_whole(_beside(kept), (json.dumps(asked, indent=2) + "\n").encode())
     say(str(save(found, split.folder)))
     return found
+
+
+def warning_of_training(prompts: Sequence[Prompt], data: DataConfig) -> str | None:
+    """How many of the prompts a run of these settings was trained on; None where there are none."""
+    own = None if data.prompts == MISSING else data.prompts  # asked without a run
+    trained = set[str]()
+    try:
+        if own is not None:
+            found = load_prompts(own, lambda line: None)
+            trained |= {messages_key(each.messages) for each in found}
+        if data.preferences is not None:
+            rated = load_preferences(data.preferences, bad=lambda error: None)
+            trained |= {messages_key(each.prompt.messages) for each in rated}
+    except PujaxError as error:
+        return f"warning: whether the run was trained on these prompts is not known ({error})"
+    shared = sum(messages_key(prompt.messages) in trained for prompt in prompts)
+    if not shared:
+        return None
+    named = " and ".join(str(s) for s in (own, data.preferences) if s is not None)
+    return (
+        f"warning: {shared} of {counted(len(prompts), 'prompt')} are among those that the run was "
+        f"trained on ({named}): what a table says of these was learnt, and is no held-out result"
+    )
 
 
 def _beside(kept: Path) -> Path:

@@ -139,7 +139,7 @@ class Checkpoints:
                 if not before:
                     raise CheckpointError(
                         f"{error}, and there is no other: remove that folder to begin again from "
-                        "the start, or choose another run.dir"
+                        "the start, or begin another run (resume=never, or another run.dir)"
                     ) from error
                 aside = self._move_aside(number)
                 self._say(
@@ -322,7 +322,8 @@ class Checkpoints:
         self._refuse_foreign(folder, meta)
         if differing := _differences(model, self._model):
             raise CheckpointError(
-                f"{folder} is of another model ({differing}): choose another run.dir"
+                f"{folder} is of another model ({differing}): begin another run (resume=never, or "
+                "another run.dir)"
             )
         fields = restored(state=ocp.args.StandardRestore(_abstract(_fields(like))))["state"]
         state = TrainState(**fields)

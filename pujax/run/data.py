@@ -23,6 +23,7 @@ from pujax.teacher.plan import Plan
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import TeacherConfig
+from pujax.teacher.store import COLLECT
 from pujax.text import counted
 from pujax.types import Batch, Completions, right_padded
 
@@ -127,9 +128,21 @@ def load_data(
         check(_joined(own, given, data))
         if begun and teacher.asks:
             teacher = replace(teacher, protocol=_ask_nobody)
+
+        def place(prompt: Prompt) -> str:
+            held = any(prompt is each.prompt for each in fits[-1][0])
+            return f" in {data.heldout if held else data.prompts}"
+
         with _waited_for_answers(teacher, say) as tick:
             anchors = anchors_for(
-                prompts, teacher, Path(data.anchors), config.collect, say=say, tick=tick
+                prompts,
+                teacher,
+                Path(data.anchors),
+                config.collect,
+                say=say,
+                tick=tick,
+                remedy=f"the run {_HAD_ALL}" if begun else COLLECT,
+                place=place,
             )
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
         with waited("checking the teacher's answers", say):
@@ -205,11 +218,13 @@ def _trusted(data: Dataset, gate: GateConfig, check: AnchorCheck | None) -> Data
     return replace(data, examples=kept, gated=counts, weighed=bool(counts) and gate.weight > 0)
 
 
-def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
+def load_heldout(
+    config: TrainConfig, chat: Chat, say: Callable[[str], None] = lambda line: None
+) -> Dataset:
     """A run's held-out examples by the rules of `load_data`, for any model's `chat`.
 
-    Nobody is asked. Raises `DataError` where the store lacks what the run had, and what reading
-    prompts and anchors raises.
+    Nobody is asked; `say` is told how many prompts are left out. Raises `DataError` where the store
+    lacks what the run had, and what reading prompts and anchors raises.
     """
     if config.data.anchors is None:
         return _once(make_preferences(config.data.heldout, chat, config.data))
@@ -221,13 +236,26 @@ def load_heldout(config: TrainConfig, chat: Chat) -> Dataset:
         config.collect,
         say=lambda line: None,
     )
-    return _answered(fitted, dropped, anchors, chat, config.data)
+    dataset = _answered(fitted, dropped, anchors, chat, config.data)
+    for count, why in (
+        (len(fitted) - len(dataset.examples), "the teacher gave no usable answer"),
+        (dropped, f"longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"),
+    ):
+        if count:
+            left = counted(count, "held-out prompt is", "held-out prompts are")
+            say(f"{left} left out: {why}")
+    return dataset
+
+
+_HAD_ALL = (
+    "had them all when it began: put back the prompts or the answers that it had, or begin another "
+    "run"
+)
 
 
 def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:
     raise DataError(
-        "data.anchors lacks answers to data.heldout or data.prompts, and the run had them all when "
-        "it began: put back the prompts or the answers that it had, or begin another run"
+        f"data.anchors lacks answers to data.heldout or data.prompts, and the run {_HAD_ALL}"
     )
 
 

@@ -29,6 +29,7 @@ from pujax.files.settings import (
     refuse_secrets,
     within,
 )
+from pujax.text import counted
 
 LOCK, OUTPUT = ".lock", "output.log"
 
@@ -58,6 +59,7 @@ NOTHING: Mapping[str, str] = MappingProxyType({})
 def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> Iterator[Path]:
     """The directory of the run to do or to go on with, with `config` in it, locked meanwhile.
 
+    It says which other unfinished runs of these settings there are, and which of them are in use.
     A new one is named by the time and by what sets a job of a sweep `apart`, which it keeps too,
     and goes away again where the block fails before anything but settings is in it.
 
@@ -69,6 +71,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     of a sweep that somebody does at this moment is in use, and not begun again.
     """
     settings, theirs = named_now(asdict(config)), False
+    remedy = elsewhere(config)
     refuse_secrets(settings)
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
     _refuse_pattern(place if config.resume in ("auto", "never") else Path(config.resume))
@@ -76,21 +79,24 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
-            raise ConfigError(f"resume={config.resume!r}: no run there (no {SETTINGS})")
-        lock = _lock(directory)
+            raise ConfigError(
+                f"resume={config.resume!r}: no run there (no {SETTINGS}){_runs_in(directory)}"
+            )
+        lock = _lock(directory, remedy)
     elif config.run.dir is not None:
         directory = Path(config.run.dir)
         theirs = directory.is_dir()
         directory.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(directory)
-        lock = _lock(directory)
+        lock = _lock(directory, remedy)
     else:
         parent = Path(config.run.root) / config.run.name
-        found = _unfinished(parent, settings, apart) if config.resume == "auto" else None
-        directory, lock = found or _fresh(parent, "_".join(f"{k}={v}" for k, v in apart.items()))
+        found = _unfinished(parent, settings, apart, remedy) if config.resume == "auto" else None
+        label = "_".join(f"{k}={v}" for k, v in apart.items())
+        directory, lock = found or _fresh(parent, label, remedy)
     with lock:
         if (directory / SETTINGS).is_file():
-            _may_go_on(directory, settings, config.resume)
+            _may_go_on(directory, settings, config.resume, remedy)
         begun = (directory / SETTINGS).is_file()
         keep_settings(directory, settings)
         if apart:
@@ -109,6 +115,23 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
                         if folder != directory:
                             folder.rmdir()
             raise
+
+
+def elsewhere(config: TrainConfig) -> str:
+    """What to set for a run of its own, beside the one that can't be gone on with."""
+    placed = config.run.dir is not None and config.resume in ("auto", "never")
+    return "choose another run.dir" if placed else "set resume=never for a new run"
+
+
+def _runs_in(directory: Path) -> str:
+    """Which of a folder's own runs to go on with; nothing where it is no folder of runs."""
+    runs = [stored.parent for stored in sorted(directory.glob(f"*/{SETTINGS}"))]
+    left = [path for path in runs if not (path / DONE).exists()]
+    if not runs:
+        return ""
+    if not left:
+        return f": {counted(len(runs), 'run')} in it, none of them unfinished"
+    return f": {counted(len(left), 'unfinished run')} in it: give resume={left[-1]}"
 
 
 def finished(config: TrainConfig, apart: Mapping[str, str]) -> Path | None:
@@ -161,7 +184,7 @@ def _is_ours(lock: Path) -> bool:
     return regular and re.fullmatch(rb"\d{0,20}", lock.read_bytes()[:40]) is not None
 
 
-def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> None:
+def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str, remedy: str) -> None:
     """Refuse to go on with a run that is done or of other settings, or to begin over one."""
     if resume == "never":
         raise ConfigError(
@@ -172,10 +195,10 @@ def _may_go_on(directory: Path, settings: Mapping[str, Any], resume: str) -> Non
     if differing:
         raise ConfigError(
             f"{directory} was begun with other settings ({'; '.join(differing)}): set them back, "
-            "or choose another run.dir"
+            f"or {remedy}"
         )
     if (directory / DONE).exists():
-        raise ConfigError(f"{directory} is done: choose another run.dir")
+        raise ConfigError(f"{directory} is done: {remedy}")
 
 
 class _Lock:
@@ -193,7 +216,7 @@ class _Lock:
         os.close(self._folder)
 
 
-def _lock(directory: Path) -> _Lock:
+def _lock(directory: Path, remedy: str) -> _Lock:
     """The run in `directory`, for this process. Raises `InUse` while another one has it.
 
     The folder is locked with the file in it, which somebody may delete.
@@ -205,21 +228,25 @@ def _lock(directory: Path) -> _Lock:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         _flock_folder(folder)
     except OSError as error:
-        pid = os.pread(descriptor, 20, 0).decode(errors="replace")
         os.close(descriptor)
         os.close(folder)
         if not isinstance(error, BlockingIOError):  # a file system without locks
             raise ConfigError(f"{path}: can't lock a file here ({error.strerror})") from error
-        raise InUse(
-            f"{directory} is in use by {f'process {pid}' if pid else 'another process'}: wait for "
-            "it, or choose another run.dir"
-        ) from error
+        raise InUse(f"{_in_use(directory)}: wait for it, or {remedy}") from error
     if os.fstat(descriptor).st_nlink == 0:  # its last owner took it back just now
         os.close(descriptor)
         os.close(folder)
         directory.mkdir(parents=True, exist_ok=True)
-        return _lock(directory)
+        return _lock(directory, remedy)
     return _Lock(descriptor, folder)
+
+
+def _in_use(directory: Path) -> str:
+    """That another process does this run, and which."""
+    pid = ""
+    with suppress(OSError):  # deleted just now
+        pid = (directory / LOCK).read_bytes()[:20].decode(errors="replace")
+    return f"{directory} is in use by {f'process {pid}' if pid else 'another process'}"
 
 
 def _flock_folder(folder: int) -> None:
@@ -232,28 +259,47 @@ def _flock_folder(folder: int) -> None:
 
 
 def _unfinished(
-    parent: Path, settings: Mapping[str, Any], apart: Mapping[str, str]
+    parent: Path, settings: Mapping[str, Any], apart: Mapping[str, str], remedy: str
 ) -> tuple[Path, _Lock] | None:
-    """The newest run under `parent` with these settings that isn't done or in use, locked."""
+    """The newest run under `parent` with these settings that isn't done or in use, locked.
+
+    Of the others that aren't done it prints where they are: nothing goes on with these by itself.
+    """
+    found, used, left = None, list[Path](), list[Path]()
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
         directory = stored.parent
         try:
             if (directory / DONE).exists() or _differing(kept_settings(directory), settings, apart):
                 continue
-            lock = _lock(directory)
+            if found is not None:
+                left.append(directory)
+                continue
+            lock = _lock(directory, remedy)
         except InUse:
             if apart:
                 raise
+            used.append(directory)
             continue
         except PujaxError:  # not readable: not a run to go on with
             continue
-        if not (directory / DONE).exists():
-            return directory, lock
-        lock.__exit__()  # it came to its end just now
-    return None
+        if (directory / DONE).exists():
+            lock.__exit__()  # it came to its end just now
+        else:
+            found = directory, lock
+    for directory in used:
+        begins = f"a new run begins beside it (resume={directory} once that one has stopped)"
+        gone_on = found and f"{found[0]} is gone on with beside it"
+        print(f"{_in_use(directory)}: {gone_on or begins}", flush=True)
+    for directory in left:
+        print(
+            f"another unfinished run of these settings: {directory} (resume={directory} goes on "
+            "with it)",
+            flush=True,
+        )
+    return found
 
 
-def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
+def _fresh(parent: Path, label: str, remedy: str) -> tuple[Path, _Lock]:
     """A new directory named by time and label, locked; no other process gets the same."""
     parent.mkdir(parents=True, exist_ok=True)
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
@@ -264,7 +310,7 @@ def _fresh(parent: Path, label: str) -> tuple[Path, _Lock]:
         directory = parent / (name if number == 1 else f"{name}-{number}")
         with suppress(FileExistsError):
             directory.mkdir(parents=True)  # another process may take the parent back meanwhile
-            return directory, _lock(directory)
+            return directory, _lock(directory, remedy)
     raise ConfigError(f"{parent}: ten thousand runs of one second: choose another run.root")
 
 

@@ -13,6 +13,7 @@ from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.records import Example, canonical
 from pujax.run.data import Dataset
+from pujax.run.directory import elsewhere
 
 FILE = "inputs.json"
 
@@ -57,7 +58,7 @@ def hold_inputs(
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in now if before.get(name) != now[name]]
     except (ValueError, AttributeError) as error:
-        raise DataError(f"{path}: can't be read ({error}): choose another run.dir") from error
+        raise DataError(f"{path}: can't be read ({error}): {elsewhere(config)}") from error
     behind = {
         "tokenizer": f"model.path={config.model.path}, its tokenizer or chat template",
         "model": f"model.path={config.model.path}, its weights",
@@ -81,11 +82,17 @@ def hold_inputs(
         key = name.partition(" ")[0]
         return f"{key}={getattr(config.data, key.partition('.')[2], '')}"
 
-    named = [behind.get(name, setting(name)) for name in differing if name not in clock]
+    for key in parts:  # anchors and rows are in the prompts' order: where that differs, they do too
+        if key in differing and f"{key} anchors" in differing and f"{key} anchors" in behind:
+            behind[key] = f"{setting(key)}, or which of its prompts have an answer in data.anchors"
+    blamed = [
+        name for name in differing if " " not in name or name.partition(" ")[0] not in differing
+    ]
+    named = [behind.get(name, setting(name)) for name in blamed if name not in clock]
     if named:
         raise DataError(
             f"{directory} began with other inputs ({'; '.join(dict.fromkeys(named))}): put back "
-            "what was there, or choose another run.dir"
+            f"what was there, or {elsewhere(config)}"
         )
     return before.get("mark")
 

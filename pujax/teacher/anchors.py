@@ -89,12 +89,13 @@ def anchors_for(
     say: Callable[[str], None] = print,
     tick: Callable[[Plan, Tally], None] = lambda plan, tally: None,
     remedy: str = COLLECT,
+    place: Callable[[Prompt], str] = lambda prompt: "",
 ) -> dict[str, Anchor]:
     """The prompts' anchors by `messages_key`, asking `teacher` for those that `store` lacks.
 
     Without a teacher to ask (replay) the store alone answers, whatever settings it was collected
     under. Prompts that the teacher refused, filtered or answered with nothing are left out, and
-    counted aloud. The store is read once.
+    counted aloud. The store is read once. `place` is what follows a prompt's name in a message.
 
     Raises `StoreError` naming the prompts that have no anchor, and what `collect` raises.
     """
@@ -109,7 +110,9 @@ def anchors_for(
         had = sum(messages_key(prompt.messages) in found for prompt in prompts)
         say(f"{counted(len(prompts), 'prompt')}: had {had}, asked 0")
     lacking = [prompt for prompt in prompts if messages_key(prompt.messages) not in found]
-    missing = [p.id for p in lacking if messages_key(p.messages) not in anchors.failed]
+    missing = [
+        _named(p) + place(p) for p in lacking if messages_key(p.messages) not in anchors.failed
+    ]
     if missing:
         some = printable(", ".join(missing[:5])) + (", ..." if len(missing) > 5 else "")
         if kept := kept_beside(store):
@@ -121,6 +124,14 @@ def anchors_for(
         say(f"{left_out} left out: the teacher gave no usable answer")
     _tell_endings(found.values(), say)
     return found
+
+
+def _named(prompt: Prompt) -> str:
+    """A prompt's id, or the beginning of its text where the id was made of that."""
+    if not messages_key(prompt.messages).startswith(prompt.id):
+        return prompt.id
+    text = printable(str(prompt.messages[-1]["content"]), 41)
+    return f"“{text}”" if len(text) < 41 else f"“{text[:40]}…”"
 
 
 def _tell_endings(anchors: Iterable[Anchor], say: Callable[[str], None]) -> None:

@@ -19,7 +19,7 @@ from pujax.files import gguf, safetensors, weights
 from pujax.files.card import is_card, model_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
-from pujax.inference.finished import export, finished_run, model_path
+from pujax.inference.finished import export, finished_run, model_path, newest_runs
 from pujax.models import lora
 from pujax.run.provenance import licence_of, teachers_in
 
@@ -513,6 +513,19 @@ def test_a_folder_without_a_finished_run_says_so(tmp_path):
     (tmp_path / "first" / "config.yaml").write_text("seed: 0\n")
     with pytest.raises(WeightsError, match=r"first: this run has not ended"):
         finished_run(tmp_path)
+
+
+def test_a_folder_whose_runs_have_not_ended_names_them_where_one_could_be_given(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.yaml").write_text("seed: 0\n")
+    with pytest.raises(WeightsError) as refused:
+        newest_runs([str(tmp_path)])
+    assert str(refused.value) == (
+        f"run={tmp_path}: no run in it has ended: give {tmp_path}/b for what it has so "
+        "far, or start the command that made it again, and it goes on"
+    )
+    assert newest_runs([f"{tmp_path}/b"]) == [tmp_path / "b"]
 
 
 @pytest.mark.parametrize(

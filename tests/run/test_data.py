@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
-from pujax.errors import ConfigError, DataError, PromptError
+from pujax.errors import ConfigError, DataError, PromptError, StoreError
 from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
@@ -29,6 +29,7 @@ from pujax.run.data import (
 )
 from pujax.run.workers import Outcome
 from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.store import COLLECT
 from tests.teacher_server import TeacherServer, completion
 
 
@@ -358,6 +359,30 @@ def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
     with pytest.raises(DataError, match=r"data\.anchors lacks answers.*put back the prompts"):
         load_data(config, cast(Any, Letters()), checked.append, checked.append, begun=True)
     assert [len(each.with_anchors.examples) for each in checked if isinstance(each, Dataset)] == [1]
+
+
+def test_an_edited_prompt_without_an_anchor_is_quoted_and_a_begun_run_is_not_told_to_collect(
+    tmp_path,
+):
+    for name in ("train", "heldout"):
+        (tmp_path / f"{name}.txt").write_text(f"{name[0]}\n")
+    (tmp_path / "store.jsonl").touch()
+    data = DataConfig(
+        prompts=str(tmp_path / "train.txt"),
+        heldout=str(tmp_path / "heldout.txt"),
+        anchors=str(tmp_path / "store.jsonl"),
+        max_prompt_tokens=8,
+        max_response_tokens=5,
+    )
+
+    def refused(begun):
+        with pytest.raises(StoreError) as said:
+            load_data(TrainConfig(data=data), cast(Any, Letters()), [].append, begun=begun)
+        return str(said.value)
+
+    lacks = f"no anchor (“t” in {data.prompts}, “h” in {data.heldout}): "
+    assert refused(False).endswith(lacks + COLLECT)
+    assert f"{lacks}the run had them all when it began: put back the prompts" in refused(True)
 
 
 def test_no_minute_is_silent_while_the_teacher_is_asked_and_its_answers_are_checked(

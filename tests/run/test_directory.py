@@ -112,9 +112,35 @@ def test_going_on_with_a_run_that_is_done_is_an_error(tmp_path):
         begun(where)
 
 
+def test_who_set_no_directory_is_not_told_to_choose_another(tmp_path):
+    first = begun(f"run.root={tmp_path}")
+    again = (f"run.root={tmp_path}", f"resume={first}")
+    with run_directory(config_of(*again)), pytest.raises(ConfigError) as used:
+        begun(*again)
+    with pytest.raises(ConfigError) as other:
+        begun(*again, "seed=1")
+    (first / "done").touch()
+    with pytest.raises(ConfigError) as done:
+        begun(*again)
+    for said in (used, other, done):
+        assert str(said.value).endswith("set resume=never for a new run")
+        assert "run.dir" not in str(said.value)
+
+
 def test_resuming_from_where_no_run_is_is_an_error(tmp_path):
     with pytest.raises(ConfigError, match="no run there"):
         begun(f"resume={tmp_path}/none")
+
+
+def test_resuming_from_a_folder_of_runs_names_one_to_go_on_with(tmp_path):
+    for name in ("a", "b", "c"):
+        (tmp_path / name).mkdir()
+        keep_settings(tmp_path / name, {})
+    (tmp_path / "c" / "done").touch()
+    with pytest.raises(
+        ConfigError, match=rf"no run there.*: 2 unfinished runs in it: give resume={tmp_path}/b"
+    ):
+        begun(f"resume={tmp_path}")
 
 
 @pytest.mark.parametrize(
@@ -166,6 +192,32 @@ def test_a_run_in_use_is_refused_by_process_and_passed_over_by_auto(tmp_path):
         assert begun(f"run.root={tmp_path}") != first
     (begun(f"run.root={tmp_path}") / "done").touch()  # the newer one, free again
     assert begun(f"run.root={tmp_path}") == first
+
+
+def test_a_run_that_begins_beside_one_in_use_or_leaves_one_behind_says_so(tmp_path, capsys):
+    config = config_of(f"run.root={tmp_path}")
+    with run_directory(config) as first:
+        assert capsys.readouterr().out == ""
+        second = begun(f"run.root={tmp_path}")
+        assert capsys.readouterr().out == (
+            f"{first} is in use by process {os.getpid()}: a new run begins beside it "
+            f"(resume={first} once that one has stopped)\n"
+        )
+        begun(f"run.root={tmp_path}", "resume=never", "seed=1")  # as it was told, or of others
+        begun(f"run.root={tmp_path}", "seed=1")
+        assert capsys.readouterr().out == ""
+    with run_directory(config) as same:
+        assert same == second
+        assert capsys.readouterr().out == (
+            f"another unfinished run of these settings: {first} (resume={first} goes on with it)\n"
+        )
+        assert begun(f"run.root={tmp_path}") == first
+        assert capsys.readouterr().out == (
+            f"{second} is in use by process {os.getpid()}: {first} is gone on with beside it\n"
+        )
+    (second / "done").touch()
+    begun(f"run.root={tmp_path}")
+    assert capsys.readouterr().out == ""
 
 
 def test_a_run_whose_lock_file_was_deleted_is_in_use_all_the_same(tmp_path):

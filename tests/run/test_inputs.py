@@ -121,6 +121,16 @@ def test_what_lies_behind_a_setting_may_not_change_once_a_run_has_begun(held, ch
     assert held() == []  # put back
 
 
+def test_a_prompt_that_was_taken_out_is_not_laid_at_the_anchors_door(held, chat):
+    with pytest.raises(DataError) as refused:
+        held(train=dataset(chat, ["One?"]))
+    assert str(refused.value).endswith(
+        "began with other inputs (data.prompts=p.jsonl, or which of its prompts have an answer in "
+        "data.anchors): put back what was there, or set resume=never for a new run"
+    )
+    assert held() == []
+
+
 def test_a_template_with_a_clock_in_it_is_said_and_the_run_goes_on(held, chat):
     train = dataset(chat, ["One?", "Two?"])
     first, *rest = train.examples
@@ -162,7 +172,9 @@ def test_held_out_prompts_are_loaded_by_the_runs_own_rules(tmp_path, chat):
     line(tmp_path / "a.failed.jsonl", refused)
     data = DataConfig(prompts="none", heldout=heldout, anchors=anchors)
     config = replace(CONFIG, data=data, teacher=replace(CONFIG.teacher, model="t2"))
-    assert [e.anchor for e in load_heldout(config, chat).examples] == ["two"]
+    said = []
+    assert [e.anchor for e in load_heldout(config, chat, said.append).examples] == ["two"]
+    assert said == ["1 held-out prompt is left out: the teacher gave no usable answer"]
 
 
 def test_loading_held_out_prompts_asks_nobody(tmp_path, chat):
