@@ -8,7 +8,6 @@ import re
 import secrets
 import stat
 import tempfile
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -153,9 +152,6 @@ def _clear(path: Path) -> None:
             descriptor = os.open(beside, flags)
             try:
                 if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    fcntl.flock(descriptor, fcntl.LOCK_UN)
-                    time.sleep(0.05)  # in which `_still_locked` takes it, if it has just come
                     fcntl.flock(descriptor, fcntl.LOCK_EX)
                     if _is_at(beside, descriptor):
                         beside.unlink()
