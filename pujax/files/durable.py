@@ -5,8 +5,6 @@ import fcntl
 import json
 import os
 import re
-import secrets
-import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -57,21 +55,20 @@ def write_whole(path: Path, content: bytes) -> None:
 def written_whole(path: Path) -> Iterator[Path]:
     """A name beside `path` to write a file to, which takes its place when the block ends.
 
-    It is a new one, so that nothing of the user's has it. Who writes the same file at this moment
-    is waited for: each time it is written whole. Nothing is left at that name when the block fails,
-    and what a kill left is gone once the file is written again. Raises `DiskError` as `write_whole`
-    does, also for an OSError in the block.
+    Who writes the same file at this moment is waited for: each time it is written whole. Nothing is
+    left at that name when the block fails. Raises `DiskError` as `write_whole` does, also for an
+    OSError in the block.
     """
-    with on_disk(path), _held(path) as (beside, descriptor):
+    beside = path.with_name(f".{path.name}.new")
+    with on_disk(path), _held(beside):
         placed = False
         try:
             yield beside
-            with _still_locked(beside, descriptor):
-                flush(beside)
-                beside.replace(path)
+            flush(beside)
+            beside.replace(path)
             placed = True
         finally:
-            if not placed:
+            if not placed:  # or else another process may have that name by now
                 beside.unlink(missing_ok=True)
         flush(path.parent)
 
@@ -101,68 +98,24 @@ def refuse_other(path: Path, *marks: bytes) -> None:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[tuple[Path, int]]:
-    """A new file beside `path`, of a name that nobody has, and what locks it to the block's end."""
-    _clear(path)
+def _held(path: Path) -> Iterator[None]:
+    """A file at `path` that no other process has until the block ends; no link is followed."""
     while True:
-        beside = path.with_name(f".{path.name}.{secrets.token_hex(4)}.new")
-        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
             with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if _is_at(beside, descriptor):
-                break
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
+                    break
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # before it was locked another process took it for a leftover
+        os.close(descriptor)  # whoever had it gave it another name
     try:
-        yield beside, descriptor
+        yield
     finally:
         os.close(descriptor)
-
-
-@contextmanager
-def _still_locked(beside: Path, descriptor: int) -> Iterator[None]:
-    """Lock what is at the name now: safetensors puts a file of its own there."""
-    if _is_at(beside, descriptor):
-        yield
-        return
-    other = os.open(beside, os.O_RDONLY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            fcntl.flock(other, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(other)
-
-
-def _clear(path: Path) -> None:
-    """Wait for who writes `path` now, and remove what those who were killed have left of it.
-
-    What has such a name but is no plain file, or can't be locked, stays as it is.
-    """
-    ours = re.compile(rf"\.{re.escape(path.name)}\.[0-9a-f]{{8}}\.new")
-    names: list[str] = []
-    with suppress(PermissionError):  # a folder may be written and not listed
-        names = os.listdir(path.parent)
-    for beside in [path.with_name(name) for name in names if ours.fullmatch(name)]:
-        with suppress(OSError):
-            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(beside, flags)
-            try:
-                if stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    fcntl.flock(descriptor, fcntl.LOCK_EX)
-                    if _is_at(beside, descriptor):
-                        beside.unlink()
-            finally:
-                os.close(descriptor)
-
-
-def _is_at(path: Path, descriptor: int) -> bool:
-    with suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
-    return False
 
 
 def flush(path: Path) -> None:

@@ -266,13 +266,14 @@ def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_pa
         ("gguf", "folder.gguf", "is a directory: choose a file's name"),
         ("gguf", "foreign.gguf", "a file that this export did not write"),
         ("gguf", "other.gguf", "a file that this export did not write"),
+        ("gguf", "stale.gguf", r"stale\.gguf can't be written .*move away what is in its way"),
     ],
 )
 def test_a_form_and_a_place_that_do_not_go_together_are_refused(
     format, out, message, chat, model, tmp_path
 ):
     export_hf(model[0], model[1], chat, tmp_path / "model", {})
-    fill(tmp_path, "file", "folder.gguf/x", "foreign.gguf")
+    fill(tmp_path, "file", "folder.gguf/x", "foreign.gguf", ".stale.gguf.new/x")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -287,7 +288,7 @@ def test_a_form_and_a_place_that_do_not_go_together_are_refused(
 def test_a_gguf_that_an_export_wrote_is_written_again(chat, model, tmp_path):
     path = tmp_path / "model.gguf"
     export_gguf(model[0], model[1], chat, path)
-    (tmp_path / ".model.gguf.0123abcd.new").write_bytes(b"of an export that was killed")
+    (tmp_path / ".model.gguf.new").write_bytes(b"of an export that was killed")
     export_gguf(model[0], model[1], chat, path, kind="Q8_0")
     assert weights.read_config(path).width == model[0].width
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
