@@ -183,6 +183,11 @@ def command(
             if isinstance(error, UnicodeDecodeError):  # Hydra's, which says of no file
                 why = f"byte {error.start} of {error.object[:20]!r}..."
                 cause = ConfigError(f"a YAML file of the settings is not UTF-8 ({why}): save it so")
+            if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
+                cause = ConfigError(
+                    "a YAML file of the settings is nested too deep, or has an alias (*name) "
+                    "within what it stands for (&name): take that out"
+                )
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__

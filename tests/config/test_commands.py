@@ -386,6 +386,15 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
     assert "Key 'speed' not in 'AlignConfig'" in said
 
 
+def test_a_file_that_holds_itself_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("data: &a\n  prompts: *a\n")
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "alias (*name) within what it stands for" in line
+
+
 @pytest.mark.parametrize(
     ("name", "groups"),
     [
