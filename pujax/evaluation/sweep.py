@@ -220,11 +220,13 @@ def _swept(directory: Path) -> dict[str, str]:
     """What set the run apart in its sweep, its seed aside."""
     try:
         apart = json.loads((directory / SWEPT).read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in apart.items() if key != "seed"}
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise EvaluationError(f"{directory / SWEPT}: not JSON ({error}): remove it") from error
-    return {str(key): str(value) for key, value in apart.items() if key != "seed"}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise EvaluationError(
+            f"{directory / SWEPT}: not what a sweep gave a run ({error}): remove it"
+        ) from error
 
 
 def _state(directory: Path, settings: Mapping[str, Any]) -> str:

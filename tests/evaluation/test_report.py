@@ -157,6 +157,13 @@ def test_the_page_shows_what_a_suite_found_beside_the_evaluation(tmp_path):
     assert "<p>a &lt;note&gt;</p>" in costs
 
 
+@pytest.mark.parametrize("content", ["[]", '{"header": 5}', "[" * 5000])
+def test_a_file_that_no_suite_wrote_is_one_line(tmp_path, content):
+    (tmp_path / "suite-costs.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"suite-costs\.json: not what a suite found"):
+        kept_answers(tmp_path)
+
+
 def test_the_page_begins_with_the_verdict_and_what_speaks_against_it(run, tmp_path):
     directory = shutil.copytree(run, tmp_path / "run")
     for model in ("base", "sft", "aligned"):

@@ -142,6 +142,16 @@ def test_a_dollar_and_half_a_character_in_what_was_swept_are_drawn(tmp_path):
     assert _drawn(rows).startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 5000])
+def test_what_no_sweep_gave_a_run_costs_no_other_run(tmp_path, content):
+    for seed in (0, 1):
+        done(tmp_path / str(seed), 0.5, seed=seed)
+    (tmp_path / "0" / "swept.json").write_text(content)
+    found = gather(tmp_path)
+    assert [len(row.runs) for row in found.rows] == [1]
+    assert "swept.json: not what a sweep gave a run" in found.unfinished[0].state
+
+
 def test_a_folder_without_runs_and_two_questions_at_once_are_refused(tmp_path):
     with pytest.raises(EvaluationError, match="no runs below it"):
         gather(tmp_path)
