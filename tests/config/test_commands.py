@@ -354,6 +354,8 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
         ("loss/mine.yaml", "a: \0", ["loss=mine"], "mine.yaml"),
         ("loss/mine.yaml", "a: \0", ["loss=mine"], "special characters are not allowed at pos"),
         ("loss/mine.yaml", "a: \udcff", ["loss=mine"], "of the settings is not UTF-8 (byte 3 of"),
+        ("x.yaml", "", ["run.dir=r/\udcff"], "run.dir: not all of it is UTF-8: give it, or the f"),
+        ("x.yaml", "", ["run.name=${oc.env:ODD_BYTES}"], "run.name: not all of it is UTF-8: give"),
         ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
         (
             "x.yaml",
@@ -369,6 +371,7 @@ def test_a_slip_of_ones_own_is_one_line_that_says_what_to_write(
 ):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content, errors="surrogateescape")
+    monkeypatch.setenv("ODD_BYTES", "r\udcff")
     given = ("+experiment=smoke", "--config-dir", str(tmp_path), *words)
     assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
     (line,) = capsys.readouterr().err.splitlines()
