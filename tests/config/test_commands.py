@@ -260,6 +260,43 @@ def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):
     assert said == "pujax.train: the working directory is gone: cd to one that is there"
 
 
+@pytest.mark.parametrize(
+    ("module", "code", "name", "said"),
+    [
+        ("matplotlib", "raise ValueError('no such')", "MPLBACKEND", "begin with that (no such): "),
+        (
+            "jax._src.config",
+            "raise ValueError('odd\\nx')",
+            "JAX_DEBUG_NANS",
+            "that (odd): unset it",
+        ),
+        (
+            "jax._src.xla_bridge",
+            "def backends(): assert False",
+            "JAX_PLATFORMS",
+            "jax can't begin with that: unset it, or give it another value",
+        ),
+    ],
+)
+def test_a_variable_that_a_library_can_not_begin_with_is_named(
+    monkeypatch, capsys, module, code, name, said
+):
+    def act(_):
+        of_library = {"__name__": module}
+        exec(code, of_library)
+        of_library["backends"]()
+
+    for variable in [each for each in os.environ if each.startswith(("JAX_", "MPL"))]:
+        monkeypatch.delenv(variable)
+    with pytest.raises((ValueError, AssertionError)):  # of which no variable can be why
+        called(monkeypatch, act, "experiment=smoke")
+    monkeypatch.setenv(name, "banana")
+    assert called(monkeypatch, act, "experiment=smoke") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {name}=banana: ")
+    assert said in line
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def act(_):
         return [][1]
