@@ -80,7 +80,7 @@ def reference_logps(
             return None
         try:
             whole = np.memmap(path, np.uint8, "r")
-            if hashlib.sha256(whole[:-_SHA256]).digest() != whole[-_SHA256:].tobytes():
+            if hashlib.sha256(whole[:-_SHA256].data).digest() != whole[-_SHA256:].tobytes():
                 raise ValueError("its checksum differs")
             found = np.load(path, mmap_mode="r")  # which reads no further than the array
             if found.shape == shape and found.dtype == np.float32:
