@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper import plan, raw, reproduce, tables
+from experiments.paper import figures, plan, raw, reproduce, tables
 from experiments.paper.plan import Found, load_profile, next_task, tasks_of
 from pujax.errors import ConfigError
 from pujax.records import messages_key
@@ -457,6 +457,11 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     tables.build(tmp_path)
     for name in ("curves", "kl", "seeds", "anchors"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_dollar_in_a_title_is_drawn_as_one():
+    arms = {"grpo": [made("grpo", r"$\frac{$", 1, 0, (0.25, 1.0))]}
+    assert figures.seeds(arms).startswith(b"\x89PNG")
 
 
 # --- the whole ------------------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -14,6 +15,8 @@ from experiments.paper import raw
 # Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X"
+
+_plain = matplotlib.rc_context({"text.parse_math": False})  # a dollar in a title is one
 
 Arms = dict[str, list[raw.Raw]]
 
@@ -73,6 +76,7 @@ def _title(arms: Arms) -> str:
     return told["title"] if told else first["metric"]
 
 
+@_plain
 def curves(arms: Arms) -> bytes:
     """The metric on validation over an arm's steps, and over its processor minutes."""
     figure = _figure(13, 4.2)
@@ -111,6 +115,7 @@ def _value(run: raw.Raw, point: raw.Raw) -> float:
     return point[f"eval/{run['metric']}"]
 
 
+@_plain
 def kl_against_gain(arms: Arms) -> bytes:
     """Every run's gain on validation over what it started from, against its KL to that."""
     figure = _figure(8.5, 4.2)
@@ -125,6 +130,7 @@ def kl_against_gain(arms: Arms) -> bytes:
     return _png(figure)
 
 
+@_plain
 def seeds(arms: Arms) -> bytes:
     """Every seed of every arm on the test prompts, and the arms' means."""
     figure = _figure(8, 0.42 * len(arms) + 1.2)
@@ -139,6 +145,7 @@ def seeds(arms: Arms) -> bytes:
     return _png(figure)
 
 
+@_plain
 def anchors(tested: Arms) -> bytes:
     """The arms of the curve on the test prompts over the number of anchors."""
     figure = _figure(6.5, 4.2)

@@ -40,7 +40,7 @@ def read_all(folder: Path) -> dict[Key, Raw]:
             young = {"metric": "sampled_exact", "against": "sft_continued"}
             result = young | json.loads(path.read_text(encoding="utf-8"))
             found[result["name"], result["seed"], result["split"]] = result
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{path}: not a result ({error!r}): restore it") from error
     return found
 

@@ -183,6 +183,11 @@ def command(
             if isinstance(error, UnicodeDecodeError):  # Hydra's, which says of no file
                 why = f"byte {error.start} of {error.object[:20]!r}..."
                 cause = ConfigError(f"a YAML file of the settings is not UTF-8 ({why}): save it so")
+            if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
+                cause = ConfigError(
+                    "a YAML file of the settings is nested too deep, or has an alias (*name) "
+                    "within what it stands for (&name): take that out"
+                )
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__
@@ -335,7 +340,33 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         remedy = REMEDIES.get(error.errno or 0)
         place = f"{error.filename}: " if error.filename else ""
         return 1, f"{place}{error.strerror or error}" + (f": {remedy}" if remedy else "")
-    return 1, None
+    return 1, _of_environment(error)
+
+
+def _of_environment(error: BaseException) -> str | None:
+    """Which variables JAX or matplotlib could not begin with; None where it was not that."""
+    walked = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    frames = [(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in walked]
+    imported = {str(module) for module, function in frames if function == "<module>"}
+    if "matplotlib" in imported:
+        read = "MPL"
+    elif any(module.startswith("jax._src.") for module in imported):
+        read = "JAX_"
+    elif ("jax._src.xla_bridge", "backends") in frames:
+        read = "JAX_PLATFORM"
+    else:
+        return None
+    given = [name for name in sorted(os.environ) if name.startswith(read)]
+    given = [name for name in given if name.lower() in str(error).lower()] or given
+    if not given or not isinstance(error, ValueError | RuntimeError | AssertionError):
+        return None
+    named = ", ".join(f"{name}={os.environ[name]}" for name in given)
+    why = next(iter(str(error).splitlines()), "")[:120]
+    library = "matplotlib" if read == "MPL" else "jax"
+    return (
+        f"{named}: {library} can't begin with that{f' ({why})' if why else ''}: unset it, or give "
+        "it another value"
+    )
 
 
 def _composition(error: Exception, overrides: Sequence[str], schema: type) -> str:

@@ -162,7 +162,8 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     """The composed settings as an instance of `schema`, every value present and checked.
 
     Raises `ConfigError` for a missing mandatory value, naming its key, and for what the environment
-    calls a secret, which no setting but the teacher's may take; and for a NUL character.
+    calls a secret, which no setting but the teacher's may take; and for a NUL character, or bytes
+    that are not UTF-8, which no file of ours could hold.
     """
     for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
         if "\0" in str(value):
@@ -178,6 +179,9 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
     for key in _foreign(composed):
         raise ConfigError(f"{key}: no such setting: take it out")
+    for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
+        if re.search("[\ud800-\udfff]", f"{key}{value}"):
+            raise ConfigError(f"{key}: not all of it is UTF-8: give it, or the file, another name")
     settings = OmegaConf.to_object(composed)
     if not isinstance(settings, schema):
         raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")

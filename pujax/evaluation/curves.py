@@ -69,6 +69,7 @@ def style_of(theme: Theme) -> dict[Any, Any]:
     """How a figure in these colours is drawn, for matplotlib."""
     return {
         "font.size": 9.5,
+        "text.parse_math": False,  # a dollar in a setting or in a metric's name is one
         "text.color": theme.ink,
         "axes.labelcolor": theme.ink,
         "axes.edgecolor": theme.ink,
@@ -226,9 +227,14 @@ def _in_order(stages: Sequence[str]) -> str:
     return ", then ".join(STAGE_TITLES[stage] for stage in stages) + " step"
 
 
+def in_utf8(text: str) -> str:
+    """A text of others as matplotlib can draw it: half of a surrogate pair stands as an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
 def _dress(axes: Axes, panel: Panel) -> None:
     """What all small plots share."""
-    axes.set_title(panel.title, loc="left", fontsize=10.5, fontweight="bold")
+    axes.set_title(in_utf8(panel.title), loc="left", fontsize=10.5, fontweight="bold")
     axes.set_ylabel(panel.unit)
     axes.grid(axis="y", linewidth=0.8)
     axes.set_axisbelow(True)

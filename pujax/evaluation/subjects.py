@@ -61,7 +61,7 @@ def kept_answers(folder: Path) -> dict[str, SuiteAnswer]:
             told = json.loads(path.read_text(encoding="utf-8"))
             header, *rows = (tuple(map(str, row)) for row in (told["header"], *told["rows"]))
             note = str(told["note"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(
                 f"{path}: not what a suite found ({error}): delete it, and ask the suite again"
             ) from error
@@ -88,7 +88,7 @@ class Records:
         if path is None or not path.exists():
             return
         first, *lines = read_jsonl(path) or [self._asked]
-        if first != self._asked or not all("id" in line for line in lines):
+        if first != self._asked or not all(isinstance(line.get("id"), str) for line in lines):
             raise EvaluationError(f"{path}: is of another question: move it away")
         self.found = {line["id"]: line for line in lines}
         if not path.read_bytes().endswith(b"\n"):

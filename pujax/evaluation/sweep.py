@@ -16,7 +16,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 from pujax.errors import EvaluationError, PujaxError
 from pujax.evaluation import comparison, tables
-from pujax.evaluation.curves import LIGHT, style_of
+from pujax.evaluation.curves import LIGHT, in_utf8, style_of
 from pujax.evaluation.results import Evaluation, load, shown_by
 from pujax.evaluation.statistics import same_prompts
 from pujax.files.durable import read_jsonl, refuse_other, write_whole
@@ -220,11 +220,13 @@ def _swept(directory: Path) -> dict[str, str]:
     """What set the run apart in its sweep, its seed aside."""
     try:
         apart = json.loads((directory / SWEPT).read_text(encoding="utf-8"))
+        return {str(key): str(value) for key, value in apart.items() if key != "seed"}
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise EvaluationError(f"{directory / SWEPT}: not JSON ({error}): remove it") from error
-    return {str(key): str(value) for key, value in apart.items() if key != "seed"}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise EvaluationError(
+            f"{directory / SWEPT}: not what a sweep gave a run ({error}): remove it"
+        ) from error
 
 
 def _state(directory: Path, settings: Mapping[str, Any]) -> str:
@@ -310,8 +312,8 @@ def _drawn(rows: Sequence[SweepRow]) -> bytes:
                 axes.plot(seeds, [at] * len(seeds), "o", color=LIGHT.stages["align"], alpha=0.35)
                 if found := row.mean(metric):
                     axes.errorbar(found[0], at, xerr=found[1], fmt="|", color=LIGHT.ink, capsize=3)
-            axes.set_title(told.title + ARROWS[told.better], loc="left", fontsize=10.5)
-            axes.set_yticks(range(len(rows)), [_short(row.name) for row in rows])
+            axes.set_title(in_utf8(told.title) + ARROWS[told.better], loc="left", fontsize=10.5)
+            axes.set_yticks(range(len(rows)), [_short(in_utf8(row.name)) for row in rows])
             axes.grid(axis="x", linewidth=0.8)
             axes.set_axisbelow(True)
             axes.tick_params(length=0)

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,6 +104,7 @@ def _held(path: Path) -> Iterator[None]:
     while True:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
         try:
+            _refuse_theirs(path, os.fstat(descriptor))
             with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
             with suppress(FileNotFoundError):
@@ -116,6 +118,15 @@ def _held(path: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def _refuse_theirs(path: Path, found: os.stat_result) -> None:
+    """Raise FileExistsError for what no write of ours left: a pipe, or a file of two names.
+
+    To write to the one would wait for its reader, and to the other change a file elsewhere.
+    """
+    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
 
 
 def flush(path: Path) -> None:

@@ -74,7 +74,7 @@ def recorded(directory: Path) -> dict[str, list[str]] | None:
         return {name: [str(digest) for digest in found] for name, found in told.items()}
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
 
 

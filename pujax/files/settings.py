@@ -98,8 +98,29 @@ def leaves(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 def keep_settings(directory: Path, settings: Mapping[str, Any]) -> None:
     """Write a run's resolved settings into its directory. Raises `DiskError`."""
-    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+    text = yaml.dump(settings, Dumper=_WithoutAliases, sort_keys=False, allow_unicode=True)
     write_whole(directory / SETTINGS, text.encode())
+
+
+class _WithoutAliases(yaml.SafeDumper):
+    """Of a list that stands in two places, both in full."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+class _NoAliases(yaml.SafeLoader):
+    """What `keep_settings` writes: an alias can hold itself, or more than fits into a memory."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()
+            raise yaml.MarkedYAMLError(problem=f"an alias, *{alias.anchor}, which no run writes")
+        return super().compose_node(parent, index)
+
+
+_TORN = (yaml.YAMLError, ValueError, RecursionError, OSError)
+_TORN += (LookupError, AttributeError)  # of PyYAML (6.0), for `!!bool x` and its like
 
 
 def kept_settings(directory: Path) -> dict[str, Any]:
@@ -110,16 +131,19 @@ def kept_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / SETTINGS
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoAliases)
+        if isinstance(settings, dict):
+            settings = {str(key): named_now(value) for key, value in settings.items()}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path} is not there: is {directory} a run's directory?") from error
-    except (yaml.YAMLError, ValueError, RecursionError, OSError) as error:
-        raise _not_settings(path, f" ({str(error).splitlines()[0]})") from error
+    except _TORN as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise _not_settings(path, f" ({why})") from error
     if not isinstance(settings, dict):
         raise _not_settings(path, " by name")
     if not settings:
         raise _not_settings(path, ": there are none in it")
-    return {str(key): named_now(value) for key, value in settings.items()}
+    return settings
 
 
 def flat(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -197,7 +197,7 @@ def _refuse_other(folder: Path, name: str, asked: Mapping[str, Any]) -> None:
         try:
             before = json.loads(_beside(kept).read_text(encoding="utf-8"))
             differing = [key for key in asked if before.get(key) != asked[key]]
-        except (OSError, ValueError, AttributeError) as error:
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
             raise EvaluationError(
                 f"{kept}: nothing tells of what it was made: choose another folder with out=FOLDER"
             ) from error

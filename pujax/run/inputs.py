@@ -57,7 +57,7 @@ def hold_inputs(
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
         differing = [name for name in now if before.get(name) != now[name]]
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: can't be read ({error}): {elsewhere(config)}") from error
     behind = {
         "tokenizer": f"model.path={config.model.path}, its tokenizer or chat template",

@@ -23,6 +23,8 @@ from pujax.run.data import Dataset, collate
 from pujax.run.processes import told
 from pujax.types import Batch, Params
 
+_SHA256 = hashlib.sha256().digest_size
+
 
 def with_reference(
     data: Dataset,
@@ -65,7 +67,8 @@ def reference_logps(
     """Log-probs [N G T] in float32 of the anchors and given candidates, under whole `params`.
 
     They lie in `folder` under a name that is made of the parameters and the tokens, so any run
-    with the same reference and the same data finds them. A file that can't be read is made again.
+    with the same reference and the same data finds them, followed by the SHA-256 of their file: one
+    that can't be read, or that the disk has changed, is made again.
     `size` examples at once are read, and `pause` is called before. Raises `DiskError`, and what
     `pause` raises, with nothing kept.
     """
@@ -76,7 +79,10 @@ def reference_logps(
         if not path.exists():
             return None
         try:
-            found = np.load(path, mmap_mode="r")
+            whole = np.memmap(path, np.uint8, "r")
+            if hashlib.sha256(whole[:-_SHA256].data).digest() != whole[-_SHA256:].tobytes():
+                raise ValueError("its checksum differs")
+            found = np.load(path, mmap_mode="r")  # which reads no further than the array
             if found.shape == shape and found.dtype == np.float32:
                 return found
             raise ValueError(f"it has {found.dtype} {found.shape}, not float32 {shape}")
@@ -100,6 +106,7 @@ def reference_logps(
     def keep() -> None:
         content = io.BytesIO()
         np.save(content, made)
+        content.write(hashlib.sha256(content.getbuffer()).digest())
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(path, content.getvalue())
 

@@ -260,6 +260,43 @@ def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):
     assert said == "pujax.train: the working directory is gone: cd to one that is there"
 
 
+@pytest.mark.parametrize(
+    ("module", "code", "name", "said"),
+    [
+        ("matplotlib", "raise ValueError('no such')", "MPLBACKEND", "begin with that (no such): "),
+        (
+            "jax._src.config",
+            "raise ValueError('odd\\nx')",
+            "JAX_DEBUG_NANS",
+            "that (odd): unset it",
+        ),
+        (
+            "jax._src.xla_bridge",
+            "def backends(): assert False",
+            "JAX_PLATFORMS",
+            "jax can't begin with that: unset it, or give it another value",
+        ),
+    ],
+)
+def test_a_variable_that_a_library_can_not_begin_with_is_named(
+    monkeypatch, capsys, module, code, name, said
+):
+    def act(_):
+        of_library = {"__name__": module}
+        exec(code, of_library)
+        of_library["backends"]()
+
+    for variable in [each for each in os.environ if each.startswith(("JAX_", "MPL"))]:
+        monkeypatch.delenv(variable)
+    with pytest.raises((ValueError, AssertionError)):  # of which no variable can be why
+        called(monkeypatch, act, "experiment=smoke")
+    monkeypatch.setenv(name, "banana")
+    assert called(monkeypatch, act, "experiment=smoke") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {name}=banana: ")
+    assert said in line
+
+
 def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     def act(_):
         return [][1]
@@ -354,6 +391,8 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
         ("loss/mine.yaml", "a: \0", ["loss=mine"], "mine.yaml"),
         ("loss/mine.yaml", "a: \0", ["loss=mine"], "special characters are not allowed at pos"),
         ("loss/mine.yaml", "a: \udcff", ["loss=mine"], "of the settings is not UTF-8 (byte 3 of"),
+        ("x.yaml", "", ["run.dir=r/\udcff"], "run.dir: not all of it is UTF-8: give it, or the f"),
+        ("x.yaml", "", ["run.name=${oc.env:ODD_BYTES}"], "run.name: not all of it is UTF-8: give"),
         ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
         (
             "x.yaml",
@@ -369,6 +408,7 @@ def test_a_slip_of_ones_own_is_one_line_that_says_what_to_write(
 ):
     (tmp_path / file).parent.mkdir(exist_ok=True)
     (tmp_path / file).write_text(content, errors="surrogateescape")
+    monkeypatch.setenv("ODD_BYTES", "r\udcff")
     given = ("+experiment=smoke", "--config-dir", str(tmp_path), *words)
     assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
     (line,) = capsys.readouterr().err.splitlines()
@@ -384,6 +424,15 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
     said = capsys.readouterr().err
     assert said.startswith("pujax.train: align.speed: In 'experiment/mine': ")
     assert "Key 'speed' not in 'AlignConfig'" in said
+
+
+def test_a_file_that_holds_itself_is_one_line(monkeypatch, capsys, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text("data: &a\n  prompts: *a\n")
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "alias (*name) within what it stands for" in line
 
 
 @pytest.mark.parametrize(

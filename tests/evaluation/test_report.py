@@ -12,7 +12,7 @@ import pytest
 from pujax import report
 from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.cards import _answer
-from pujax.evaluation.curves import drawable, held_out, running_mean
+from pujax.evaluation.curves import LIGHT, curves, drawable, held_out, running_mean
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.evaluation.subjects import SuiteAnswer, keep_answer, kept_answers
@@ -157,6 +157,13 @@ def test_the_page_shows_what_a_suite_found_beside_the_evaluation(tmp_path):
     assert "<p>a &lt;note&gt;</p>" in costs
 
 
+@pytest.mark.parametrize("content", ["[]", '{"header": 5}', "[" * 5000])
+def test_a_file_that_no_suite_wrote_is_one_line(tmp_path, content):
+    (tmp_path / "suite-costs.json").write_text(content)
+    with pytest.raises(EvaluationError, match=r"suite-costs\.json: not what a suite found"):
+        kept_answers(tmp_path)
+
+
 def test_the_page_begins_with_the_verdict_and_what_speaks_against_it(run, tmp_path):
     directory = shutil.copytree(run, tmp_path / "run")
     for model in ("base", "sft", "aligned"):
@@ -296,6 +303,11 @@ def test_the_page_has_a_panel_for_each_held_out_metric(tmp_path):
         "Held-out exact answer",
         "Held-out of_my_own",
     ]
+
+
+def test_a_dollar_and_half_a_character_in_a_metrics_name_are_drawn():
+    lines = [{"stage": "eval", "model": "base", "step": 0, "eval/$\\frac{$\ud800": 0.1}]
+    assert curves(lines, LIGHT, "png", drawable(lines)).startswith(b"\x89PNG")
 
 
 def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():

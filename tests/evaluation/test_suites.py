@@ -244,6 +244,13 @@ def test_an_interrupted_suite_goes_on_after_what_it_has(subject, tmp_path):
         Records(path, {"seed": 1})
 
 
+@pytest.mark.parametrize("line", ["{}", '{"id": ["a"]}'])
+def test_records_without_an_id_are_one_line(tmp_path, line):
+    (tmp_path / "kept.jsonl").write_text(f'{{"asked": {{}}}}\n{line}\n')
+    with pytest.raises(EvaluationError, match="is of another question"):
+        Records(tmp_path / "kept.jsonl")
+
+
 def test_shares_of_pairs_are_of_those_that_the_oracle_orders():
     record = {
         "oracle": [2.0, 1.0, 0.0],

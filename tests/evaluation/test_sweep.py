@@ -5,7 +5,7 @@ import pytest
 from pujax import report
 from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
-from pujax.evaluation.sweep import gather
+from pujax.evaluation.sweep import _drawn, gather
 
 
 def evaluation(rouge, anchor="a"):
@@ -135,6 +135,21 @@ def test_what_can_not_be_read_is_unfinished_and_costs_no_other_run(sweep):
     assert [job.directory.name for job in found.unfinished] == ["1_seed=0", "1_seed=1", "2_seed=1"]
     assert "not a row of an evaluation" in found.unfinished[0].state
     assert "config.yaml: not settings" in found.unfinished[1].state
+
+
+def test_a_dollar_and_half_a_character_in_what_was_swept_are_drawn(tmp_path):
+    rows = gather(done(tmp_path / "0", 0.5, seed=0, loss="$\\frac{$\ud800")).rows
+    assert _drawn(rows).startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize("content", ["[]", "{", "[" * 5000])
+def test_what_no_sweep_gave_a_run_costs_no_other_run(tmp_path, content):
+    for seed in (0, 1):
+        done(tmp_path / str(seed), 0.5, seed=seed)
+    (tmp_path / "0" / "swept.json").write_text(content)
+    found = gather(tmp_path)
+    assert [len(row.runs) for row in found.rows] == [1]
+    assert "swept.json: not what a sweep gave a run" in found.unfinished[0].state
 
 
 def test_a_folder_without_runs_and_two_questions_at_once_are_refused(tmp_path):

@@ -2,7 +2,7 @@ import errno
 import os
 import stat
 import sys
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -65,6 +65,20 @@ def test_no_link_is_followed_to_where_a_file_is_written_first(tmp_path):
     with pytest.raises(DiskError, match="move away what is in its way"):
         write_whole(tmp_path / "a.json", b"{}")
     assert (tmp_path / "theirs").read_bytes() == b"theirs"
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, lambda at: os.link(at.with_name("theirs"), at)])
+def test_no_pipe_and_no_file_of_two_names_is_written_to(tmp_path, put):
+    (tmp_path / "theirs").write_bytes(b"theirs")
+    put(tmp_path / ".a.json.new")
+    with ThreadPoolExecutor(1) as other:
+        writing = other.submit(write_whole, tmp_path / "a.json", b"{}")
+        if not wait([writing], timeout=2).done:  # a pipe's reader ends it
+            (tmp_path / ".a.json.new").read_bytes()
+        with pytest.raises(DiskError, match="move away what is in its way"):
+            writing.result()
+    assert (tmp_path / "theirs").read_bytes() == b"theirs"
+    assert not (tmp_path / "a.json").exists()
 
 
 def test_what_libraries_in_rust_say_of_a_full_disk_is_understood(tmp_path):

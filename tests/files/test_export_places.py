@@ -19,6 +19,7 @@ from pujax.files import gguf, safetensors, weights
 from pujax.files.card import is_card, model_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
+from pujax.files.exported import recorded
 from pujax.inference.finished import export, finished_run, model_path, newest_runs
 from pujax.models import lora
 from pujax.run.provenance import licence_of, teachers_in
@@ -207,6 +208,12 @@ def test_a_damaged_record_makes_nothing_an_exports(chat, model, tmp_path):
         with pytest.raises(ConfigError, match=r"did not write .* as it is now"):
             export_hf(model[0], model[1], chat, tmp_path, {})
         assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("torn", ["[]", '{"config.json": 5}', "[" * 5000])
+def test_a_record_of_another_form_is_one_of_nothing(tmp_path, torn):
+    (tmp_path / ".pujax-export.json").write_text(torn)
+    assert recorded(tmp_path) == {}
 
 
 def test_links_are_named_and_not_written_through(chat, model, tmp_path):

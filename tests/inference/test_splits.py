@@ -9,12 +9,18 @@ import pytest
 from pujax import evaluate
 from pujax.config.settings import DataConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
 from pujax.files.chat import Chat
-from pujax.inference.splits import model_digest, split_of, warning_of_training
+from pujax.inference.splits import (
+    _beside,
+    _refuse_other,
+    model_digest,
+    split_of,
+    warning_of_training,
+)
 from pujax.models.decoder import LanguageModel
 from pujax.teacher.prompts import load_prompts
 
@@ -168,6 +174,14 @@ def test_a_runs_own_metric_is_measured_again_where_the_caller_trusts_its_package
     assert list(split_of(*given, trusted=["mine"]).metrics) == ["shout"]
     with pytest.raises(ConfigError, match=r"set trusted=\[mine\]"):  # a run may be a stranger's
         split_of(*given)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "[" * 5000])
+def test_what_a_split_was_asked_by_is_one_line_where_it_is_torn(tmp_path, content):
+    (tmp_path / "eval-base.jsonl").touch()
+    _beside(tmp_path / "eval-base.jsonl").write_text(content)
+    with pytest.raises(EvaluationError, match="nothing tells of what it was made"):
+        _refuse_other(tmp_path, "base", {"model": "m"})
 
 
 def test_a_models_digest_is_of_its_weights_and_template_alone(tmp_path):

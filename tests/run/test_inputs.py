@@ -146,8 +146,9 @@ def test_a_run_begun_without_digests_takes_its_inputs_as_they_are(held, tmp_path
     assert held() == [line]
 
 
-def test_digests_that_are_torn_are_one_line(held, tmp_path):
-    (tmp_path / "inputs.json").write_text('{"data.pro')
+@pytest.mark.parametrize("content", ['{"data.pro', "[]", "[" * 5000])
+def test_digests_that_are_torn_are_one_line(held, tmp_path, content):
+    (tmp_path / "inputs.json").write_text(content)
     with pytest.raises(DataError, match=r"inputs\.json: can't be read"):
         held()
 

@@ -68,6 +68,12 @@ def test_log_probs_of_given_responses_are_the_models_and_kept_by_model_and_data(
     path.write_bytes(path.read_bytes()[:200])  # cut off
     np.testing.assert_array_equal(read()[0], made)
     assert "can't be read" in " ".join(said)
+    rotten = bytearray(whole := path.read_bytes())
+    rotten[-40] ^= 1  # in the last number: of its mantissa
+    path.write_bytes(rotten)
+    np.testing.assert_array_equal(read()[0], made)
+    assert path.read_bytes() == whole
+    assert said[-2] == f"{path}: can't be read (its checksum differs): making it again"
     other, _ = read(params=jax.tree.map(lambda x: x * 1.01, params))
     assert np.abs(other - made).max() > 1e-3
     assert len(list((tmp_path / "kept").iterdir())) == 2
