@@ -419,8 +419,22 @@ def test_an_account_that_runs_dry_late_does_not_fail_all_the_rest(server, store)
 
 def test_a_code_that_blames_the_prompt_counts_at_once(server, store):
     server.reply = lambda request: error(400, "long", code="context_length_exceeded")
-    tally = run(many(20), server, store, concurrency=4)
+    said = []
+    tally = run(many(20), server, store, said, concurrency=4)
     assert tally.failed == {"rejected": 20}
+    reason = f"{server.url}/chat/completions answered 400: long: this prompt is why: "
+    reason += "change it or leave it out"
+    assert {record["refusal"] for _, record in read_records(failures_path(store))} == {reason}
+    assert "0 answered, 20 failed (20 rejected)" in said[0]
+    assert said[1] == f"failed, such as: {reason}; all are in {failures_path(store)}"
+
+
+def test_a_refusal_in_an_answer_is_quoted_in_one_short_line(server, store):
+    server.reply = lambda request: (200, {}, completion("no", refusal="I can't\n" + "so " * 200))
+    said = []
+    run(user("a"), server, store, said)
+    assert said[1].startswith("failed, such as: I can't so so ")
+    assert len(said[1]) < 350 + len(str(store))
 
 
 @pytest.mark.parametrize(
