@@ -49,6 +49,7 @@ class Tally:
     refusal: str | None = None  # what was said of the first that failed, of those with words
     unanswered: int = 0
     requests: int = 0
+    replies: int = 0  # to requests, without those that were errors
     retried: int = 0
     prompt_tokens: float = 0
     completion_tokens: float = 0
@@ -304,6 +305,7 @@ class Collection:
             begun = time.monotonic()
             answer = await self._teacher.ask(prompt.messages)
             answer = replace(answer, seconds=time.monotonic() - begun)
+            tally.replies += 1
             self._heard, self._unheard = True, 0
             prompt_tokens, completion_tokens = self._used(prompt, answer)
             tally.prompt_tokens += prompt_tokens

@@ -426,6 +426,7 @@ def test_a_code_that_blames_the_prompt_counts_at_once(server, store):
     reason += "change it or leave it out"
     assert {record["refusal"] for _, record in read_records(failures_path(store))} == {reason}
     assert "0 answered, 20 failed (20 rejected)" in said[0]
+    assert "20 requests (20 errors)" in said[0]
     assert said[1] == f"failed, such as: {reason}; all are in {failures_path(store)}"
 
 
@@ -490,8 +491,10 @@ def test_an_error_is_said_once(server, store):
     server.reply = lambda request: error(401, "bad key")
     said = []
     with pytest.raises(TeacherError, match="bad key"):
-        run(many(3), server, store, said)
-    assert said[-1] == "stopped: an error; at most 3 are left: run the same command to go on"
+        run(many(3), server, store, said, concurrency=1)
+    assert said[-1] == "stopped: an error; at most 3 are left for this command once it is mended"
+    assert ", 0 failed, 1 without an answer; 1 request (1 error); " in said[0]
+    assert said[0].endswith("; cost unknown")  # no price is set
     assert not any("bad key" in line for line in said)
 
 
