@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import fields, is_dataclass
+from typing import Any
 
 import pytest
 
@@ -108,7 +109,7 @@ def test_bash_completes_added_keys_and_what_stands_in_lists_and_after_an_at_sign
 
 
 def test_the_words_to_complete_are_those_that_the_settings_take():
-    known = {
+    known: dict[tuple[str, str], Any] = {
         (key, name): kind
         for schema in (TrainConfig, ExportConfig, ServeConfig)
         for prefix, kind in [("", schema), *kinds_of(schema)]
@@ -122,11 +123,11 @@ def test_the_words_to_complete_are_those_that_the_settings_take():
     for (key, name), kind in known.items():
         if key == "resume":
             continue  # which takes a run's directory too
-        needed = {"run": "x"} if kind in (ExportConfig, ServeConfig) else {}
+        needed: dict[str, Any] = {} if "." in key else {"run": "x"}
         for word in WORDS[key]:
-            kind(**needed, **{name: word})
+            kind(**needed | {name: word})
         with pytest.raises(ConfigError) as refused:
-            kind(**needed, **{name: "nonsense"})
+            kind(**needed | {name: "nonsense"})
         assert all(word in str(refused.value) for word in WORDS[key])
 
 
