@@ -106,7 +106,7 @@ def run(settings: CollectRun) -> int:
         return 128 + signal.Signals[tally.stopped]
     if tally.asked and not tally.answered and not tally.stopped:
         last = f" (the last: {tally.trouble})" if tally.trouble else ""
-        raise TeacherError(f"nothing that was asked got a usable answer: {tally.failed}{last}")
+        raise TeacherError(f"nothing that was asked got a usable answer: {tally.failures}{last}")
     if not tally.answered and not any(
         digest(messages_key(prompt.messages, teacher.asked)) in contents.answered
         for prompt in prompts()

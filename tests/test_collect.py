@@ -325,13 +325,13 @@ def test_a_full_disk_is_one_line_and_every_answer_is_kept(server, prompts, tmp_p
 def test_when_nothing_is_answered_the_status_is_not_0(server, prompts, tmp_path):
     server.reply = lambda request: (200, {}, completion(""))
     line = one_line(collect(tmp_path, *asking(server.url, prompts)))
-    assert "nothing that was asked got a usable answer: {'empty': 20}" in line
+    assert "nothing that was asked got a usable answer: 20 empty" in line
     write(prompts, 3)
     server.reply = lambda request: (400, {}, {"error": {"message": "too \x1b[31mlong"}})
     store = "other.jsonl"
     line = one_line(collect(tmp_path, *asking(server.url, prompts, store)))
     assert line.isprintable()
-    assert "{'rejected': 3} (the last: " in line
+    assert "3 rejected (the last: " in line
     # Asked again or not, there is nothing to train on: what comes after `&&` must not begin.
     again = collect(tmp_path, *asking(server.url, prompts, store))
     assert again.stdout == (

@@ -302,7 +302,11 @@ def in_new_words(name: str) -> None:
 
 def one_source(run: str | None, model: str | None) -> None:
     """Refuse both a run and a model, and neither. Raises `ConfigError`."""
-    require((run is None) != (model is None), "run", run, "set either run=DIRECTORY or model=PATH")
+    if (run is None) == (model is None):
+        found = f"both run={run!r} and model={model!r} are set"
+        if run is None:
+            found = "neither run nor model is set"
+        raise ConfigError(f"{found}: set either run=DIRECTORY or model=PATH")
 
 
 def listed(key: str, value: Any) -> list[str]:
@@ -448,6 +452,8 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     if isinstance(node, DictConfig):  # inside of a function's node, which no schema describes
         known += [f"{key.rpartition('.')[0]}.{name}" for name in node if "_target_" in node]
     near = _nearest(key, [other for other in known if other != key])
+    if key == "prompt":  # of chat, say, which is for several
+        near = ", `pujax generate` takes one"
     return f"{key}: no such setting{near or ': take it out'}"
 
 

@@ -18,30 +18,61 @@ from pujax.config.help import choices_of
 from pujax.config.overrides import kinds_of
 from pujax.errors import one_of
 from pujax.files.settings import flat
+from pujax.text import secret_name
 
-OPTIONS = ("--help", "--version", "--multirun", "--cfg")
+OPTIONS = ("--help", "--version", "--multirun", "--cfg", "--hydra-help")
 """What every command takes beside settings."""
+
+WORDS = {
+    "resume": ("auto", "never"),  # or a run's directory
+    "model.dtype": ("auto", "float32", "bfloat16"),
+    "model.remat": ("none", "dots", "full"),
+    "data.gate.answer": ("off", "exact", "contains"),
+    "data.on_bad_row": ("error", "drop"),
+    "data.on_too_long": ("error", "drop", "truncate"),
+    "scorer.by": ("reference", "policy"),
+    "optim.schedule": ("cosine", "constant"),
+    "teacher.thoughts": ("strip", "keep", "fail"),
+    "format": ("hf", "gguf", "peft"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "kind": ("F16", "Q8_0", "Q4_1", "Q4_0"),
+}
+"""What settings take of words alone, which the records' own checks say."""
 
 BASH = """\
 # What bash completes after pujax, made by `pujax --completion bash`.
 @KNOWN@
 _pujax() {
     local line=${COMP_LINE:0:COMP_POINT} command=${COMP_WORDS[1]-} IFS=$' \\t\\n'
-    local word=${line##*[[:space:]]} found key value start
+    local word=${line##*[[:space:]]} found key value begun start end=' ' known i
+    local added=${word%%[^+]*}  # + or ++ before a key
     if (( COMP_CWORD == 1 )); then
         found=$(compgen -W "$_pujax_commands" -S ' ' -- "$word")
     elif [[ $word == *=* ]]; then
         key=${word%%=*} value=${word#*=}
-        start=${value%"${value##*,}"}  # the values before it, of a sweep
+        begun=${value##*,} begun=${begun##[[@]}
+        start=${value%"$begun"}  # the values before it, of a list or a sweep
+        [[ $value == \\[* ]] && end=
+        known=$(_pujax_values "$command ${key#"$added"}")
+        if [[ $known ]]; then
+            found=$(compgen -W "$known" -S "$end" -- "$begun")
+        elif [[ $start ]]; then  # which bash would take for a part of the file's name
+            found=$(compgen -f -- "$begun")
+        fi
         # What bash takes for the word begins after the sign, unless it was told otherwise.
         [[ $COMP_WORDBREAKS == *=* ]] || start=$key=$start
-        found=$(compgen -W "$(_pujax_values "$command ${key#+}")" -S ' ' -- "${value##*,}")
         found=${found:+$start${found//$'\\n'/$'\\n'$start}}
     else
-        found=$(compgen -W "$(_pujax_keys "$command")" -- "$word")
+        found=$(compgen -P "$added" -W "$(_pujax_keys "$command")" -- "${word#"$added"}")
     fi
     IFS=$'\\n'
     COMPREPLY=($found)
+    if [[ $word == *=* && -z $known ]]; then
+        for i in "${!COMPREPLY[@]}"; do
+            [[ -d ${COMPREPLY[i]#"$start"} ]] && COMPREPLY[i]+=/
+        done
+    fi
+    return 0
 }
 complete -o nospace -o default -F _pujax pujax
 """
@@ -56,10 +87,11 @@ _pujax() {
         compadd -- ${=_pujax_commands}
     elif [[ $PREFIX == *=* ]]; then
         found=(${=$(_pujax_values "$words[2] ${${PREFIX%%=*}#+}")})
-        compset -P '*[=,]'
+        compset -P '*[=,\\[@]'
         if (( $#found )); then compadd -- $found; else _files; fi
     else
         found=(${=$(_pujax_keys $words[2])})
+        compset -P '+'
         compadd -S '' -- $found
     fi
 }
@@ -102,8 +134,9 @@ def _completed(command: str) -> Iterator[tuple[str, list[str]]]:
     schema = OmegaConf.get_type(ConfigStore.instance().load(f"{command}_schema.yaml").node)
     assert schema is not None  # commands register records
     for key, kind in kinds_of(schema):
-        if not is_dataclass(kind) and key not in groups:
-            yield key, ["true", "false"] if kind is bool else []
+        # What has a secret's name is refused: a key is never typed.
+        if not is_dataclass(kind) and key not in groups and not secret_name(key):
+            yield key, ["true", "false"] if kind is bool else list(WORDS.get(key, ()))
     for group in groups:
         if group != "experiment":  # whose files set settings of everywhere
             yield from ((key, []) for key in _inside(root, group))

@@ -13,7 +13,7 @@ from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
 from pujax.evaluation.tables import Column, difference, interval, runs_of, verdict
 from pujax.records import Prompt
-from pujax.text import blank
+from pujax.text import blank, counted
 
 SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
 
@@ -135,10 +135,10 @@ def collapses(evaluation: Evaluation) -> list[str]:
         share = count / len(rows)
         more = share >= SAME and share - of_teacher / len(rows) >= BEYOND
         if more or share >= ONE > wanted:
-            distinct = len({_plain(row.response) for row in rows})
+            distinct = counted(len({_plain(row.response) for row in rows}), "distinct answer")
             found.append(
                 f"{evaluation.model} says the same to {count} of {len(rows)} prompts{kind}, "
-                f"{_quoted(answer)} ({distinct} distinct answers; {told})"
+                f"{_quoted(answer)} ({distinct}; {told})"
             )
     return found
 

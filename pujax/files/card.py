@@ -1,5 +1,6 @@
 """Model cards: the README.md of an export, by which it is known again."""
 
+import hashlib
 import html
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,8 @@ from pujax.text import mask
 _TAG = "tags: [pujax]"
 
 _TOKENIZER_FILES = "pujax_tokenizer_files: "
+
+_DIGEST = "pujax_digest: "  # of the card's other lines, by which an edited one is known
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -79,7 +82,8 @@ def model_card(
     rows = [f"| {_cell(key)} | {_cell(value)} |" for key, value in _shown(card)]
     if rows:
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
-    return "\n\n".join(parts) + "\n"
+    told = "\n\n".join(parts) + "\n"
+    return told.replace(_TAG, f"{_TAG}\n{_DIGEST}{_digest(told)}", 1)
 
 
 def _named(names: Any) -> str:
@@ -94,11 +98,28 @@ def is_card(path: Path) -> bool:
     return lines[:1] == ["---"] and "---" in lines[1:] and _TAG in lines[: lines.index("---", 1)]
 
 
+def is_edited(path: Path) -> bool:
+    """Whether a model card is no longer what `model_card` made; False for one of before it told."""
+    text = path.read_text(encoding="utf-8", errors="replace")
+    sealed = [line for line in text.splitlines() if line.startswith(_DIGEST)]
+    return bool(sealed) and sealed != [_DIGEST + _digest(text)]
+
+
+def _digest(card: str) -> str:
+    """Of the lines, whichever way they end, but the one that holds it."""
+    lines = [line for line in card.splitlines() if not line.startswith(_DIGEST)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+
 def refuse_foreign_card(path: Path) -> None:
-    """Raise `ConfigError` unless the name is free or an export's model card has it."""
+    """Raise `ConfigError` unless the name is free or an export's model card has it, unedited."""
     if path.is_dir() or (path.exists() and not is_card(path)):
         raise ConfigError(
             f"{path}: not a model card that an export wrote: move it away, or choose another out"
+        )
+    if path.exists() and is_edited(path):
+        raise ConfigError(
+            f"{path}: was edited since an export wrote it: move it away, or choose another out"
         )
 
 

@@ -24,6 +24,7 @@ from pujax.files.durable import flush, on_disk, write_whole
 from pujax.files.exported import (
     ADAPTER,
     ADAPTER_FILES,
+    CARD,
     CHAT_FILES,
     RECORD,
     digests,
@@ -272,8 +273,12 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
     if not directory.is_dir():
         raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
     held = sorted(path.name for path in directory.iterdir() if path.name not in (_STAGE, RECORD))
+    # A card that was moved away, to keep what was added to it, leaves the record.
+    ours = is_card(directory / CARD) or (
+        not os.path.lexists(directory / CARD) and last in (recorded(directory) or ())
+    )
     other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
-    if held and (other in held or not is_card(directory / "README.md")):
+    if held and (other in held or not ours):
         raise ConfigError(
             f"out={directory}: holds files that no such export wrote ({held[0]} and "
             f"{len(held) - 1} more): move them away, or choose an empty or a new directory"

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from pujax.errors import ConfigError
 from pujax.files import safetensors
-from pujax.files.card import is_card, tokenizer_files
+from pujax.files.card import is_card, is_edited, tokenizer_files
 from pujax.files.durable import write_whole
 
 ADAPTER = "adapter"
@@ -100,7 +100,7 @@ def _is_theirs(directory: Path, name: str, kept: Mapping[str, Sequence[str]] | N
     if not path.is_file():
         return True
     if path.name == CARD:  # which people add to
-        return not is_card(path)
+        return not is_card(path) or is_edited(path)
     if kept is not None:
         return digests(directory, [name])[name][0] not in kept.get(name, ())
     if path.parent.name == ADAPTER and path.parent != directory:

@@ -24,7 +24,7 @@ from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import TeacherConfig
 from pujax.teacher.store import COLLECT
-from pujax.text import counted
+from pujax.text import counted, printable
 from pujax.types import Batch, Completions, right_padded
 
 
@@ -200,13 +200,19 @@ def _joined(own: Sequence[Dataset], given: Sequence[Dataset], config: DataConfig
 
 
 def _check_apart(
-    train: Iterable[Example | _Fitted], held: Iterable[Example | _Fitted], source: Any, heldout: Any
+    train: Iterable[Example | _Fitted], held: Sequence[Example | _Fitted], source: Any, heldout: Any
 ) -> None:
     """Refuse prompts that are both trained on and held out."""
     shared = {each.prompt_ids for each in train} & {each.prompt_ids for each in held}
     if shared:
+        texts = list(
+            dict.fromkeys(e.prompt.messages[-1]["content"] for e in held if e.prompt_ids in shared)
+        )
+        some = ", ".join(f"“{printable(text, 60)}”" for text in texts[:3])
+        some += ", ..." if len(texts) > 3 else ""
         raise DataError(
-            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {source} and {heldout}: "
+            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {source} and {heldout} "
+            f"({some}): "
             "take out of one what is in both, or the evaluation means nothing"
         )
 

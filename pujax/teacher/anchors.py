@@ -8,7 +8,7 @@ from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.asking import Tally, ask_all
 from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig
-from pujax.teacher.store import COLLECT, Anchors, Contents, require_store
+from pujax.teacher.store import COLLECT, Anchors, Contents, failures_path, require_store
 from pujax.teacher.writer import AnchorStore, kept_beside, take_up
 from pujax.text import counted, printable
 
@@ -52,18 +52,26 @@ def collect(
         for repair in book.repairs:
             say(repair)
     failed = sum(tally.failed.values())
-    money = "unknown" if tally.cost is None else f"{tally.cost:.4f}"
+    unpriced = tally.cost is None or (plan.cost is None and not tally.replies)
+    money = "unknown" if unpriced else f"{tally.cost:.4f}"
+    errors = counted(tally.requests - tally.replies, "error")
     say(
         f"{counted(plan.prompts, 'prompt')}: had {plan.cached}, asked {tally.asked}: "
-        + f"{tally.answered} answered, {failed} failed {tally.failed or ''}".rstrip()
+        + f"{tally.answered} answered, {failed} failed"
+        + (f" ({tally.failures})" if failed else "")
         + f", {tally.unanswered} without an answer; {counted(tally.requests, 'request')} "
-        f"({tally.retried} failed); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} "
+        f"({errors}); {tally.prompt_tokens:.0f} + {tally.completion_tokens:.0f} "
         f"tokens; cost {money}" + _left_out(plan.failed)
     )
+    if failed:
+        such = f", such as: {printable(tally.refusal)}" if tally.refusal else ""
+        say(f"failed{such}; all are in {failures_path(store)}")
     if tally.stopped:
         left = plan.to_ask - tally.answered - failed
-        why = "an error" if tally.error else tally.stopped  # which is raised, and so said once
-        say(f"stopped: {why}; at most {left} are left: run the same command to go on")
+        why, then = tally.stopped, ": run the same command to go on"
+        if tally.error:  # which is raised, and so said once, with its remedy
+            why, then = "an error", " for this command once it is mended"
+        say(f"stopped: {why}; at most {left} are left{then}")
     if tally.error:
         raise tally.error
     if tally.unanswered and not tally.stopped:

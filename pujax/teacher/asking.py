@@ -46,8 +46,10 @@ class Tally:
     asked: int = 0
     answered: int = 0
     failed: dict[str, int] = field(default_factory=dict)
+    refusal: str | None = None  # what was said of the first that failed, of those with words
     unanswered: int = 0
     requests: int = 0
+    replies: int = 0  # to requests, without those that were errors
     retried: int = 0
     prompt_tokens: float = 0
     completion_tokens: float = 0
@@ -55,6 +57,11 @@ class Tally:
     trouble: str | None = None
     stopped: str | None = None
     error: Exception | None = None
+
+    @property
+    def failures(self) -> str:
+        """How many failed in which way: `2 rejected, 1 empty`."""
+        return ", ".join(f"{count} {why}" for why, count in self.failed.items())
 
 
 class Collection:
@@ -272,6 +279,7 @@ class Collection:
             tally.answered += 1
         else:
             tally.failed[failure] = tally.failed.get(failure, 0) + 1
+            tally.refusal = tally.refusal or answer.refusal
             self._failed_now.add(digest(key))
         self._store.refresh()
         if self._store.full:
@@ -297,6 +305,7 @@ class Collection:
             begun = time.monotonic()
             answer = await self._teacher.ask(prompt.messages)
             answer = replace(answer, seconds=time.monotonic() - begun)
+            tally.replies += 1
             self._heard, self._unheard = True, 0
             prompt_tokens, completion_tokens = self._used(prompt, answer)
             tally.prompt_tokens += prompt_tokens

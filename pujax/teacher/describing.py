@@ -61,8 +61,10 @@ def describe(store: Path) -> str:
     short: list[tuple[int, str, str]] = []
     long: list[tuple[int, str, str]] = []
     for answer in answers():
-        short = heapq.nsmallest(10, [*short, answer])
-        long = heapq.nlargest(10, [*long, answer])
+        if answer[-1] not in {text for *_, text in short}:
+            short = heapq.nsmallest(10, [*short, answer])
+        if answer[-1] not in {text for *_, text in long}:
+            long = heapq.nlargest(10, [*long, answer])
     reasons: Counter[str] = Counter()
     for _, record in read_failures(store):
         reasons[record["reason"]] += 1

@@ -293,13 +293,16 @@ class HttpTeacher:
             403: f"may the key in {key} do this?",
             404: f"check teacher.base_url and teacher.model={self._settings.model}",
         }
-        other = "teacher.base_url" if status < 400 else "teacher.model and its parameters"
-        remedy = remedies.get(status, f"check {other}")
+        other = "teacher.model and its parameters, or this prompt"
+        remedy = remedies.get(status, f"check {'teacher.base_url' if status < 400 else other}")
         shown = status if response.is_success else response.status_code
+        certain = status == 413 or not ABOUT_PROMPT.isdisjoint(codes)
+        if certain and status not in remedies:
+            remedy = "this prompt is why: change it or leave it out"
         line = f"{self._url} answered {shown}: {said}: {remedy}"
         if status < 400 or status in (401, 402, 404, 405, 407, 410):
             raise TeacherError(line)
-        raise Rejected(line, certain=status == 413 or not ABOUT_PROMPT.isdisjoint(codes))
+        raise Rejected(line, certain=certain)
 
 
 def _is_own(function: Callable[..., Any]) -> bool:

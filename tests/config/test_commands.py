@@ -18,7 +18,7 @@ from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from omegaconf import OmegaConf
 from rich.console import Console
 
-from pujax import __version__, benchmark, evaluate, export, generate, report
+from pujax import __version__, benchmark, chat, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
 from pujax.config import commands
 from pujax.config.commands import command, masked, swept
@@ -460,6 +460,7 @@ def test_help_lists_the_groups_that_the_command_takes(monkeypatch, capsys, name,
 def test_what_a_command_does_not_take_is_not_proposed(monkeypatch, capsys):
     for main, given, said in (
         (generate.main, "suite=signal", "suite: no such setting: take it out"),
+        (chat.main, "prompt=hi", "prompt: no such setting, `pujax generate` takes one"),
         (benchmark.main, "experiment=smoke", "experiment: train alone takes one"),
         (benchmark.main, "teacher=openai", "teacher: no such setting"),
     ):

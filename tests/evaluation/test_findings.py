@@ -31,7 +31,7 @@ def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its
     found = findings.verdict_on([before, after])
     assert found.style == "loss"
     assert "says the same to 40 of 40 prompts, “i'm sorry, but i can't.”" in found.sentence
-    assert "(1 distinct answers; the teacher's most frequent one is to 1)" in found.sentence
+    assert "(1 distinct answer; the teacher's most frequent one is to 1)" in found.sentence
     assert any("read the answers" in told for told in findings.warnings([before, after]))
 
 
@@ -62,7 +62,7 @@ def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itsel
     anchors, truths = ["billing"] * 32 + ["account"] * 8, ["billing", "account"] * 20
     one = evaluation("aligned", ["Billing"] * 40, anchors=anchors)
     (told,) = findings.collapses(one)
-    assert told.endswith("(1 distinct answers; the teacher's most frequent one is to 32)")
+    assert told.endswith("(1 distinct answer; the teacher's most frequent one is to 32)")
     (told,) = findings.collapses(
         evaluation("m", ["billing"] * 37 + ["x"] * 3, anchors=["billing"] * 40, truths=truths)
     )

@@ -321,8 +321,11 @@ def test_peft_loads_the_adapter_with_the_same_logits(chat, tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({}, "set either run=DIRECTORY or model=PATH"),
-        ({"run": "a", "model": "b"}, "set either run=DIRECTORY or model=PATH"),
+        ({}, "^neither run nor model is set: set either run=DIRECTORY or model=PATH"),
+        (
+            {"run": "a", "model": "b"},
+            "^both run='a' and model='b' are set: set either run=DIRECTORY or model=PATH",
+        ),
         ({"model": "b", "format": "onnx"}, "format='onnx': choose hf, gguf or peft"),
         ({"model": "b", "kind": "Q3_K"}, "kind='Q3_K': choose F16, Q8_0"),
         ({"model": "b", "format": "peft"}, "an adapter is a LoRA run's"),

@@ -16,7 +16,7 @@ from toy_gguf import toy_chat
 
 from pujax.errors import ConfigError, DiskError, WeightsError
 from pujax.files import gguf, safetensors, weights
-from pujax.files.card import is_card, model_card
+from pujax.files.card import is_card, is_edited, model_card, refuse_foreign_card
 from pujax.files.chat import Chat
 from pujax.files.export import export_gguf, export_hf, export_peft
 from pujax.files.exported import recorded
@@ -250,6 +250,25 @@ def test_a_readme_that_speaks_of_pujax_is_no_card(tmp_path):
         assert not is_card(tmp_path / f"{i}.md")
     (tmp_path / "card.md").write_text(OLD_CARD)
     assert is_card(tmp_path / "card.md")
+
+
+def test_a_card_that_was_edited_is_not_written_over(chat, model, tmp_path):
+    config, params = model
+    for _ in range(2):  # an untouched one is
+        export_hf(config, params, chat, tmp_path, {"seed": 7})
+    card, written = tmp_path / "README.md", (tmp_path / "README.md").read_text()
+    card.write_text(written.replace("\n", "\r\n"))  # as git may check it out
+    assert not is_edited(card)
+    edited = written + "\nIntended use: my own mail.\n"
+    card.write_text(edited)
+    with pytest.raises(ConfigError, match=r"did not write README\.md as it is now: move it away"):
+        export_hf(config, params, chat, tmp_path, {"seed": 8})
+    assert card.read_text() == edited
+    with pytest.raises(ConfigError, match=r"README\.md: was edited since an export wrote it: move"):
+        refuse_foreign_card(card)
+    card.rename(tmp_path / "mine.md")
+    export_hf(config, params, chat, tmp_path, {"seed": 8})  # the advice helps
+    assert "| seed | 8 |" in card.read_text()
 
 
 def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_path):

@@ -177,6 +177,7 @@ def loaded(tmp_path, monkeypatch, texts, heldout=("z",), **settings) -> tuple[An
     [
         (["abc", "abcdefgh"], {}, "has 10 tokens, data.max_prompt_tokens is 8"),
         (["z"], {}, "1 prompt is in both "),
+        (["abc", "z"], {}, "(“z”): take out of one what is in both"),
         (["abc"], {"on_too_long": "truncate", "max_prompt_tokens": 2}, "leave no room"),
     ],
 )

@@ -419,8 +419,23 @@ def test_an_account_that_runs_dry_late_does_not_fail_all_the_rest(server, store)
 
 def test_a_code_that_blames_the_prompt_counts_at_once(server, store):
     server.reply = lambda request: error(400, "long", code="context_length_exceeded")
-    tally = run(many(20), server, store, concurrency=4)
+    said = []
+    tally = run(many(20), server, store, said, concurrency=4)
     assert tally.failed == {"rejected": 20}
+    reason = f"{server.url}/chat/completions answered 400: long: this prompt is why: "
+    reason += "change it or leave it out"
+    assert {record["refusal"] for _, record in read_records(failures_path(store))} == {reason}
+    assert "0 answered, 20 failed (20 rejected)" in said[0]
+    assert "20 requests (20 errors)" in said[0]
+    assert said[1] == f"failed, such as: {reason}; all are in {failures_path(store)}"
+
+
+def test_a_refusal_in_an_answer_is_quoted_in_one_short_line(server, store):
+    server.reply = lambda request: (200, {}, completion("no", refusal="I can't\n" + "so " * 200))
+    said = []
+    run(user("a"), server, store, said)
+    assert said[1].startswith("failed, such as: I can't so so ")
+    assert len(said[1]) < 350 + len(str(store))
 
 
 @pytest.mark.parametrize(
@@ -476,8 +491,10 @@ def test_an_error_is_said_once(server, store):
     server.reply = lambda request: error(401, "bad key")
     said = []
     with pytest.raises(TeacherError, match="bad key"):
-        run(many(3), server, store, said)
-    assert said[-1] == "stopped: an error; at most 3 are left: run the same command to go on"
+        run(many(3), server, store, said, concurrency=1)
+    assert said[-1] == "stopped: an error; at most 3 are left for this command once it is mended"
+    assert ", 0 failed, 1 without an answer; 1 request (1 error); " in said[0]
+    assert said[0].endswith("; cost unknown")  # no price is set
     assert not any("bad key" in line for line in said)
 
 

@@ -29,7 +29,7 @@ from pujax.teacher.store import (
 )
 from pujax.teacher.writer import AnchorStore, kept_beside, take_up
 from tests.teacher_client import TURN, at, many, run, user
-from tests.teacher_server import completion
+from tests.teacher_server import completion, echo
 
 # --- keys -----------------------------------------------------------------------------------------
 
@@ -768,3 +768,14 @@ def test_a_store_that_was_saved_as_utf_16_is_named_so(tmp_path, encoding):
     for read in (read_anchors, Contents):
         with pytest.raises(StoreError, match=r"anchors\.jsonl:1: UTF-16, .*: save it as UTF-8"):
             read(store)
+
+
+def test_the_extremes_of_a_store_are_answers_that_differ(server, store):
+    server.reply = lambda request: (
+        (200, {}, completion("no")) if "1" in request.prompt else echo(request)
+    )
+    run(many(12), server, store)
+    shortest = describe(store).partition("shortest:\n")[2].partition("longest:")[0].splitlines()
+    assert [line.rpartition("  ")[2] for line in shortest[:2]] == ["'no'", "'answer to prompt 0'"]
+    assert sum("'no'" in line for line in shortest) == 1
+    assert len(shortest) == 10  # of 1 and 9 that differ
