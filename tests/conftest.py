@@ -13,6 +13,8 @@ os.environ["XLA_FLAGS"] = (
 # core, as is the default, eight devices on two cores run out of them and wait for ever.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Under nohup a process has it ignored, and so would those that tests start and close terminals of.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
