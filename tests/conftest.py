@@ -13,8 +13,6 @@ os.environ["XLA_FLAGS"] = (
 # core, as is the default, eight devices on two cores run out of them and wait for ever.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-# Under nohup a process has it ignored, and so would those that tests start and close terminals of.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax
 import jax.numpy as jnp
@@ -25,6 +23,8 @@ from pujax.method import labels
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.types import Batch, Tokens
 
+# Under nohup a process has it ignored, and so would those that tests start and close terminals of.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 # What took a moment to compile is kept for the next run.
 CACHE = Path(__file__).parents[1] / ".pytest_cache" / "xla"
