@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pujax.config.commands import command
 from pujax.config.tool_settings import BenchmarkConfig
-from pujax.files.durable import refuse_unwritable
+from pujax.files.durable import refuse_unwritable, sweep_files
 
 
 def run(settings: BenchmarkConfig) -> None:
@@ -17,11 +17,11 @@ def run(settings: BenchmarkConfig) -> None:
     if settings.plan:
         planned(settings)
         return
-    from pujax.run.benchmarks import described, sweep, sweep_files, table, write_sweep
+    from pujax.run.benchmarks import HEAD, described, sweep, table, write_sweep
 
     if settings.benchmark.sweep:
         refuse_unwritable(Path(settings.benchmark.out))
-        sweep_files(Path(settings.benchmark.out))
+        sweep_files(Path(settings.benchmark.out), HEAD)
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)

@@ -19,7 +19,7 @@ from pujax.evaluation import comparison, tables
 from pujax.evaluation.curves import LIGHT, in_utf8, style_of
 from pujax.evaluation.results import Evaluation, load, shown_by
 from pujax.evaluation.statistics import same_prompts
-from pujax.files.durable import read_jsonl, refuse_other, write_whole
+from pujax.files.durable import read_jsonl, sweep_files, write_whole
 from pujax.files.settings import (
     DONE,
     SETTINGS,
@@ -152,9 +152,7 @@ def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
         *("| " + " | ".join(text.replace("|", "\\|") for text in row) + " |" for row in cells),
     ]
     page = [*lines, "", caption, *(f"\n{line}" for line in told), ""]
-    text, picture = directory / "sweep.md", directory / "sweep.png"
-    refuse_other(text, b"| setting | seeds |")
-    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
+    text, picture = sweep_files(directory, "| setting | seeds |")
     write_whole(text, "\n".join(page).encode(errors="backslashreplace"))
     write_whole(picture, _drawn(sweep.rows))
     told.append(f"sweep: {text}, {picture}{_page(directory, sweep)}")

@@ -98,6 +98,17 @@ def refuse_other(path: Path, *marks: bytes) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
 
 
+def sweep_files(directory: Path, head: str) -> tuple[Path, Path]:
+    """Where a sweep's table, which begins with `head`, and its picture go: sweep.md, sweep.png.
+
+    Raises `DiskError` where another file is there.
+    """
+    text, picture = directory / "sweep.md", directory / "sweep.png"
+    refuse_other(text, head.encode())
+    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
+    return text, picture
+
+
 @contextmanager
 def _held(path: Path) -> Iterator[None]:
     """A file at `path` that no other process has until the block ends; no link is followed."""

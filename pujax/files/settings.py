@@ -119,8 +119,8 @@ class _NoAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-_TORN = (yaml.YAMLError, ValueError, RecursionError, OSError)
-_TORN += (LookupError, AttributeError)  # of PyYAML (6.0), for `!!bool x` and its like
+# The last two are PyYAML's own (6.0), for `!!bool x` and its like.
+_TORN = (yaml.YAMLError, ValueError, RecursionError, OSError, LookupError, AttributeError)
 
 
 def kept_settings(directory: Path) -> dict[str, Any]:

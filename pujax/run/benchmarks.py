@@ -11,10 +11,13 @@ import jax
 from rich.table import Table
 
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
-from pujax.files.durable import on_disk, refuse_other, write_whole
+from pujax.files.durable import on_disk, sweep_files, write_whole
 from pujax.models.parameters import AXES
 from pujax.run.measure import Cost
 from pujax.run.plan import CHIPS, StepPlan
+
+HEAD = "| K | P | T |"
+"""What the table of a sweep begins with, by which it is known again."""
 
 # What a sweep varies, one at a time: the number of candidates and the two lengths in tokens.
 SWEPT: Mapping[str, Sequence[int]] = {
@@ -122,14 +125,6 @@ def sweep(
                 yield key, value, measure(replace(shape, **{key: value}))
 
 
-def sweep_files(directory: Path) -> tuple[Path, Path]:
-    """Where a sweep's table and picture go. Raises `DiskError` where another file is there."""
-    text, picture = directory / "sweep.md", directory / "sweep.png"
-    refuse_other(text, b"| K | P | T |")
-    refuse_other(picture, b"pujax", *([b"Matplotlib"] if text.exists() else []))  # of before
-    return text, picture
-
-
 def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Path]:
     """`sweep.md` and `sweep.png` in `directory`: a table of the costs, and their curves."""
     with on_disk(directory):
@@ -137,11 +132,11 @@ def write_sweep(costs: Sequence[Mapping[str, Any]], directory: Path) -> list[Pat
     names = ("candidates", "prompt_tokens", "response_tokens")
     keys = ("step_s", "generate_s", "score_s", "update_s", "mfu", "compile_cold_s")
     rows = [
-        "| K | P | T | " + " | ".join(ROWS[key][0] for key in keys) + " |",
+        f"{HEAD} " + " | ".join(ROWS[key][0] for key in keys) + " |",
         "|" + "---:|" * (len(names) + len(keys)),
         *("| " + " | ".join(_short(cost[key]) for key in (*names, *keys)) + " |" for cost in costs),
     ]
-    text, picture = sweep_files(directory)
+    text, picture = sweep_files(directory, HEAD)
     write_whole(text, ("\n".join(rows) + "\n").encode())
     write_whole(picture, _drawn(costs, names))
     return [text, picture]

@@ -118,11 +118,10 @@ def anchors_for(
         had = sum(messages_key(prompt.messages) in found for prompt in prompts)
         say(f"{counted(len(prompts), 'prompt')}: had {had}, asked 0")
     lacking = [prompt for prompt in prompts if messages_key(prompt.messages) not in found]
-    missing = [
-        _named(p) + place(p) for p in lacking if messages_key(p.messages) not in anchors.failed
-    ]
+    missing = [p for p in lacking if messages_key(p.messages) not in anchors.failed]
     if missing:
-        some = printable(", ".join(missing[:5])) + (", ..." if len(missing) > 5 else "")
+        some = printable(", ".join(_named(prompt) + place(prompt) for prompt in missing[:5]))
+        some += ", ..." if len(missing) > 5 else ""
         if kept := kept_beside(store):
             remedy += f"; {kept[0]} has answers that a collection puts into the store"
         total = counted(len(prompts), "prompt has", "prompts have")

@@ -344,16 +344,21 @@ def test_settings_of_preferences_are_held_against_each_other():
         DataConfig(preference_share=1.0)
 
 
-def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
+def of_one_prompt(folder):
+    """Settings of a file of one training prompt, one of one held-out prompt, and a store to be."""
     for name in ("train", "heldout"):
-        (tmp_path / f"{name}.txt").write_text(f"{name[0]}\n")
-    data = DataConfig(
-        prompts=str(tmp_path / "train.txt"),
-        heldout=str(tmp_path / "heldout.txt"),
-        anchors=str(tmp_path / "store.jsonl"),
+        (folder / f"{name}.txt").write_text(f"{name[0]}\n")
+    return DataConfig(
+        prompts=str(folder / "train.txt"),
+        heldout=str(folder / "heldout.txt"),
+        anchors=str(folder / "store.jsonl"),
         max_prompt_tokens=8,
         max_response_tokens=5,
     )
+
+
+def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
+    data = of_one_prompt(tmp_path)
     teacher = TeacherConfig(base_url="http://127.0.0.1:1/v1", model="t")
     config = TrainConfig(data=data, teacher=teacher)
     checked = []
@@ -365,16 +370,8 @@ def test_a_run_that_has_begun_asks_nobody_for_what_its_store_lacks(tmp_path):
 def test_an_edited_prompt_without_an_anchor_is_quoted_and_a_begun_run_is_not_told_to_collect(
     tmp_path,
 ):
-    for name in ("train", "heldout"):
-        (tmp_path / f"{name}.txt").write_text(f"{name[0]}\n")
+    data = of_one_prompt(tmp_path)
     (tmp_path / "store.jsonl").touch()
-    data = DataConfig(
-        prompts=str(tmp_path / "train.txt"),
-        heldout=str(tmp_path / "heldout.txt"),
-        anchors=str(tmp_path / "store.jsonl"),
-        max_prompt_tokens=8,
-        max_response_tokens=5,
-    )
 
     def refused(begun):
         with pytest.raises(StoreError) as said:
