@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_left_behind():
+def nothing_is_left_behind(request):
     """A command that a test calls sets what is the process's; the next test has it as it was."""
     signals = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGALRM)}
     hook, environment, settings = sys.unraisablehook, dict(os.environ), dict(jax.config.values)
@@ -46,6 +46,10 @@ def nothing_is_left_behind():
     for number, handler in signals.items():
         signal.signal(number, handler)
     sys.unraisablehook = hook
+    if directory := request.node.funcargs.get("tmp_path"):  # another test's mine.py is another
+        for name, module in list(sys.modules.items()):
+            if (getattr(module, "__file__", None) or "").startswith(f"{directory}{os.sep}"):
+                del sys.modules[name]
     for name in (environment.keys() | os.environ.keys()) - {"PYTEST_CURRENT_TEST"}:
         if name not in environment:
             del os.environ[name]

@@ -49,4 +49,3 @@ def test_the_pages_reward_is_a_function_of_plain_python(outside, monkeypatch):
     mine = importlib.import_module("mine")
     assert mine.mentions_price("It costs 7 €.", {"price": 7}) == 1.0
     assert mine.mentions_price("No idea.", {"price": 7}) == 0.0
-    monkeypatch.delitem(sys.modules, "mine")
