@@ -148,7 +148,9 @@ def command(
             for secret in hidden:
                 line = hide(line, secret)
             called = title(swept())
-            print(f"pujax.{name}: {called}: {masked(line, argv)}", file=sys.stderr, flush=True)
+            print(
+                f"pujax.{name}: {called}: {secrets_hidden(line, argv)}", file=sys.stderr, flush=True
+            )
             note_failure(called)
 
         job.__module__ = f"pujax.{name}"  # Hydra names the application after it
@@ -164,7 +166,7 @@ def command(
                 if options and set(options) <= {"--help", "-h"}:
                     purpose = _purpose(act)
                     told = help_of(name, where, schema, groups, overrides, purpose=purpose)
-                    print(masked(told, [*typed, *overrides]))
+                    print(secrets_hidden(told, [*typed, *overrides]))
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
@@ -172,7 +174,7 @@ def command(
                 if not SHOWING.isdisjoint(options):
                     with redirect_stdout(StringIO()) as shown:
                         main()
-                    print(masked(shown.getvalue(), [*typed, *overrides]), end="")
+                    print(secrets_hidden(shown.getvalue(), [*typed, *overrides]), end="")
                     return
                 main()
                 if aside:
@@ -193,7 +195,7 @@ def command(
                 raise cause from cause.__cause__
             for secret in error.hidden if isinstance(error, _Ended) else ():
                 line = hide(line, secret)
-            print(f"pujax.{name}: {masked(line, [*typed, *overrides])}", file=sys.stderr)
+            print(f"pujax.{name}: {secrets_hidden(line, [*typed, *overrides])}", file=sys.stderr)
             sys.exit(status)
         finally:
             if not whole:
@@ -232,7 +234,7 @@ def _exit_on_signals() -> None:
 
 def swept() -> dict[str, str]:
     """What sets this job of a sweep apart, by key, without secrets; nothing outside of a sweep."""
-    return {key: masked(value, sys.argv[1:]) for key, value in overrides_apart().items()}
+    return {key: secrets_hidden(value, sys.argv[1:]) for key, value in overrides_apart().items()}
 
 
 def _hidden_in(composed: DictConfig) -> list[str]:
@@ -267,7 +269,10 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     else:
         said = f"no option {' '.join(unknown)}" if unknown else ""
     if said:
-        print(f"pujax.{name}: {masked(said, words)}: --hydra-help tells of all", file=sys.stderr)
+        print(
+            f"pujax.{name}: {secrets_hidden(said, words)}: --hydra-help tells of all",
+            file=sys.stderr,
+        )
         sys.exit(2)
     return options, overrides
 
@@ -296,7 +301,7 @@ def in_new_words(name: str) -> None:
         else:
             words.append(f"run={word}")
     if words != sys.argv[1:]:
-        told = masked(" ".join(words), sys.argv[1:])
+        told = secrets_hidden(" ".join(words), sys.argv[1:])
         sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {told}")
 
 
@@ -475,7 +480,7 @@ def _plain(text: str) -> str:
     return text.replace(" of type 'str'", "").strip()
 
 
-def masked(text: str, overrides: Iterable[str]) -> str:
+def secrets_hidden(text: str, overrides: Iterable[str]) -> str:
     """`text` with three stars for what is secret of `overrides` and of the environment."""
     before = ""
     for given in overrides:

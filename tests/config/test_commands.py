@@ -21,7 +21,7 @@ from rich.console import Console
 from pujax import __version__, benchmark, chat, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
 from pujax.config import commands
-from pujax.config.commands import command, masked, swept
+from pujax.config.commands import command, secrets_hidden, swept
 from pujax.config.compose import SILENT, WaryLoader, refuse_calls
 from pujax.config.settings import TrainConfig
 from pujax.config.typed import text_or_file
@@ -576,7 +576,7 @@ def test_no_file_takes_the_number_of_a_closed_stream():
     ],
 )
 def test_a_value_that_looks_secret_is_never_said(monkeypatch, capsys, given):
-    assert "sk-1234" not in masked(f"can't take {given}", [given])
+    assert "sk-1234" not in secrets_hidden(f"can't take {given}", [given])
     assert called(monkeypatch, lambda _: None, "+experiment=smoke", given) == 1
     shown = capsys.readouterr()
     assert "sk-1234" not in shown.out + shown.err
@@ -634,7 +634,7 @@ def test_no_message_holds_what_a_file_took_from_the_environment(monkeypatch, cap
 
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
-    assert masked(" ".join(given), given) == " ".join(given)
+    assert secrets_hidden(" ".join(given), given) == " ".join(given)
 
 
 def test_every_command_is_listed_with_what_it_is_for():
