@@ -11,6 +11,7 @@ from pujax.errors import ConfigError
 
 COMMANDS = (
     "train",
+    "adapt",
     "collect",
     "generate",
     "chat",

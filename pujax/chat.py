@@ -39,7 +39,7 @@ def run(settings: ChatConfig) -> None:
     given = text_or_file("system", settings.system)
     system = system if given is None else given
     typed = sys.stdin.isatty()
-    generator = Generator.load(source)
+    generator = Generator.load(source, settings.soft_prompt)
     if typed:
         print(f"{source}: {HELP}", file=sys.stderr)
     converse(generator, _typed() if typed else lines(), settings, system, forgiving=typed)

@@ -43,7 +43,7 @@ def run(settings: GenerateConfig) -> None:
     first = list(islice(prompts, size))
     if not first:
         raise ConfigError("standard input is empty: set prompt=TEXT, or give one prompt a line")
-    generator = Generator.load(source)
+    generator = Generator.load(source, settings.soft_prompt)
     batches = chain([first], iter(lambda: list(islice(prompts, size)), []))
     turns = [] if system is None else [{"role": "system", "content": system}]
     for number, batch in enumerate(batches):

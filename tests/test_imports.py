@@ -12,7 +12,7 @@ import pujax
 ROOT = Path(pujax.__file__).parent
 COMMANDS = (
     *("train", "collect", "generate", "chat", "serve", "export", "evaluate", "report"),
-    "benchmark",
+    *("benchmark", "adapt"),
 )
 # A room imports from itself and from earlier lines alone.
 FLOORS = [

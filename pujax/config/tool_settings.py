@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.config.commands import listed
+from pujax.config.commands import listed, one_source
 from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import MeshConfig, ScorerConfig, check_seed
 from pujax.errors import ConfigError, require
@@ -209,3 +209,88 @@ class EvaluateConfig:
         """Whether other prompts are meant than a run's own, or the same asked otherwise."""
         changed = (self.data, self.eval, self.out) != (HeldoutConfig(), MeasureConfig(), None)
         return changed or not self.runs
+
+
+@dataclass(frozen=True)
+class AdaptConfig:
+    """Everything `pujax adapt` is told.
+
+    Attributes:
+        run: a run's directory, or a folder of runs: its newest finished one; or
+        model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        preferences: what the user prefers, in the forms of `data.preferences`; null only beside
+            `fitted`: what was sampled is then not fitted further.
+        heldout: more of the same user's, on which the model is judged before and after; null judges
+            on `preferences`.
+        out: the soft prompt's file, which ends in .safetensors.
+        tokens: how many virtual tokens stand before a prompt.
+        start: a text whose tokens they are at first, over again where it has fewer.
+        task: what the user is after, in words: kept with the soft prompt, for `fitted` of others.
+        fitted: soft prompts of other users, each with a task: one for this `task` is sampled from a
+            diffusion model of them, and fitting begins with that in place of `start`.
+        system: the system message where a prompt has none; null is the one that the run was trained
+            with, or else the chat template's own.
+        dimensions: weights of the ratings by name; none takes the mean of all.
+        loss: a function, by `_target_`, and its keywords.
+        steps: updates.
+        batch: prompts a step.
+        lr: peak learning rate, in (0, 1].
+        seed: of the order of the prompts and of sampling, in [0, 2**63).
+        max_prompt_tokens: the longest prompt, in tokens.
+        max_response_tokens: the longest response, in tokens.
+        on_bad_row: what a row that can't be used is: an error, or to drop.
+        trusted: packages beside pujax whose functions may be named by `_target_`: their code runs
+            here.
+    """
+
+    run: str | None = None
+    model: str | None = None
+    preferences: Any = None
+    heldout: Any = None
+    out: str = MISSING
+    tokens: int = 8
+    start: str = "Answer as I like it best."
+    task: str | None = None
+    fitted: list[str] = field(default_factory=list)
+    system: str | None = None
+    dimensions: dict[str, float] = field(default_factory=dict)
+    loss: Any = MISSING
+    steps: int = 100
+    batch: int = 4
+    lr: float = 0.01
+    seed: int = 0
+    max_prompt_tokens: int = 128
+    max_response_tokens: int = 128
+    on_bad_row: str = "error"
+    trusted: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        one_source(self.run, self.model)
+        check_seed(self.seed)
+        for key, most in (("tokens", 1024), ("steps", 1_000_000), ("batch", 4096)):
+            value = getattr(self, key)
+            require(0 < value <= most, key, value, f"must lie in [1, {most}]")
+        require(0 < self.lr <= 1, "lr", self.lr, "must lie in (0, 1]")
+        require(self.start.strip() != "", "start", self.start, "write a text of a token at least")
+        require(
+            self.preferences is not None or bool(self.fitted),
+            "preferences",
+            self.preferences,
+            "name what the user prefers, or `fitted` soft prompts of others, or both",
+        )
+        require(
+            self.preferences is not None or self.heldout is None,
+            "heldout",
+            self.heldout,
+            "without preferences nothing is fitted that could be judged: take it out",
+        )
+        told = self.task is not None and self.task.strip() != ""
+        require(
+            told or not self.fitted,
+            "task",
+            self.task,
+            "say what the user is after: it is sampled for",
+        )
+        require(
+            len(self.fitted) != 1, "fitted", self.fitted, "a diffusion model needs two at the least"
+        )

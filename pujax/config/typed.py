@@ -19,6 +19,7 @@ class Answering:
         model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
         system: the system message, or @FILE; null is the one that the run was trained with, or else
             the chat template's own.
+        soft_prompt: a file of `pujax adapt`: answer as the one likes it whose preferences it has.
         max_tokens: the longest answer, in tokens.
         temperature: of sampling; 0 takes the likeliest token each time.
         top_k: sample from the k likeliest tokens; 0 is from all.
@@ -29,6 +30,7 @@ class Answering:
     run: str | None = None
     model: str | None = None
     system: str | None = None
+    soft_prompt: str | None = None
     max_tokens: int = 128
     temperature: float = 0.0
     top_k: int = 0

@@ -5,14 +5,19 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import cast
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.locate import at_home
+from pujax.files.soft_prompt import load_soft_prompt, require_fit
 from pujax.inference.finished import model_path
 from pujax.models.decoder import LanguageModel
+from pujax.models.lora import with_adapter
+from pujax.models.soft_prompt import led
 from pujax.types import Completions, Params, Tokens, right_padded
 
 
@@ -33,18 +38,25 @@ class Generator:
     model: LanguageModel
     params: Params
     chat: Chat
+    virtual: int = 0
 
     @classmethod
-    def load(cls, path: str) -> "Generator":
+    def load(cls, path: str, soft_prompt: str | None = None) -> "Generator":
         """The model of a run's directory, or at any path that `weights.load` takes.
 
+        With a `soft_prompt`, a file of `pujax adapt`, each prompt is led by its `virtual` tokens.
         Raises `ConfigError`, and with it `WeightsError` and `ChatError`.
         """
         source = model_path(path)
         chat = Chat.load(source)
         config, params = weights.load(source)
         config = replace(config, eos_ids=chat.eos_ids)
-        return cls(LanguageModel(config), params, chat)
+        if soft_prompt is None:
+            return cls(LanguageModel(config), params, chat)
+        vectors, _ = load_soft_prompt(at_home(soft_prompt))
+        require_fit(soft_prompt, vectors, config)
+        params = with_adapter(params, {"soft_prompt": jnp.asarray(vectors)})
+        return cls(LanguageModel(config), params, chat, len(vectors))
 
     def answer(
         self,
@@ -102,7 +114,11 @@ def padded(
     So few lengths are compiled. Raises `ConfigError` for one that leaves the model no positions for
     `max_tokens`.
     """
-    rendered = [generator.chat.render(list(messages)) for messages in conversations]
+    rendered: list[Sequence[int]] = [
+        generator.chat.render(list(messages)) for messages in conversations
+    ]
+    if generator.virtual:
+        rendered = [led(ids, generator.virtual, generator.model.config) for ids in rendered]
     longest = max(map(len, rendered))
     room = generator.model.config.max_positions
     if longest + max_tokens > room:

@@ -288,6 +288,10 @@ class LanguageModel(nn.Module):
             # Split both ways, a looked-up row would be on the wrong devices twice over.
             table = gathered(self.mesh, "embed", table)
         x = table.at[tokens].get(mode="clip").astype(self.dtype)
+        if "soft_prompt" in params:
+            at_ND = tokens - self.config.vocab
+            soft_ND = params["soft_prompt"].at[at_ND].get(mode="clip").astype(self.dtype)
+            x = jnp.where(at_ND[..., None] < 0, x, soft_ND)
         scale = self.config.embed_scale
         return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
 

@@ -43,8 +43,11 @@ def init_adapter(key: Array, params: Params, *, rank: int, targets: str = ALL) -
 
 
 def with_adapter(base: Params, adapter: Params) -> Params:
-    """The base's parameters with the adapter's beside its kernels; nothing is copied."""
-    return base | {"layers": base["layers"] | adapter["layers"]}
+    """The base's parameters with the adapter's beside its kernels; nothing is copied.
+
+    An adapter may be, or have, a `soft_prompt` too.
+    """
+    return base | adapter | {"layers": base["layers"] | adapter.get("layers", {})}
 
 
 def split(params: Params) -> tuple[Params, Params]:

@@ -129,6 +129,8 @@ PARAMETERS: dict[str, Parameter | dict[str, Parameter]] = {
 }
 # Of scorers that are trained beside a decoder and read its states: see `method.discriminator`.
 HEADS: dict[str, Parameter] = {"discriminator": Parameter("D", _zeros)}
+# Of N virtual tokens, whose ids lie behind the vocabulary: see `soft_prompt`.
+VIRTUAL: dict[str, Parameter] = {"soft_prompt": Parameter("N D", _normal)}
 KERNELS = tuple(name for name, row in LAYERS.items() if len(row.dims.split()) == 3)
 
 
@@ -161,7 +163,8 @@ def mesh_axes(name: str) -> tuple[str | None, ...] | None:
     table.
     """
     kernel, _, factor = name.partition("_lora_")
-    row = LAYERS.get(kernel) or PARAMETERS.get(kernel) or HEADS.get(kernel)
+    tables = (LAYERS, PARAMETERS, HEADS, VIRTUAL)
+    row = next((table[kernel] for table in tables if kernel in table), None)
     if not isinstance(row, Parameter):
         return None
     if not factor:

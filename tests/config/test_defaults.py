@@ -21,7 +21,7 @@ from pujax.config.settings import (
     ScorerConfig,
     TrainConfig,
 )
-from pujax.config.tool_settings import BenchmarkConfig
+from pujax.config.tool_settings import AdaptConfig, BenchmarkConfig
 from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.evaluation.metrics import METRICS, Shown
 from pujax.export import ExportConfig
@@ -69,11 +69,12 @@ def choices(*groups):
         ("chat", "/tools", ChatConfig, ("model=m",)),
         ("serve", "/tools", ServeConfig, ("model=m",)),
         ("export", "/tools", ExportConfig, ("model=m",)),
+        ("adapt", "/tools", AdaptConfig, ("model=m", "preferences=p", "out=o")),
     ],
 )
 def test_a_default_that_a_yaml_states_is_the_records(name, folder, schema, given):
     register(f"{name}_schema", schema)
-    groups = GROUPS if name == "evaluate" else ()
+    groups = {"evaluate": GROUPS, "adapt": ("loss",)}.get(name, ())
     stated = OmegaConf.to_container(composed(name, folder, groups, given), resolve=False)
     assert isinstance(stated, dict)
     defaults = dict(flat(OmegaConf.to_container(structured(schema))))

@@ -18,7 +18,7 @@ from pujax.config.compose import conf_dir, from_hydra, offered, register
 from pujax.config.help import COLUMN, WIDTH, help_of, meanings, said_of
 from pujax.config.overrides import in_hydra_words
 from pujax.config.settings import TrainConfig
-from pujax.config.tool_settings import BenchmarkConfig
+from pujax.config.tool_settings import AdaptConfig, BenchmarkConfig
 from pujax.evaluate import GROUPS as SHARED
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
@@ -92,6 +92,7 @@ OF_COMMANDS = {
     "export": ExportConfig,
     "evaluate": EvaluateConfig,
     "report": ReportConfig,
+    "adapt": AdaptConfig,
 }
 PICKED = ("experiment", "teacher", "model", "loss", "suite")
 
@@ -102,7 +103,7 @@ def test_help_says_what_a_command_is_for_and_gives_examples_that_hold(name):
     register(f"{name}_schema", schema)
     root = Path(conf_dir())
     conf = root if (root / f"{name}.yaml").exists() else root / "tools"
-    shared = SHARED if name == "evaluate" else []
+    shared = {"evaluate": SHARED, "adapt": ["loss"]}.get(name, [])
     with offered(shared):
         told = help_of(name, conf, schema, [], [], purpose="what for.").splitlines()
         assert told[1:3] == ["what for.", ""]

@@ -1,0 +1,35 @@
+"""`pujax adapt`: a soft prompt fitted to one user's preferences, with all weights frozen."""
+
+from pujax.config.commands import command
+from pujax.config.tool_settings import AdaptConfig
+from pujax.inference.finished import source_of
+from pujax.run.compilation import compile_once
+from pujax.teacher.prompts import refuse_missing
+from pujax.text import counted
+
+
+def run(settings: AdaptConfig) -> None:
+    """Fit it, write it, and say how the model ranks its user's pairs before and after."""
+    source, of_run = source_of(settings.run, settings.model)
+    for given in (settings.preferences, settings.heldout):
+        if given is not None:
+            refuse_missing(given)
+    compile_once()
+    from pujax.run.adapting import adapt  # jax with it: --help does not need that
+
+    system = of_run if settings.system is None else settings.system
+    made = adapt(settings, source, system, print)
+    if made.before is not None and made.after is not None:
+        of = settings.heldout or settings.preferences
+        print(
+            f"{of}: of {counted(made.before.pairs, 'pair')} {made.before.raw:.0%} were ranked as "
+            f"the user does, {made.after.raw:.0%} are now (by log-probs a token "
+            f"{made.before.normalized:.0%} and {made.after.normalized:.0%})"
+        )
+    print(f"{settings.out}: give it as soft_prompt={settings.out} to `pujax generate` or `chat`")
+
+
+main = command("adapt", AdaptConfig, run, folder="tools", shared=("loss",))
+
+if __name__ == "__main__":
+    main()

