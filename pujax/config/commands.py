@@ -157,6 +157,8 @@ def command(
         try:
             where = Path(conf_dir(), folder)
             groups = groups_of(name, where)
+            if any(given.lstrip("+~").startswith("hydra.mode") for given in typed):
+                raise ConfigError("hydra.mode: add -m for a sweep, and leave it out for one run")
             if name != "train" and any(given.startswith("+experiment=") for given in typed):
                 raise ConfigError("experiment: train alone takes one: name what it sets by itself")
             sweep = not {"-m", "--multirun"}.isdisjoint(options)
@@ -182,9 +184,6 @@ def command(
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
-            if isinstance(error, UnicodeDecodeError):  # Hydra's, which says of no file
-                why = f"byte {error.start} of {error.object[:20]!r}..."
-                cause = ConfigError(f"a YAML file of the settings is not UTF-8 ({why}): save it so")
             if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
                 cause = ConfigError(
                     "a YAML file of the settings is nested too deep, or has an alias (*name) "

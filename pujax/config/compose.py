@@ -7,9 +7,13 @@ from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import yaml
 from hydra._internal import hydra as application_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pujax.errors import ConfigError
@@ -78,21 +82,105 @@ SILENT = {"version": 1, "root": None, "disable_existing_loggers": False}
 """Hydra's choice `none` of what it logs, which every command makes."""
 
 
+_VALUES = 10_000
+"""How many values of one file's aliases may stand for. OmegaConf writes each of them out, at about
+a hundred thousand a second; conf/ has no alias, and a thousand values in all."""
+
+
+class WaryFiles(FileConfigSource):
+    """Hydra's YAML files, of which none is taken whose aliases would fill the memory."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """The file's settings. Raises `ConfigError` that names it."""
+        path = Path(self.path, self._normalize_file_name(config_path))
+        try:
+            if path.is_file():
+                refuse_aliases(path)
+            return super().load_config(config_path)
+        except RecursionError as error:
+            raise ConfigError(f"{path}: nested too deep: take that out") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(
+                f"{path}: a YAML file of the settings is not UTF-8 (byte {error.start} of "
+                f"{error.object[:20]!r}...): save it so"
+            ) from error
+
+
+def refuse_aliases(path: Path) -> None:
+    """Raise `ConfigError` for an alias within what it stands for, and for too many values by them.
+
+    Nothing is written out for it: each node is counted once.
+    """
+    with path.open(encoding="utf-8") as file:
+        if "*" not in file.read():
+            return
+        file.seek(0)
+        root = yaml.compose(file, Loader=yaml.SafeLoader)
+    counts: dict[int, int] = {}  # of values, by node; none yet while its own are counted
+
+    def count(node: Any) -> int:
+        known = counts.get(id(node))
+        place = f"{path}:{node.start_mark.line + 1}"
+        if known == 0:
+            raise ConfigError(
+                f"{place}: has an alias (*name) within what it stands for (&name): take that out"
+            )
+        if known is None:
+            counts[id(node)] = 0
+            parts = [] if isinstance(node, yaml.ScalarNode) else node.value
+            pairs = isinstance(node, yaml.MappingNode)
+            known = 1 + sum(count(part) for each in parts for part in (each if pairs else [each]))
+            counts[id(node)] = known
+            if known > max(_VALUES, len(counts)):  # so many by aliases alone
+                raise ConfigError(
+                    f"{place}: its aliases (*name) stand for {known} values or more: write out "
+                    "what you need of them"
+                )
+        return known
+
+    if root is not None:
+        count(root)
+
+
 class WaryLoader(ConfigLoaderImpl):
-    """Hydra's composing, which refuses settings by which Hydra would call what they name.
+    """Hydra's composing, which refuses settings by which Hydra would do what they name.
 
     That would be before any check of ours. Overridden, since Hydra asks nobody between composing
     and calling; the processes of a launcher get this loader too, and compose by it.
     """
 
+    def __init__(self, config_search_path: ConfigSearchPath) -> None:
+        super().__init__(config_search_path)
+        repository: Any = self.repository
+        repository.sources = [
+            WaryFiles(each.provider, each.path) if each.scheme() == "file" else each
+            for each in repository.sources
+        ]
+
     def load_configuration(
         self, config_name: str | None, overrides: list[str], *given: Any, **named: Any
     ) -> DictConfig:
         """The settings composed. Raises `ConfigError` as `refuse_calls` does."""
-        composed = super().load_configuration(config_name, overrides, *given, **named)
+        try:
+            composed = super().load_configuration(config_name, overrides, *given, **named)
+        except KeyError as error:  # of os.environ: those of settings come as Hydra's
+            raise ConfigError(f"hydra.job.env_copy ({error.args[0]}): {_OF_SHELL}") from error
         if config_name is not None or overrides:  # else they are Hydra's own, as --hydra-help asks
             refuse_calls(composed.hydra)
+            # By its own word, which comes last, -m alone decides.
+            by_word = any(each.startswith("hydra.mode=") for each in overrides)
+            if composed.hydra.mode and not by_word:
+                raise ConfigError("hydra.mode: add -m for a sweep, and leave it out for one run")
         return composed
+
+    def _process_config_searchpath(
+        self, config_name: str | None, parsed_overrides: list[Any], repo: Any
+    ) -> None:
+        """Refuse another place to look for YAML in, which may be a package that is imported so."""
+        given = any(each.get_key_element() == "hydra.searchpath" for each in parsed_overrides)
+        primary = repo.load_config(config_path=config_name) if config_name is not None else None
+        if given or (primary and OmegaConf.select(primary.config, "hydra.searchpath") is not None):
+            raise ConfigError("hydra.searchpath: give the folder of your own YAML by --config-dir")
 
 
 @contextmanager
@@ -107,26 +195,39 @@ def wary() -> Iterator[None]:
         application.ConfigLoaderImpl = before
 
 
+_THEIRS = "it may come from a file that somebody else wrote: take it out"
+_OF_SHELL = f"a command's environment is its shell's, set it there; {_THEIRS}"
+
+
 def refuse_calls(hydra: DictConfig) -> None:
     """Raise `ConfigError` for what in Hydra's own settings has it call, or write, what they name.
 
     That is callbacks; logging, whose handlers are built by name and open files; a `_target_` within
-    a sweeper's or a launcher's settings (Hydra holds their own against its plugins); and a folder
-    for Hydra's copy of all settings.
+    a sweeper's or a launcher's settings (Hydra holds their own against its plugins); a folder for
+    Hydra's copy of all settings, or to work in, by which every relative path would be another; and
+    variables for the environment, by which other programs and libraries run, or to copy from it,
+    secrets among them.
     """
-    remedy = "it may come from a file that somebody else wrote: take it out"
     if hydra.callbacks:
         names = ", ".join(map(str, hydra.callbacks))
-        raise ConfigError(f"hydra.callbacks ({names}): Hydra would call what it names; {remedy}")
+        raise ConfigError(f"hydra.callbacks ({names}): Hydra would call what it names; {_THEIRS}")
     for key in ("hydra_logging", "job_logging"):
         if OmegaConf.to_container(hydra[key]) != SILENT:
-            raise ConfigError(f"hydra.{key}: pujax logs nothing by it, leave it at none; {remedy}")
+            raise ConfigError(f"hydra.{key}: pujax logs nothing by it, leave it at none; {_THEIRS}")
     for key in ("launcher", "sweeper"):
         for place in _targets(hydra[key], f"hydra.{key}"):
             if place != f"hydra.{key}._target_":
-                raise ConfigError(f"{place}: Hydra would call what it names; {remedy}")
+                raise ConfigError(f"{place}: Hydra would call what it names; {_THEIRS}")
     if hydra.output_subdir is not None:
-        raise ConfigError(f"hydra.output_subdir: a run keeps its own settings; {remedy}")
+        raise ConfigError(f"hydra.output_subdir: a run keeps its own settings; {_THEIRS}")
+    for key in ("env_copy", "env_set"):  # what is copied is set
+        if names := ", ".join(map(str, hydra.job[key])):
+            raise ConfigError(f"hydra.job.{key} ({names}): {_OF_SHELL}")
+    if hydra.job.chdir or OmegaConf.to_container(hydra.run) != {"dir": "."}:
+        raise ConfigError(
+            "hydra.run.dir, hydra.job.chdir: a command works where it was started; say run.dir or "
+            f"run.root for where a run goes; {_THEIRS}"
+        )
 
 
 def _targets(node: Any, key: str) -> Iterator[str]:

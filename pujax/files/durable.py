@@ -5,8 +5,10 @@ import fcntl
 import json
 import os
 import re
+import secrets
 import stat
 import tempfile
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -54,14 +56,14 @@ def write_whole(path: Path, content: bytes) -> None:
 
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write a file to, which takes its place when the block ends.
+    """A new file beside `path` to write to, which takes its place when the block ends.
 
-    Who writes the same file at this moment is waited for: each time it is written whole. Nothing is
-    left at that name when the block fails. Raises `DiskError` as `write_whole` does, also for an
-    OSError in the block.
+    Its name is nobody else's (see `begun_for`), and the block writes to the file that is there. Who
+    writes `path` at this moment is waited for: each time it is written whole. Nothing is left
+    beside it when the block fails, and what a kill leaves goes when `path` is next written. Raises
+    `DiskError` as `write_whole` does, also for an OSError in the block.
     """
-    beside = path.with_name(f".{path.name}.new")
-    with on_disk(path), _held(beside):
+    with on_disk(path), _held_beside(path) as beside:
         placed = False
         try:
             yield beside
@@ -69,9 +71,29 @@ def written_whole(path: Path) -> Iterator[Path]:
             beside.replace(path)
             placed = True
         finally:
-            if not placed:  # or else another process may have that name by now
+            if not placed:
                 beside.unlink(missing_ok=True)
         flush(path.parent)
+
+
+def name_beside(path: Path) -> Path:
+    """A name beside `path` that nothing has yet: .NAME.DIGITS.new."""
+    drawn = secrets.token_hex(4)
+    return path.with_name(f".{path.name}.{drawn}{_seal(path.name, drawn)}.new")
+
+
+def begun_for(name: str) -> str | None:
+    """The name that a file which `written_whole` began was to get; None for any other file.
+
+    Of the sixteen digits in such a name half are drawn by chance, and half are a checksum of those
+    and of NAME: of other names that look like one, one in four thousand million passes for it.
+    """
+    found = re.fullmatch(r"\.(.+)\.([0-9a-f]{8})([0-9a-f]{8})\.new", name, re.DOTALL)
+    return found[1] if found and found[3] == _seal(found[1], found[2]) else None
+
+
+def _seal(name: str, drawn: str) -> str:
+    return f"{zlib.crc32(os.fsencode(f'{name} {drawn}')):08x}"
 
 
 def refuse_unwritable(folder: Path) -> None:
@@ -110,34 +132,51 @@ def sweep_files(directory: Path, head: str) -> tuple[Path, Path]:
 
 
 @contextmanager
-def _held(path: Path) -> Iterator[None]:
-    """A file at `path` that no other process has until the block ends; no link is followed."""
+def _held_beside(path: Path) -> Iterator[Path]:
+    """A new file beside `path`, locked until the block ends."""
+    _clear_beside(path)
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+        beside = name_beside(path)
+        descriptor = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
         try:
-            _refuse_theirs(path, os.fstat(descriptor))
             with suppress(OSError):  # some file systems have no locks
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(descriptor), os.lstat(path)):
-                    break
+            if _is_at(beside, descriptor):
+                break
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # whoever had it gave it another name
+        os.close(descriptor)  # before it was locked another process took it for what a kill left
     try:
-        yield
+        yield beside
     finally:
         os.close(descriptor)
 
 
-def _refuse_theirs(path: Path, found: os.stat_result) -> None:
-    """Raise FileExistsError for what no write of ours left: a pipe, or a file of two names.
+def _clear_beside(path: Path) -> None:
+    """Wait for who writes `path` at this moment, and remove what a kill left of writing it.
 
-    To write to the one would wait for its reader, and to the other change a file elsewhere.
+    What can't be locked stays: somebody may be writing to it.
     """
-    if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+    names: list[str] = []
+    with suppress(OSError):  # a folder may be written and not listed
+        names = [name for name in os.listdir(path.parent) if begun_for(name) == path.name]
+    for beside in map(path.with_name, names):
+        with suppress(OSError):
+            flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+            descriptor = os.open(beside, flags)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+                if stat.S_ISREG(os.fstat(descriptor).st_mode) and _is_at(beside, descriptor):
+                    beside.unlink()
+            finally:
+                os.close(descriptor)
+
+
+def _is_at(path: Path, descriptor: int) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(descriptor), os.lstat(path))
+    return False
 
 
 def flush(path: Path) -> None:
@@ -181,6 +220,8 @@ def _remedy(number: int | None) -> str:
         return "make room on its disk and start the same command again"
     if number in _FORBIDDEN:
         return "choose a place that you may write to"
+    if number == errno.ENAMETOOLONG:
+        return "choose a shorter name"
     if number == errno.ENOENT:
         return "make the folder that it is to lie in"
     if number in _IN_THE_WAY:

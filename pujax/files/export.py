@@ -20,7 +20,7 @@ from pujax.errors import ConfigError, WeightsError
 from pujax.files import gguf, safetensors
 from pujax.files.card import is_card, model_card, student
 from pujax.files.chat import Chat
-from pujax.files.durable import flush, on_disk, write_whole
+from pujax.files.durable import begun_for, flush, on_disk, write_whole
 from pujax.files.exported import (
     ADAPTER,
     ADAPTER_FILES,
@@ -272,7 +272,8 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
         return
     if not directory.is_dir():
         raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
-    held = sorted(path.name for path in directory.iterdir() if path.name not in (_STAGE, RECORD))
+    named = (path.name for path in directory.iterdir() if path.name not in (_STAGE, RECORD))
+    held = sorted(name for name in named if begun_for(name) != RECORD)  # of a kill in the first
     # A card that was moved away, to keep what was added to it, leaves the record.
     ours = is_card(directory / CARD) or (
         not os.path.lexists(directory / CARD) and last in (recorded(directory) or ())

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pujax.errors import WeightsError
 from pujax.files.durable import on_disk, write_whole, written_whole
@@ -26,7 +25,8 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 
 _SHARD_BYTES = 5 * 2**30
 
-_FLOATS = ("F32", "F16", "BF16", "F64")
+_KINDS = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float64": "F64"}
+_FLOATS = tuple(_KINDS.values())
 
 
 @dataclass(frozen=True)
@@ -216,10 +216,24 @@ def remove_stale(directory: Path, *, kept: Collection[str]) -> None:
 
 
 def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
-    """Write a safetensors file whole. Raises `DiskError`."""
-    with written_whole(path) as beside:
-        save_file(tensors, beside, metadata={"format": "pt"})
-        beside.chmod(0o644)  # as the files beside it; safetensors keeps them private
+    """Write a safetensors file whole, one tensor after the other. Raises `DiskError`.
+
+    By hand, since the library (0.8) writes to a file and a name of its own, which a kill leaves.
+    """
+    # Aligned, as those that read it in place want it, and byte for byte what the library writes.
+    names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    told: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in names:
+        begin, end = end, end + tensors[name].nbytes
+        kind, shape = _KINDS[tensors[name].dtype.name], tensors[name].shape
+        told[name] = {"dtype": kind, "shape": shape, "data_offsets": (begin, end)}
+    header = json.dumps(told, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    with written_whole(path) as beside, beside.open("wb") as file:
+        file.write(len(header).to_bytes(8, "little") + header)
+        for name in names:
+            file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
 
 
 def read_json(path: Path) -> Settings:

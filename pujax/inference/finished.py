@@ -252,13 +252,13 @@ def _pushed(
     say: Callable[[str], None],
     beside: Mapping[str, Path] | None = None,
 ) -> Path:
-    """`out`, which has gone to the hub if there is a `name`: its files, and what lies `beside`."""
-    from pujax.files.exported import RECORD
+    """`out`, which is on the hub if there is a `name`: what the export wrote, and `beside`."""
+    from pujax.files.exported import recorded
     from pujax.files.hub import push
 
     if name is not None:
-        inside = [path for path in sorted(out.rglob("*")) if path.is_file() and path.name != RECORD]
-        files = {str(path.relative_to(out)): path for path in inside} or {out.name: out}
+        ours = recorded(out) if out.is_dir() else {}
+        files = {file: out / file for file in sorted(ours or ())} or {out.name: out}
         say(f"pushed to {push(name, {**files, **(beside or {})})}")
     return out
 

@@ -168,7 +168,9 @@ def evaluate_other(
     refuse_unwritable(directory)
     config = run_config(directory, trusted)
     metrics = build_metrics(config.eval, config.trusted)
-    return evaluate_subject(subject_of(config, path, print), config, metrics, name)
+    found = evaluate_subject(subject_of(config, path, print), config, metrics, name)
+    refuse_name(directory, path, name)  # another process may have taken it meanwhile
+    return found
 
 
 def evaluate_subject(

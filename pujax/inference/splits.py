@@ -137,6 +137,7 @@ def evaluated(
         return load(kept)
     subject = subject_for(split.config, path, chat, dataset)
     found = evaluate_subject(subject, split.config, split.metrics, name)
+    _refuse_other(split.folder, name, asked)  # another process may have been at it meanwhile
     with on_disk(split.folder):
         split.folder.mkdir(parents=True, exist_ok=True)
     # First: an evaluation without it would be nobody's.

@@ -15,17 +15,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Column
-from tensorboardX import SummaryWriter
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto import event_pb2, summary_pb2
+from tensorboardX.summary import scalar
 
 from pujax.errors import RecordError
 from pujax.evaluation.waiting import duration, waited
-from pujax.files.durable import Line, read_jsonl, whole_lines, write_whole
+from pujax.files.durable import Line, on_disk, read_jsonl, whole_lines, write_whole
 from pujax.records import STAGES
 from pujax.run.processes import first, told
 
 SHOWN = {"loss": "loss", "score/mean": "score", "kl/ref": "kl"}  # metrics in the progress line
 
 RECENT = 50  # steps whose pace the ETA goes by
+
+_EVENTS: Any = event_pb2  # their classes are made at run time: a type checker knows none
+_SUMMARIES: Any = summary_pb2
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ class RunLog:
         for model in ("base", "sft", "aligned") if resume else ():
             kept = [at for name, at in self._evaluated if name == model]
             self._purge[f"eval-{model}"] = max(kept, default=-1) + 1
-        self._writers: dict[str, SummaryWriter] = {}
+        self._writers: dict[str, _Plots] = {}
 
     def step(
         self, stage: str, step: int, metrics: Mapping[str, Any], *, seconds: float, tokens: int
@@ -162,8 +167,9 @@ class RunLog:
         if not self._writes:
             return
         for file in (self._metrics, self._samples):
-            file.flush()
-            os.fsync(file.fileno())
+            with on_disk(Path(file.name)):
+                file.flush()
+                os.fsync(file.fileno())
         for writer in self._writers.values():
             writer.flush()
 
@@ -171,8 +177,9 @@ class RunLog:
         """Flush and close every file."""
         if not self._writes:
             return
-        self._metrics.close()
-        self._samples.close()
+        for file in (self._metrics, self._samples):
+            with on_disk(Path(file.name)):
+                file.close()
         for writer in self._writers.values():
             writer.close()
 
@@ -184,12 +191,48 @@ class RunLog:
 
     def _plot(self, run: str, step: int, metrics: Mapping[str, Any]) -> None:
         if run not in self._writers:
-            self._writers[run] = SummaryWriter(
-                str(self._tensorboard / run), purge_step=self._purge.get(run), flush_secs=10
-            )
-        for name, value in metrics.items():
-            if math.isfinite(value):
-                self._writers[run].add_scalar(name, float(value), step)
+            self._writers[run] = _Plots(self._tensorboard / run, self._purge.get(run))
+        finite = {name: float(value) for name, value in metrics.items() if math.isfinite(value)}
+        self._writers[run].add(step, finite)
+
+
+class _Plots:
+    """One of TensorBoard's runs; what is flushed is on the disk.
+
+    tensorboardX's own `SummaryWriter` hands events to a thread, which a flush does not wait for,
+    and which ends on a full disk: what is added then waits for ever.
+    """
+
+    def __init__(self, folder: Path, purge: int | None) -> None:
+        self._folder = folder
+        self._flushed = time.monotonic()
+        with on_disk(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(folder / "events"))
+            if purge is not None:
+                began = _EVENTS.SessionLog(status=_EVENTS.SessionLog.START)
+                self._write(_EVENTS.Event(step=purge, session_log=began))
+
+    def add(self, step: int, values: Mapping[str, float]) -> None:
+        """Plot the values at `step`; watched from outside they show within ten seconds."""
+        told = [each for name, value in values.items() for each in scalar(name, value).value]
+        with on_disk(self._folder):
+            self._write(_EVENTS.Event(step=step, summary=_SUMMARIES.Summary(value=told)))
+            if time.monotonic() - self._flushed > 10:
+                self.flush()
+
+    def flush(self) -> None:
+        with on_disk(self._folder):
+            self._writer.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
+        with on_disk(self._folder):
+            self._writer.close()
+
+    def _write(self, event: Any) -> None:
+        event.wall_time = time.time()
+        self._writer.write_event(event)
 
 
 def cut(path: Path, stage: str, step: int, *, every: bool = False) -> tuple[str, int] | None:
@@ -324,8 +367,9 @@ def _place(stage: str, step: int) -> tuple[int, int]:
 
 def _append(file: Any, lines: Iterable[Line]) -> None:
     text = "".join(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n" for line in lines)
-    file.write(text)
-    file.flush()
+    with on_disk(Path(file.name)):
+        file.write(text)
+        file.flush()
 
 
 def _rounded(metrics: Mapping[str, Any]) -> Line:

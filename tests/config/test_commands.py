@@ -153,12 +153,18 @@ TRUNCATES = "{f: {class: logging.FileHandler, filename: %s, mode: w}}"
         ("hydra_logging: {formatters: {f: {(): shutil.copyfile, src: a}}}", "hydra.hydra_logging"),
         ("sweeper: {params: {mine: CALLS}}", "hydra.sweeper.params.mine._target_"),
         ("run: {dir: FOLDER}, output_subdir: '.'", "hydra.output_subdir"),
+        ("job: {env_set: {LD_PRELOAD: FOLDER}}", "hydra.job.env_set (LD_PRELOAD): a command's env"),
+        ("job: {env_copy: [A_TOKEN]}", "hydra.job.env_copy (A_TOKEN): a command's environment is"),
+        ("job: {env_copy: [A_NONE]}", "hydra.job.env_copy (A_NONE): a command's environment is"),
+        ("job: {chdir: true}", "hydra.job.chdir: a command works where it was started"),
+        ("run: {dir: FOLDER}", "hydra.run.dir, hydra.job.chdir: a command works where it was st"),
     ],
 )
 def test_hydra_calls_and_writes_nothing_that_a_strangers_file_names(
     monkeypatch, capsys, tmp_path, settings, key
 ):
     """`hydra.callbacks._target_` was called before any check of ours, and handlers open files."""
+    monkeypatch.setenv("A_TOKEN", "out-of-the-env")
     (tmp_path / "experiment").mkdir()
     source, thesis = tmp_path / "source", tmp_path / "config.yaml"
     for path in (source, thesis):
@@ -176,7 +182,9 @@ def test_hydra_calls_and_writes_nothing_that_a_strangers_file_names(
     given = ("+experiment=theirs", "--config-dir", str(tmp_path))
     for sweep in [(), *([("-m", "seed=0,1")] if "CALLS" in settings else [])]:
         assert called(monkeypatch, lambda _: pytest.fail("ran"), *given, *sweep) == 1
-        assert key in capsys.readouterr().err
+        said = capsys.readouterr().err
+        assert key in said
+        assert "out-of-the-env" not in said
     assert thesis.read_text() == "config.yaml"
 
 
@@ -187,10 +195,82 @@ def test_hydra_calls_nothing_that_is_typed(monkeypatch, capsys, tmp_path):
         f"+hydra.job_logging.handlers={TRUNCATES % made}",
         "hydra/job_logging=default",
         f"hydra.output_subdir={tmp_path}",
+        "+hydra.job.env_set.LD_PRELOAD=x",
+        "hydra.job.env_copy=[PUJAX_NONE]",
+        f"hydra.run.dir={tmp_path / 'x'}",
     ):
         assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", word) == 1
         assert "take it out" in capsys.readouterr().err
         assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("hydra.searchpath=[pkg://mine]", "give the folder of your own YAML by --config-dir"),
+        ("hydra.searchpath=[nope://mine]", "give the folder of your own YAML by --config-dir"),
+        ("hydra.mode=MULTIRUN", "hydra.mode: add -m for a sweep, and leave it out for one run"),
+    ],
+)
+def test_what_hydra_has_words_of_its_own_for_is_said(monkeypatch, capsys, word, said):
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", word) == 1
+    assert said in capsys.readouterr().err
+
+
+def test_no_file_makes_a_sweep_of_a_run(monkeypatch, tmp_path):
+    """Hydra would write all settings below the working directory, and this masks none of them."""
+    (tmp_path / "experiment").mkdir()
+    theirs = tmp_path / "experiment" / "theirs.yaml"
+    theirs.write_text("# @package _global_\ndefaults: [smoke]\nhydra: {mode: MULTIRUN}\n")
+    monkeypatch.chdir(tmp_path)
+    seen = []
+    given = ("+experiment=theirs", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: seen.append(swept()), *given) == 0
+    assert seen == [{}]
+    assert os.listdir(tmp_path) == ["experiment"]
+
+
+BOMB = "a0: &a0 [x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+MERGED = "a0: &a0 {x: 1, y: 2}\n" + "".join(
+    f"a{n}: &a{n}\n  <<: [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 10)
+)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("data: &a\n  prompts: *a\n", ":1: has an alias (*name) within what it stands for"),
+        ("seed: 1\nloss: &a {x: [1, *a]}\n", ":2: has an alias (*name) within what it stands for"),
+        (BOMB, ":5: its aliases (*name) stand for 20503 values or more: write out"),
+        (MERGED, ":9: its aliases (*name) stand for "),
+        ("[" * 2000, ": nested too deep: take that out"),
+    ],
+)
+def test_aliases_that_would_fill_the_memory_are_one_line(
+    monkeypatch, capsys, tmp_path, content, said
+):
+    """OmegaConf writes out what each stands for: an alias bomb hung, and one in itself recursed."""
+    (tmp_path / "experiment").mkdir()
+    mine = tmp_path / "experiment" / "mine.yaml"
+    mine.write_text(content)
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"pujax.train: {mine}{said}" in line
+
+
+def test_aliases_as_people_write_them_are_taken(monkeypatch, tmp_path):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "mine.yaml").write_text(
+        "# @package _global_\ndefaults: [smoke]\nsft: &same {lr: 0.5, steps: 3}\n"
+        "align: {<<: *same, steps: 4}\n"
+    )
+    seen = []
+    words = ("+experiment=mine", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, seen.append, *words) == 0
+    assert [(part.lr, part.steps) for part in (seen[0].sft, seen[0].align)] == [(0.5, 3), (0.5, 4)]
 
 
 def test_hydras_own_help_is_shown_and_nothing_called_that_is_typed_beside_it(
@@ -208,6 +288,7 @@ def test_hydras_own_help_is_shown_and_nothing_called_that_is_typed_beside_it(
 def test_what_a_launcher_would_call_is_found_behind_a_reference():
     plugin = {"_target_": "hydra_plugins.x", "parameters": {"a": [1, "${loss}"]}}
     silent = {"callbacks": {}, "hydra_logging": SILENT, "job_logging": SILENT}
+    silent |= {"job": {"env_copy": [], "env_set": {}, "chdir": False}, "run": {"dir": "."}}
     hydra = silent | {"launcher": plugin, "sweeper": {"_target_": "y"}, "output_subdir": None}
     with pytest.raises(
         ConfigError, match=r"hydra\.launcher\.parameters\.a\.1\._target_: Hydra wou"

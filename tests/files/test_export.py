@@ -111,7 +111,7 @@ def test_a_hugging_face_export_is_the_model_with_its_chat_and_card(chat, tmp_pat
     assert "| seed | 7 |" in card
 
 
-@pytest.mark.parametrize(("owner", "step"), [(Chat, "save"), (safetensors, "save_file")])
+@pytest.mark.parametrize(("owner", "step"), [(Chat, "save"), (safetensors, "write_tensors")])
 def test_an_export_that_breaks_off_leaves_what_was_there(owner, step, chat, tmp_path, monkeypatch):
     config, params = _model("qwen2", chat)
     export_hf(config, params, chat, tmp_path / "old", {})

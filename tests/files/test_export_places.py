@@ -15,11 +15,12 @@ from tiny_families import tiny
 from toy_gguf import toy_chat
 
 from pujax.errors import ConfigError, DiskError, WeightsError
-from pujax.files import gguf, safetensors, weights
+from pujax.files import gguf, hub, safetensors, weights
 from pujax.files.card import is_card, is_edited, model_card, refuse_foreign_card
 from pujax.files.chat import Chat
+from pujax.files.durable import begun_for, name_beside
 from pujax.files.export import export_gguf, export_hf, export_peft
-from pujax.files.exported import recorded
+from pujax.files.exported import RECORD, recorded
 from pujax.inference.finished import export, finished_run, model_path, newest_runs
 from pujax.models import lora
 from pujax.run.provenance import licence_of, teachers_in
@@ -292,14 +293,13 @@ def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_pa
         ("gguf", "folder.gguf", "is a directory: choose a file's name"),
         ("gguf", "foreign.gguf", "a file that this export did not write"),
         ("gguf", "other.gguf", "a file that this export did not write"),
-        ("gguf", "stale.gguf", r"stale\.gguf can't be written .*move away what is in its way"),
     ],
 )
 def test_a_form_and_a_place_that_do_not_go_together_are_refused(
     format, out, message, chat, model, tmp_path
 ):
     export_hf(model[0], model[1], chat, tmp_path / "model", {})
-    fill(tmp_path, "file", "folder.gguf/x", "foreign.gguf", ".stale.gguf.new/x")
+    fill(tmp_path, "file", "folder.gguf/x", "foreign.gguf")
     writer = gguf.GGUFWriter(tmp_path / "other.gguf", "qwen2")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -314,10 +314,31 @@ def test_a_form_and_a_place_that_do_not_go_together_are_refused(
 def test_a_gguf_that_an_export_wrote_is_written_again(chat, model, tmp_path):
     path = tmp_path / "model.gguf"
     export_gguf(model[0], model[1], chat, path)
-    (tmp_path / ".model.gguf.new").write_bytes(b"of an export that was killed")
+    name_beside(path).write_bytes(b"of an export that was killed")
     export_gguf(model[0], model[1], chat, path, kind="Q8_0")
     assert weights.read_config(path).width == model[0].width
     assert [path.name for path in tmp_path.iterdir()] == ["model.gguf"]
+
+
+def test_a_kill_in_the_first_moment_of_an_export_does_not_refuse_the_next(chat, model, tmp_path):
+    name_beside(tmp_path / RECORD).write_bytes(b"{")
+    export_hf(model[0], model[1], chat, tmp_path, {})
+    assert not any(begun_for(path.name) for path in tmp_path.iterdir())
+
+
+def test_what_is_pushed_is_what_the_export_wrote(chat, model, tmp_path, monkeypatch):
+    """Whatever else lay in that folder went to the hub with it."""
+    source, out, pushed = tmp_path / "model", tmp_path / "out", {}
+    export_hf(model[0], model[1], chat, source, {})
+    export(model=str(source), out=out)
+    wrote = tree(out).keys() - {RECORD}
+    fill(out, "notes.txt", ".env", "adapter/mine.py")
+    monkeypatch.setattr(hub, "require_hub", lambda _: None)
+    monkeypatch.setattr(hub, "push", lambda _, files: pushed.update(files) or "there")
+    export(model=str(source), out=out, push="me/mine")
+    assert {name: path.read_bytes() for name, path in pushed.items()} == {
+        name: content for name, content in tree(out).items() if name in wrote
+    }
 
 
 # ---------------------------------------------------------------------- kills and full disks

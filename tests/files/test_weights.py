@@ -11,7 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save, save_file
 from tiny_families import TINY, tiny
 from toy_gguf import VOCABULARY, write_toy
 
@@ -298,6 +298,15 @@ def test_a_hub_id_that_cannot_be_had_is_an_error(monkeypatch):
 def test_a_path_that_is_nowhere_is_refused():
     with pytest.raises(WeightsError, match="no such file or directory"):
         weights.load("no/such/file/anywhere")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_tensors_are_written_as_the_library_writes_them(dtype, tmp_path):
+    values = np.random.default_rng(0).normal(size=(5, 3)).astype(jax.numpy.dtype(dtype))
+    held = {"b": values, "a.é": values[:, 1], "none": values[:0], "one": values[0, 0].reshape(())}
+    safetensors.write_tensors(tmp_path / "x.safetensors", held)
+    held = {name: np.array(one, order="C") for name, one in held.items()}
+    assert (tmp_path / "x.safetensors").read_bytes() == save(held, {"format": "pt"})
 
 
 def test_parameters_of_another_config_are_not_saved(tmp_path):
