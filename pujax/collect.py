@@ -1,9 +1,9 @@
 """`pujax collect`: ask a teacher each prompt once and keep every answer.
 
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
-`stats=true` describes the store. The exit status is 0 when nothing is left to ask or the budget is
-reached, 1 after an error, when nothing that was asked got a usable answer or no prompt has one, and
-128 + the signal's number after Ctrl-C, SIGTERM or a closed terminal.
+`stats=true` describes the store. The exit status is 0 when nothing is left to ask, 1 after an
+error, when a budget was reached before that, when nothing that was asked got a usable answer or no
+prompt has one, and 128 + the signal's number after Ctrl-C, SIGTERM or a closed terminal.
 """
 
 import signal
@@ -112,7 +112,7 @@ def run(settings: CollectRun) -> int:
         for prompt in prompts()
     ):
         raise TeacherError(_unanswered(store, tally.stopped))
-    return 0
+    return int(tally.left > 0)  # to a budget: said already
 
 
 def _unanswered(store: Path, stopped: str | None) -> str:

@@ -104,12 +104,18 @@ def test_a_dry_run_tells_the_plan_and_touches_nothing(server, prompts, tmp_path)
     assert "cost        unknown: set teacher.price.input" in unpriced.stdout
 
 
-def test_a_budget_ends_the_run_with_status_0_and_says_what_is_left(server, prompts, tmp_path):
+def test_a_budget_ends_the_run_with_status_1_until_nothing_is_left(server, prompts, tmp_path):
     done = collect(tmp_path, *asking(server.url, prompts), "collect.budget.requests=5")
-    assert done.returncode == 0
+    assert (done.returncode, done.stderr) == (1, "")  # not done, so nothing after `&&`
     assert "5 answered" in done.stdout
-    assert "stopped: the budget is reached; at most 15 are left" in done.stdout
+    assert done.stdout.splitlines()[-1] == (
+        "stopped: the budget is reached (collect.budget.requests=5); at most 15 are left: run the "
+        "same command to go on, with a larger budget to get further"
+    )
     assert server.seen == 5
+    done = collect(tmp_path, *asking(server.url, prompts), "collect.budget.requests=15")
+    assert (done.returncode, server.seen) == (0, 20)
+    assert "stopped" not in done.stdout
 
 
 def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tmp_path):
@@ -132,6 +138,9 @@ def test_stats_tell_counts_lengths_reasons_cost_and_extremes(server, prompts, tm
         "characters     shortest 1, median 10, mean 10.0, longest 19",
     ):
         assert line in done.stdout.splitlines()
+    assert re.search(
+        r"^seconds        p50 0\.\d\d, p95 0\.\d\d an answer$", done.stdout, re.MULTILINE
+    )
     ids = re.findall(r"^ +\d+  (p\d+)", done.stdout, re.MULTILINE)
     assert ids == [f"p{n}" for n in range(1, 11)] + [f"p{n}" for n in range(19, 9, -1)]
 

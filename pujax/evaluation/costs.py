@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -24,6 +24,7 @@ from pujax.types import Completions, Params, Tokens
 
 THOUSAND, MILLION = 1000, 1e6
 UNKNOWN = "–"
+NOT_STORED, NO_PRICE = "not stored", "no price"  # why a store doesn't tell
 RESAMPLES = 2000
 
 HEADER = ("costs", "student", "teacher")
@@ -31,11 +32,16 @@ HEADER = ("costs", "student", "teacher")
 
 @dataclass(frozen=True)
 class _Taken:
-    """What answers took: seconds each, tokens a second, and the money of a thousand of them."""
+    """What answers took: seconds each, tokens a second, and the money of a thousand of them.
+
+    `untimed` and `unpriced` stand where that is not known.
+    """
 
     seconds: Sequence[float] = ()
     pace: float | None = None
     money: float | None = None
+    untimed: str = UNKNOWN
+    unpriced: str = UNKNOWN
 
 
 def costs(
@@ -118,7 +124,7 @@ def costs(
         asked = sum(r["prompt_tokens"] for r in records) / len(records)
         told = sum(r["anchor_tokens"] for r in records) / len(records)
         spent = (asked * input + told * output) / MILLION * THOUSAND
-        teacher = _Taken(stored.seconds, stored.pace, spent)
+        teacher = replace(stored, money=spent)
     rows = _rows(ours, theirs, student, teacher, subject.params, peak_memory())
     if latency is not None:
         rows = tuple(
@@ -175,12 +181,18 @@ def _stored(examples: Sequence[Example]) -> _Taken:
         [anchor.seconds for anchor in timed if anchor.seconds is not None],
         pace=sum(t for t, _ in paced) / sum(s for _, s in paced) if paced else None,
         money=sum(paid) / len(paid) * THOUSAND if paid else None,
+        untimed=NOT_STORED if asked else UNKNOWN,
+        unpriced=NO_PRICE if asked else UNKNOWN,
     )
 
 
 def _as_stored(stored: _Taken) -> str:
     if not stored.seconds:
-        return ""
+        if stored.untimed == UNKNOWN:
+            return ""
+        return (
+            " The teacher's store does not say how long its answers took: an older pujax made it."
+        )
     return (
         f" The teacher's latency and pace are those of {counted(len(stored.seconds), 'answer')} as "
         "they were collected, several at once and over the network."
@@ -199,13 +211,13 @@ def _rows(
 
     def latency(share: float) -> tuple[str, str]:
         one, other = (
-            f"{np.quantile(taken.seconds, share):.3f}" if taken.seconds else UNKNOWN
+            f"{np.quantile(taken.seconds, share):.3f}" if taken.seconds else taken.untimed
             for taken in (student, teacher)
         )
         return one, other
 
     def pace(taken: _Taken) -> str:
-        return UNKNOWN if taken.pace is None else f"{taken.pace:.1f}"
+        return taken.untimed if taken.pace is None else f"{taken.pace:.1f}"
 
     return (
         ("quality", _interval(ours), _interval(theirs)),
@@ -215,7 +227,7 @@ def _rows(
         ("tokens a second", pace(student), pace(teacher)),
         ("weights (GiB)", f"{weights / 2**30:.2f}", UNKNOWN),
         ("memory at most (GiB)", _number(memory), UNKNOWN),
-        ("money, 1000 answers", _number(student.money), _number(teacher.money)),
+        ("money, 1000 answers", *(_number(t.money, t.unpriced) for t in (student, teacher))),
     )
 
 
@@ -253,5 +265,5 @@ def _interval(values: Sequence[float]) -> str:
     return f"{found.mean:.3f} [{found.low:.3f}, {found.high:.3f}]"
 
 
-def _number(value: float | None) -> str:
-    return UNKNOWN if value is None else f"{value:.3g}"
+def _number(value: float | None, unknown: str = UNKNOWN) -> str:
+    return unknown if value is None else f"{value:.3g}"

@@ -134,32 +134,48 @@ def table(columns: Sequence[Column], *, against_first: bool = False) -> "Wide":
                 text = escape(interval(shown[metric], cell).replace(", ", ","))
                 colour = {"gain": "green", "loss": "red"}.get(verdict(shown[metric], cell))
                 written.append(f"[{colour}]{text}[/]" if colour else text)
-    return Wide(header, texts, note(columns))
+    return Wide(header, texts, note(columns), apart=len(columns))
 
 
 @dataclass(frozen=True)
 class Wide:
-    """Named rows of texts, as one table where that fits, and else as several below each other."""
+    """Named rows of texts, as one table where that fits, and else as several below each other.
+
+    No cell is broken that fits beside its name. The columns from `apart` on, where it is not 0,
+    then begin a table of their own.
+    """
 
     header: Sequence[str]
     rows: Mapping[str, Sequence[str]]
     caption: str
     corner: str = "held-out"
+    apart: int = 0
 
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table]:
-        """The tables for a console of that width."""
-        places: list[int] = []
-        for place in range(len(self.header)):
-            least = (
-                sum(self._widths([*places, place], str.split)) + 2 * len(places) + 4
-            )  # as in _grid
-            if places and least > options.max_width:
-                yield self._grid(places, options.max_width)
-                places = []
-            places.append(place)
-        last = self._grid(places, options.max_width)
-        last.caption, last.caption_justify = escape(self.caption), "left"
-        yield last
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Table | Text]:
+        """The tables for a console of that width, and what must be known of them."""
+        for places in self._parts(options.max_width):
+            yield self._grid(places, options.max_width)
+        yield Text(self.caption, style="table.caption")
+
+    def _parts(self, room: int) -> list[list[int]]:
+        """Which columns stand in one table: all, or as many of each side of `apart` as fit."""
+        every = list(range(len(self.header)))
+        if self._width(every) <= room:
+            return [every]
+        parts: list[list[int]] = []
+        for side in filter(None, (every[: self.apart], every[self.apart :])):
+            parts.append([])
+            for place in side:
+                if parts[-1] and self._width([*parts[-1], place]) > room:
+                    parts.append([])
+                parts[-1].append(place)
+        return parts
+
+    def _width(self, places: Sequence[int]) -> int:
+        """How wide a table of these columns is where no cell is broken."""
+        # Between two columns stand two spaces, and at both edges as much.
+        widths = self._widths(places, lambda text: [text])
+        return sum(widths) + 2 * len(widths) + 2
 
     def _widths(self, places: Sequence[int], split: Callable[[str], Iterable[str]]) -> list[int]:
         """The columns' widths, that of the names first, where `split` says how texts break."""
@@ -170,10 +186,8 @@ class Wide:
         return widths
 
     def _grid(self, places: Sequence[int], room: int) -> Table:
-        # Between two columns stand two spaces, and at both edges as much.
-        widths = self._widths(places, lambda text: [text])
-        if sum(widths) + 2 * len(widths) + 2 > room:
-            widths = self._widths(places, str.split)
+        whole = self._width(places) <= room  # one column alone may be too wide
+        widths = self._widths(places, (lambda text: [text]) if whole else str.split)
         grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         grid.add_column(escape(self.corner), overflow="fold", width=widths[0])
         for place, width in zip(places, widths[1:], strict=True):

@@ -46,6 +46,7 @@ from pujax.run.control import make_control
 from pujax.run.data import Dataset, load_data
 from pujax.run.directory import traces
 from pujax.run.ending import ending
+from pujax.run.forecast import forecast
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
 from pujax.run.processes import first, several, to_first, told, wish
@@ -129,6 +130,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             telling(config, directory, say) as tell,
             RunLog(directory, resume=resume, tell=tell) as log,
         ):
+            asked = heldout.examples[: config.eval.prompts]
             run = Run(
                 config,
                 directory,
@@ -145,6 +147,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 say,
                 stopping,
                 criterion,
+                forecast=forecast(config, student.model, recipe, train_data, asked),
             )
             if log.lost:
                 say(log.lost)

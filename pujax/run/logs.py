@@ -20,7 +20,7 @@ from tensorboardX.proto import event_pb2, summary_pb2
 from tensorboardX.summary import scalar
 
 from pujax.errors import RecordError
-from pujax.evaluation.waiting import duration, waited
+from pujax.evaluation.waiting import about, duration, waited
 from pujax.files.durable import Line, on_disk, read_jsonl, whole_lines, write_whole
 from pujax.records import STAGES
 from pujax.run.processes import first, told
@@ -289,12 +289,14 @@ def progress(
     console: Console | None = None,
     clock: Callable[[], float] = time.monotonic,
     every: float = 10.0,
+    rest: Callable[[float], float] | None = None,
 ) -> Iterator[Callable[[Line], None]]:
     """Show a stage's progress; yields the function that takes each step's line (`RunLog.step`).
 
     A terminal gets a bar; anything else a plain line at the first step, at the last, and no more
     often than each `every` seconds in between, and one a minute where a step takes longer. `done`
-    steps were made before this process.
+    steps were made before this process. `rest` is how many seconds the run takes after the stage,
+    by those that a step of it takes: the lines tell of both.
     """
     console = console or Console()
     times: deque[float] = deque(maxlen=RECENT + 1)
@@ -308,10 +310,8 @@ def progress(
             times.append(clock())
             if times[-1] - shown_at >= every or line["step"] >= steps:
                 shown_at = times[-1]
-                text = (
-                    f"{stage} {line['step']}/{steps}  {summary(line)}  {_left(times, line, steps)}"
-                )
-                say(text.rstrip())
+                text = f"{stage} {line['step']}/{steps}  {summary(line)}  "
+                say((text + _left(times, line, steps, rest)).rstrip())
                 noted()
 
         with waited(stage, say) as noted:
@@ -356,9 +356,15 @@ def eta(times: Sequence[float], left: int) -> float | None:
     return (times[-1] - times[0]) / (len(times) - 1) * left
 
 
-def _left(times: Sequence[float], line: Line, steps: int) -> str:
-    seconds = eta(times, steps - line["step"])
-    return "" if seconds is None else f"{duration(seconds)} left"
+def _left(
+    times: Sequence[float], line: Line, steps: int, rest: Callable[[float], float] | None = None
+) -> str:
+    pace = eta(times, 1)
+    if pace is None:
+        return ""
+    seconds = pace * (steps - line["step"])
+    whole = f", {about(seconds + rest(pace))} to the run's end" if rest else ""
+    return f"{duration(seconds)} left{whole}"
 
 
 def _place(stage: str, step: int) -> tuple[int, int]:

@@ -265,12 +265,20 @@ def reference_tokens(chat: Chat, prompt_tokens: int) -> int:
     return prompt_tokens + max(0, shown)
 
 
-def matmul_rate(dtype: Any, repeats: int = 7, size: int = PEAK_SIZE) -> float:
-    """Floating-point operations a second of a large matrix product: the median of `repeats`."""
+def matmul_rate(
+    dtype: Any,
+    repeats: int = 7,
+    size: int = PEAK_SIZE,
+    of: Callable[[list[float]], float] = statistics.median,
+) -> float:
+    """Floating-point operations a second of a large matrix product, by the median of `repeats`.
+
+    `of` may take something else of their seconds.
+    """
     one = jax.random.normal(jax.random.key(0), (size, size), dtype)
     product = jax.jit(jnp.matmul)
     times, _ = _timed(lambda _: (product(one, one),), None, repeats)
-    return 2 * size**3 / statistics.median(times)
+    return 2 * size**3 / of(times)
 
 
 def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[float, float]:
@@ -279,25 +287,23 @@ def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[flo
     Matrix products and attention alone, each at what it takes at least: no padding, no
     recomputation, keys counted up to the query's own position. A backward pass is two forward.
     """
-    B, K, P, T = shape.prompts, shape.candidates, shape.prompt_tokens, shape.response_tokens
+    K = shape.candidates
+    read = sum(forward(config, shape, K + 1 if recipe.needs.anchor else K))
+    sampled = 0.0 if shape.offline else sum(forward(config, shape, K))
+    return 3 * read, (read if recipe.needs.reference else 0.0) + sampled
+
+
+def forward(config: DecoderConfig, shape: WorkConfig, responses: int) -> tuple[float, float]:
+    """The work of one pass over a step's prompts, and over so many responses to each of them."""
+    B, P, T = shape.prompts, shape.prompt_tokens, shape.response_tokens
     kernels = sum(
         size[1] * size[2] for size in param_shapes(config)["layers"].values() if len(size) == 3
     )
     key = 4 * config.heads * config.head_width  # a query's work on one key, in one layer
-
-    def prompts() -> float:
-        return config.layers * B * P * (2 * kernels + key * P / 2)
-
-    def responses(count: int) -> float:
-        # The last token's state predicts nothing.
-        layers = config.layers * (T - 1) * (2 * kernels + key * (P + T / 2))
-        return B * count * (layers + 2 * T * config.width * config.vocab)
-
-    learnt = K + 1 if recipe.needs.anchor else K
-    trained = 3 * (prompts() + responses(learnt))
-    reference = prompts() + responses(learnt) if recipe.needs.reference else 0.0
-    sampled = 0.0 if shape.offline else prompts() + responses(K)
-    return trained, reference + sampled
+    prompts = config.layers * B * P * (2 * kernels + key * P / 2)
+    # The last token's state predicts nothing.
+    layers = config.layers * (T - 1) * (2 * kernels + key * (P + T / 2))
+    return prompts, B * responses * (layers + 2 * T * config.width * config.vocab)
 
 
 def _compiled(function: Any, *arguments: Any) -> tuple[float, Callable[..., Any]]:

@@ -5,6 +5,7 @@ import io
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +29,11 @@ from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
-from pujax.run.beginning import PACED, told_by_pace
+from pujax.run.beginning import told_by_pace
 from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.control import LOOKED, Controlled
 from pujax.run.data import Dataset, batch_at, collate
+from pujax.run.forecast import PACED, Forecast
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.processes import told
 from pujax.run.rewarding import Rewards
@@ -85,6 +87,7 @@ class Run:
     criterion: Criterion | None = None
     symptoms: Symptoms = field(default_factory=Symptoms)
     took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
+    forecast: Forecast | None = None
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""
@@ -214,7 +217,10 @@ class Run:
         ended = bool(done) and self._measured(stage, state, done)  # which may have been lost
         if done < stage.steps and not self.console.is_terminal:
             self.say(f"{stage.name}: compiling, with the first step")
-        with progress(stage.name, done=done, steps=stage.steps, console=self.console) as show:
+        rest = None if self.forecast is None else partial(self._after, self.forecast, stage)
+        with progress(
+            stage.name, done=done, steps=stage.steps, console=self.console, rest=rest
+        ) as show:
             for step in steps:
                 if ended:
                     break
@@ -241,9 +247,9 @@ class Run:
                 show(line)
                 self._warn(line)
                 ends.append(time.monotonic())
-                if len(ends) == PACED and step < stage.steps and jax.default_backend() != "cpu":
-                    took = max(self.took.values(), default=None)
-                    self.say(told_by_pace(stage.name, ends, stage.steps - step, took))
+                if len(ends) == PACED and step < stage.steps and rest:
+                    pace = (ends[-1] - ends[0]) / (PACED - 1)
+                    self.say(told_by_pace(stage.name, pace * (stage.steps - step), rest(pace)))
                 if group is not None:
                     self.log.samples(stage.name, step, sample_groups(examples, group, self.chat))
                 self._refuse_divergence(stage)
@@ -262,6 +268,10 @@ class Run:
                 f"begin another run with a lower {stage.name}.lr"
             )
         return self._handed_on(stage, state, last)
+
+    def _after(self, forecast: Forecast, stage: Stage, pace: float) -> float:
+        """Seconds that the run takes after `stage`, a step of which takes `pace`."""
+        return forecast.after(stage.name, pace, min(self.took.values(), default=None))
 
     def _controlled(
         self,

@@ -1,11 +1,12 @@
 """The anchors of prompts: from the store, and from the teacher where the store lacks them."""
 
+import signal
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from pujax.errors import ConfigError, StoreError, TeacherError
+from pujax.errors import ConfigError, StopRequested, StoreError, TeacherError
 from pujax.records import Anchor, Prompt, messages_key
-from pujax.teacher.asking import Tally, ask_all
+from pujax.teacher.asking import OVER_BUDGET, Tally, ask_all
 from pujax.teacher.plan import Plan, make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT, Anchors, Contents, failures_path, require_store
@@ -67,11 +68,18 @@ def collect(
         such = f", such as: {printable(tally.refusal)}" if tally.refusal else ""
         say(f"failed{such}; all are in {failures_path(store)}")
     if tally.stopped:
-        left = plan.to_ask - tally.answered - failed
+        tally.left = plan.to_ask - tally.answered - failed
         why, then = tally.stopped, ": run the same command to go on"
+        if why == OVER_BUDGET:
+            again = settings.retry_failed
+            rest = make_plan(prompts(), teacher, book.contents, retry_failed=again)
+            tally.left = rest.to_ask - (failed if again else 0)  # others may ask too
+            why += f" ({settings.budget})"
+            then += ", with a larger budget to get further"
         if tally.error:  # which is raised, and so said once, with its remedy
             why, then = "an error", " for this command once it is mended"
-        say(f"stopped: {why}; at most {left} are left{then}")
+        if tally.left or tally.error:
+            say(f"stopped: {why}; at most {tally.left} are left{then}")
     if tally.error:
         raise tally.error
     if tally.unanswered and not tally.stopped:
@@ -105,7 +113,8 @@ def anchors_for(
     under. Prompts that the teacher refused, filtered or answered with nothing are left out, and
     counted aloud. The store is read once. `place` is what follows a prompt's name in a message.
 
-    Raises `StoreError` naming the prompts that have no anchor, and what `collect` raises.
+    Raises `StoreError` naming the prompts that have no anchor, what `collect` raises, and
+    `StopRequested` after a signal.
     """
     anchors = Anchors(store, teacher, prompts)
     if not teacher.asks:
@@ -113,7 +122,14 @@ def anchors_for(
     contents = Contents(store, anchors.take)
     found = anchors.found
     if teacher.asks:
-        collect(lambda: prompts, teacher, store, settings, say=say, tick=tick, contents=contents)
+        tally = collect(
+            lambda: prompts, teacher, store, settings, say=say, tick=tick, contents=contents
+        )
+        if tally.stopped in signal.Signals.__members__:
+            number = signal.Signals[tally.stopped]
+            raise StopRequested(f"stopped while asking: {store} has what was answered", number)
+        if tally.left:
+            remedy = f"{tally.stopped}: run the same command to go on, or raise collect.budget"
     else:
         had = sum(messages_key(prompt.messages) in found for prompt in prompts)
         say(f"{counted(len(prompts), 'prompt')}: had {had}, asked 0")

@@ -37,6 +37,9 @@ ALIKE = 32
 LONGEST_WAIT = 600.0  # seconds that a server may ask to wait for; for more, the run ends
 TOLD_WAIT = 10.0  # seconds of a wait that are worth a line
 
+OVER_BUDGET = "the budget is reached"
+"""Why a collection stopped, where no signal and no error did it."""
+
 
 @dataclass(slots=True)
 class Tally:
@@ -48,6 +51,7 @@ class Tally:
     failed: dict[str, int] = field(default_factory=dict)
     refusal: str | None = None  # what was said of the first that failed, of those with words
     unanswered: int = 0
+    left: int = 0  # prompts that are still to be asked, where the run was stopped
     requests: int = 0
     replies: int = 0  # to requests, without those that were errors
     retried: int = 0
@@ -407,7 +411,7 @@ class Collection:
         async with self._freed:
             while not self._spent.plus(self._reserved).plus(need).within(self._settings.budget):
                 if self._in_flight == 0 or self._stop.is_set():
-                    self.stop("the budget is reached")
+                    self.stop(OVER_BUDGET)
                     return False
                 await self._freed.wait()
             self._reserved = self._reserved.plus(need)

@@ -44,6 +44,7 @@ def describe(store: Path) -> str:
     counts: dict[str, Counter[str]] = {"model": Counter(), "finish_reason": Counter()}
     bill: Counter[str] = Counter()
     keys: set[str] = set()
+    seconds: list[float] = []
 
     def answers() -> Iterable[tuple[int, str, str]]:
         nonlocal unfinished, thoughts
@@ -52,6 +53,8 @@ def describe(store: Path) -> str:
             unfinished += anchor is not None and not anchor.finished
             thoughts += anchor is None or len(anchor.response) < len(record["response"])
             keys.add(record["key"])
+            if record.get("seconds") is not None:
+                seconds.append(record["seconds"])
             lengths.append(len(record["response"]))
             for name, counter in counts.items():
                 counter[str(record[name])] += 1
@@ -75,6 +78,7 @@ def describe(store: Path) -> str:
     lines += [f"failures       {_table(reasons) if reasons else 0}"]
     lines += [
         f"tokens         {bill['prompt_tokens']:,} in, {bill['completion_tokens']:,} out",
+        *([f"seconds        {_latency(seconds)}"] if lengths else []),
         f"cost           {_money(bill['cost'] / 10**9, bill['unpriced'], bill['records'])}",
     ]
     if lengths:
@@ -94,6 +98,16 @@ def _charge(bill: Counter[str], record: dict[str, Any]) -> None:
     bill["cost"] += round(Fraction(record["cost"] or 0) * 10**9)  # exact, however much it is
     bill["unpriced"] += record["cost"] is None
     bill["records"] += 1
+
+
+def _latency(seconds: list[float]) -> str:
+    """How long answers took; what an older pujax stored doesn't tell."""
+    if not seconds:
+        return "not stored"
+    last = (
+        statistics.quantiles(seconds, n=20, method="inclusive")[-1] if seconds[1:] else seconds[0]
+    )
+    return f"p50 {statistics.median(seconds):.2f}, p95 {last:.2f} an answer"
 
 
 def _table(counter: Counter[str]) -> str:

@@ -255,6 +255,11 @@ class BudgetConfig:
             known = value is not None
             require(not known or value > 0, f"collect.budget.{key}", value, "must be positive")
 
+    def __str__(self) -> str:
+        """The limits as they are typed."""
+        known = {key: value for key, value in vars(self).items() if value is not None}
+        return ", ".join(f"collect.budget.{key}={value}" for key, value in known.items())
+
 
 @dataclass(frozen=True)
 class CollectConfig:

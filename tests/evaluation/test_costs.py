@@ -102,6 +102,19 @@ def test_what_the_teacher_took_is_what_its_store_kept(subject):
     assert rows["money, 1000 answers"][1] == "0.008"
 
 
+def test_a_store_without_times_or_prices_says_so_in_a_word(subject):
+    examples = [replace(e, asked=Anchor(e.anchor, "stop", "t")) for e in subject.examples]
+    found = costs(replace(subject, examples=examples))
+    rows = {name: cells for name, *cells in found.rows}
+    for name in ("latency, p50 (s)", "latency, p95 (s)", "tokens a second"):
+        assert float(rows[name][0]) > 0
+        assert rows[name][1] == "not stored"
+    assert rows["money, 1000 answers"] == [UNKNOWN, "no price"]
+    assert "does not say how long its answers took" in found.note
+    told = {name: cells[1] for name, *cells in costs(subject).rows}  # who has no store at all
+    assert told["latency, p50 (s)"] == told["money, 1000 answers"] == UNKNOWN
+
+
 def test_a_run_knows_quality_size_and_teacher_without_measuring(subject):
     examples = timed(subject).examples
     # Right alone, contained, wrong; the teacher, "yes" of the first three, is right in all.

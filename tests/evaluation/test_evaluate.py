@@ -245,6 +245,34 @@ def test_a_table_that_is_too_wide_goes_on_in_another_and_cuts_no_number(width):
         assert word in text.split()
 
 
+@pytest.mark.parametrize(("width", "tables_"), [(60, 3), (80, 2), (120, 1)])
+def test_no_cell_is_broken_and_differences_stand_together_where_they_fit(width, tables_):
+    console = Console(file=io.StringIO(), width=width)
+    with console.capture() as capture:
+        console.print(tables.table(three()))
+    lines = [line.strip() for line in capture.get().splitlines()]
+    rules = [i for i, line in enumerate(lines) if line.startswith("───")]
+    assert [re.split(r"\s{2,}", lines[i - 1])[0] for i in rules] == ["held-out"] * tables_
+    heads = [re.split(r"\s{2,}", lines[i - 1])[1:] for i in rules]
+    models, differences = ["base", "sft", "aligned"], ["sft - base", "aligned - sft"]
+    assert (
+        heads
+        == {
+            60: [models, differences[:1], differences[1:]],
+            80: [models, differences],
+            120: [models + differences],
+        }[width]
+    )
+    header, rows = tables.cells(three())
+    shown = tables.shown_by(three())
+    for metric, row in rows.items():
+        own = [re.split(r"\s{2,}", line) for line in lines if line.startswith(shown[metric].title)]
+        said = [cell for line in own for cell in line[1:]]
+        whole = [c if isinstance(c, str) else tables.interval(shown[metric], c) for c in row]
+        assert said == [cell.replace(", ", ",") for cell in whole]
+    assert len(header) == 5
+
+
 def test_what_reads_like_markup_is_shown_as_it_is():
     marked = {
         name: replace(metric.shown, title=f"[b]{name}[/x]") for name, metric in METRICS.items()

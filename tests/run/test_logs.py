@@ -344,6 +344,24 @@ def test_after_a_resume_the_eta_counts_this_process_for_pace_and_all_that_is_lef
     ]
 
 
+def test_lines_tell_of_the_stage_and_of_the_whole_run(tmp_path):
+    out, clock = io.StringIO(), Clock()
+    console = Console(file=out, width=120)
+
+    def rest(pace):
+        return 100 * pace
+
+    with progress("sft", done=0, steps=10, console=console, clock=clock, rest=rest) as show:
+        for step in range(1, 11):
+            clock.now += 20
+            show(line(step, loss=0.5))
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "sft 1/10  loss 0.500  250 tok/s"
+    # 8 steps of 20 s and 100 after them; then those alone.
+    assert lines[1].endswith("  2:40 left, about 36 min to the run's end")
+    assert lines[-1].endswith("  0:00 left, about 33 min to the run's end")
+
+
 def test_a_terminal_gets_a_bar_that_goes_on_from_the_steps_done(tmp_path):
     out, clock = io.StringIO(), Clock()
     console = Console(file=out, width=100, force_terminal=True, color_system=None)

@@ -19,6 +19,7 @@ from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
 from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.data import Dataset, collate
+from pujax.run.forecast import Forecast
 from pujax.run.logs import RunLog
 from pujax.run.selection import Criterion
 from pujax.run.stages import Run, Stage
@@ -63,6 +64,7 @@ def gone_through(
     saved=3,
     die=lambda: None,
     loss=lambda step: 1.0,
+    forecast=None,
 ):
     """The parameter and the step that a stage hands on, and what it said.
 
@@ -113,6 +115,7 @@ def gone_through(
             said.append,
             lambda: 0,
             criterion,
+            forecast=forecast,
         )
         log.evaluation("base", 0, {"eval/exact": table[0]})
         stage = Stage(
@@ -384,10 +387,10 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     assert evaluated([1.0, 2.0]) == 0
 
 
-def test_where_arithmetic_can_not_tell_the_time_the_first_steps_do(tmp_path, monkeypatch):
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+def test_the_first_steps_say_how_long_the_run_still_takes(tmp_path):
+    work = Forecast({"sft": 1.0, "align": 1.0}, {"sft": 9, "align": 0}, 1.0, {"sft": 1, "align": 0})
     (tmp_path / "short").mkdir()
-    *_, said = gone_through(tmp_path, [0.5] * 99, steps=9)
-    assert said == ["time: sft takes about 0:00 more, by its first steps"]
-    *_, said = gone_through(tmp_path / "short", [0.5] * 99, steps=6)
+    *_, said = gone_through(tmp_path, [0.5] * 99, steps=9, forecast=work)
+    assert said == ["time: about a minute left, 0:00 of it sft, by the first steps"]
+    *_, said = gone_through(tmp_path / "short", [0.5] * 99, steps=6, forecast=work)
     assert said == []

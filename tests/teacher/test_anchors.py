@@ -1,12 +1,14 @@
 import json
+import os
+import signal
 import socket
 
 import pytest
 
-from pujax.errors import StoreError
+from pujax.errors import StopRequested, StoreError
 from pujax.records import Prompt, messages_key
 from pujax.teacher.anchors import anchors_for
-from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.settings import BudgetConfig, CollectConfig, TeacherConfig
 from pujax.teacher.store import read_anchors
 from tests.teacher_client import at, run, user
 from tests.teacher_server import TeacherServer, completion, echo
@@ -78,3 +80,24 @@ def test_a_store_that_is_not_there_is_named(tmp_path):
 def test_a_stored_line_is_json_alone(stored):
     for line in stored.read_text().splitlines():
         assert set(json.loads(line)) >= {"key", "messages", "response", "finish_reason", "usage"}
+
+
+def test_training_on_a_budget_says_that_the_same_command_goes_on(store, server):
+    one = CollectConfig(concurrency=1, budget=BudgetConfig(requests=1))
+    why = r"1 of 2 prompts have no anchor \(id-b\): the budget is reached: run the same command"
+    with pytest.raises(StoreError, match=why):
+        anchors_for(user("a", "b"), at(server), store, one)
+    assert len(anchors_for(user("a", "b"), at(server), store, one)) == 2
+
+
+def test_a_signal_while_training_asks_ends_it_with_what_was_answered(store, server):
+    def reply(request):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return echo(request)
+
+    server.reply = reply
+    settings = CollectConfig(concurrency=1)
+    with pytest.raises(StopRequested, match="stopped while asking") as stopped:
+        anchors_for(user("a", "b"), at(server), store, settings)
+    assert stopped.value.number == signal.SIGTERM
+    assert len(read_anchors(store)) == 1

@@ -297,9 +297,10 @@ def test_a_budget_is_reached_but_never_exceeded(server, store, budget, answered)
     tally = run(prompts, server, store, said, teacher=teacher, budget=budget, concurrency=4)
     assert tally.answered == server.seen == answered
     assert said[-1] == (
-        f"stopped: the budget is reached; at most {30 - answered} are left: run the same command "
-        "to go on"
+        f"stopped: the budget is reached ({budget}); at most {30 - answered} are left: run the "
+        "same command to go on, with a larger budget to get further"
     )
+    assert tally.left == 30 - answered
     assert run(prompts, server, store, teacher=teacher).asked == 30 - answered
 
 
