@@ -297,7 +297,8 @@ def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[flo
     trained = 3 * (prompts() + responses(learnt))
     reference = prompts() + responses(learnt) if recipe.needs.reference else 0.0
     sampled = 0.0 if shape.offline else prompts() + responses(K)
-    return trained, reference + sampled
+    others = prompts() + 2 * responses(K) if shape.offline and recipe.needs.kl else 0.0
+    return trained, reference + sampled + others
 
 
 def _compiled(function: Any, *arguments: Any) -> tuple[float, Callable[..., Any]]:
