@@ -79,19 +79,27 @@ class Anchor:
 
 @dataclass(frozen=True, slots=True)
 class Rated:
-    """A response that someone gave, and its score: the higher, the better."""
+    """A response that someone gave, and its score: the higher, the better.
+
+    `ratings` are those that the score is made of, one a dimension of its `Preference`.
+    """
 
     text: str
     score: float
+    ratings: tuple[float, ...] = field(default=(), compare=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Preference:
-    """A prompt with the responses that someone rated; `place` is where its row stands."""
+    """A prompt with the responses that someone rated; `place` is where its row stands.
+
+    `dimensions` are the names of the ratings; a pair and a flagged response have none.
+    """
 
     prompt: Prompt
     responses: tuple[Rated, ...]
     place: str
+    dimensions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,6 +108,7 @@ class Given:
 
     ids: tuple[int, ...]
     score: float
+    ratings: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,8 @@ class Example:
 
     With preference data the candidates are `given`, and the best of them is the anchor; where none
     is known to be good there is no anchor, and `anchor_ids` is empty. `weight` is the anchor's in
-    SFT. `asked` is the anchor as the teacher gave it, where one was asked.
+    SFT. `asked` is the anchor as the teacher gave it, where one was asked. `mix` is how the prompt
+    says to weigh the ratings' dimensions, where it does.
     """
 
     prompt: Prompt
@@ -120,6 +130,7 @@ class Example:
     given: tuple[Given, ...] = ()
     weight: float = 1.0
     asked: Anchor | None = None
+    mix: tuple[float, ...] = ()
 
 
 def messages_key(

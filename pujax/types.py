@@ -6,7 +6,7 @@ One letter, one meaning, in the whole code base:
     K  candidates a prompt         R  reference-prompt length (padded)
     G  responses a prompt, K + 1   T  response length (padded)
     V  vocabulary                  D  model width
-    L  layers
+    L  layers                      M  scores of a response, one by one
 
 Index 0 of G is the anchor, the teacher's answer; the others are the student's candidates.
 Everything is right-padded, and every mask comes from a length, never from a token's value.
@@ -65,6 +65,7 @@ class Batch:
     given: "Completions | None" = None  # candidates that no sampling need make
     rewards: tuple[Float[Array, "B G"], ...] = ()  # what the host says of them, see `rewards_of`
     ref_logps: Float[Array, "B G T"] | None = None  # the reference's, where they are known
+    mix: Float[Array, "B M"] | None = None  # how the prompt says to weigh its dimensions
     anchor_weights: Float[Array, " B"] | None = None  # in SFT; None weighs all alike
     # So many rows at the end fill a mesh: copies of the last prompt, which count for nothing.
     padding: int = flax.struct.field(pytree_node=False, default=0)
@@ -83,7 +84,8 @@ class Completions:
     """K responses a prompt, with the log-probs of the untempered policy that made them.
 
     `logps` is None where that is not known: preference data, another model's answers. `scores` are
-    someone's own, which no scorer then need find: -inf for a response that isn't there.
+    someone's own, which no scorer then need find, and `members` their ratings by dimension: -inf
+    for a response that isn't there.
     """
 
     tokens: Int[Array, "B K T"]
@@ -91,6 +93,7 @@ class Completions:
     finished: Bool[Array, "B K"]  # ended by an EOS within T tokens
     logps: Float[Array, "B K T"] | None
     scores: Float[Array, "B K"] | None = None
+    members: Float[Array, "B M K"] | None = None
 
 
 @flax.struct.dataclass
@@ -115,7 +118,8 @@ class Group:
     labels: Float[Array, "B G"]
     valid: Bool[Array, "B G"]
     has_old_logps: bool = flax.struct.field(pytree_node=False, default=True)
-    members: Float[Array, "B M G"] | None = None  # of a family of scores, see `scoring.family`
+    members: Float[Array, "B M G"] | None = None  # scores one by one: a family's, or ratings
+    kl: Float[Array, " B"] | None = None  # the batch's KL(policy || reference), see `batch_kl`
 
 
 @flax.struct.dataclass
@@ -142,8 +146,8 @@ class TrainState:
 
 Labels = tuple[Float[Array, "B G"], Bool[Array, "B G"]]
 
-LabelRule = Callable[[Float[Array, "B G"]], Labels]
-"""Scores to (labels, valid)."""
+LabelRule = Callable[..., Labels]
+"""Scores [B G] to (labels, valid); `labels.mixed_labels` is given more, see `labels_of`."""
 
 PairRule = Callable[[Float[Array, "B G"]], Float[Array, "B G G"]]
 """Scores to pair weights: entry (i, j) weighs "i is preferred to j"; they sum to one a prompt."""

@@ -88,6 +88,10 @@ class DataConfig:
             these or beside them.
         preference_share: the share of the steps that learns from them, beside `prompts`.
         dimensions: weights of their ratings by name; none takes the mean of all.
+        weightings: how to weigh those dimensions, a list of numbers each: every row stands once for
+            each, which its system message states, to be heeded when a prompt states another.
+        degrees: the candidates of `prompts` are their anchors with more and more key words removed,
+            in so many degrees; 0 has the student sample them.
         on_bad_row: what a row of them is that can't be used, such as one with a response beyond
             `max_response_tokens`: an error, or to drop.
         reference_cache: the folder that keeps the reference's log-probs of given responses, by
@@ -107,6 +111,8 @@ class DataConfig:
     preferences: Any = None
     preference_share: float = 0.5
     dimensions: dict[str, float] = field(default_factory=dict)
+    weightings: list[list[float]] = field(default_factory=list)
+    degrees: int = 0
     on_bad_row: str = "error"
     reference_cache: str | None = "runs/.reference"
     gate: GateConfig = field(default_factory=GateConfig)
@@ -145,6 +151,21 @@ class DataConfig:
             "data.preference_share",
             self.preference_share,
             "must lie in (0, 1); without data.prompts every step takes data.preferences",
+        )
+        for key, idle, remedy in (
+            ("dimensions", {}, "it weighs ratings: give data.preferences"),
+            ("weightings", [], "it weighs ratings: give data.preferences"),
+            ("preference_share", 0.5, "it is between data.prompts and data.preferences: give both"),
+        ):
+            used = self.preferences is not None
+            if key == "preference_share":
+                used = used and self.prompts is not None
+            require(used or getattr(self, key) == idle, f"data.{key}", getattr(self, key), remedy)
+        require(
+            self.degrees >= 0 and not (self.degrees and self.prompts is None),
+            "data.degrees",
+            self.degrees,
+            "must not be negative, and is of the anchors of data.prompts",
         )
         for name, weight in self.dimensions.items():
             require(

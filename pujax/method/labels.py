@@ -4,19 +4,22 @@ The abstract of arXiv 2601.20687 fixes that preferences are pairwise or listwise
 and concentrated on near-optimal candidates. How scores become labels or pairs is ours.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from pujax.errors import require
-from pujax.types import Labels
+from pujax.errors import ConfigError, require
+from pujax.types import LabelRule, Labels
 
 # Scores closer than this share of the largest are float32 noise, not a preference.
 _RESOLUTION = 1e-6
+
+_MIX = 1  # what a step's key is folded with for lambda, so that no score is drawn from the same
 
 
 def candidates(scores: Float[Array, "B G"]) -> Bool[Array, "B G"]:
@@ -96,6 +99,85 @@ def softmax_labels(
         return labels, valid
     there = candidate | (jnp.arange(scores.shape[-1]) == 0)[None]
     return jnp.where(there, labels, 0), valid & there
+
+
+def mixed_labels(
+    scores: Float[Array, "B G"],
+    members: Float[Array, "B M G"] | None,
+    key: Array,
+    mix: Float[Array, "B M"] | None = None,
+    *,
+    weights: Sequence[float] | None = None,
+    tau: float = 1.0,
+    standardized: bool = False,
+    drawn: bool = False,
+    anchor_mass: float = 0.0,
+) -> Labels:
+    """Labels sum_k lambda_k q_k, q_k those of each of a response's scores (arXiv 2506.19780).
+
+    The cross-entropy is linear in labels, so under them `losses.listwise` is, but for a constant,
+    that paper's sum over dimensions k of lambda_k times the listwise DPO loss of each; there q_k is
+    the softmax of a rating column at temperature 1. The dimensions are the ratings of preference
+    data, or a family of scorers (ours). At a corner of the simplex this is the one dimension's own.
+    `mix` is each prompt's lambda where the prompt itself states it; lambda is else `weights`, or
+    drawn, the same for a whole batch as there. Which batch gets which is a matter of its `key`.
+
+    Settings:
+        weights: lambda, made to sum to one, in the order of the dimensions; null weighs all alike.
+        tau: temperature of each dimension's softmax.
+        standardized: give each dimension mean 0 and deviation 1 within a group first.
+        drawn: draw lambda for each batch, from the Dirichlet distribution of `weights`.
+        anchor_mass: the anchor's share, in [0, 1); 0 leaves it out.
+    """
+    if members is None:
+        raise ConfigError(
+            "labels: mixed_labels weighs several scores of a response, and here is one: take "
+            "scorer=family, data.preferences with ratings by dimension, or labels=softmax"
+        )
+    B, M, _ = members.shape
+    if mix is None:
+        given = list(weights or [1.0] * M)
+        require(len(given) == M, "labels.weights", given, f"there are {M} dimensions: one for each")
+        require(
+            min(given) > 0 if drawn else min(given) >= 0 and sum(given) > 0,
+            "labels.weights",
+            given,
+            "all must be positive to be drawn" if drawn else "none may be negative, nor all 0",
+        )
+        one = jnp.asarray(given, jnp.float32)
+        one = jax.random.dirichlet(key, one) if drawn else one / one.sum()
+        mix = jnp.broadcast_to(one, (B, M))
+    made = [
+        softmax_labels(members[:, m], tau=tau, standardized=standardized, anchor_mass=anchor_mass)
+        for m in range(M)
+    ]
+    labels = jnp.stack([each for each, _ in made], axis=1)
+    return jnp.sum(mix[:, :, None] * labels, axis=1), made[0][1]
+
+
+def takes_members(rule: LabelRule) -> bool:
+    """Whether a label rule asks for a response's scores one by one."""
+    return rule is mixed_labels or (isinstance(rule, partial) and rule.func is mixed_labels)
+
+
+def dimensions_of(rule: LabelRule) -> int | None:
+    """How many scores a response must have for a label rule that says so."""
+    if not isinstance(rule, partial) or not takes_members(rule):
+        return None
+    return len(rule.keywords.get("weights") or ()) or None
+
+
+def labels_of(
+    rule: LabelRule,
+    scores: Float[Array, "B G"],
+    members: Float[Array, "B M G"] | None,
+    key: Array,
+    mix: Float[Array, "B M"] | None = None,
+) -> Labels:
+    """The labels that `rule` makes of scores, or of `members`; `key` is the step's."""
+    if takes_members(rule):
+        return rule(scores, members, jax.random.fold_in(key, _MIX), mix)
+    return rule(scores)
 
 
 def best(scores: Float[Array, "B G"]) -> Float[Array, "B G"]:

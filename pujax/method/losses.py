@@ -156,18 +156,26 @@ def nnpu(
 # Listwise loss.
 
 
-def listwise(logps: Float[Array, "B G T"], group: Group, *, beta: float = 0.1) -> LossAndMetrics:
+def listwise(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    beta: float = 0.1,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
     """KL(q || p), q the labels and p = softmax(beta Delta) over the valid responses (ours).
 
     Zero where beta Delta = log q + const. At the reference p is uniform over the G valid responses,
     so the gradient there is the policy gradient with advantages beta (q_i - 1 / G).
+    Under `labels.mixed_labels` it is lambda-weighted listwise DPO.
 
     Settings:
         beta: the implied reward for a nat of log-ratio to the reference: the smaller, the further
             the policy goes.
+        length_normalized: divide each response's log-ratio by its length.
     """
     require(beta > 0, "loss.beta", beta, "must be positive")
-    rewards_BG = beta * deltas(logps, group)
+    rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
     terms_BG = xlogy(group.labels, group.labels) - group.labels * log_p(rewards_BG, group.valid)
     loss_B = jnp.sum(terms_BG, axis=-1, where=group.valid)
     return loss_B, _label_metrics(logps, group, rewards_BG, group.valid)

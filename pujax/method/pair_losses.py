@@ -220,6 +220,44 @@ def gamma_dpo(
     return loss_B, preference_metrics(logps, group, rewards_BG, weights_BGG)
 
 
+def spo(
+    logps: Float[Array, "B G T"],
+    group: Group,
+    *,
+    pairs: PairRule = best_vs_worst,
+    beta: float = 0.1,
+    gamma: float = 0.1,
+    length_normalized: bool = False,
+) -> LossAndMetrics:
+    """`dpo` plus gamma times how far implied rewards are from the order of all degrees.
+
+    After SPO (arXiv 2409.17791), where a module learns to tell the degree of preference of each
+    side and its loss is added to the alignment's: known second-hand, its form L_align + gamma
+    (L_degree,w + L_degree,l) recalled. Ours: that no head classifies the degree from hidden states.
+    The implied rewards r do, by Plackett and Luce's likelihood of the order of the scores: the mean
+    over candidates i that any is below of -log(exp r_i / sum over j with s_j <= s_i of exp r_j). Of
+    two candidates that is DPO's own loss. `data.degrees` makes responses of known degree.
+
+    Settings:
+        pairs: which of a group's responses are preferred to which.
+        beta: the implied reward for a nat of log-ratio to the reference.
+        gamma: the weight of the degrees' order beside the pairs.
+        length_normalized: divide each response's log-ratio by its length.
+    """
+    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    loss_B, metrics = dpo(logps, group, pairs=pairs, beta=beta, length_normalized=length_normalized)
+    rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
+    there, scores = candidates(group.scores), group.scores
+    both = there[:, :, None] & there[:, None, :]
+    no_better = both & (scores[:, None, :] <= scores[:, :, None])  # j is, than i
+    above = jnp.any(both & (scores[:, None, :] < scores[:, :, None]), axis=-1)
+    # A floor in place of -inf: what `above` leaves out must have a gradient too, of 0.
+    odds = jnp.where(no_better, rewards_BG[:, None, :], jnp.finfo(jnp.float32).min)
+    terms_BG = jax.nn.logsumexp(odds, axis=-1) - rewards_BG
+    degree_B = means(terms_BG, above)
+    return loss_B + gamma * degree_B, metrics | {"loss/degree": stop_gradient(degree_B).mean()}
+
+
 def distill(
     logps: Float[Array, "B G T"],
     group: Group,
@@ -269,7 +307,8 @@ def e_dpo(
 
     The KL is the candidates' mean of -Delta, each weighed by ref / old policy, weights that sum to
     one (self-normalised importance sampling, ours). It is exact as candidates grow in number; of a
-    few it may well be negative. The family is `Group.members`; without it, the scores alone.
+    few it may well be negative. The family is `Group.members`; without it, the scores alone, which
+    `pujax train` refuses.
 
     Settings:
         beta: the implied reward, on the scores' scale, for a nat of log-ratio to the reference.
@@ -296,11 +335,14 @@ def e_dpo(
 
 
 def others_kl(delta: Float[Array, "B G"], group: Group) -> Float[Array, "B G"]:
-    """max(0, the mean Delta of the prompt's other candidates): KL(policy || ref), estimated (ours).
+    """KL(policy || ref), estimated, from which gains are measured.
 
-    Candidates are the policy's own samples, so their Delta is one estimate of that KL each; a
-    response is left out of its own. The paper takes other prompts' responses, for want of samples.
+    Of the policy's own samples it is max(0, the mean Delta of the prompt's other candidates): each
+    is one estimate of that KL, and a response is left out of its own (ours). Given responses are no
+    samples; theirs is the paper's, `step.batch_kl` of other prompts' responses, one for a batch.
     """
+    if group.kl is not None:
+        return jnp.broadcast_to(group.kl[:, None], delta.shape)
     candidate = group.valid.at[:, 0].set(False)
     kept = jnp.where(candidate, delta, 0)
     count = candidate.sum(axis=-1, keepdims=True) - candidate

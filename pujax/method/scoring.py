@@ -396,7 +396,8 @@ def confident(
 
     Each score, standardised, counts as much as its soft labels q = softmax(z / tau) say of the
     group: log K - H(q) nats, so a ranker that finds all candidates alike has no say. (The paper
-    weighs an ensemble of reward models by confidence; its latent heads are not here.)
+    weighs an ensemble of reward models by confidence, whose latent heads `latent.latent` may be one
+    of the scores.)
 
     Settings:
         scores: the scores, each a function by `_target_`.

@@ -9,7 +9,7 @@ import optax
 from jaxtyping import Array
 
 from pujax.method.discriminator import learn
-from pujax.method.labels import absent_candidates
+from pujax.method.labels import absent_candidates, labels_of
 from pujax.method.losses import group_metrics
 from pujax.method.needs import Needs
 from pujax.method.optimizer import apply, apply_in_place, on_one_cpu
@@ -208,9 +208,10 @@ def score_group(
             scores = recipe.scorer(context) if members is None else members.mean(axis=1)
             states = None if head is None else context.last_states()
         else:
-            members = states = None
-            best = completions.scores.max(axis=1, keepdims=True)
-            scores = jnp.concatenate([best, completions.scores], axis=1)
+            states = None
+            scores, members = _beside_best(completions.scores), None
+            if completions.members is not None:
+                members = _beside_best(completions.members)
         if wants_logps:
             logps = reference.logps(anchor=recipe.needs.anchor)
             return scores, logps, context.notes, members, states
@@ -218,7 +219,10 @@ def score_group(
         return scores, known, context.notes, members, states
 
     scores, ref_logps, notes, members, states = packed(model, batch.prompts.lengths, mask, scored)
-    labels, valid = recipe.labels(scores)
+    labels, valid = labels_of(recipe.labels, scores, members, key, batch.mix)
+    kl = None
+    if recipe.needs.kl and completions.logps is None:
+        kl = batch_kl(model.unpacked, params, ref_params, batch, prefix, completions)
     group = Group(
         prompts=batch.prompts,
         tokens=tokens,
@@ -231,8 +235,41 @@ def score_group(
         valid=valid,
         has_old_logps=again or completions.logps is not None,
         members=members,
+        kl=kl,
     )
     return jax.lax.stop_gradient(group), notes, states
+
+
+def _beside_best(given: Array) -> Array:
+    """Given scores [..., K], the anchor's before them: the best of them."""
+    return jnp.concatenate([given.max(axis=-1, keepdims=True), given], axis=-1)
+
+
+def batch_kl(
+    model: LanguageModel,
+    params: Params,
+    ref_params: Params,
+    batch: Batch,
+    prefix: Prefix,
+    completions: Completions,
+) -> Array:
+    """KL(policy || reference) as KTO estimates it from given responses, the same for all B prompts.
+
+    max(0, the mean Delta of the next prompt's responses read after each prompt), without a gradient
+    (Ethayarajh et al., 2024: y of x is a poor sample of the policy there, where another prompt's is
+    a cheap one). There it is each microbatch's; here the whole batch's, made before the update, so
+    that microbatches change nothing, and inner epochs share it. `prefix` is the policy's encoding
+    of the prompts. Rows that fill a mesh count for nothing.
+    """
+    rows = len(batch.anchor_finished)
+    real = rows - batch.padding
+    at = (jnp.arange(rows) + 1) % real
+    tokens, mask = completions.tokens[at], completions.mask[at]
+    of_policy = response_logps(model, params, prefix, tokens, mask)
+    of_ref = response_logps(model, ref_params, batch.prompts, tokens, mask)
+    delta_BK = jnp.sum(of_policy - of_ref, axis=-1, where=mask)[:real]
+    mean = delta_BK.mean(where=mask.any(axis=-1)[:real])
+    return jnp.full(rows, jnp.maximum(0, mean))
 
 
 def anchor_group(batch: Batch) -> Group:

@@ -48,6 +48,7 @@ def work(
     candidates = data.candidates or config.sampling.candidates
     loss = str(config.loss.get("_target_", "")).rpartition(".")[2]
     trained = len(data.examples)
+    given = ", given with their scores" if data.candidates else ""
     answered = [(each.prompt, each.anchor) for each in data.with_anchors.examples]
     told = judged(answered)
     if config.data.anchors is not None and Path(config.data.anchors).is_file():
@@ -58,7 +59,7 @@ def work(
         *(f"the teacher's answers: {name} {words}" for name, words in told.items()),
         f"sft: {_steps(sft.steps, sft.batch, len(data.with_anchors.examples))}",
         f"align: {_steps(align.steps, align.prompts, trained)}"
-        + (f", {candidates} candidates each, {loss}" if align.steps else ""),
+        + (f", {candidates} candidates each{given}, {loss}" if align.steps else ""),
         f"evaluation: {counted(len(asked), 'held-out prompt')}, of the base and after each stage",
     ]
     seconds = forecast(config, student.model, recipe, data, asked).seconds(

@@ -19,11 +19,13 @@ from pujax.run.gate import gated, in_words
 from pujax.run.rewarding import AnchorCheck, anchor_check
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.asking import Tally
+from pujax.teacher.degrees import KeyWords, graded, yake_words
 from pujax.teacher.plan import Plan
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import TeacherConfig
 from pujax.teacher.store import COLLECT
+from pujax.teacher.weighting import weighed
 from pujax.text import counted, printable
 from pujax.types import Batch, Completions, right_padded
 
@@ -36,6 +38,7 @@ class Dataset:
     is preference data that takes `share` of the steps beside these examples. `ref_logps` [N G T]
     are the reference's log-probs of the anchors and given candidates, where they are known. `gated`
     counts the anchors that are not trusted, by reason; `weighed` says that SFT weighs them down.
+    `dimensions` names the ratings that every given candidate has.
     """
 
     examples: tuple[Example, ...]
@@ -51,6 +54,7 @@ class Dataset:
     share: float = 0.0
     gated: dict[str, int] = field(default_factory=dict)
     weighed: bool = False
+    dimensions: tuple[str, ...] = ()
     ref_logps: np.ndarray | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -64,7 +68,8 @@ class Dataset:
     @property
     def parts(self) -> dict[str, "Dataset"]:
         """What steps draw from, by the setting that names it."""
-        own = {"data.preferences" if self.candidates else "data.prompts": self}
+        asked = not self.candidates or (self.examples and self.examples[0].asked is not None)
+        own = {"data.prompts" if asked else "data.preferences": self}
         return own | (self.other.parts if self.other else {})
 
     @property
@@ -112,6 +117,7 @@ def load_data(
     if data.gate.check is not None:  # what is wrong with it shows before a teacher is paid
         function = build(data.gate.check, "data.gate.check", config.trusted)
         check_anchors = anchor_check(function, seconds=data.gate.seconds)
+    words = yake_words() if data.degrees else None
     given = [] if data.preferences is None else [make_preferences(data.preferences, chat, data)]
     if data.anchors is None:
         own, heldout = [], _once(make_preferences(data.heldout, chat, data))
@@ -147,6 +153,9 @@ def load_data(
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
         with waited("checking the teacher's answers", say):
             own = [_trusted(part, data.gate, check_anchors) for part in own]
+        if words is not None:
+            own = [_by_degree(part, data.degrees, chat, words) for part in own]
+    given = [_trusted(part, data.gate, check_anchors) for part in given]
     for part in given:
         _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
     train_data = _joined(own, given, data)
@@ -222,6 +231,23 @@ def _trusted(data: Dataset, gate: GateConfig, check: AnchorCheck | None) -> Data
     checked = None if check is None else check(data.examples)
     kept, counts = gated(data.examples, gate, checked)
     return replace(data, examples=kept, gated=counts, weighed=bool(counts) and gate.weight > 0)
+
+
+def _by_degree(data: Dataset, degrees: int, chat: Chat, words: KeyWords) -> Dataset:
+    """The data with the anchors' degrees as candidates; without anchors that have no key words."""
+    kept, T = [], data.response_size
+    for example in data.examples:
+        given = tuple(
+            Given(tuple(chat.encode_response(text, example.anchor_finished))[:T], score)
+            for text, score in graded(example.anchor, degrees, words)
+        )
+        kept += [replace(example, given=given)] if len(given) > 1 else []
+    if not kept:
+        raise DataError("data.degrees: no anchor has two words that say anything: leave it out")
+    most = max(len(example.given) for example in kept)
+    return replace(
+        data, examples=tuple(kept), candidates=most, bad_rows=len(data.examples) - len(kept)
+    )
 
 
 def load_heldout(
@@ -363,6 +389,7 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
     """
     examples, dropped, truncated, bad_rows, extra = [], 0, 0, 0, 0
     P, T = config.max_prompt_tokens, config.max_response_tokens
+    dimensions = set[tuple[str, ...]]()
 
     def bad(error: PujaxError) -> None:
         nonlocal bad_rows
@@ -370,10 +397,11 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
             raise error
         bad_rows += 1
 
-    for row in load_preferences(source, weights=config.dimensions or None, bad=bad):
+    rated = load_preferences(source, weights=config.dimensions or None, bad=bad)
+    for row, mix in weighed(rated, config.weightings, config.system, bad):
         given = tuple(
-            Given(tuple(chat.encode_response(response.text, True)), response.score)
-            for response in row.responses
+            Given(tuple(chat.encode_response(r.text, True)), r.score, r.ratings)
+            for r in row.responses
         )
         longest = max(len(response.ids) for response in given)
         if longest > T:
@@ -386,6 +414,7 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
             continue
         fitted, left_out = _fit([row.prompt], chat, config)
         dropped += left_out
+        dimensions.add(row.dimensions)
         best = max(range(len(given)), key=lambda i: given[i].score)
         known = len(given) > 1 or given[best].score > 0
         for each in fitted:
@@ -400,6 +429,7 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
                     anchor_ids=given[best].ids if known else (),
                     anchor_finished=known,
                     given=given,
+                    mix=mix,
                 )
             )
     if not examples:
@@ -408,7 +438,8 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
         )
     most = max(len(example.given) for example in examples)
     made = Dataset(tuple(examples), P, P + extra, T, dropped, truncated, 0)
-    return replace(made, bad_rows=bad_rows, candidates=most)
+    shared = dimensions.pop() if len(dimensions) == 1 else ()
+    return replace(made, bad_rows=bad_rows, candidates=most, dimensions=shared)
 
 
 def _once(data: Dataset) -> Dataset:
@@ -465,6 +496,9 @@ def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
         anchor_finished=jnp.array([e.anchor_finished for e in examples]),
         references=right_padded([e.reference_ids for e in examples], dataset.reference_size),
         given=_given(examples, dataset) if dataset.candidates else None,
+        mix=jnp.array([e.mix for e in examples])
+        if dataset.candidates and examples[0].mix
+        else None,
         anchor_weights=jnp.array([e.weight for e in examples]) if dataset.weighed else None,
     )
 
@@ -474,17 +508,21 @@ def _given(examples: Sequence[Example], dataset: Dataset) -> Completions:
     shape = (len(examples), dataset.candidates, dataset.response_size)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
     scores = np.full(shape[:2], -np.inf, np.float32)
+    members = np.full((len(examples), len(dataset.dimensions), shape[1]), -np.inf, np.float32)
     for b, example in enumerate(examples):
         for k, response in enumerate(example.given):
             tokens[b, k, : len(response.ids)] = response.ids
             mask[b, k, : len(response.ids)] = True
             scores[b, k] = response.score
+            if len(dataset.dimensions) > 1:
+                members[b, :, k] = response.ratings
     return Completions(
         tokens=jnp.asarray(tokens),
         mask=jnp.asarray(mask),
         finished=jnp.asarray(mask.any(axis=-1)),
         logps=None,
         scores=jnp.asarray(scores),
+        members=jnp.asarray(members) if len(dataset.dimensions) > 1 else None,
     )
 
 

@@ -41,6 +41,7 @@ from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh, padding_of, tree_shardings, ways
 from pujax.records import STAGES, Example
 from pujax.run import beginning
+from pujax.run.agreement import check_given, check_settings
 from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.control import make_control
 from pujax.run.data import Dataset, load_data
@@ -84,7 +85,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
 
     def check(data: Dataset) -> None:
         check_batches(config, data)
-        check_candidates(recipe, loss_fn, data)
+        check_given(config, recipe, loss_fn, data)
         check_positions(shape, data)
 
     check_memory(config.model, shape, mesh)
@@ -328,13 +329,6 @@ def filling(config: TrainConfig, mesh: Mesh) -> list[str]:
     ]
 
 
-def check_candidates(recipe: Recipe, loss_fn: LossFn, data: Dataset) -> None:
-    """Refuse given candidates that the loss learns nothing from: pairs need two."""
-    for part in data.parts.values():
-        if part.candidates == 1:
-            needs_of(loss_fn, recipe.labels, 1)
-
-
 def check_positions(model: DecoderConfig, data: Dataset) -> None:
     """Refuse prompts and responses that the model has no positions for."""
     longest = max(data.prompt_size, data.reference_size) + data.response_size
@@ -369,6 +363,7 @@ def build_recipe(config: TrainConfig, chat: Chat) -> tuple[Recipe, LossFn]:
         needs=needs_of(loss_fn, labels, candidates, **said),
         inner_epochs=config.align.inner_epochs,
     )
+    check_settings(config, recipe, loss_fn)
     return recipe, loss_fn
 
 
@@ -397,8 +392,8 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     whole = to_first(assemble(run.base, params))
     told(lambda: export_hf(run.model.config, whole, run.chat, directory / EXPORT, card))
     run.pause("after the export")
-    gate = run.data.gate_note
-    note = f"\n\n{gate[0].upper()}{gate[1:]}." if gate else ""
+    gates = [part.gate_note for part in run.data.parts.values() if part.gate_note]
+    note = "".join(f"\n\n{gate[0].upper()}{gate[1:]}." for gate in gates)
 
     def report() -> None:
         write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())

@@ -108,7 +108,11 @@ def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:
     anchors = [[e.anchor, e.anchor_ids, e.anchor_finished] for e in part.examples]
     yield f"{key} anchors", _digest(anchors)
     if part.candidates:
-        given = [[[r.ids, r.score] for r in e.given] for e in part.examples]
+        several = len(part.dimensions) > 1
+        given = [
+            [[r.ids, r.score, *(r.ratings if several else ())] for r in e.given]
+            for e in part.examples
+        ]
         yield f"{key} candidates", _digest(given)
 
 

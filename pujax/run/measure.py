@@ -289,8 +289,13 @@ def flops(config: DecoderConfig, shape: WorkConfig, recipe: Recipe) -> tuple[flo
     """
     K = shape.candidates
     read = sum(forward(config, shape, K + 1 if recipe.needs.anchor else K))
-    sampled = 0.0 if shape.offline else sum(forward(config, shape, K))
-    return 3 * read, (read if recipe.needs.reference else 0.0) + sampled
+    rest = read if recipe.needs.reference else 0.0
+    if not shape.offline:
+        rest += sum(forward(config, shape, K))
+    elif recipe.needs.kl:
+        prompts, responses = forward(config, shape, K)
+        rest += prompts + 2 * responses
+    return 3 * read, rest
 
 
 def forward(config: DecoderConfig, shape: WorkConfig, responses: int) -> tuple[float, float]:

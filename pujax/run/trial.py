@@ -9,6 +9,7 @@ from jaxtyping import Array
 
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in
 from pujax.method.discriminator import new_head
+from pujax.method.labels import dimensions_of, labels_of
 from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.types import Batch, Frames, Group, LabelRule, LossFn, Scorer, Tokens
@@ -74,10 +75,14 @@ def try_recipe(
         jax.random.key(0),
         [score_shape for _ in rewards],
     )
+
+    def labelled(scores: Array, members: Array, key: Array) -> Any:
+        return labels_of(labels, scores, members, key)
+
     _try(
         "labels",
         labels,
-        labels,
+        labelled,
         "scores",
         f"labels and which are valid, (float32[{B}, {G}], bool[{B}, {G}]) for {size}",
         lambda made: (
@@ -87,6 +92,8 @@ def try_recipe(
             and _is(made[1], (B, G), jnp.bool_)
         ),
         score_shape,
+        floats(B, dimensions_of(labels) or 2, G),
+        jax.random.key(0),
     )
     group = Group(
         prompts=tokens(P),

@@ -66,7 +66,8 @@ def load_preferences(
         except PromptError as error:
             bad(error)
             continue
-        yield Preference(prompt, scored, place)
+        named = () if SIDE in rated[0][1] else tuple(dimensions or ())
+        yield Preference(prompt, scored, place, named)
 
 
 def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, Ratings]]]:
@@ -251,5 +252,5 @@ def _scored(
         score = sum(weight * ratings[name] for name, weight in used.items())
         if not math.isfinite(score):
             raise PromptError(f"{place}: response {i}'s ratings add up to {score}: scale them down")
-        scored.append(Rated(text, score))
+        scored.append(Rated(text, score, tuple(ratings[name] for name in used)))
     return tuple(scored)

@@ -47,6 +47,7 @@ def test_a_group_holds_what_a_loss_may_read():
         "valid",
         "has_old_logps",
         "members",
+        "kl",
     ]
 
 

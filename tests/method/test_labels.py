@@ -1,5 +1,6 @@
 import inspect
 import math
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -229,3 +230,69 @@ def test_pairs_do_not_depend_on_what_is_computed_beside_them(rule):
     (_, (pairs, _)), _ = jax.jit(jax.value_and_grad(program, has_aux=True))(logps, h)
     np.testing.assert_array_equal(pairs, rule(jnp.tanh(h) * jnp.sqrt(jnp.abs(h) + 1)))
     np.testing.assert_array_equal(pairs.sum((1, 2)), 1)
+
+
+# Several scores of a response.
+
+MEMBERS = jnp.asarray([[[9.0, 1.0, 0.0, 2.0], [5.0, 0.0, 3.0, -1.0]]])
+KEY = jax.random.key(3)
+
+
+def mixed(**given):
+    return labels.labels_of(
+        partial(labels.mixed_labels, **given), MEMBERS.mean(axis=1), MEMBERS, KEY
+    )
+
+
+@pytest.mark.parametrize("corner", [0, 1])
+def test_at_a_corner_mixed_labels_are_one_dimensions_own(corner):
+    weights = [1.0 - corner, float(corner)]
+    settings = {"tau": 0.7, "standardized": True, "anchor_mass": 0.2}
+    q, valid = mixed(weights=weights, **settings)
+    own, own_valid = labels.softmax_labels(MEMBERS[:, corner], **settings)
+    np.testing.assert_array_equal(q, own)
+    np.testing.assert_array_equal(valid, own_valid)
+
+
+def test_mixed_labels_weigh_each_dimensions_softmax_at_temperature_one():
+    e = np.exp
+    first = np.array([e(1), 1, e(2)]) / (e(1) + 1 + e(2))
+    second = np.array([1, e(3), e(-1)]) / (1 + e(3) + e(-1))
+    q, _ = mixed(weights=[3.0, 1.0])
+    np.testing.assert_allclose(q[0, 1:], 0.75 * first + 0.25 * second, rtol=1e-6)
+    np.testing.assert_allclose(mixed()[0][0, 1:], (first + second) / 2, rtol=1e-6)
+    # The loss is linear in the labels: lambda times each dimension's cross-entropy.
+    log_p = jax.nn.log_softmax(jnp.asarray([0.2, -0.4, 0.9]))
+    parts = [-(each * log_p).sum() for each in (first, second)]
+    np.testing.assert_allclose(-(q[0, 1:] * log_p).sum(), parts[0] * 0.75 + parts[1] * 0.25, 1e-6)
+
+
+def test_a_drawn_lambda_is_its_steps_alone_and_a_batchs_one():
+    rule = partial(labels.mixed_labels, weights=[1.0, 1.0], drawn=True)
+    two = jnp.concatenate([MEMBERS, MEMBERS])
+
+    def made(key):
+        return labels.labels_of(rule, two.mean(axis=1), two, key)[0]
+
+    steps = [made(jax.random.fold_in(KEY, step)) for step in (4, 5)]
+    np.testing.assert_array_equal(made(jax.random.fold_in(KEY, 4)), steps[0])
+    assert jnp.abs(steps[0] - steps[1]).max() > 1e-3
+    np.testing.assert_array_equal(steps[0][0], steps[0][1])
+
+
+def test_a_lambda_that_the_prompt_states_is_its_own():
+    rule = partial(labels.mixed_labels, weights=[1.0, 1.0], drawn=True)
+    two, mix = jnp.concatenate([MEMBERS, MEMBERS]), jnp.asarray([[1.0, 0.0], [0.0, 1.0]])
+    q, _ = labels.labels_of(rule, two.mean(axis=1), two, KEY, mix)
+    for row, corner in enumerate((0, 1)):
+        np.testing.assert_array_equal(q[row], mixed(weights=[1.0 - corner, float(corner)])[0][0])
+
+
+def test_weights_that_do_not_fit_are_named():
+    for weights, drawn in (([1.0], False), ([1.0, -1.0], False), ([0.0, 0.0], False)):
+        with pytest.raises(ConfigError, match=r"labels\.weights="):
+            mixed(weights=weights, drawn=drawn)
+    with pytest.raises(ConfigError, match=r"labels\.weights=.*to be drawn"):
+        mixed(weights=[1.0, 0.0], drawn=True)
+    with pytest.raises(ConfigError, match=r"labels: mixed_labels weighs several .*scorer=family"):
+        labels.labels_of(labels.mixed_labels, MEMBERS[:, 0], None, KEY)

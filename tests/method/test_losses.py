@@ -69,6 +69,10 @@ VARIANTS: dict[str, Callable] = {
     "beside_anchor": functools.partial(losses.beside_anchor, loss=losses.ldl_grpo),
     "ldl_grpo_finished": functools.partial(losses.ldl_grpo, mask_unfinished=True),
 }
+YAMLS = {path.stem: path for path in Path(conf_dir(), "loss").glob("*.yaml")}
+VARIANTS |= {
+    name: build(OmegaConf.load(p), "loss") for name, p in YAMLS.items() if name not in VARIANTS
+}
 every_loss = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -156,6 +160,8 @@ def assert_same_metrics(a, b):
         ),
         # sum q log q = -0.9502705; sum q beta Delta = 1.2; log(e + e^2 + 1/e) = 2.3490111.
         (losses.listwise, GROUP, {"beta": 1.0}, 0.1987406),
+        # A token each, Delta = (1/2, 1, -1): -0.9502705 - 0.5 + log(e^0.5 + e + 1 / e).
+        (losses.listwise, GROUP, {"beta": 1.0, "length_normalized": True}, 0.1046864),
         # Advantages 0.5, -0.5. Candidate 1: -min(0.75, 0.6) - 0.5; candidate 2: -min(-0.75, -0.6).
         (losses.grpo, STALE, {"advantage": losses.mean, "kl_coef": 0.0}, -0.175),
         # Advantages 1, -1 double it.
@@ -810,3 +816,21 @@ def test_settings_named_like_a_loss_are_its_defaults(path):
     assert stated == defaults(function)
     logps, group = random_group(16)
     np.testing.assert_array_equal(bound(logps, group)[0], function(logps, group)[0])
+
+
+def test_the_trade_off_between_two_scorers_moves_with_lambda_to_a_known_optimum():
+    # beta 1: policy ~ ref sum_k lambda_k q_k; two scorers that want words 0 and 3.
+    members = jnp.asarray([[[9.0, 3.0, 1.0, 0.0, 0.0], [9.0, 0.0, 0.0, 1.0, 3.0]]])
+    worth = []
+    for share in (0.0, 0.5, 1.0):
+        rule = functools.partial(labels.mixed_labels, weights=[share, 1 - share])
+        q, valid = labels.labels_of(rule, members[:, 0], members, jax.random.key(0))
+        group = bandit(ALL_WORDS, q=q, valid=valid)
+        logps = optimize(functools.partial(losses.listwise, beta=1.0), group, ALL_WORDS, steps=1000)
+        np.testing.assert_allclose(
+            jnp.exp(logps), jax.nn.softmax(REFERENCE + jnp.log(q[0, 1:])), atol=2e-3
+        )
+        worth.append(members[0, :, 1:] @ jnp.exp(logps))
+    first, second = zip(*worth, strict=True)
+    assert first[0] + 0.2 < first[1] < first[2] - 0.2
+    assert second[0] - 0.2 > second[1] > second[2] + 0.2

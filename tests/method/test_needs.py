@@ -7,7 +7,7 @@ import pytest
 
 from pujax.errors import ConfigError
 from pujax.method import labels, losses, pair_losses
-from pujax.method.needs import Needs, needs_of
+from pujax.method.needs import Needs, ignores_labels, needs_of
 
 ALONE = partial(labels.softmax_labels)
 SHARED = partial(labels.softmax_labels, anchor_mass=0.2)
@@ -81,3 +81,26 @@ def test_what_a_loss_needs_in_rare_cases_can_be_said():
 def test_a_loss_that_nothing_moves_is_refused():
     with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
         needs_of(pair_losses.dpo, ALONE, 1)
+
+
+@pytest.mark.parametrize(
+    ("loss", "members", "kl"),
+    [
+        (pair_losses.e_dpo, True, False),
+        (pair_losses.kto, False, True),
+        (partial(pair_losses.kto, reference_point=pair_losses.no_kl), False, False),
+        (pair_losses.distill, False, False),
+    ],
+)
+def test_a_loss_of_a_family_or_of_a_batchs_kl_is_known(loss, members, kl):
+    found = needs_of(loss, ALONE, 3)
+    assert (found.members, found.kl) == (members, kl)
+
+
+def test_a_loss_that_ignores_labels_is_known():
+    sharp = partial(labels.softmax_labels, tau=0.1)
+    mixed = partial(labels.mixed_labels, weights=[1.0, 2.0, 3.0])
+    for rule in (sharp, SHARED, mixed):
+        assert ignores_labels(pair_losses.dpo, rule, 3)
+        assert not ignores_labels(losses.listwise, rule, 3)
+    assert needs_of(losses.listwise, mixed, 3) == Needs(anchor=False, reference=True)

@@ -218,6 +218,7 @@ def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(
         pair_losses.kto,
         pair_losses.distill,
         pair_losses.e_dpo,
+        pair_losses.spo,
         losses.listwise,
     ],
 )
@@ -249,3 +250,40 @@ def test_a_candidate_that_is_absent_changes_nothing(loss):
         np.testing.assert_allclose(wider_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
     np.testing.assert_array_equal(q[:, :-1], group.labels)
     np.testing.assert_array_equal(valid[:, -1], [False, False])
+
+
+def test_kto_measures_given_responses_from_the_batchs_own_kl():
+    # Delta is (1, 2, -1): sigmoid(-0.5 (2 - 0.5)) and sigmoid(0.5 (-1 - 0.5)) are the same.
+    group = replace(GROUP, kl=jnp.asarray([0.5]))
+    loss_B, metrics = pair_losses.kto(LOGPS, group, beta=0.5)
+    np.testing.assert_allclose(loss_B, [0.3208213], rtol=1e-6)
+    np.testing.assert_allclose(metrics["kto/reference_point"], 0.5)
+    # And a response that is alone has a reference point too, which moves its loss.
+    alone = make_group(np.zeros((1, 2, 1)), scores=[[0.0, -1.0]])
+    flagged = functools.partial(pair_losses.kto, beta=0.5, sides=labels.flags)
+    values = [
+        flagged(jnp.zeros((1, 2, 1)), replace(alone, kl=jnp.asarray([kl])))[0] for kl in (0.0, 2.0)
+    ]
+    np.testing.assert_allclose(values, [[0.5], [0.2689414]], rtol=1e-6)  # sigmoid(-1)
+
+
+def test_spo_orders_all_degrees_by_plackett_and_luce():
+    # Implied rewards 2, -1 and 0.5 of degrees 1, 1/2 and 0, beside the pair of 1 over 0.
+    group = make_group(np.zeros((1, 4, 1)), scores=[[9.0, 1.0, 0.5, 0.0]])
+    logps = jnp.asarray([[[7.0], [2.0], [-1.0], [0.5]]])
+    e = np.exp
+    order = np.log(1 + e(-3) + e(-1.5)) + np.log(1 + e(1.5))
+    pair = np.log1p(e(-1.5))
+    value, _ = pair_losses.spo(logps, group, beta=1.0, gamma=0.4)
+    np.testing.assert_allclose(value, [pair + 0.4 * order / 2], rtol=1e-6)
+    plain, _ = pair_losses.spo(logps, group, beta=1.0, gamma=0.0)
+    np.testing.assert_array_equal(plain, pair_losses.dpo(logps, group, beta=1.0)[0])
+    equal = replace(group, scores=jnp.ones((1, 4)))
+    assert pair_losses.spo(logps, equal)[0] == 0
+
+
+def test_spo_ends_with_the_degrees_in_order():
+    scores = jnp.asarray([[9.0, 3.0, 2.0, 1.0, 0.0]])
+    loss = functools.partial(pair_losses.spo, beta=0.7, gamma=1.0)
+    delta = optimize(loss, bandit(ALL_WORDS, scores=scores), ALL_WORDS, steps=300) - REFERENCE
+    assert (jnp.diff(delta) < -0.1).all()

@@ -3,6 +3,7 @@
 import importlib
 import importlib.util
 from collections import defaultdict
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from pujax.method import labels, pair_losses
 pytestmark = [
     pytest.mark.skipif(
         importlib.util.find_spec("trl") is None,
-        reason="compares with TRL, which is not installed (pip install trl)",
+        reason="compares with TRL, which is not installed (make torch)",
     ),
     pytest.mark.filterwarnings("ignore"),
 ]
@@ -29,7 +30,7 @@ MASK = np.arange(T) < LENGTHS[:, :, None]  # of the chosen and the rejected
 POLICY, REF = (np.where(MASK, -RNG.gamma(2.0, 1.0, (B, 2, T)), 0).astype("f4") for _ in range(2))
 
 
-def ours(loss, **settings):
+def ours(loss, kl=None, **settings):
     """The mean over B pairs: a mute anchor, the chosen, the rejected."""
 
     def led(x):
@@ -37,6 +38,8 @@ def ours(loss, **settings):
 
     scores = np.tile([0.0, 1.0, -1.0], (B, 1))
     group = make_group(led(REF), mask=led(MASK), scores=scores)
+    if kl is not None:
+        group = replace(group, kl=jnp.full(B, kl))
     return float(loss(jnp.asarray(led(POLICY)), group, **settings)[0].mean())
 
 
@@ -164,7 +167,7 @@ def test_orpos_odds_are_those_of_trl():
     np.testing.assert_allclose(odds, expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("kl", [0.0, 0.8])
+@pytest.mark.parametrize("kl", [0.0, 0.8, -0.5])
 def test_kto_is_that_of_trl_from_the_same_reference_point(kl):
     import torch
 
@@ -181,6 +184,7 @@ def test_kto_is_that_of_trl_from_the_same_reference_point(kl):
     flags = torch.tensor([True] * B + [False] * B)
     batch = inputs() | {"label": flags, "ref_KL_logps": torch.zeros(2 * B)}
     expected = float(KTOTrainer._compute_loss(trainer, reader(POLICY), batch, False))
+    kl = max(0.0, kl)  # as `step.batch_kl` gives it
     point = partial(lambda delta, group, kl: jnp.full_like(delta, kl), kl=kl)
     for sides in (labels.best_and_worst, labels.flags):
         value = ours(
@@ -192,3 +196,12 @@ def test_kto_is_that_of_trl_from_the_same_reference_point(kl):
             reference_point=point,
         )
         np.testing.assert_allclose(value, expected, atol=1e-6)
+        own = ours(
+            pair_losses.kto,
+            kl=kl,
+            beta=BETA,
+            sides=sides,
+            desirable_weight=1.5,
+            undesirable_weight=0.5,
+        )
+        np.testing.assert_allclose(own, expected, atol=1e-6)

@@ -425,3 +425,77 @@ def test_no_minute_is_silent_while_the_teacher_is_asked_and_its_answers_are_chec
     still = [line.replace(": still at it, 0:00 by now", "") for line in said if "still" in line]
     assert "asking the teacher, 1 of 3 answered, 1 failed" in still
     assert still[-1] == "checking the teacher's answers"
+
+
+# What rows that bring their ratings are made of.
+
+RATED = {"prompt": "ab", "responses": ["p", "qr"], "ratings": {"x": [1, 5], "y": [4, 2]}}
+
+
+def test_ratings_by_dimension_reach_the_batch_where_every_row_has_them(tmp_path):
+    alone = RATED | {"prompt": "c", "responses": ["s", "t", "u"]}
+    alone |= {"ratings": {"x": [1, 2, 3], "y": [0, 0, 1]}}
+    data = preferences(jsonl(tmp_path / "p.jsonl", RATED, alone))
+    assert data.dimensions == ("x", "y")
+    given = collate(data.examples, data).given
+    assert given is not None
+    assert given.members is not None
+    absent = -np.inf
+    assert given.members.tolist() == [[[1, 5, absent], [4, 2, absent]], [[1, 2, 3], [0, 0, 1]]]
+    some = preferences(jsonl(tmp_path / "q.jsonl", RATED, PAIR))
+    assert some.dimensions == ()
+    given = collate(some.examples, some).given
+    assert given is not None
+    assert given.members is None
+
+
+def test_a_row_stands_once_for_each_weighting_with_the_anchor_that_is_best_under_it(tmp_path):
+    source = jsonl(tmp_path / "p.jsonl", RATED)
+    data = preferences(source, weightings=[[1, 0], [0, 1]], max_prompt_tokens=30)
+    assert [example.anchor for example in data.examples] == ["qr", "p"]
+    heads = [example.prompt.messages[0]["content"] for example in data.examples]
+    assert heads == ["Weigh x 1, y 0.", "Weigh x 0, y 1."]
+    assert collate(data.examples, data).mix.tolist() == [[1, 0], [0, 1]]
+    assert data.examples[0].prompt_ids != data.examples[1].prompt_ids
+    with pytest.raises(PromptError, match=r"p\.jsonl:1: has no ratings for data\.weightings"):
+        preferences(jsonl(tmp_path / "p.jsonl", PAIR), weightings=[[1, 0]])
+    mixed = jsonl(tmp_path / "p.jsonl", PAIR, RATED)
+    some = preferences(mixed, weightings=[[1, 0]], max_prompt_tokens=30, on_bad_row="drop")
+    assert (len(some.examples), some.bad_rows) == (1, 1)
+
+
+def test_the_gate_is_for_the_best_responses_of_preference_data_too(tmp_path):
+    refusal = {"prompt": "g", "chosen": "Sorry", "rejected": "z"}
+    train = jsonl(tmp_path / "train.jsonl", PAIR, refusal, BAD)
+    heldout = jsonl(tmp_path / "heldout.jsonl", THREE)
+    data = DataConfig(
+        prompts=None,
+        anchors=None,
+        preferences=train,
+        heldout=heldout,
+        max_prompt_tokens=8,
+        max_response_tokens=6,
+        gate=GateConfig(refusals=True),
+    )
+    said = []
+    config = TrainConfig(model=ModelConfig(path="m"), data=data)
+    kept, _ = load_data(config, cast(Any, Letters()), said.append)
+    assert [example.anchor for example in kept.examples] == ["xy", ""]
+    assert "anchors that are not trusted (1 refusals) are left out" in said
+    lighter = replace(data, gate=GateConfig(refusals=True, weight=0.5))
+    kept, _ = load_data(replace(config, data=lighter), cast(Any, Letters()), said.append)
+    assert [example.weight for example in kept.examples] == [1, 0.5, 1]
+
+
+def test_degrees_of_anchors_are_given_candidates(monkeypatch):
+    own = dataset(["a", "b"], [("cat dog", "stop"), ("yes", "stop")], max_response_tokens=9)
+    made = data_module._by_degree(own, 2, cast(Any, Letters()), lambda text: text.split()[:2])
+    (example,) = made.examples
+    assert [(bytes(r.ids[:-1]).decode(), r.score) for r in example.given] == [
+        ("cat dog", 1.0),
+        ("dog", 0.5),
+    ]
+    assert (made.candidates, made.bad_rows) == (2, 1)
+    assert list(made.parts) == ["data.prompts"]
+    with pytest.raises(DataError, match=r"data\.degrees: no anchor has two words"):
+        data_module._by_degree(own, 2, cast(Any, Letters()), lambda text: [])
