@@ -1,9 +1,10 @@
 """`pujax collect`: ask a teacher each prompt once and keep every answer.
 
 Collects what `store` lacks of `data.prompts`; `collect.dry_run=true` tells what that would take,
-`stats=true` describes the store. The exit status is 0 when nothing is left to ask, 1 after an
-error, when a budget was reached before that, when nothing that was asked got a usable answer or no
-prompt has one, and 128 + the signal's number after Ctrl-C, SIGTERM or a closed terminal.
+`stats=true` describes the store, and `merge=[A,B]` puts into it what it lacks of other stores. The
+exit status is 0 when nothing is left to ask, 1 after an error, when a budget was reached before
+that, when nothing that was asked got a usable answer or no prompt has one, and 128 + the signal's
+number after Ctrl-C, SIGTERM or a closed terminal.
 """
 
 import signal
@@ -14,12 +15,13 @@ from typing import Any
 
 from omegaconf import MISSING
 
-from pujax.config.commands import command
+from pujax.config.commands import command, listed
 from pujax.config.functions import with_protocol
-from pujax.errors import ConfigError, TeacherError
+from pujax.errors import ConfigError, TeacherError, require
 from pujax.records import Prompt, messages_key
 from pujax.teacher.anchors import anchors_for, collect
 from pujax.teacher.describing import describe, describe_plan
+from pujax.teacher.merging import merge
 from pujax.teacher.plan import make_plan
 from pujax.teacher.progress import progress
 from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
@@ -46,6 +48,7 @@ class CollectRun:
 
     Attributes:
         store: the anchor store, a .jsonl file; it is made, or gets what it lacks.
+        merge: stores to put into this one, and ask nobody: shards of it that other machines filled.
         stats: describe the store, and its answers to `data.prompts` where that is set; ask nobody.
         trusted: packages beside pujax whose functions may be named: their code runs here.
         data: the prompts.
@@ -54,6 +57,7 @@ class CollectRun:
     """
 
     store: str = MISSING
+    merge: Any = None
     stats: bool = False
     trusted: list[str] = field(default_factory=list)
     data: PromptsConfig = field(default_factory=PromptsConfig)
@@ -64,6 +68,15 @@ class CollectRun:
 def run(settings: CollectRun) -> int:
     """The exit status of collecting, planning or describing, as the settings ask."""
     store = Path(settings.store)
+    if settings.merge is not None:
+        require(
+            settings.data.prompts is None and not settings.stats,
+            "merge",
+            settings.merge,
+            "it asks and describes nothing: leave data.prompts and stats to the next command",
+        )
+        merge([Path(each) for each in listed("merge", settings.merge)], store)
+        return 0
     teacher = with_protocol(settings.teacher, settings.trusted)
     if settings.stats or settings.collect.dry_run:
         for kept in kept_beside(store):

@@ -27,7 +27,9 @@ def token_logps(
     [B, G, T, V] is never in memory and padding costs next to nothing.
     """
     B, G, T, _ = hidden.shape
-    mesh = model.mesh if model.mesh is not None and B % ways(model.mesh) == 0 else None
+    mesh = model.mesh
+    if mesh is not None and (ways(mesh) == 1 or B % ways(mesh)):
+        mesh = None  # over axes of one device XLA (jaxlib 0.10) can't sum up the table's gradient
     size = min(G * T, max(1, CHUNK // (B if mesh is None else B // ways(mesh))))
     order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
 

@@ -50,6 +50,7 @@ from pujax.run.ending import ending
 from pujax.run.forecast import forecast
 from pujax.run.inputs import hold_inputs
 from pujax.run.logs import RunLog
+from pujax.run.plan import fitting
 from pujax.run.processes import first, several, to_first, told, wish
 from pujax.run.provenance import provenance
 from pujax.run.reference import with_reference
@@ -198,12 +199,8 @@ def supervised(
     if state is None:
         state = new_state(trainable, optimizer, run.mesh, head)
     data = run.data.with_anchors
-    step = make_sft_step(
-        run.budgeted(data, config.sft.batch, 1),
-        losses.sft,
-        optimizer,
-        tree_shardings(run.mesh, state),
-    )
+    model, shardings = run.budgeted(data, config.sft.batch, 1), tree_shardings(run.mesh, state)
+    step = fitting("sft", make_sft_step(model, losses.sft, optimizer, shardings), run.mesh)
 
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
@@ -256,7 +253,8 @@ def aligned(
 
     def step_on(part: Dataset) -> TrainStep:
         model, size = model_for(part), align.microbatch
-        return make_train_step(model, recipe, loss_fn, optimizer, shardings, microbatch=size)
+        step = make_train_step(model, recipe, loss_fn, optimizer, shardings, microbatch=size)
+        return fitting("align", step, run.mesh)
 
     steps = {part.candidates > 0: step_on(part) for part in data.parts.values()}
     root = jax.random.key(config.seed)

@@ -7,6 +7,7 @@ a CPU's, so an accelerator's own may fuse, schedule and scatter better.
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from math import ceil, log2, prod
 from pathlib import Path
@@ -29,7 +30,15 @@ from pujax.models.sharding import batch_sharding, make_mesh, padding_of, ways
 from pujax.run.collectives import Traffic, total, traffic
 from pujax.run.compilation import give_back
 from pujax.run.measure import flops, reference_tokens, step_of
-from pujax.run.student import Student, abstract_student, compute_dtype, held, like_state, shape_of
+from pujax.run.student import (
+    Student,
+    abstract_student,
+    compute_dtype,
+    held,
+    like_state,
+    memory_of,
+    shape_of,
+)
 from pujax.types import Batch, Completions, Tokens
 
 GIB = 2**30
@@ -99,22 +108,70 @@ class StepPlan:
 
     def remedy(self, chip: Chip) -> str:
         """What to change where it doesn't fit."""
-        room = _ROOM * chip.memory_bytes
-        if self.lasting > room / 2:
-            times = 2 ** ceil(log2(self.lasting / (room / 2)))
-            return (
-                f"weights and optimizer alone take {self.lasting / GIB:.1f} GiB a device: "
-                f"mesh.fsdp={self.mesh[AXES.index(FSDP)] * times}, or model.lora.rank=16"
-            )
-        return (
-            f"what comes and goes takes {self.scratch / GIB:.1f} GiB a device: fewer prompts or "
-            "candidates a device, align.microbatch=1, or model.remat=full"
-        )
+        fsdp = self.mesh[AXES.index(FSDP)]
+        return remedy(self.lasting, self.scratch, _ROOM * chip.memory_bytes, fsdp)
 
     def seconds(self, chip: Chip) -> float:
         """The shortest a step can be: products, then sampling's reads, beside what is told."""
         alone = self.flops / chip.flops + self.read / chip.memory_rate
         return max(alone, total(self.collectives) / chip.link_bytes)
+
+
+LESS = "fewer prompts or candidates a device, align.microbatch=1"
+
+
+def remedy(lasting: float, scratch: float, room: float, fsdp: int, less: str = LESS) -> str:
+    """What to change where a step doesn't fit into `room` bytes of each device.
+
+    `lasting` bytes lie there between steps, `scratch` come and go, of which a stage has `less` by
+    that; the mesh has `fsdp` along its axis.
+    """
+    if lasting > room / 2:
+        times = 2 ** ceil(log2(lasting / (room / 2)))
+        return (
+            f"weights and optimizer alone take {lasting / GIB:.1f} GiB a device: "
+            f"mesh.fsdp={fsdp * times}, or model.lora.rank=16"
+        )
+    return (
+        f"what comes and goes takes {scratch / GIB:.1f} GiB a device: {less}, or model.remat=full"
+    )
+
+
+def fitting(name: str, step: Any, mesh: Mesh) -> Callable[..., Any]:
+    """A stage's jitted `step`, whose first call raises `ConfigError` where the step can't fit.
+
+    It is compiled for what it is given, which the call itself then takes over. On a CPU what this
+    process holds already counts too.
+    """
+    known = False
+
+    def call(*arguments: Any) -> Any:
+        nonlocal known
+        if not known:
+            memory = step.lower(*arguments).compile().memory_analysis()
+            refuse_unfit(name, memory, mesh)
+            known = True
+        return step(*arguments)
+
+    return call
+
+
+def refuse_unfit(name: str, memory: Any, mesh: Mesh) -> None:
+    """Raise `ConfigError` where XLA's `memory` of a stage's step is more than a device has."""
+    room = memory_of(mesh)
+    if memory is None or room is None:
+        return
+    there = memory.argument_size_in_bytes
+    new = memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes
+    local = len(mesh.local_devices)
+    on_cpu = mesh.local_devices[0].platform == "cpu"
+    less = LESS if name == "align" else "a smaller sft.batch"
+    peak = max(there, resident() / local if on_cpu else 0) + new
+    if peak > room:
+        raise ConfigError(
+            f"{name}: a step takes {peak / GIB:.1f} GiB a device, which has {room / GIB:.1f}; "
+            + remedy(there, new, room, mesh.shape[FSDP], less)
+        )
 
 
 def have_devices(config: MeshConfig) -> None:

@@ -13,8 +13,10 @@ import pickle
 import re
 import subprocess
 import sys
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -30,9 +32,10 @@ LEAVING = 10  # seconds that a process which is done waits for the others to be
 ANY_TIME = 7 * 24 * 3600 * 1000  # milliseconds: a teacher may take days, and the dead are noticed
 
 GONE = (
-    "another process of this run has ended, and so does this one: see what that one says, and "
-    "start the same command again, in all of them"
+    "{who} of this run has ended, and so does this one: see what it said (nothing, if it was "
+    "killed), and start the same command again, in all of them"
 )
+"""What the others say, of `who`: process N, or another process where nobody knows which."""
 
 _LOST = re.compile(r"gloo|nccl|rccl|coordination|UNAVAILABLE|Connection|another task", re.I)
 """What jax's errors have in them where another process went away."""
@@ -40,7 +43,7 @@ _LOST = re.compile(r"gloo|nccl|rccl|coordination|UNAVAILABLE|Connection|another 
 
 @dataclass
 class _Group:
-    """The processes that do the run, as this one, number `index`, sees them.
+    """The `count` processes that do the run, as this one, number `index`, sees them.
 
     `client` is jax's coordination service, which Orbax waits by too: unlike a collective it has no
     time limit of its own, and needs no device. `turns` counts what was told, `agreed` is the error
@@ -49,6 +52,7 @@ class _Group:
 
     client: Any
     index: int
+    count: int
     turns: int = 0
     agreed: BaseException | None = None
     broken: bool = False
@@ -89,7 +93,9 @@ def together(settings: DistributedConfig) -> Iterator[None]:
             raise
         group.broken = True
         if type(error).__name__ == "JaxRuntimeError" and _LOST.search(str(error)):
-            raise ProcessError(GONE) from error
+            raise ProcessError(_gone(group, str(error))) from error
+        with suppress(Exception):  # the first may be gone too
+            group.client.key_value_set(f"pujax/gone/{group.index}", "")
         raise
 
 
@@ -233,24 +239,50 @@ def _join(settings: DistributedConfig) -> None:
         ) from error
     if jax.process_count() == 1:
         return
-    _group = _Group(global_state.client, jax.process_index())
+    _group = _Group(global_state.client, jax.process_index(), jax.process_count())
     rich.reconfigure(quiet=not first())
     atexit.register(_leave)
 
 
 _FILTER = """
 import os, re, sys
-line, said = sys.argv[1].encode(), False
+before, after = (part.encode() for part in sys.argv[1].split("{who}"))
+said, heard = False, b""
 while chunk := os.read(0, 65536):
     noise = re.search(rb"(?m)^[EF][0-9]{4} .*(coordination_service|Terminating process)", chunk)
     kept = chunk[: noise.start()] if noise else chunk
     os.write(2, kept)
-    said |= line in kept
+    said |= after in kept
+    heard = (heard + chunk)[-65536:]
     if b"Terminating process because the JAX distributed service" in chunk:
-        os.write(2, b"" if said else line + bytes([10]))
+        task = re.search(rb"sending heartbeats[)]:\\s+([0-9]+)", heard)
+        who = b"process " + task[1] if task else b"another process"
+        if b"leader task" in heard:
+            who = b"process 0"
+        os.write(2, b"" if said else before + who + after + bytes([10]))
         while os.read(0, 65536):
             pass
 """
+
+
+def _gone(group: _Group, said: str) -> str:
+    """What to say where jax `said` that another process is gone: which one, if that comes out.
+
+    Of two it is the other one, and who failed by itself has left word. Of more, jax's heartbeats
+    find the one that was killed, and mostly end this process in the middle of this.
+    """
+    found = re.search(r"Task (\d+) heartbeat", said)
+    if found or group.count == 2:
+        return GONE.format(who=f"process {found[1] if found else 1 - group.index}")
+    for _ in range(HEARTBEAT + LEAVING):
+        try:
+            left = group.client.key_value_dir_get("pujax/gone/")
+        except Exception:
+            return GONE.format(who="process 0")  # which keeps them
+        if left:
+            return GONE.format(who=f"process {left[0][0].rpartition('/')[2]}")
+        time.sleep(1)
+    return GONE.format(who="another process")
 
 
 def _shorten_the_end() -> None:
@@ -279,11 +311,15 @@ def _leave() -> None:
         os._exit(1)
 
 
+_WHOLE = {"coordinator_address", "num_processes", "process_id"}
+
+
 def given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any] | None:
     """What `jax.distributed.initialize` is to be told; None where this process is alone.
 
     What the settings leave open, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID may
-    say, and else jax finds it out from the launcher.
+    say, then what of the launcher jax doesn't read, and else jax finds it out. Raises `ConfigError`
+    for Open MPI 5 on several machines without an address.
     """
     address, count, index = settings.coordinator, settings.processes, settings.process
     if settings.detect:
@@ -295,8 +331,47 @@ def given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any]
     found = {"coordinator_address": address, "num_processes": count, "process_id": index}
     found = {name: value for name, value in found.items() if value is not None}
     if not settings.detect:
+        return found | {"cluster_detection_method": "deactivate"}
+    by_mpi = _by_open_mpi(env, address)
+    found = _by_index(env, address) | by_mpi | found
+    in_pod = "KUBERNETES_SERVICE_HOST" in env  # where jax asks a server that it may not reach
+    if (by_mpi or in_pod) and found.keys() >= _WHOLE:
         found["cluster_detection_method"] = "deactivate"
     return found
+
+
+def _by_open_mpi(env: Mapping[str, str], address: str | None) -> dict[str, Any]:
+    """What Open MPI tells each process since its version 5, where jax finds nothing by itself.
+
+    It tells all but where the first one is (its documentation, "Environment variables set for MPI
+    applications"), which on one machine is no question. Of several processes on a machine each
+    takes the GPU of its number, as jax has it with version 4.
+    """
+    count = _number(env, "OMPI_COMM_WORLD_SIZE") or 1
+    if count == 1 or "OMPI_MCA_orte_hnp_uri" in env:
+        return {}
+    here = _number(env, "OMPI_COMM_WORLD_LOCAL_SIZE") or 1
+    require(
+        address is not None or here == count,
+        "distributed.coordinator",
+        address,
+        "Open MPI 5 doesn't say where its first process is: set it to that machine's HOST:PORT",
+    )
+    port = 61440 + zlib.crc32(env.get("PMIX_NAMESPACE", "").encode()) % 4096
+    found = {
+        "coordinator_address": f"127.0.0.1:{port}",
+        "num_processes": count,
+        "process_id": _number(env, "OMPI_COMM_WORLD_RANK"),
+    }
+    if here > 1 and "JAX_LOCAL_DEVICE_IDS" not in env:
+        found["local_device_ids"] = _number(env, "OMPI_COMM_WORLD_LOCAL_RANK")
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def _by_index(env: Mapping[str, str], address: str | None) -> dict[str, Any]:
+    """Which process of an indexed job of Kubernetes this is, where the address is known."""
+    index = None if address is None else _number(env, "JOB_COMPLETION_INDEX")
+    return {} if index is None else {"process_id": index}
 
 
 def _launched(env: Mapping[str, str]) -> bool:

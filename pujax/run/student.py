@@ -2,9 +2,11 @@
 
 import dataclasses
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -144,8 +146,20 @@ def memory_of(mesh: Mesh) -> float | None:
     """The bytes that each of this process's devices has; None where nobody says."""
     device, count = mesh.local_devices[0], len(mesh.local_devices)
     if device.platform == "cpu":
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / count
+        return machine_memory() / count
     return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The bytes that this process may have: the machine's, or fewer where a container has a limit.
+
+    Linux tells that in the root of its control `groups`, of either version.
+    """
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):  # none there, or the word "max"
+            limits.append(int((groups / name).read_text(encoding="ascii")))
+    return min(limits)
 
 
 def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:

@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import shutil
+from math import prod
 from typing import Any
 
 import flax.struct
@@ -11,10 +12,14 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
+from jax.sharding import AxisType, Mesh
+from split_step import begun, laid, steps
 
 from pujax.errors import CheckpointError, DiskError
+from pujax.models.parameters import AXES
 from pujax.models.sharding import make_mesh, tree_shardings
 from pujax.run.checkpoint import Checkpoints, Place
+from pujax.run.student import placed
 from pujax.types import TrainState
 
 MODEL = {"family": "llama", "width": 8}
@@ -416,3 +421,30 @@ def test_what_another_run_saved_is_not_taken_for_a_runs_own(tmp_path):
     for opened in (ours, theirs, again, unmarked):
         opened.close()
     assert said == []
+
+
+def mesh_of(*sizes) -> Mesh:
+    """A mesh over the first devices alone."""
+    kinds = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(sizes, AXES, axis_types=kinds, devices=jax.devices()[: prod(sizes)])
+
+
+def test_a_run_goes_on_with_four_devices_and_then_two_step_by_step_as_with_one(tmp_path):
+    """Whole on one, split by rows and by heads over four, whole on each of two."""
+    one = mesh_of(1, 1, 1)
+    last, expected = steps(one, laid(one, begun()), range(3))
+    found = []
+    for number, sizes in enumerate([(1, 1, 1), (1, 2, 2), (2, 1, 1)]):
+        mesh, checkpoints = mesh_of(*sizes), Checkpoints(tmp_path, keep=1, model=MODEL)
+        at, state = checkpoints.newest(placed(begun(), mesh)) or (None, laid(mesh, begun()))
+        assert at == (Place("align", number) if number else None)
+        assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(state)} == {prod(sizes)}
+        state, told = steps(mesh, state, range(number, number + 1))
+        checkpoints.save(number + 1, Place("align", number + 1), state)
+        checkpoints.close()
+        found += told
+    for ours, theirs in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+        np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (state, last)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5 * np.abs(theirs).max())

@@ -4,13 +4,15 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 from pujax.config.model_settings import ModelConfig, ShapeConfig
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.models.sharding import make_mesh
-from pujax.run import student
+from pujax.run import plan, student
 from pujax.run.collectives import Traffic, total, traffic
 from pujax.run.plan import Chip, StepPlan
 
@@ -103,6 +105,40 @@ def test_a_model_that_can_not_fit_is_refused_before_it_is_read(monkeypatch):
         ConfigError, match=r"model\.path=.*take 0\.0 GiB a device.*model\.lora\.rank=16"
     ):
         student.check_memory(config, shape, mesh)
+
+
+def test_a_step_that_can_not_fit_is_refused_with_the_plans_line_before_it_runs(monkeypatch):
+    mesh, x = make_mesh(1, 1, 1), jnp.zeros(256)
+    monkeypatch.setattr(plan, "resident", lambda: 0)
+    monkeypatch.setattr(plan, "memory_of", lambda mesh: 3072)  # 1024 bytes come in, 2048 go out
+    step = jax.jit(lambda x: jnp.concatenate([x, x]) + 1)
+    assert plan.fitting("align", step, mesh)(x).sum() == 512
+    for room, said in (
+        (
+            3071,
+            r"^align: a step takes 0\.0 GiB a device, which has 0\.0; what .*microbatch=1",
+        ),
+        (
+            2047,
+            "weights and optimizer alone take 0.0 GiB a device: mesh.fsdp=2, or model.lora",
+        ),
+    ):
+        monkeypatch.setattr(plan, "memory_of", lambda mesh, room=room: room)
+        with pytest.raises(ConfigError, match=said):
+            plan.fitting("align", step, mesh)(x)
+    monkeypatch.setattr(plan, "memory_of", lambda mesh: 3073)
+    monkeypatch.setattr(plan, "resident", lambda: 1026)  # of a CPU's memory the process has some
+    with pytest.raises(ConfigError, match=r"^sft: .*a smaller sft\.batch, or model\.remat=full"):
+        plan.fitting("sft", step, mesh)(x)
+
+
+def test_a_containers_limit_is_the_machines_memory(tmp_path):
+    whole = student.machine_memory(tmp_path)
+    assert whole > 2**28
+    (tmp_path / "memory.max").write_text("max\n")
+    assert student.machine_memory(tmp_path) == whole
+    (tmp_path / "memory.max").write_text("1048576\n")
+    assert student.machine_memory(tmp_path) == 2**20
 
 
 def test_the_command_plans_for_devices_that_are_not_here():

@@ -7,17 +7,21 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
 from rich.console import Console
 from safetensors.numpy import load_file
+from split_step import begun, laid, steps
 
 from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.settings import DistributedConfig, TrainConfig
 from pujax.errors import ConfigError
+from pujax.models.sharding import make_mesh
 from pujax.run import processes
 from pujax.run.directory import run_directory
 from pujax.run.fit import fit
@@ -54,12 +58,17 @@ def start(*words, port, index):
     )
 
 
-def both(*words):
-    """Two processes that do the same, and what each of them returned, said and complained of."""
+def pair(*words):
+    """Two processes that do the same, started."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    made = [start(*words, port=port, index=index) for index in (0, 1)]
+    return [start(*words, port=port, index=index) for index in (0, 1)]
+
+
+def both(*words):
+    """Two processes that do the same, and what each of them returned, said and complained of."""
+    made = pair(*words)
     said = [process.communicate(timeout=600) for process in made]
     return [(process.returncode, *each) for process, each in zip(made, said, strict=True)]
 
@@ -70,82 +79,124 @@ def lines(path):
     return [{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows]
 
 
+QUICK = """
+from pujax.run import processes
+from pujax.train import main
+processes.HEARTBEAT = 8  # else the dead are missed 40 seconds later, in the middle of a wait
+main()
+"""
+
+
+def assert_same_run(place, other):
+    """That a run came to what another did: samples and answers, and numbers to float32's digits."""
+    assert lines(place / "samples.jsonl") == lines(other / "samples.jsonl")
+    ours, theirs = (lines(each / "metrics.jsonl") for each in (place, other))
+    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
+    for one, another in zip(ours, theirs, strict=True):
+        names = [key for key, value in one.items() if isinstance(value, str)]
+        assert [one.pop(key) for key in names] == [another.pop(key) for key in names]
+        assert one == pytest.approx(another, rel=1e-5, abs=1e-5)
+    for name in ("base", "sft", "aligned"):
+        answers = [
+            [row.get("response") for row in lines(each / f"eval-{name}.jsonl")]
+            for each in (place, other)
+        ]
+        assert answers[0] == answers[1]
+    ours, theirs = (load_file(each / "export" / "model.safetensors") for each in (place, other))
+    for name, value in ours.items():
+        np.testing.assert_allclose(value, theirs[name], atol=1e-5)
+    assert {path.name for path in place.iterdir()} == {path.name for path in other.iterdir()}
+
+
 @pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
+    """They split every parameter, one of them is killed, and both two and one go on from there."""
     files = []
     for name, count in (("train", 12), ("heldout", 4)):
         rows = (ROOT / "experiments" / "quickstart" / f"{name}.jsonl").read_text().splitlines()
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(rows[:count]))
         files.append(f"data.{'prompts' if name == 'train' else name}={path}")
-    alone, shared = tmp_path / "alone", tmp_path / "shared"
-    with initialize_config_dir(conf_dir(), version_base="1.3"):
-        composed = compose("train", overrides=[*SMALL, *files, f"run.dir={alone}", "mesh=single"])
-    config = from_hydra(TrainConfig, composed)
-    with run_directory(config) as directory:
-        fit(config, directory, console=Console(quiet=True))
+    alone, shared, again = (tmp_path / name for name in ("alone", "shared", "again"))
+
+    def by_one(place):
+        with initialize_config_dir(conf_dir(), version_base="1.3"):
+            words = [*SMALL, *files, f"run.dir={place}", "mesh=single"]
+            config = from_hydra(TrainConfig, compose("train", overrides=words))
+        with run_directory(config) as directory:
+            fit(config, directory, console=Console(quiet=True))
+
+    by_one(alone)
     # As after a SIGKILL in the first step of alignment, on one device.
     shutil.copytree(alone, shared)
     for name in ("done", "export", "checkpoints/3", "checkpoints/2", "eval-aligned.jsonl"):
         path = shared / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
-    first, second = both("-m", "pujax.train", *SMALL, *files, f"run.dir={shared}")
+    words = [*SMALL, *files, f"run.dir={shared}", "mesh=fsdp"]
+    first, second = pair("-c", QUICK, *words)
+    while not (shared / "checkpoints" / "2").exists() and first.poll() is None:
+        time.sleep(0.005)
+    second.kill()
+    killed = time.monotonic()
+    out, err = first.communicate(timeout=600)
+    second.communicate()
+    assert first.returncode not in (None, 0), (out, err)
+    assert time.monotonic() - killed < 60
+    assert [line for line in out.splitlines() if "resuming after" in line] == [
+        "resuming after sft step 1"
+    ]
+    (line,) = err.splitlines()
+    assert "process 1 of this run has ended" in line
+    assert "start the same command again, in all of them" in line
+    assert not (shared / "done").exists()
+    shutil.copytree(shared, again)
+
+    first, second = both("-m", "pujax.train", *words)
     assert first[0] == second[0] == 0, (first, second)
-    assert "resuming after sft step 1" in first[1]
+    assert "resuming after align step" in first[1]
     # Gloo says who is connected, in threads that write into each other's lines.
     spoken = [line for line in second[1].splitlines() if line and "Gloo" not in line]
     assert [line for line in spoken if "peer ranks" not in line] == []
     assert second[2] == ""
-    assert lines(shared / "samples.jsonl") == lines(alone / "samples.jsonl")
+    assert_same_run(shared, alone)
     assert len(lines(shared / "samples.jsonl")) == 2 * 4
-    ours, theirs = (lines(place / "metrics.jsonl") for place in (shared, alone))
-    assert [row.keys() for row in ours] == [row.keys() for row in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        names = [key for key, value in one.items() if isinstance(value, str)]
-        assert [one.pop(key) for key in names] == [other.pop(key) for key in names]
-        assert one == pytest.approx(other, rel=1e-5, abs=1e-5)
-    for name in ("base", "sft", "aligned"):
-        answers = [
-            [row.get("response") for row in lines(place / f"eval-{name}.jsonl")]
-            for place in (shared, alone)
-        ]
-        assert answers[0] == answers[1]
-    ours, theirs = (load_file(place / "export" / "model.safetensors") for place in (shared, alone))
-    for name, value in ours.items():
-        np.testing.assert_allclose(value, theirs[name], atol=1e-5)
-    assert {path.name for path in shared.iterdir()} == {path.name for path in alone.iterdir()}
-
-
-DYING = """
-import os, signal, sys
-from pujax.config.settings import DistributedConfig
-from pujax.errors import ProcessError
-from pujax.run.processes import first, told, together
-try:
-    with together(DistributedConfig()):
-        made = told(os.getpid)
-        print("the first is", made, flush=True)
-        if first():
-            os.kill(made, signal.SIGKILL)
-        told(os.getpid)
-except ProcessError as error:
-    sys.exit(str(error))
-"""
+    by_one(again)
+    assert_same_run(again, alone)
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_others_with_one_line():
-    first, second = both("-c", DYING)
+def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
+    """Before that they take a step with every matrix split over both, as one device takes it."""
+    out = tmp_path / "step.npz"
+    first, second = both(str(ROOT / "tests" / "split_step.py"), str(out))
     assert first[0] == -signal.SIGKILL
     assert second[0] != 0
-    assert first[1] == second[1]  # both know the first one's number
+    made = [output.splitlines()[0] for _, output, _ in (first, second)]
+    assert made[0] == made[1]  # both know the first one's number
     assert len(second[2].splitlines()) == 1
+    assert second[2].startswith("process 0 of this run has ended")
     assert "start the same command again, in all of them" in second[2]
+    one = make_mesh(1, 1, 1)
+    state, (line,) = steps(one, laid(one, begun()), range(1))
+    with np.load(out) as made:
+        np.testing.assert_array_equal(made["tokens"], line["tokens"])
+        np.testing.assert_allclose(made["loss"], line["loss"], rtol=1e-5)
+        for at, leaf in enumerate(jax.tree.leaves(state)):
+            np.testing.assert_allclose(made[f"arr_{at}"], leaf, rtol=1e-5, atol=1e-5)
 
 
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0"}
 EXPLICIT = {"coordinator_address": "one:99", "num_processes": 2, "process_id": 1}
+DEACTIVATED = EXPLICIT | {"cluster_detection_method": "deactivate"}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_SIZE": "2",
+    "OMPI_COMM_WORLD_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+}
+ON_ONE_MACHINE = DEACTIVATED | {"coordinator_address": "127.0.0.1:63782", "local_device_ids": 1}
+POD = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}
 
 
 @pytest.mark.parametrize(
@@ -156,9 +207,12 @@ EXPLICIT = {"coordinator_address": "one:99", "num_processes": 2, "process_id": 1
         ((), {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}, None),  # a batch script, without srun
         ((), SLURM | {"SLURM_NTASKS": "2"}, {}),
         ((False,), SLURM | {"SLURM_NTASKS": "2"}, None),
-        ((), {"OMPI_COMM_WORLD_SIZE": "4"}, {}),
+        ((), {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_MCA_orte_hnp_uri": "1.0;tcp://a:1"}, {}),
+        ((), OPEN_MPI | {"PMIX_NAMESPACE": "123456789"}, ON_ONE_MACHINE),
+        ((True, "one:99"), OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, DEACTIVATED),
+        ((True, "one:99", 2), POD, DEACTIVATED),
         ((True, "one:99", 2, 1), {}, EXPLICIT),
-        ((False, "one:99", 2, 1), {}, EXPLICIT | {"cluster_detection_method": "deactivate"}),
+        ((False, "one:99", 2, 1), {}, DEACTIVATED),
         (
             (True, None, None, 0),
             {"JAX_COORDINATOR_ADDRESS": "one:99", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"},
@@ -168,6 +222,12 @@ EXPLICIT = {"coordinator_address": "one:99", "num_processes": 2, "process_id": 1
 )
 def test_there_are_others_where_a_launcher_or_the_settings_say_so(settings, environment, given):
     assert processes.given(DistributedConfig(*settings), environment) == given
+
+
+def test_open_mpi_5_on_several_machines_has_to_be_told_an_address():
+    far = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
+    with pytest.raises(ConfigError, match=r"distributed\.coordinator=None: .* HOST:PORT"):
+        processes.given(DistributedConfig(), far)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,97 @@
+import json
+
+import pytest
+
+from pujax import collect
+from pujax.errors import ConfigError, StoreError
+from pujax.records import messages_key
+from pujax.teacher.merging import merge
+from pujax.teacher.store import failures_path, read_failures, read_records
+
+
+def line(name, response="yes", *, model="m", **changes):
+    messages = [{"role": "user", "content": name}]
+    asked = {"model": model, "sampling": {}}
+    record = {
+        "format": 1,
+        "key": messages_key(messages, asked),
+        "id": name,
+        "messages": messages,
+        "response": response,
+        "finish_reason": "stop",
+        "model": model,
+        "usage": None,
+        "cost": None,
+        "created": "2026-11-26T00:00:00Z",
+    }
+    return json.dumps(record | changes) + "\n"
+
+
+def answers(store):
+    return [(record["id"], record["response"]) for _, record in read_records(store)]
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """Two that share an answer and differ in another; a failure is answered in the other one."""
+    one, other = tmp_path / "one.jsonl", tmp_path / "other.jsonl"
+    one.write_text(line("a") + line("b", "left") + '{"format": 1, "key": "torn')
+    other.write_text(line("b", "right") + line("a", created="later") + line("c") + line("d"))
+    failed = [line("d", "", reason="refused"), line("e", "", reason="empty")]
+    failures_path(one).write_text("".join(failed))
+    failures_path(other).write_text(failed[1])
+    return one, other
+
+
+def test_shards_become_one_store_with_each_answer_once_and_none_replaced(shards, tmp_path):
+    store, said = tmp_path / "all.jsonl", []
+    before = [path.read_bytes() for path in shards]
+    merge(shards, store, say=said.append)
+    merged = [("a", "yes"), ("b", "left"), ("c", "yes"), ("d", "yes")]
+    assert answers(store) == merged
+    assert [record["id"] for _, record in read_failures(store)] == ["e"]
+    assert said == [
+        f"{shards[1]}: 1 answer is other than what was there before to the same prompt and "
+        "settings (b): left out",
+        f"{store}: 4 answers and 1 failure of 2 stores put in, 1 answer had already",
+    ]
+    assert [path.read_bytes() for path in shards] == before
+    whole = store.read_bytes()
+    merge(shards, store, say=said.append)
+    assert store.read_bytes() == whole
+    assert (
+        said[-1] == f"{store}: 0 answers and 0 failures of 2 stores put in, 5 answers had already"
+    )
+
+
+def test_a_store_keeps_what_it_has_and_another_models_answer_is_another(shards, tmp_path):
+    store = tmp_path / "all.jsonl"
+    store.write_text(line("b", "mine") + line("a", "theirs", model="other"))
+    merge(shards, store, say=lambda text: None)
+    assert answers(store)[:3] == [("b", "mine"), ("a", "theirs"), ("a", "yes")]
+    assert [name for name, _ in answers(store)] == ["b", "a", "a", "c", "d"]
+
+
+def test_what_a_run_kept_beside_a_shard_is_told(shards, tmp_path):
+    kept, said = tmp_path / "one.kept.jsonl", []
+    kept.write_text(line("f"))
+    merge(shards, tmp_path / "all.jsonl", say=said.append)
+    assert said[0] == (
+        f"{kept} is left out: a collection into {shards[0]} puts its answers there first"
+    )
+
+
+def test_the_command_merges_and_refuses_what_it_can_not(shards, tmp_path, capsys):
+    store = tmp_path / "all.jsonl"
+    names = [str(path) for path in shards]
+    assert collect.run(collect.CollectRun(store=str(store), merge=names)) == 0
+    assert "4 answers and 1 failure of 2 stores put in" in capsys.readouterr().out
+    with pytest.raises(StoreError, match=r"all.jsonl: is the `store` itself"):
+        merge([store], store)
+    with pytest.raises(StoreError, match=r"gone.jsonl: no such store"):
+        merge([tmp_path / "gone.jsonl"], store)
+    with pytest.raises(StoreError, match="a failure among answers"):
+        merge([failures_path(shards[0])], store)
+    asking = collect.PromptsConfig("prompts.jsonl")
+    with pytest.raises(ConfigError, match=r"^merge=.*leave data\.prompts"):
+        collect.run(collect.CollectRun(store=str(store), merge=names, data=asking))
