@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 """The names that a model's weights have."""
+
+LAID_OUT = {"format": "pt"}
+"""Of a model's file: transformers takes none that doesn't say so."""
 
 _SHARD_BYTES = 5 * 2**30
 
@@ -215,14 +218,16 @@ def remove_stale(directory: Path, *, kept: Collection[str]) -> None:
                 path.unlink(missing_ok=True)
 
 
-def write_tensors(path: Path, tensors: dict[str, np.ndarray]) -> None:
+def write_tensors(
+    path: Path, tensors: dict[str, np.ndarray], metadata: Mapping[str, str] = LAID_OUT
+) -> None:
     """Write a safetensors file whole, one tensor after the other. Raises `DiskError`.
 
     By hand, since the library (0.8) writes to a file and a name of its own, which a kill leaves.
     """
     # Aligned, as those that read it in place want it, and byte for byte what the library writes.
     names = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
-    told: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    told: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
     for name in names:
         begin, end = end, end + tensors[name].nbytes

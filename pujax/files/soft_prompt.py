@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from pujax.errors import WeightsError
-from pujax.files.durable import written_whole
+from pujax.files.safetensors import write_tensors
 from pujax.models.parameters import DecoderConfig
 
 TENSOR, ABOUT = "soft_prompt", "pujax"
@@ -21,10 +20,8 @@ def save_soft_prompt(
     path: Path, vectors: Float[np.ndarray, "N D"], about: Mapping[str, Any]
 ) -> None:
     """Write N virtual tokens of width D, and what is told `about` them. Raises `DiskError`."""
-    with written_whole(path) as beside:
-        tensors = {TENSOR: np.ascontiguousarray(vectors, np.float32)}
-        save_file(tensors, beside, metadata={ABOUT: json.dumps(dict(about))})
-        beside.chmod(0o644)
+    tensors = {TENSOR: np.asarray(vectors, np.float32)}
+    write_tensors(path, tensors, {ABOUT: json.dumps(dict(about))})
 
 
 def load_soft_prompt(path: Path) -> tuple[Float[np.ndarray, "N D"], dict[str, Any]]:
