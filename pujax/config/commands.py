@@ -346,9 +346,19 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         return 1, "the reader of the output went away"
     if isinstance(error, OSError):
         remedy = REMEDIES.get(error.errno or 0)
-        place = f"{error.filename}: " if error.filename else ""
+        where = error.filename or ("standard output" if _is_of_output(error) else "")
+        place = f"{where}: " if where else ""
         return 1, f"{place}{error.strerror or error}" + (f": {remedy}" if remedy else "")
     return 1, _of_environment(error)
+
+
+def _is_of_output(error: OSError) -> bool:
+    """Whether what is printed can't be written, as to a file on a disk that is full."""
+    try:
+        sys.stdout.flush()  # what could not be written waits there still
+    except OSError as again:
+        return again.errno == error.errno
+    return False
 
 
 def _of_environment(error: BaseException) -> str | None:

@@ -208,9 +208,11 @@ def on_disk(path: Path) -> Iterator[None]:
 
 
 def _errno(error: Exception) -> int | None:
-    """The operating system's number of an error; libraries in Rust have it in their words."""
-    if isinstance(error, OSError):
+    """The operating system's number of an error; libraries in Rust and C have it in their words."""
+    if isinstance(error, OSError) and error.errno is not None:
         return error.errno
+    if re.search(r"\d+ requested and \d+ written", str(error)):  # numpy's, of fewer than it gave
+        return errno.ENOSPC
     told = re.search(r"\(os error (\d+)\)", str(error))
     return int(told[1]) if told else None
 

@@ -330,6 +330,17 @@ def test_what_a_terminals_encoding_lacks_is_printed_as_an_escape(monkeypatch, tm
     assert said == "\\xe9\npujax.train: no caf\\xe9\n"
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="/dev/full is Linux's")
+def test_an_output_that_takes_no_more_is_named(monkeypatch, capsys):
+    full = os.fdopen(os.open("/dev/full", os.O_WRONLY), "w")
+    monkeypatch.setattr(sys, "stdout", full)
+    assert called(monkeypatch, lambda _: print("answer", flush=True), "experiment=smoke") == 1
+    said = "pujax.train: standard output: No space left on device: make room and start the same"
+    assert capsys.readouterr().err.startswith(said)
+    with pytest.raises(OSError, match="No space"):
+        full.close()
+
+
 def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):
     before = os.getcwd()
     os.chdir(tmp_path)

@@ -2,13 +2,17 @@ import io
 import json
 import os
 import re
+import resource
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from event_files import PROTOS, events
 from rich.console import Console
 
-from pujax.errors import RecordError
+from pujax.errors import DiskError, RecordError
 from pujax.files import durable
 from pujax.files.durable import read_jsonl
 from pujax.run.logs import RunLog, SampleGroup, cut, duration, eta, progress
@@ -237,6 +241,44 @@ def test_a_cut_that_fails_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         RunLog(tmp_path, resume=("sft", 1))
     assert len(places(tmp_path / "metrics.jsonl")) == 3
+
+
+@contextmanager
+def room_for(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes meanwhile, as on a disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_disk_is_one_line_with_the_files_name_and_the_run_goes_on_with_room(tmp_path):
+    with RunLog(tmp_path) as log:
+        train(log, "sft", [1, 2])
+        log.flush()
+        size = (tmp_path / "metrics.jsonl").stat().st_size
+        with room_for(size + 10), pytest.raises(DiskError, match=r"metrics\.jsonl can't .*make ro"):
+            train(log, "sft", [3])
+    with RunLog(tmp_path, resume=("sft", 2)) as log:
+        train(log, "sft", [3])
+    assert [row["step"] for row in read_jsonl(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+
+
+def test_what_is_plotted_does_not_wait_for_ever_where_the_disk_is_full(tmp_path):
+    """tensorboardX's thread ended at the first write that failed, and its queue holds ten."""
+    log = RunLog(tmp_path)
+    with room_for(30), pytest.raises(DiskError, match=r"eval-base can't .*: make room on its disk"):
+        log.evaluation("base", 0, {"eval/exact": 0.1})
+    with ThreadPoolExecutor(1) as other:
+        for step in range(1, 20):
+            other.submit(log.step, "sft", step, {"loss": 0.5}, seconds=1.0, tokens=1).result(
+                timeout=10
+            )
+        log.close()
+    kept = events(tmp_path / "tensorboard" / "sft")
+    assert [event.step for event in kept if event.summary.value] == [*range(1, 20)]
 
 
 def test_tensorboard_gets_a_run_a_stage_and_purges_what_a_resume_makes_again(tmp_path):
