@@ -10,10 +10,12 @@ from rich.console import Console
 from pujax.config.commands import command
 from pujax.config.tool_settings import BenchmarkConfig
 from pujax.files.durable import refuse_unwritable, sweep_files
+from pujax.files.locate import here
 
 
 def run(settings: BenchmarkConfig) -> None:
     """Measure or plan, show a table, and print one JSON object as the last line."""
+    here(settings.model.path)  # refused before jax is imported
     if settings.plan:
         planned(settings)
         return

@@ -8,7 +8,7 @@ from omegaconf import MISSING
 from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.locate import at_home
-from pujax.inference.finished import require_kind
+from pujax.inference.finished import require_kind, source_of
 from pujax.run.compilation import compile_once
 
 
@@ -54,7 +54,8 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Export as told, print where to, and say how near that is to the run."""
-    compile_once()  # before jax is imported
+    source_of(settings.run, settings.model)  # refuses what is nowhere before jax is imported
+    compile_once()
     from pujax.inference.finished import export
 
     def say(text: str) -> None:

@@ -69,6 +69,8 @@ def of_several(directories: Sequence[Path]) -> Path:
 
 def of_sweep(directory: Path) -> None:
     """Print the table of the runs below `directory`, and which are unfinished."""
+    if next(directory.rglob(SETTINGS), None) is None:  # refused before matplotlib is imported
+        raise EvaluationError(f"{directory}: no runs below it: give the folder that they lie in")
     from rich.console import Console
 
     from pujax.evaluation.sweep import write

@@ -160,34 +160,41 @@ class Wide:
     def _parts(self, room: int) -> list[list[int]]:
         """Which columns stand in one table: all, or as many of each side of `apart` as fit."""
         every = list(range(len(self.header)))
-        if self._width(every) <= room:
+        if self._width(every, room) <= room:
             return [every]
         parts: list[list[int]] = []
         for side in filter(None, (every[: self.apart], every[self.apart :])):
             parts.append([])
             for place in side:
-                if parts[-1] and self._width([*parts[-1], place]) > room:
+                if parts[-1] and self._width([*parts[-1], place], room) > room:
                     parts.append([])
                 parts[-1].append(place)
         return parts
 
-    def _width(self, places: Sequence[int]) -> int:
+    def _width(self, places: Sequence[int], room: int) -> int:
         """How wide a table of these columns is where no cell is broken."""
         # Between two columns stand two spaces, and at both edges as much.
-        widths = self._widths(places, lambda text: [text])
+        widths = self._widths(places, lambda text: [text], room)
         return sum(widths) + 2 * len(widths) + 2
 
-    def _widths(self, places: Sequence[int], split: Callable[[str], Iterable[str]]) -> list[int]:
-        """The columns' widths, that of the names first, where `split` says how texts break."""
-        widths = [max(map(cell_len, map(_shown, [escape(self.corner), *self.rows])))]
+    def _widths(
+        self, places: Sequence[int], split: Callable[[str], Iterable[str]], room: int
+    ) -> list[int]:
+        """The columns' widths, that of the names first, where `split` says how texts break.
+
+        Names take no more than half of the room, as far as their words fit into that.
+        """
+        names = [self.corner, *map(_shown, self.rows)]
+        word = max(cell_len(part) for name in names for part in name.split() or [""])
+        widths = [min(max(map(cell_len, names)), max(word, room // 2))]
         for place in places:
             texts = [self.header[place], *(_shown(row[place]) for row in self.rows.values())]
             widths.append(max(cell_len(part) for text in texts for part in split(text) or [""]))
         return widths
 
     def _grid(self, places: Sequence[int], room: int) -> Table:
-        whole = self._width(places) <= room  # one column alone may be too wide
-        widths = self._widths(places, (lambda text: [text]) if whole else str.split)
+        whole = self._width(places, room) <= room  # one column alone may be too wide
+        widths = self._widths(places, (lambda text: [text]) if whole else str.split, room)
         grid = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
         grid.add_column(escape(self.corner), overflow="fold", width=widths[0])
         for place, width in zip(places, widths[1:], strict=True):

@@ -78,7 +78,8 @@ def newest_runs(runs: Sequence[str]) -> list[Path]:
     """Each directory, or where that is a folder of runs its newest one that is finished.
 
     Raises `ConfigError` for what looks like several in one text, and is none, and `WeightsError`
-    for a folder of runs of which none is finished: each of these may be given by itself.
+    for what is nowhere and a folder of runs of which none is finished: each of these may be given
+    by itself.
     """
     for run in runs:
         one = "," not in run or at_home(run).exists()
@@ -91,6 +92,8 @@ def _newest_run(directory: Path) -> Path:
         return directory
     runs = [path for path in sorted(directory.glob("*")) if _is_run(path)]
     ended = [path for path in runs if _has_ended(path)]
+    if not directory.exists():
+        raise WeightsError(f"run={directory}: no run there: give the directory that it is kept in")
     if runs and not ended:
         raise WeightsError(
             f"run={directory}: no run in it has ended: give {runs[-1]} for what it has so "

@@ -2,12 +2,14 @@
 
 Ours. A score that ranks as well with another prompt's anchor in view teaches nothing of the
 teacher: it sharpens what the student thinks already. It is asked once a group, after the step that
-learnt from it, so that no step is another for it.
+learnt from it or a later one, so that no step is another for it: groups that can tell wait until
+there are as many as a step has, since in most all candidates may be equally good.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +38,18 @@ Scores = Callable[
 ]
 """The candidates' scores with their own anchors in view, and with others'."""
 
+
+@dataclass(frozen=True)
+class _Telling:
+    """A group whose candidates differ in worth, as one row, with another prompt's anchor."""
+
+    batch: Batch
+    tokens: Any
+    mask: Any
+    other: tuple[int, ...]
+    worth: Sequence[float]
+
+
 Controlled = Callable[[int, Params, Batch, Sequence[Example], Group], Control]
 """A step's number, what it trained, and its groups, to what is found in these."""
 
@@ -61,6 +75,7 @@ def make_control(
     if rewards_of(recipe.scorer) or learnt or data.candidates or len(anchors) < 2:
         return None
     scores = jax.jit(partial(_scores, model.unpacked, recipe))
+    waiting: list[_Telling] = []
 
     def controlled(
         step: int, trainable: Params, batch: Batch, examples: Sequence[Example], group: Group
@@ -72,22 +87,29 @@ def make_control(
         ]
         rng = np.random.default_rng([seed, step])
         others = [_another(example, data.examples, rng) for example in examples]
-        told = [
-            b
-            for b, values in enumerate(worth)
-            if others[b] is not None and max(values) > min(values)
-        ]
-        if not told:
+        rows = fetched(batch).counted
+        for b, (values, other) in enumerate(zip(worth, others, strict=True)):
+            if other is not None and max(values) > min(values):
+                own = jax.tree.map(lambda x, b=b: x[b : b + 1], (rows, tokens, mask))
+                waiting.append(_Telling(*own, other, values))
+        if len(waiting) < len(examples):
             return Control()
-        ids = [other or () for other in others]
-        longest = max(int(mask.sum(axis=-1).max()), *map(len, ids))
+        some = waiting[: len(examples)]
+        del waiting[: len(examples)]
+        trees = [(each.batch, each.tokens, each.mask) for each in some]
+        whole, tokens, mask = jax.tree.map(lambda *each: np.concatenate(each), *trees)
+        longest = max(int(mask.sum(axis=-1).max()), *(len(each.other) for each in some))
         size = next(s for s in _sizes(tokens.shape[-1]) if s >= longest)
-        given = (jnp.asarray(tokens[..., :size]), jnp.asarray(mask[..., :size]))
-        given = put_batch(mesh, (*given, right_padded(ids, size)), len(examples))
+        shuffled = right_padded([each.other for each in some], size)
+        given = (whole, tokens[..., :size], mask[..., :size], shuffled)
+        placed = put_batch(mesh, jax.tree.map(jnp.asarray, given), len(examples))
         key = jax.random.fold_in(jax.random.key(seed), step)
-        own, shuffled = fetched(scores(scoring(trainable), batch, *given, key))
-        of = [[pair_accuracy(s[b], np.array(worth[b])) for b in told] for s in (own, shuffled)]
-        return Control(len(told), *(float(np.mean(values)) for values in of))
+        found = fetched(scores(scoring(trainable), *placed, key))
+        of = [
+            [pair_accuracy(s[b], np.array(each.worth)) for b, each in enumerate(some)]
+            for s in found
+        ]
+        return Control(len(some), *(float(np.mean(values)) for values in of))
 
     return controlled
 

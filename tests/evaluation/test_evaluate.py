@@ -273,6 +273,17 @@ def test_no_cell_is_broken_and_differences_stand_together_where_they_fit(width, 
     assert len(header) == 5
 
 
+def test_long_names_leave_half_of_the_room_to_what_they_name():
+    rows = [["loss=grpo align.lr=1e-05 sampling.candidates=8", "3/3", "-0.910±0.004"]]
+    console = Console(file=io.StringIO(), width=60)
+    with console.capture() as capture:
+        console.print(tables.named(["setting", "seeds", "anchor log-prob"], rows, "Means."))
+    assert [line.split() for line in capture.get().splitlines() if "=" in line] == [
+        ["loss=grpo", "align.lr=1e-05", "3/3", "-0.910±0.004"],
+        ["sampling.candidates=8"],
+    ]
+
+
 def test_what_reads_like_markup_is_shown_as_it_is():
     marked = {
         name: replace(metric.shown, title=f"[b]{name}[/x]") for name, metric in METRICS.items()
@@ -537,7 +548,7 @@ def test_the_command_prints_the_runs_table_or_what_is_wrong(tmp_path, called, mo
     assert "the teacher's own answers: exact answer 1.000, contains answer 1.000" in said
     status, said = called(evaluate.main, f"run={tmp_path / 'nowhere'}")
     assert status == 1
-    assert "nowhere has no eval-*.jsonl" in said
+    assert f"run={tmp_path / 'nowhere'}: no run there" in said
     status, said = called(evaluate.main, f"run={tmp_path}", "model=m", "name=sft")
     assert status == 1
     assert "name='sft': the run has it" in said

@@ -334,7 +334,7 @@ def test_the_command_names_what_it_wrote_or_what_is_wrong(run, tmp_path, capsys,
     assert each == [f"{d}/report.html" for d in (directory, other)]
     assert together == f"{tmp_path}/compared.html"
     assert status(f"run={directory / 'nowhere'}") == 1
-    assert "is not there: is" in capsys.readouterr().err
+    assert "nowhere: no run there" in capsys.readouterr().err
     (directory / "samples.jsonl").write_text("broken\n")
     assert status(f"run={directory}") == 1
     assert "samples.jsonl:1: not JSON" in capsys.readouterr().err
