@@ -32,11 +32,11 @@ reproduce: setup
 	$(BIN)/python -m experiments.paper.reproduce --profile $(PROFILE) \
 		$(if $(ONLY),--only $(ONLY)) $(if $(PLAN),--plan)
 
-# The oracles of the parity tests; without them those tests skip.
+# The oracles of the parity tests, and what finds key words; without them those tests skip.
 torch: setup $(TORCH_READY)
 
 $(TORCH_READY): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch,spo]'
 	touch $@
 
 # The makers' tokenizers and chat templates of three families, for the tests that render with them;

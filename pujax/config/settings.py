@@ -111,7 +111,7 @@ class DataConfig:
     preferences: Any = None
     preference_share: float = 0.5
     dimensions: dict[str, float] = field(default_factory=dict)
-    weightings: list[list[float]] = field(default_factory=list)
+    weightings: Any = field(default_factory=list)
     degrees: int = 0
     on_bad_row: str = "error"
     reference_cache: str | None = "runs/.reference"
@@ -167,6 +167,14 @@ class DataConfig:
             self.degrees,
             "must not be negative, and is of the anchors of data.prompts",
         )
+        for weighting in self.weightings if isinstance(self.weightings, list) else [None]:
+            require(
+                isinstance(weighting, list)
+                and all(isinstance(each, int | float) for each in weighting),
+                "data.weightings",
+                self.weightings,
+                "give a list of numbers for each, as in [[1, 0], [0.5, 0.5]]",
+            )
         for name, weight in self.dimensions.items():
             require(
                 -math.inf < weight < math.inf, f"data.dimensions.{name}", weight, "must be finite"

@@ -88,3 +88,16 @@ def test_a_setting_out_of_range_is_named():
     for name, value in (("heads", 0), ("phi", -1.0), ("lr", 1.0)):
         with pytest.raises(ConfigError, match=f"scorer.score.{name}"):
             latent(None, score=None, **{name: value})
+
+
+def test_a_head_whose_latent_is_the_prior_has_no_say():
+    states = jnp.asarray([[[0.0, 1.0], [1.0, 1.0], [-1.0, 1.0]]])
+    sure, blank = jnp.asarray([[1.0], [0.0]]), jnp.zeros((2, 1))
+    params = {
+        "mean": jnp.stack([sure, blank]),
+        "log_var": jnp.zeros((2, 1)),
+        "reward": jnp.asarray([[2.0], [9.0]]),
+    }
+    np.testing.assert_allclose(rewards(params, states), [[0.0, 2.0, -2.0]], rtol=1e-5)
+    even = params | {"mean": jnp.stack([sure, -sure])}  # as sure, and of the opposite opinion
+    np.testing.assert_allclose(rewards(even, states), [[0.0, -7.0, 7.0]], rtol=1e-5)

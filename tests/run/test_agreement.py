@@ -146,6 +146,8 @@ def test_a_share_that_gives_one_part_no_step_is_refused():
         ({"weightings": [[1.0, 0.0]]}, r"data\.weightings=.*data\.preferences"),
         ({"preference_share": 0.3}, r"data\.preference_share=0\.3: .* give both"),
         ({"degrees": -1}, r"data\.degrees=-1"),
+        ({"preferences": "q", "weightings": [1, 0]}, r"data\.weightings=\[1, 0\]: give a list"),
+        ({"preferences": "q", "weightings": "even"}, r"data\.weightings='even': give a list"),
     ],
 )
 def test_settings_of_data_that_is_not_there_are_refused(settings, said):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -6,7 +7,7 @@ import pytest
 from pujax import rewards
 from pujax.config.settings import GateConfig
 from pujax.errors import ConfigError, DataError
-from pujax.records import Example, Prompt
+from pujax.records import Example, Given, Prompt
 from pujax.run.gate import gated, in_words, near_duplicates
 from pujax.run.judged import judged
 from pujax.run.rewarding import anchor_check
@@ -127,3 +128,10 @@ def test_answers_are_judged_before_they_are_learnt():
         "near copies": "1 of 6",
     }
     assert judged([(example("yes").prompt, "yes")]) == {}
+
+
+def test_a_prompt_whose_answers_nobody_called_good_has_no_anchor_to_distrust():
+    bad = replace(example("", "7"), anchor_ids=(), given=(Given((1, 2), -1.0),))
+    kept, counts = gated([bad, example("8", "7"), example("7", "7")], GateConfig(answer="exact"))
+    assert [each.anchor for each in kept] == ["", "7"]
+    assert counts == {"without the true answer": 1}

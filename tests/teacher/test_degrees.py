@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import sys
 
 import pytest
 
@@ -39,10 +40,8 @@ def test_words_go_whole_in_any_case_and_lines_stay():
     assert without("C++ is (C++) fast", ["c++"]) == "is () fast"
 
 
-@pytest.mark.skipif(
-    importlib.util.find_spec("yake") is not None, reason="yake is here: its lack can't be seen"
-)
-def test_without_yake_its_extra_is_named():
+def test_without_yake_its_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "yake", None)
     with pytest.raises(ConfigError, match=r"^data\.degrees: .*pip install 'pujax\[spo\]'"):
         yake_words()
 
