@@ -31,6 +31,8 @@ LEAVING = 10  # seconds that a process which is done waits for the others to be
 
 ANY_TIME = 7 * 24 * 3600 * 1000  # milliseconds: a teacher may take days, and the dead are noticed
 
+PIECE = 2**22  # bytes that jax's coordination service is given at once: much more would end it
+
 GONE = (
     "{who} of this run has ended, and so does this one: see what it said (nothing, if it was "
     "killed), and start the same command again, in all of them"
@@ -114,22 +116,39 @@ def told(make: Callable[[], T]) -> T:
     if group.index == 0:
         try:
             made = make()
-            group.client.key_value_set_bytes(key, pickle.dumps((True, made)))
+            _tell(group.client, key, pickle.dumps((True, made)))
         except BaseException as error:
             group.agreed = error
-            group.client.key_value_set_bytes(key, pickle.dumps((False, None)))
+            _tell(group.client, key, pickle.dumps((False, None)))
     else:
-        well, made = pickle.loads(group.client.blocking_key_value_get_bytes(key, ANY_TIME))
+        well, made = pickle.loads(_heard(group.client, key))
         if not well:
             group.agreed = ProcessError(
                 f"process {group.index} ends with the first, which says why"
             )
     group.client.wait_at_barrier(key, ANY_TIME)
     if group.index == 0:
-        group.client.key_value_delete(key)
+        group.client.key_value_delete(key)  # and what lies below it
     if group.agreed is not None:
         raise group.agreed
     return made
+
+
+def _tell(client: Any, key: str, data: bytes) -> None:
+    """Give out `data` in pieces, the first one with their number before it."""
+    count = -(-len(data) // PIECE)
+    for at in range(1, count):
+        piece = data[at * PIECE : (at + 1) * PIECE]
+        client.key_value_set_bytes(f"{key}/{at}", piece)
+    client.key_value_set_bytes(key, count.to_bytes(4) + data[:PIECE])
+
+
+def _heard(client: Any, key: str) -> bytes:
+    """What `_tell` gave out."""
+    begun = client.blocking_key_value_get_bytes(key, ANY_TIME)
+    rest = range(1, int.from_bytes(begun[:4]))
+    pieces = [client.blocking_key_value_get_bytes(f"{key}/{at}", ANY_TIME) for at in rest]
+    return b"".join([begun[4:], *pieces])
 
 
 @contextmanager

@@ -95,16 +95,32 @@ def test_a_mesh_gathers_parameters_once_a_pass_and_adds_up_the_gradient_once(mod
     """Left to itself XLA splits what a layer sums over: it moved 31 times the parameters, not 7.
 
     They are gathered for the prompts, for sampling, for the reference and its scores, for the
-    policy and for its backward pass.
+    policy and for its backward pass; the table for the words' log-probs in three of these. Of the
+    groups the ids of tokens alone are told, for the rows of the table that other devices hold.
     """
     loss = partial(losses.ldl_grpo, kl_coef=0.1)
     step, arguments = step_and_arguments((1, 8, 1), model, params, batch, loss)
     text = step.lower(*arguments).compile().as_text()
     told = traffic(text, trips=recipe().response_size - 1)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    assert told["all-gather"].bytes < 6 * size
-    assert told["all-reduce"].bytes < 2.1 * size  # which counts twice: see `traffic`
+    kernels = sum(leaf.nbytes for leaf in params["layers"].values() if leaf.ndim == 3)
+    table = params["embed"]
+    # Prompts; prompts with candidates; twice, with the backward pass, references with candidates.
+    looked_up = sum((6, 6 + 4 * 5, 7 + 3 * 5, 7 + 3 * 5))
+    assert told["all-gather"].bytes == 5 * kernels + 3 * table.nbytes + 8 * looked_up * 4
+    assert told["all-to-all"].bytes == looked_up * table[0].nbytes  # a device's own prompt's
+    assert 0 <= told["all-reduce"].bytes - 2 * size < 1000  # which counts twice: see `traffic`
     assert set(told) <= {"all-gather", "all-reduce", "all-to-all"}
+
+
+def test_a_mesh_of_prompts_tells_the_gradient_alone_and_no_group(model, params, batch):
+    loss = partial(losses.ldl_grpo, kl_coef=0.1)
+    step, arguments = step_and_arguments((8, 1, 1), model, params, batch, loss)
+    told = traffic(step.lower(*arguments).compile().as_text(), trips=recipe().response_size - 1)
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    assert set(told) == {"all-reduce"}
+    # Of the table both what was looked up in it and what it made log-probs of; then a few numbers.
+    assert 0 <= told["all-reduce"].bytes - 2 * (size + params["embed"].nbytes) < 1000
 
 
 @pytest.fixture(scope="module")

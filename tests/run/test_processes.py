@@ -186,6 +186,28 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
             np.testing.assert_allclose(made[f"arr_{at}"], leaf, rtol=1e-5, atol=1e-5)
 
 
+class Service:
+    """What is told by jax's coordination service, kept in a dictionary."""
+
+    def __init__(self):
+        self.kept = {}
+
+    def key_value_set_bytes(self, key, value):
+        self.kept[key] = value
+
+    def blocking_key_value_get_bytes(self, key, timeout):
+        return self.kept[key]
+
+
+@pytest.mark.parametrize("size", [0, 1, 4, 5, 12, 13])
+def test_what_is_told_goes_in_pieces_and_comes_whole(monkeypatch, size):
+    monkeypatch.setattr(processes, "PIECE", 4)
+    service, data = Service(), bytes(range(size))
+    processes._tell(service, "key", data)
+    assert processes._heard(service, "key") == data
+    assert max(len(piece) for piece in service.kept.values()) <= 4 + 4
+
+
 SLURM = {"SLURM_STEP_NODELIST": "node[1-2]", "SLURM_PROCID": "0"}
 EXPLICIT = {"coordinator_address": "one:99", "num_processes": 2, "process_id": 1}
 DEACTIVATED = EXPLICIT | {"cluster_detection_method": "deactivate"}
