@@ -125,7 +125,7 @@ def anchors_for(
         tally = collect(
             lambda: prompts, teacher, store, settings, say=say, tick=tick, contents=contents
         )
-        if tally.stopped in signal.Signals.__members__:
+        if tally.stopped and tally.stopped in signal.Signals.__members__:
             number = signal.Signals[tally.stopped]
             raise StopRequested(f"stopped while asking: {store} has what was answered", number)
         if tally.left:
