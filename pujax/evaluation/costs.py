@@ -219,6 +219,9 @@ def _rows(
     def pace(taken: _Taken) -> str:
         return taken.untimed if taken.pace is None else f"{taken.pace:.1f}"
 
+    def money(taken: _Taken) -> str:
+        return _number(taken.money, taken.unpriced)
+
     return (
         ("quality", _interval(ours), _interval(theirs)),
         ("quality kept", kept(ours, theirs), ""),
@@ -227,7 +230,7 @@ def _rows(
         ("tokens a second", pace(student), pace(teacher)),
         ("weights (GiB)", f"{weights / 2**30:.2f}", UNKNOWN),
         ("memory at most (GiB)", _number(memory), UNKNOWN),
-        ("money, 1000 answers", *(_number(t.money, t.unpriced) for t in (student, teacher))),
+        ("money, 1000 answers", money(student), money(teacher)),
     )
 
 

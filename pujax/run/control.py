@@ -90,8 +90,9 @@ def make_control(
         rows = fetched(batch).counted
         for b, (values, other) in enumerate(zip(worth, others, strict=True)):
             if other is not None and max(values) > min(values):
-                own = jax.tree.map(lambda x, b=b: x[b : b + 1], (rows, tokens, mask))
-                waiting.append(_Telling(*own, other, values))
+                row = jax.tree.map(lambda x, b=b: x[b : b + 1], rows)
+                here = slice(b, b + 1)
+                waiting.append(_Telling(row, tokens[here], mask[here], other, values))
         if len(waiting) < len(examples):
             return Control()
         some = waiting[: len(examples)]
