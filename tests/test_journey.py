@@ -38,18 +38,18 @@ def of(page, command):
 @pytest.mark.slow
 def test_a_newcomer_comes_from_a_table_to_an_answer(journey):
     plan, collected, stats = of(journey, "collect")
-    assert "to ask              16" in plan
-    assert "16 prompts: had 0, asked 16: 16 answered, 0 failed" in collected
-    assert re.search(r"right +exact \d+, contains \d+ of 16 with a true answer", stats)
+    assert "to ask              24" in plan
+    assert "24 prompts: had 0, asked 24: 24 answered, 0 failed" in collected
+    assert re.search(r"right +exact \d+, contains \d+ of 24 with a true answer", stats)
     assert re.search(r"finish_reason +(stop|length) \d+", stats)
     (train,) = of(journey, "train")
     heads = ("run: runs/mine/", "student: random", "device: ", "anchors: ", "time: about ")
-    for head in (*heads, "evaluating base: 4", "align: compiling", "next: pujax chat run="):
+    for head in (*heads, "evaluating base: 8", "align: compiling", "next: pujax chat run="):
         assert f"\n{head}" in f"\n{train}", head
     assert of(journey, "report")[0].endswith("/report.html\n")
     assert of(journey, "chat")[0].strip()
     (exported,) = of(journey, "export")
-    assert re.search(r"[0-4] of 4 greedy answers to held-out prompts are the run's own", exported)
+    assert re.search(r"[0-8] of 8 greedy answers to held-out prompts are the run's own", exported)
     if find_spec("xllamacpp") is None:
         assert "llama.cpp is not here" in journey
         return
