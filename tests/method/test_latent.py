@@ -99,5 +99,5 @@ def test_a_head_whose_latent_is_the_prior_has_no_say():
         "reward": jnp.asarray([[2.0], [9.0]]),
     }
     np.testing.assert_allclose(rewards(params, states), [[0.0, 2.0, -2.0]], rtol=1e-5)
-    even = params | {"mean": jnp.stack([sure, -sure])}  # as sure, and of the opposite opinion
-    np.testing.assert_allclose(rewards(even, states), [[0.0, -7.0, 7.0]], rtol=1e-5)
+    even = params | {"mean": jnp.stack([sure, -sure])}  # as sure: the mean of 2 and -9
+    np.testing.assert_allclose(rewards(even, states), [[0.0, -3.5, 3.5]], rtol=1e-5)
