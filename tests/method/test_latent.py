@@ -1,6 +1,7 @@
 """Latent reward heads, taught by a ranker that is often wrong."""
 
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -85,9 +86,11 @@ def test_pairs_are_of_candidates_that_differ():
 
 
 def test_a_setting_out_of_range_is_named():
+    nothing: Any = None
     for name, value in (("heads", 0), ("phi", -1.0), ("lr", 1.0)):
+        setting: dict[str, Any] = {name: value}
         with pytest.raises(ConfigError, match=f"scorer.score.{name}"):
-            latent(None, score=None, **{name: value})
+            latent(nothing, score=nothing, **setting)
 
 
 def test_a_head_whose_latent_is_the_prior_has_no_say():
@@ -99,5 +102,5 @@ def test_a_head_whose_latent_is_the_prior_has_no_say():
         "reward": jnp.asarray([[2.0], [9.0]]),
     }
     np.testing.assert_allclose(rewards(params, states), [[0.0, 2.0, -2.0]], rtol=1e-5)
-    even = params | {"mean": jnp.stack([sure, -sure])}  # as sure, and of the opposite opinion
-    np.testing.assert_allclose(rewards(even, states), [[0.0, -7.0, 7.0]], rtol=1e-5)
+    even = params | {"mean": jnp.stack([sure, -sure])}  # as sure: the mean of 2 and -9
+    np.testing.assert_allclose(rewards(even, states), [[0.0, -3.5, 3.5]], rtol=1e-5)

@@ -455,7 +455,9 @@ def test_a_row_stands_once_for_each_weighting_with_the_anchor_that_is_best_under
     assert [example.anchor for example in data.examples] == ["qr", "p"]
     heads = [example.prompt.messages[0]["content"] for example in data.examples]
     assert heads == ["Weigh x 1, y 0.", "Weigh x 0, y 1."]
-    assert collate(data.examples, data).mix.tolist() == [[1, 0], [0, 1]]
+    mix = collate(data.examples, data).mix
+    assert mix is not None
+    assert mix.tolist() == [[1, 0], [0, 1]]
     assert data.examples[0].prompt_ids != data.examples[1].prompt_ids
     with pytest.raises(PromptError, match=r"p\.jsonl:1: has no ratings for data\.weightings"):
         preferences(jsonl(tmp_path / "p.jsonl", PAIR), weightings=[[1, 0]])
