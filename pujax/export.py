@@ -54,6 +54,7 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Export as told, print where to, and say how near that is to the run."""
+    place = at_home(settings.out)
     source_of(settings.run, settings.model)  # refuses what is nowhere before jax is imported
     compile_once()
     from pujax.inference.finished import export
@@ -63,7 +64,7 @@ def run(settings: ExportConfig) -> None:
 
     run = None if settings.run is None else at_home(settings.run)
     out = export(
-        out=at_home(settings.out),
+        out=place,
         run=run,
         model=settings.model,
         format=settings.format,

@@ -185,10 +185,7 @@ def command(
             cause = error.__cause__ if isinstance(error, _Ended) else error
             assert cause is not None
             if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
-                cause = ConfigError(
-                    "a YAML file of the settings is nested too deep, or has an alias (*name) "
-                    "within what it stands for (&name): take that out"
-                )
+                cause = ConfigError("a setting is nested too deep: take some of its brackets out")
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__

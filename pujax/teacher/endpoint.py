@@ -279,10 +279,9 @@ class HttpTeacher:
             numbers = [int(code) for code in codes if code.isdecimal() and len(code) == 3]
             status = numbers[0] if numbers else status
         status = next((ABOUT_ALL[code] for code in codes if code in ABOUT_ALL), status)
-        said = told.get("message")
-        if not isinstance(said, str) or not said:
-            said = text or response.reason_phrase
-        said = self._secrets.clean(said)
+        words = (told.get("message"), text, response.reason_phrase, "and no reason")
+        plain = (self._secrets.clean(each) for each in words if isinstance(each, str))
+        said = next(each for each in plain if each.strip())
         if status in (200, 408, 409, 425, 429) or status >= 500:
             busy = status in (429, 503, 529)
             raise Retryable(f"{status}: {said}", after=_retry_after(response), busy=busy)

@@ -231,6 +231,7 @@ def test_prompt_files(suffix, data):
 
 
 @FEW
+@example(400, {}, b"\t")  # an error whose reason is white space
 @given(*answers)
 def test_replies(status, headers, data):
     check_reply(status, headers, data)
