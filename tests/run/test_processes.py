@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from contextlib import closing
 from pathlib import Path
 
 import jax
@@ -23,8 +24,10 @@ from pujax.config.settings import DistributedConfig, TrainConfig
 from pujax.errors import ConfigError
 from pujax.models.sharding import make_mesh
 from pujax.run import processes
+from pujax.run.checkpoint import Checkpoints, Place
 from pujax.run.directory import run_directory
 from pujax.run.fit import fit
+from pujax.run.student import placed
 
 register("train_schema", TrainConfig)
 ROOT = Path(__file__).parents[2]
@@ -110,23 +113,20 @@ def assert_same_run(place, other):
 
 @pytest.mark.slow
 def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
-    """They split every parameter, one of them is killed, and both two and one go on from there."""
+    """They split every parameter, one of them is killed, and the same command goes on from it."""
     files = []
     for name, count in (("train", 12), ("heldout", 4)):
         rows = (ROOT / "experiments" / "quickstart" / f"{name}.jsonl").read_text().splitlines()
         path = tmp_path / f"{name}.jsonl"
         path.write_text("\n".join(rows[:count]))
         files.append(f"data.{'prompts' if name == 'train' else name}={path}")
-    alone, shared, again = (tmp_path / name for name in ("alone", "shared", "again"))
+    alone, shared = tmp_path / "alone", tmp_path / "shared"
 
-    def by_one(place):
-        with initialize_config_dir(conf_dir(), version_base="1.3"):
-            words = [*SMALL, *files, f"run.dir={place}", "mesh=single"]
-            config = from_hydra(TrainConfig, compose("train", overrides=words))
-        with run_directory(config) as directory:
-            fit(config, directory, console=Console(quiet=True))
-
-    by_one(alone)
+    with initialize_config_dir(conf_dir(), version_base="1.3"):
+        composed = compose("train", overrides=[*SMALL, *files, f"run.dir={alone}", "mesh=single"])
+    config = from_hydra(TrainConfig, composed)
+    with run_directory(config) as directory:
+        fit(config, directory, console=Console(quiet=True))
     # As after a SIGKILL in the first step of alignment, on one device.
     shutil.copytree(alone, shared)
     for name in ("done", "export", "checkpoints/3", "checkpoints/2", "eval-aligned.jsonl"):
@@ -150,7 +150,6 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
     assert "process 1 of this run has ended" in line
     assert "start the same command again, in all of them" in line
     assert not (shared / "done").exists()
-    shutil.copytree(shared, again)
 
     first, second = both("-m", "pujax.train", *words)
     assert first[0] == second[0] == 0, (first, second)
@@ -161,15 +160,12 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
     assert second[2] == ""
     assert_same_run(shared, alone)
     assert len(lines(shared / "samples.jsonl")) == 2 * 4
-    by_one(again)
-    assert_same_run(again, alone)
 
 
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
-    """Before that they take a step with every matrix split over both, as one device takes it."""
-    out = tmp_path / "step.npz"
-    first, second = both(str(ROOT / "tests" / "split_step.py"), str(out))
+    """Before that they take a step with every matrix split over both, and one goes on from that."""
+    first, second = both(str(ROOT / "tests" / "split_step.py"), str(tmp_path))
     assert first[0] == -signal.SIGKILL
     assert second[0] != 0
     made = [output.splitlines()[0] for _, output, _ in (first, second)]
@@ -178,12 +174,17 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     assert second[2].startswith("process 0 of this run has ended")
     assert "start the same command again, in all of them" in second[2]
     one = make_mesh(1, 1, 1)
-    state, (line,) = steps(one, laid(one, begun()), range(1))
-    with np.load(out) as made:
-        np.testing.assert_array_equal(made["tokens"], line["tokens"])
-        np.testing.assert_allclose(made["loss"], line["loss"], rtol=1e-5)
-        for at, leaf in enumerate(jax.tree.leaves(state)):
-            np.testing.assert_allclose(made[f"arr_{at}"], leaf, rtol=1e-5, atol=1e-5)
+    expected, (line, next_line) = steps(one, laid(one, begun()), range(2))
+    with closing(Checkpoints(tmp_path, keep=1, model={})) as checkpoints:
+        place, state = checkpoints.newest(placed(begun(), one))
+    assert place == Place("align", 1)
+    state, (resumed,) = steps(one, state, range(1, 2))
+    with np.load(tmp_path / "step.npz") as shared:
+        for ours, theirs in ((shared, line), (resumed, next_line)):
+            np.testing.assert_array_equal(ours["tokens"], theirs["tokens"])
+            np.testing.assert_allclose(ours["loss"], theirs["loss"], rtol=1e-5, atol=1e-5)
+    for ours, theirs in zip(*map(jax.tree.leaves, (state.params, expected.params)), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
 class Service:
