@@ -67,9 +67,10 @@ def batch_of(step: int) -> Batch:
     def rows(size: int) -> Tokens:
         ids = rng.integers(6, 96, (ROWS, size)).astype(np.int32)
         lengths = rng.integers(1, size + 1, ROWS).astype(np.int32)
-        return Tokens(np.where(np.arange(size) < lengths[:, None], ids, 0), lengths)
+        kept = np.where(np.arange(size) < lengths[:, None], ids, 0)
+        return Tokens(jnp.asarray(kept), jnp.asarray(lengths))
 
-    return Batch(rows(6), rows(5), np.ones(ROWS, bool), rows(7))
+    return Batch(rows(6), rows(5), jnp.ones(ROWS, bool), rows(7))
 
 
 def steps(mesh: Mesh, state: TrainState, numbers: range) -> tuple[TrainState, list[dict]]:

@@ -176,7 +176,9 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     one = make_mesh(1, 1, 1)
     expected, (line, next_line) = steps(one, laid(one, begun()), range(2))
     with closing(Checkpoints(tmp_path, keep=1, model={})) as checkpoints:
-        place, state = checkpoints.newest(placed(begun(), one))
+        found = checkpoints.newest(placed(begun(), one))
+    assert found is not None
+    place, state = found
     assert place == Place("align", 1)
     state, (resumed,) = steps(one, state, range(1, 2))
     with np.load(tmp_path / "step.npz") as shared:
