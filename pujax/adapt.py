@@ -2,7 +2,8 @@
 
 from pujax.config.commands import command
 from pujax.config.tool_settings import AdaptConfig
-from pujax.inference.finished import source_of
+from pujax.files.locate import at_home
+from pujax.inference.finished import refuse_run, source_of
 from pujax.run.compilation import compile_once
 from pujax.teacher.prompts import refuse_missing
 from pujax.text import counted
@@ -11,6 +12,7 @@ from pujax.text import counted
 def run(settings: AdaptConfig) -> None:
     """Fit it, write it, and say how the model ranks its user's pairs before and after."""
     source, of_run = source_of(settings.run, settings.model)
+    refuse_run(at_home(settings.out))
     for given in (settings.preferences, settings.heldout):
         if given is not None:
             refuse_missing(given)

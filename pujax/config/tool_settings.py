@@ -239,6 +239,7 @@ class AdaptConfig:
         max_prompt_tokens: the longest prompt, in tokens.
         max_response_tokens: the longest response, in tokens.
         on_bad_row: what a row that can't be used is: an error, or to drop.
+        on_too_long: what a prompt beyond `max_prompt_tokens` is: an error, to drop, or to truncate.
         trusted: packages beside pujax whose functions may be named by `_target_`: their code runs
             here.
     """
@@ -262,6 +263,7 @@ class AdaptConfig:
     max_prompt_tokens: int = 128
     max_response_tokens: int = 128
     on_bad_row: str = "error"
+    on_too_long: str = "error"
     trusted: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:

@@ -192,7 +192,7 @@ def export(
     # What needs no more than these is refused before jax is imported.
     from pujax.files.hub import require_hub
 
-    _refuse_run(out)
+    refuse_run(out)
     if push is not None:
         require_hub(push)
     if format == "gguf" and out.suffix != ".gguf":
@@ -266,7 +266,7 @@ def _pushed(
     return out
 
 
-def _refuse_run(out: Path) -> None:
+def refuse_run(out: Path) -> None:
     """Raise `ConfigError` where `out` is a run's directory or lies in one: its files are results.
 
     A run's own end writes its export/ without asking here.

@@ -53,8 +53,8 @@ class Generator:
         config = replace(config, eos_ids=chat.eos_ids)
         if soft_prompt is None:
             return cls(LanguageModel(config), params, chat)
-        vectors, _ = load_soft_prompt(at_home(soft_prompt))
-        require_fit(soft_prompt, vectors, config)
+        vectors, about = load_soft_prompt(at_home(soft_prompt))
+        require_fit(soft_prompt, vectors, about, config)
         params = with_adapter(params, {"soft_prompt": jnp.asarray(vectors)})
         return cls(LanguageModel(config), params, chat, len(vectors))
 

@@ -40,7 +40,7 @@ def learn_prompts(
     prompts: Float[Array, "M N D"],
     tasks: Float[Array, "M C"],
     *,
-    steps: int = 2000,
+    steps: int = 1000,
     lr: float = 2e-3,
     batch: int = 64,
 ) -> PromptDiffusion:

@@ -5,11 +5,12 @@ diffusion planner to a few preferences; virtual tokens before a language model's
 (Lester et al., 2021), and DPO as what is fitted, are ours.
 """
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +21,18 @@ from jaxtyping import Float
 from pujax.config.functions import build_loss
 from pujax.config.settings import DataConfig
 from pujax.config.tool_settings import AdaptConfig
-from pujax.errors import ConfigError, DataError, NonFiniteError, require
+from pujax.errors import ConfigError, DataError, NonFiniteError, PujaxError, require
 from pujax.evaluation.ranking import accuracy, normalized_accuracy
 from pujax.evaluation.waiting import waited
 from pujax.files import weights
 from pujax.files.chat import Chat
-from pujax.files.durable import refuse_unwritable
 from pujax.files.locate import at_home
-from pujax.files.soft_prompt import load_soft_prompt, require_fit, save_soft_prompt
+from pujax.files.soft_prompt import (
+    load_soft_prompt,
+    require_fit,
+    require_place,
+    save_soft_prompt,
+)
 from pujax.method import labels, scoring
 from pujax.method.needs import needs_of
 from pujax.method.optimizer import make_optimizer
@@ -75,11 +80,15 @@ def adapt(
     leads further away than those lie from each other. Raises `ConfigError`, `DataError`,
     `PromptError`, `NonFiniteError` and `DiskError`.
     """
-    out = Path(config.out)
+    out = at_home(config.out)
     require(
         out.suffix == ".safetensors", "out", config.out, "name a file that ends in .safetensors"
     )
-    refuse_unwritable(out.parent)
+    require_place(out)
+    given = [at_home(path).resolve() for path in config.fitted]
+    require(
+        out.resolve() not in given, "out", config.out, "is one of `fitted`: choose another name"
+    )
     loss_fn, said = build_loss(config.loss, config.trusted)
     others = _others(config.fitted)
     chat = Chat.load(source)
@@ -89,8 +98,8 @@ def adapt(
         settings, read = weights.load(source)
         base = put(read, tree_shardings(mesh, read))
     settings = replace(settings, eos_ids=chat.eos_ids)
-    for path, vectors, _ in others:
-        require_fit(path, vectors, settings)
+    for other in others:
+        require_fit(other.path, other.vectors, other.about, settings)
     about = {
         "model": source,
         "width": settings.width,
@@ -101,7 +110,7 @@ def adapt(
     if others:
         say(f"learning from {len(others)} soft prompts")
         start, radius = _sampled(config, others, base, chat)
-        about["fitted"] = [path for path, _, _ in others]
+        about["fitted"] = [other.path for other in others]
     else:
         ids = list(islice(cycle(chat.encode(config.start)), config.tokens))
         start, radius = init_soft_prompt(base, ids), None
@@ -111,13 +120,17 @@ def adapt(
     if datasets is not None:
         count = start["soft_prompt"].shape[0]
         data, heldout = (_led(part, count, settings) for part in datasets)
-        _check_positions(data, heldout, settings)
+        _check_positions(config, data, heldout, settings)
         model = LanguageModel(settings)
         before = ranked(model, base, start, heldout, config.batch)
         soft = _fitted(config, model, base, start, data, loss_fn, said, radius, chat, mesh, say)
         after = ranked(model, base, soft, heldout, config.batch)
         about |= {"preferences": len(data.examples), "steps": config.steps}
     vectors = np.asarray(fetched(soft)["soft_prompt"], np.float32)
+    if not np.isfinite(vectors).all():
+        raise NonFiniteError(
+            f"the soft prompt is not finite, and {out} is not written: fit the `fitted` ones again"
+        )
     save_soft_prompt(out, vectors, about)
     return Adapted(vectors, before, after)
 
@@ -172,8 +185,12 @@ def _fitted(
     return state.params
 
 
-Other = tuple[str, Float[np.ndarray, "N D"], str]
-"""The file of a soft prompt, its virtual tokens, and the task that it was fitted to."""
+class Other(NamedTuple):
+    """The file of a soft prompt, its virtual tokens, and what it says of itself: its task."""
+
+    path: str
+    vectors: Float[np.ndarray, "N D"]
+    about: dict[str, Any]
 
 
 def _others(paths: Sequence[str]) -> list[Other]:
@@ -184,12 +201,12 @@ def _others(paths: Sequence[str]) -> list[Other]:
         task = about.get("task")
         if not isinstance(task, str) or not task.strip():
             raise ConfigError(f"fitted: {path} has no task: fit it with task=TEXT")
-        if others and vectors.shape != others[0][1].shape:
+        if others and vectors.shape != others[0].vectors.shape:
             raise ConfigError(
                 f"fitted: {path} has {_sizes(vectors)}, {others[0][0]} {_sizes(others[0][1])}: "
                 "take some that are alike"
             )
-        others.append((path, vectors, task))
+        others.append(Other(path, vectors, about))
     return others
 
 
@@ -210,13 +227,14 @@ def _sampled(
         mean = embed[chat.encode(task)].mean(axis=0)
         return (mean - mean.mean()) / max(float(mean.std()), 1e-8)
 
-    prompts = np.stack([vectors for _, vectors, _ in others])
-    tasks = np.stack([described(task) for _, _, task in others])
+    prompts = np.stack([other.vectors for other in others])
+    tasks = np.stack([described(other.about["task"]) for other in others])
     learn_key, key = jax.random.split(jax.random.key(config.seed))
     learnt = learn_prompts(learn_key, jnp.asarray(prompts), jnp.asarray(tasks))
     made = sample_prompt(key, learnt, jnp.asarray(described(config.task or "")))
-    apart = prompts - prompts.mean(axis=0)
-    radius = float(np.sqrt(2 * np.square(apart).sum(axis=(1, 2)).mean()))
+    with np.errstate(over="ignore", invalid="ignore"):  # what is made of it is looked at
+        apart = prompts - prompts.mean(axis=0)
+        radius = float(np.sqrt(2 * np.square(apart).sum(axis=(1, 2)).mean()))
     return {"soft_prompt": made}, radius
 
 
@@ -266,21 +284,24 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
         preferences=config.preferences,
         dimensions=config.dimensions,
         on_bad_row=config.on_bad_row,
+        on_too_long=config.on_too_long,
         system=system,
         max_prompt_tokens=config.max_prompt_tokens,
         max_response_tokens=config.max_response_tokens,
     )
-    data = make_preferences(config.preferences, chat, settings)
+    data = _read(config.preferences, chat, settings)
     count = len(data.examples)
-    require(
-        config.batch <= count,
-        "batch",
-        config.batch,
-        f"there are {counted(count, 'prompt')}: lower it",
-    )
+    remedy = f"there are {counted(count, 'prompt')}: lower it"
+    require(config.batch <= count, "batch", config.batch, remedy)
+    alike = [len({given.score for given in e.given}) == 1 < len(e.given) for e in data.examples]
+    if all(alike):
+        raise DataError(
+            f"{config.preferences}: in no prompt does one response score more than another, so "
+            "nothing is preferred: look at its ratings, and at how dimensions weighs them"
+        )
     if config.heldout is None:
         return data, data
-    heldout = make_preferences(config.heldout, chat, settings)
+    heldout = _read(config.heldout, chat, settings)
     shared = {e.prompt_ids for e in data.examples} & {e.prompt_ids for e in heldout.examples}
     if shared:
         raise DataError(
@@ -288,6 +309,15 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
             f"{config.heldout}: take out of one what is in both"
         )
     return data, heldout
+
+
+def _read(source: Any, chat: Chat, settings: DataConfig) -> Dataset:
+    """Preference data; what is wrong with it is told by this command's settings."""
+    try:
+        return make_preferences(source, chat, settings)
+    except PujaxError as error:
+        said = re.sub(rf"\bdata\.({'|'.join(vars(settings))})\b", r"\1", str(error))
+        raise type(error)(said) from error
 
 
 def _led(data: Dataset, count: int, settings: DecoderConfig) -> Dataset:
@@ -307,12 +337,14 @@ def _led(data: Dataset, count: int, settings: DecoderConfig) -> Dataset:
     )
 
 
-def _check_positions(data: Dataset, heldout: Dataset, settings: DecoderConfig) -> None:
+def _check_positions(
+    config: AdaptConfig, data: Dataset, heldout: Dataset, settings: DecoderConfig
+) -> None:
     longest = max(part.prompt_size + part.response_size for part in (data, heldout))
     require(
         longest <= settings.max_positions,
         "max_prompt_tokens",
-        data.prompt_size,
+        config.max_prompt_tokens,
         f"with the virtual tokens and max_response_tokens={data.response_size} that makes "
         f"{longest} tokens, and the model has {settings.max_positions} positions: lower them",
     )

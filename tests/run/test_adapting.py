@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from pujax import adapt as command
+from pujax.errors import WeightsError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.files.soft_prompt import load_soft_prompt, save_soft_prompt
@@ -108,7 +109,7 @@ def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_li
         save_soft_prompt(path, vectors, {"task": task})
         files.append(str(path))
     given = (f"model={student}", f"fitted=[{','.join(files)}]", "task=yes")
-    sampled, refined = (tmp_path / f"{name}.safetensors" for name in ("sampled", "refined"))
+    sampled, refined = (tmp_path / "new" / f"{name}.safetensors" for name in ("one", "two"))
     status, said = called(*given, f"out={sampled}")
     assert status == 0, said
     fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
@@ -132,23 +133,48 @@ def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_li
         (("model={student}", "fitted=[{fits}]", "out=a.safetensors"), "task=None: say what"),
         (("model={student}", "fitted=[x,{fits}]", "task=t", "out=a.safetensors"), "no such file"),
         (("model={student}", "preferences={fits}", "out=a.safetensors", "lr=-1"), "lr=-1"),
+        (("model={student}", "preferences={alike}", "out=a.safetensors"), "nothing is preferred"),
+        (
+            ("model={student}", "preferences={fits}", "out=a.safetensors", "max_prompt_tokens=3"),
+            " max_prompt_tokens is 3: raise it, or set on_too_long=drop",
+        ),
+        (("model={student}", "preferences={fits}", "out={mine}"), "no soft prompt: choose another"),
+        (("model={student}", "preferences={fits}", "out={folder}"), "choose another name"),
+        (("model={student}", "preferences={fits}", "out={long}"), "choose a shorter name"),
+        (("model={student}", "fitted=[{one},{two}]", "task=t", "out={one}"), "is one of `fitted`"),
+        (("model={student}", "fitted=[{one},{big}]", "task=t", "out=a.safetensors"), "not finite"),
+        (("model={student}", "fitted=[{one},{off}]", "task=t", "out=a.safetensors"), "take some"),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_line(
     student, called, tmp_path, monkeypatch, given, said
 ):
     fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
+    alike = tmp_path / "alike.jsonl"
+    alike.write_text('{"prompt": "a", "responses": ["b", "c"], "ratings": [1, 1]}\n' * 4)
+    named = {"long": "n" * 240 + ".safetensors"}
+    for name, vectors in {
+        "one": np.ones((2, 32)), "two": np.zeros((2, 32)), "big": np.full((2, 32), 3e38),
+        "off": np.ones((3, 32)),
+    }.items():  # fmt: skip
+        named[name] = f"{name}.safetensors"
+        save_soft_prompt(tmp_path / named[name], vectors, {"task": name})
+    (tmp_path / "mine.safetensors").write_bytes((student / "model.safetensors").read_bytes())
+    (tmp_path / "folder.safetensors").mkdir()
+    named |= {"mine": "mine.safetensors", "folder": "folder.safetensors"}
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
     monkeypatch.chdir(tmp_path)
-    status, told = called(*(each.format(student=student, fits=fits) for each in given))
+    named |= {"student": str(student), "fits": str(fits), "alike": str(alike)}
+    status, told = called(*(each.format(**named) for each in given))
     assert status == 1
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()} == before
     assert said in told.replace("\n", " ")
     assert "Traceback" not in told
     assert not (tmp_path / "a.safetensors").exists()
 
 
 def test_a_soft_prompt_of_another_model_is_refused(student, tmp_path):
-    from pujax.errors import WeightsError
-
-    save_soft_prompt(tmp_path / "a.safetensors", np.ones((2, 8), np.float32), {})
-    with pytest.raises(WeightsError, match="have 8 values and the model's 32"):
-        Generator.load(str(student), str(tmp_path / "a.safetensors"))
+    for about, width, said in (({}, 8, "with 8 values a token"), ({"vocab": 5}, 32, "with 5 tok")):
+        save_soft_prompt(tmp_path / "a.safetensors", np.ones((2, width), np.float32), about)
+        with pytest.raises(WeightsError, match=said):
+            Generator.load(str(student), str(tmp_path / "a.safetensors"))
