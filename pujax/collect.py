@@ -75,7 +75,11 @@ def run(settings: CollectRun) -> int:
             settings.merge,
             "it asks and describes nothing: leave data.prompts and stats to the next command",
         )
-        merge([Path(each) for each in listed("merge", settings.merge)], store)
+        shards = [Path(each) for each in listed("merge", settings.merge)]
+        require(bool(shards), "merge", settings.merge, "name the stores to put in: merge=[A,B]")
+        dry = "merge has no dry run: leave one of the two out; stats=true describes a store"
+        require(not settings.collect.dry_run, "collect.dry_run", True, dry)
+        merge(shards, store)
         return 0
     teacher = with_protocol(settings.teacher, settings.trusted)
     if settings.stats or settings.collect.dry_run:

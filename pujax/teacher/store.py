@@ -49,15 +49,22 @@ def require_store(store: Path, remedy: str = COLLECT) -> None:
         raise StoreError(f"{store}: no such store: {remedy}")
 
 
-def read_failures(store: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_failures(
+    store: Path, torn: Callable[[Path, bytes], None] = lambda path, tail: None
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """The records of the answers that can't be anchors; none when there is no such file."""
     file = failures_path(store)
-    return read_records(file, failed=True) if file.exists() else iter(())
+    return read_records(file, failed=True, torn=torn) if file.exists() else iter(())
 
 
-def read_records(path: Path, failed: bool | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Each whole record, with the byte after it; a torn tail is left out.
+def read_records(
+    path: Path,
+    failed: bool | None = None,
+    torn: Callable[[Path, bytes], None] = lambda path, tail: None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Each whole record, with the byte after it; `torn` is told of a tail that is left out.
 
+    The last one may lack its newline, as when the store is next written it is ended with one.
     Raises `StoreError` for a record of another format, a line that isn't one, and an answer among
     the failures (`failed`) or the other way round (False).
     """
@@ -66,14 +73,22 @@ def read_records(path: Path, failed: bool | None = None) -> Iterator[tuple[int, 
         check_plain(path)
         with path.open("rb") as lines:
             for number, raw in enumerate(lines, 1):
-                if not raw.endswith(b"\n"):
-                    return
                 end += len(raw)
                 if raw.isspace():  # as an editor leaves one
                     continue
+                if not raw.endswith(b"\n") and not _is_record(raw):
+                    torn(path, raw)
+                    return
                 yield end, parse(raw, f"{path}:{number}", failed)
     except OSError as error:
         raise StoreError(f"{path}: {error.strerror}: check `store`") from error
+
+
+def _is_record(raw: bytes) -> bool:
+    with contextlib.suppress(StoreError):
+        parse(raw, "")
+        return True
+    return False
 
 
 def check_torn(raw: bytes, file: Path) -> None:

@@ -244,19 +244,49 @@ class AnchorStore:
         """
         try:
             with self._locked():
-                if self._is_replaced():
-                    self._put_back()
-                for file in (self.path, failures_path(self.path)):
-                    failures = file != self.path
-                    lines = [
-                        _line(record) for record in records if ("reason" in record) == failures
-                    ]
-                    if lines:
-                        self._add(file, b"".join(lines))
-                if self._is_replaced():
-                    self._put_back()
+                self._append(records)
         except (OSError, StoreError) as error:
             raise self._rescued(error, records) from error
+
+    def append_lacking(
+        self,
+        records: Sequence[dict[str, Any]],
+        lacking: Callable[[Sequence[dict[str, Any]]], Sequence[dict[str, Any]]],
+    ) -> tuple[int, list[dict[str, Any]]]:
+        """Put in, as `append` does, those of `records` that are `lacking` once the store is read.
+
+        Under the lock, so that nobody puts in the same meanwhile. Returns how many were put in, and
+        those whose keys other processes ask for now: they are not put in. Raises `StoreError` as
+        `append` does, but keeps nothing elsewhere: it is for what lies in another file anyway.
+        """
+        taken: list[str] = []
+        try:
+            with self._locked():
+                self.refresh()
+                if self._is_replaced():
+                    self._put_back()
+                chosen = lacking(records)
+                taken = [record["key"] for record in chosen if self.claim(record["key"])]
+                free = set(taken)
+                ours = [record for record in chosen if record["key"] in free]
+                self._append(ours)
+            return len(ours), [record for record in chosen if record["key"] not in free]
+        except OSError as error:
+            raise self._unwritten(error) from error
+        finally:
+            for key in taken:
+                self.release(key)
+
+    def _append(self, records: Sequence[dict[str, Any]]) -> None:
+        if self._is_replaced():
+            self._put_back()
+        for file in (self.path, failures_path(self.path)):
+            failures = file != self.path
+            lines = [_line(record) for record in records if ("reason" in record) == failures]
+            if lines:
+                self._add(file, b"".join(lines))
+        if self._is_replaced():
+            self._put_back()
 
     def _add(self, file: Path, data: bytes) -> None:
         self._mend(file)  # another program may have left half a line since

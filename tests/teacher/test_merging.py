@@ -1,10 +1,14 @@
 import json
+import subprocess
+import sys
 
 import pytest
 
 from pujax import collect
 from pujax.errors import ConfigError, StoreError
 from pujax.records import messages_key
+from pujax.teacher import merging
+from pujax.teacher.describing import describe
 from pujax.teacher.merging import merge
 from pujax.teacher.store import failures_path, read_failures, read_records
 
@@ -51,6 +55,8 @@ def test_shards_become_one_store_with_each_answer_once_and_none_replaced(shards,
     assert answers(store) == merged
     assert [record["id"] for _, record in read_failures(store)] == ["e"]
     assert said == [
+        f"{shards[0]}: its last line, of 26 bytes, is no whole record: left out; merge it again "
+        "once whoever writes it is done",
         f"{shards[1]}: 1 answer is other than what was there before to the same prompt and "
         "settings (b): left out",
         f"{store}: 4 answers and 1 failure of 2 stores put in, 1 answer had already",
@@ -95,3 +101,80 @@ def test_the_command_merges_and_refuses_what_it_can_not(shards, tmp_path, capsys
     asking = collect.PromptsConfig("prompts.jsonl")
     with pytest.raises(ConfigError, match=r"^merge=.*leave data\.prompts"):
         collect.run(collect.CollectRun(store=str(store), merge=names, data=asking))
+    with pytest.raises(ConfigError, match=r"^merge=\[\].*merge=\[A,B\]"):
+        collect.run(collect.CollectRun(store=str(tmp_path / "new.jsonl"), merge=[]))
+    dry = collect.CollectConfig(dry_run=True)
+    with pytest.raises(ConfigError, match=r"^collect\.dry_run=True.*merge"):
+        collect.run(collect.CollectRun(store=str(tmp_path / "new.jsonl"), merge=names, collect=dry))
+    assert not (tmp_path / "new.jsonl").exists()
+
+
+def test_a_last_record_that_lacks_its_newline_is_put_in_and_counted(tmp_path):
+    shard, store, said = tmp_path / "one.jsonl", tmp_path / "all.jsonl", []
+    shard.write_text(line("a") + line("b").rstrip("\n"))
+    failed = line("c", "", reason="empty").rstrip("\n")
+    failures_path(shard).write_text(failed)
+    assert describe(shard).startswith("answers        2\n")
+    merge([shard], store, say=said.append)
+    assert answers(store) == [("a", "yes"), ("b", "yes")]
+    assert failures_path(store).read_text() == failed + "\n"
+    assert said == [f"{store}: 2 answers and 1 failure of 1 store put in, 0 answers had already"]
+    assert not shard.read_text().endswith("\n")
+
+
+def test_what_another_process_puts_in_meanwhile_is_not_put_in_twice(tmp_path, monkeypatch):
+    shard, store, said = tmp_path / "one.jsonl", tmp_path / "all.jsonl", []
+    shard.write_text("".join(map(line, "abcd")))
+
+    def slowly(path, **kinds):
+        for number, record in enumerate(read_records(path, **kinds)):
+            if number == 1:  # the first one is in place
+                with store.open("a") as other:
+                    other.write(line("b") + line("c", "another"))
+            yield record
+
+    monkeypatch.setattr(merging, "AT_ONCE", 1)
+    monkeypatch.setattr(merging, "read_records", slowly)
+    merge([shard], store, say=said.append)
+    assert answers(store) == [("a", "yes"), ("b", "yes"), ("c", "another"), ("d", "yes")]
+    assert said == [
+        f"{shard}: 1 answer is other than what was there before to the same prompt and settings "
+        "(c): left out",
+        f"{store}: 2 answers and 0 failures of 1 store put in, 1 answer had already",
+    ]
+
+
+ASKING = """
+import sys
+from pathlib import Path
+from pujax.teacher.writer import AnchorStore, parse
+book, raw = AnchorStore(Path(sys.argv[1])), sys.argv[2].encode()
+record = parse(raw, "")
+assert book.claim(record["key"])
+print("asks", flush=True)
+sys.stdin.readline()
+book.append([record])
+book.release(record["key"])
+book.close()
+"""
+
+
+def test_what_a_collection_asks_for_now_is_waited_for(tmp_path):
+    shard, store, said = tmp_path / "one.jsonl", tmp_path / "all.jsonl", []
+    shard.write_text(line("a") + line("b"))
+    run = [sys.executable, "-c", ASKING, str(store), line("a", "asked")]
+    other = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdout.readline() == "asks\n"
+
+    def say(text):
+        said.append(text)
+        if len(said) == 1:
+            other.stdin.write("\n")
+            other.stdin.flush()
+
+    merge([shard], store, say=say)
+    other.communicate()
+    assert other.returncode == 0
+    assert answers(store) == [("b", "yes"), ("a", "asked")]
+    assert said[0] == f"{store}: waits for 1 answer that others ask for now"
+    assert "(a): left out" in said[1]
