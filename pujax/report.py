@@ -47,10 +47,13 @@ def run(settings: ReportConfig) -> None:
             raise EvaluationError(
                 f"{directory / SETTINGS} is not there: is {directory} a run's directory?"
             )
+    from pujax.evaluation.comparison import refuse_other_page
     from pujax.evaluation.page import refuse_foreign, write
 
     for directory in directories:
         refuse_foreign(directory)
+    if len(directories) > 1:
+        refuse_other_page(_compared(directories))
     for directory in directories:
         print(write(directory))
     if len(directories) > 1:
@@ -58,13 +61,20 @@ def run(settings: ReportConfig) -> None:
 
 
 def of_several(directories: Sequence[Path]) -> Path:
-    """The page of several runs side by side, in the folder that they share."""
+    """The page of several runs side by side, in the folder that they share.
+
+    Raises `DiskError` where something else has its name.
+    """
     from pujax.evaluation.comparison import write
     from pujax.inference.heldout import arms, by_arm
 
     columns, between = arms(directories, [])
-    shared = Path(os.path.commonpath([directory.resolve() for directory in directories]))
-    return write(shared / "compared.html", by_arm(directories), columns, against_first=between)
+    return write(_compared(directories), by_arm(directories), columns, against_first=between)
+
+
+def _compared(directories: Sequence[Path]) -> Path:
+    shared = os.path.commonpath([directory.resolve() for directory in directories])
+    return Path(shared) / "compared.html"
 
 
 def of_sweep(directory: Path) -> None:

@@ -13,11 +13,11 @@ import numpy as np
 from pujax.evaluation import findings, tables
 from pujax.evaluation.cards import answer_cards
 from pujax.evaluation.curves import DARK, LIGHT, colour_of, held_out_panels, together
-from pujax.evaluation.markup import compared, document, plain, table
+from pujax.evaluation.markup import GENERATOR, compared, document, plain, table
 from pujax.evaluation.page import steps
 from pujax.evaluation.results import OWN, shown_by
 from pujax.evaluation.tables import Arm
-from pujax.files.durable import refuse_unwritable, write_whole
+from pujax.files.durable import refuse_other, refuse_unwritable, write_whole
 from pujax.files.settings import UNTOUCHED, flat, kept_settings, of_asking, within
 from pujax.text import counted
 
@@ -37,7 +37,8 @@ def write(
     answered the same prompts, and what reading logs and settings and writing raises.
     """
     refuse_unwritable(page.parent)
-    name = "/".join(page.resolve().parts[-2:-1])
+    refuse_other_page(page)
+    name = _name(page)
     runs = sum(map(len, arms.values()))
     sections = [
         f"<h1>{escape(name)}: {counted(runs, 'run')} side by side</h1>",
@@ -50,6 +51,16 @@ def write(
     ]
     write_whole(page, document(name, sections).encode(errors="xmlcharrefreplace"))
     return page
+
+
+def refuse_other_page(page: Path) -> None:
+    """Raise `DiskError` where something else than a page of several runs is at `page`."""
+    of_before = f"<title>{escape(_name(page))}</title>\n<style>\n:root {{"  # and no generator
+    refuse_other(page, GENERATOR.encode(), of_before.encode(errors="xmlcharrefreplace"))
+
+
+def _name(page: Path) -> str:
+    return "/".join(page.resolve().parts[-2:-1])
 
 
 def _findings(columns: Sequence[Arm], against_first: bool) -> str:

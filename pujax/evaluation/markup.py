@@ -14,6 +14,10 @@ Cell = tuple[str, str]
 """A cell's style and its HTML."""
 
 
+GENERATOR = '<meta name="generator" content="pujax">'
+"""By which a page is known for one of ours."""
+
+
 def document(name: str, sections: Iterable[str]) -> str:
     """A whole page, `name` its title in plain text; needs nothing from anywhere else.
 
@@ -25,7 +29,7 @@ def document(name: str, sections: Iterable[str]) -> str:
         for kind in ("css", "js")
     )
     return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        f'<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n{GENERATOR}\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f"<title>{escape(name)}</title>\n<style>{style}</style>\n</head>\n<body>\n<main>\n{body}\n"
         f"</main>\n<script>{script}</script>\n</body>\n</html>\n"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pujax.errors import EvaluationError
-from pujax.files.durable import on_disk, read_jsonl, write_whole
+from pujax.files.durable import on_disk, read_jsonl, refuse_other, write_whole
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
 from pujax.types import Batch, Frames, Params
@@ -43,11 +43,20 @@ class SuiteAnswer:
 def keep_answer(answer: SuiteAnswer, name: str, folder: Path) -> None:
     """Write what the suite `name` found to `suite-<name>.json`, its raw records left out.
 
-    It takes the place of what the suite found there before. Raises `DiskError`.
+    It takes the place of what the suite found there before. Raises `DiskError`, also where
+    something else has that name.
     """
+    path = refuse_other_answer(name, folder)
     told = {"header": answer.header, "rows": answer.rows, "note": answer.note}
     text = json.dumps(told, ensure_ascii=False, indent=1) + "\n"
-    write_whole(folder / f"suite-{name}.json", text.encode(errors="backslashreplace"))
+    write_whole(path, text.encode(errors="backslashreplace"))
+
+
+def refuse_other_answer(name: str, folder: Path) -> Path:
+    """Where the suite `name` keeps what it found; `DiskError` where something else is there."""
+    path = folder / f"suite-{name}.json"
+    refuse_other(path, b'{\n "header": ')
+    return path
 
 
 def kept_answers(folder: Path) -> dict[str, SuiteAnswer]:

@@ -153,6 +153,7 @@ def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
     ]
     page = [*lines, "", caption, *(f"\n{line}" for line in told), ""]
     text, picture = sweep_files(directory, "| setting | seeds |")
+    comparison.refuse_other_page(directory / "sweep.html")
     write_whole(text, "\n".join(page).encode(errors="backslashreplace"))
     write_whole(picture, _drawn(sweep.rows))
     told.append(f"sweep: {text}, {picture}{_page(directory, sweep)}")

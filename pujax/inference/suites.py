@@ -15,7 +15,14 @@ from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import page
 from pujax.evaluation.results import Evaluation
-from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer, keep_answer
+from pujax.evaluation.subjects import (
+    Judge,
+    Records,
+    Subject,
+    SuiteAnswer,
+    keep_answer,
+    refuse_other_answer,
+)
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
@@ -57,6 +64,7 @@ def answered(
             f"{', '.join(offers)} and records"
         )
     refuse_unwritable(folder)
+    refuse_other_answer(function.__name__, folder)
     made = {name: offers[name]() for name in wanted if name != "records"}
     asked = {name: identity for name, (_, identity) in made.items()}
     asked |= {"suite": dict(node), "pujax": __version__}

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from pujax import report
-from pujax.errors import EvaluationError
+from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.run.logs import RunLog
 
@@ -96,3 +96,23 @@ def test_runs_on_other_prompts_are_refused(tmp_path):
     one = run(tmp_path / "a", loss="dpo", right=6)
     with pytest.raises(EvaluationError, match="on different prompts"):
         page(one, run(tmp_path / "b", loss="grpo", right=6, anchor="b"))
+
+
+def test_a_page_of_ones_own_of_that_name_is_refused_and_stays(tmp_path):
+    runs = [run(tmp_path / loss, loss=loss, right=9) for loss in ("dpo", "grpo")]
+    page_of_ones_own = tmp_path / "compared.html"
+    theirs = '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>Thesis'
+    page_of_ones_own.write_text(theirs)
+    told = report.ReportConfig(run=list(map(str, runs)))
+    with pytest.raises(DiskError, match=r"compared\.html can't be written .*move away"):
+        report.run(told)
+    assert page_of_ones_own.read_text() == theirs
+    assert not (runs[0] / "report.html").exists()  # nothing is begun
+    with pytest.raises(DiskError, match=r"compared\.html"):
+        report.of_several(runs)
+    page_of_ones_own.unlink()
+    html = page(*runs)
+    of_before = html.replace('<meta name="generator" content="pujax">\n', "")
+    assert of_before != html
+    page_of_ones_own.write_text(of_before)
+    assert page(*runs) == html == page(*runs)

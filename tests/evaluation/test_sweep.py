@@ -74,7 +74,7 @@ def test_the_command_prints_and_keeps_the_table_and_says_what_is_unfinished(swee
     assert 'href="smoke/1_seed=0/report.html"' in page
 
 
-@pytest.mark.parametrize("name", ["sweep.md", "sweep.png"])
+@pytest.mark.parametrize("name", ["sweep.md", "sweep.png", "sweep.html"])
 def test_a_file_of_ones_own_of_that_name_is_refused_and_stays(sweep, name):
     (sweep / name).write_text("# Thesis\n")
     with pytest.raises(DiskError, match=rf"{name} can't be written .*move away what is in its way"):

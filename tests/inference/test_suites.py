@@ -9,7 +9,7 @@ import pytest
 from toy_gguf import toy_chat
 
 from pujax import evaluate
-from pujax.errors import ConfigError, EvaluationError
+from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.inference.generator import Generator
 from pujax.inference.local_teacher import LocalTeacher, weighed
@@ -133,6 +133,14 @@ def test_what_a_suite_found_is_never_written_over_by_another_question(tmp_path):
     assert other != kept
     assert kept.read_bytes() == before
     assert len(other.read_text().splitlines()) == 3
+
+
+def test_a_file_of_ones_own_with_a_suites_name_is_refused_before_anything_is_asked(tmp_path):
+    theirs = tmp_path / "suite-winrate.json"
+    theirs.write_text('{"mine": 1}')
+    with pytest.raises(DiskError, match=r"suite-winrate\.json can't be written .*move away"):
+        answered(node(), tmp_path, {"answers": None, "judge": None})
+    assert theirs.read_text() == '{"mine": 1}'
 
 
 def test_what_a_suite_asks_for_and_there_is_not_is_named(tmp_path, monkeypatch):
