@@ -30,6 +30,7 @@ from pujax.files.exported import (
     digests,
     record,
     recorded,
+    refuse_changed,
     refuse_theirs,
     touched,
 )
@@ -112,6 +113,7 @@ def copy_adapter(exported: Path, directory: Path) -> None:
             f"{exported}: no adapter in it, the run trained the whole model (model.lora.rank=0): "
             "choose format=hf or format=gguf"
         )
+    refuse_changed(exported, [f"{ADAPTER}/{name}" for name in ADAPTER_FILES])
     with _staged(directory, "adapter_config.json") as fresh, on_disk(directory):
         for name in ADAPTER_FILES:
             shutil.copy(source / name, fresh / name)

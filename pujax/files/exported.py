@@ -11,7 +11,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, WeightsError
 from pujax.files import safetensors
 from pujax.files.card import is_card, is_edited, tokenizer_files
 from pujax.files.durable import write_whole
@@ -76,6 +76,27 @@ def recorded(directory: Path) -> dict[str, list[str]] | None:
         return None
     except (OSError, ValueError, AttributeError, TypeError, RecursionError):
         return {}
+
+
+def refuse_changed(directory: Path, names: Iterable[str]) -> None:
+    """Raise `WeightsError` where one of `names` is not as the export wrote it, by its record.
+
+    Where there is no record, or it tells nothing of a name, nothing is read. Else all of the file
+    is: 1.3 GB a second on one core of 2026, so 0.4 s for half a gigabyte and 12 s for 16 GB.
+    """
+    kept = recorded(directory) or {}
+    for name in sorted(names):
+        path = directory / name
+        try:
+            if not kept.get(name) or digests(directory, [name])[name][0] in kept[name]:
+                continue
+        except OSError as error:
+            raise WeightsError(f"{path}: {error.strerror}: see to its disk") from error
+        raise WeightsError(
+            f"{path}: not what pujax wrote, by the SHA-256 in {RECORD}: put back a copy, or, in a "
+            "run with its checkpoints, remove its `done` and `export` and start its command again "
+            f"(if you changed the file yourself, remove {RECORD})"
+        )
 
 
 def refuse_theirs(directory: Path, names: Iterable[str]) -> None:

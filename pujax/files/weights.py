@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pujax.files import gguf, safetensors
+from pujax.files.exported import refuse_changed
 from pujax.files.locate import locate
 from pujax.files.tensors import Checkpoint, Placer, read_params
 from pujax.models.decoder import DecoderConfig
@@ -22,9 +23,12 @@ def load(
     `path` is a hub id, a Hugging Face directory, a GGUF file, OWNER/REPO/FILE.gguf on the hub or
     package://NAME/FILE. `place` puts each parameter on its sharding; without it they go to the
     default device. Raises `WeightsError` for an unknown architecture, a missing or an extra
-    tensor, a wrong shape or a truncated file.
+    tensor, a wrong shape, a truncated file, or one that is not as an export wrote it.
     """
-    checkpoint = open_model(path)
+    local = locate(path)
+    checkpoint = _open(local)
+    if local.is_dir():
+        refuse_changed(local, (file.name for file in safetensors.weight_files(local)))
     put = place or (lambda _, array: jnp.asarray(array))
     return checkpoint.config, read_params(checkpoint, dtype=dtype, place=put)
 

@@ -406,6 +406,37 @@ def test_a_lora_runs_adapter_and_settings_are_exported(chat, tmp_path):
     assert not (out / "adapter").exists()
 
 
+def _flip(path):
+    """Change the last two bytes."""
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-2] + bytes(byte ^ 64 for byte in whole[-2:]))
+
+
+def test_weights_that_are_not_as_an_export_wrote_them_are_refused_by_name(chat, tmp_path):
+    run = tmp_path / "run"
+    config, params = _adapted("qwen2", chat)
+    export_hf(config, params, chat, run / "export", {"student": "some/model"})
+    (run / "config.yaml").write_text("seed: 3\nmodel: {path: some/model}\n")
+    model, adapter = (run / "export" / name for name in (safetensors.WHOLE, "adapter"))
+    _, before = weights.load(run / "export")
+    _flip(model)
+    changed = r"export/{}\.safetensors: not what pujax wrote, .*put back a copy.* remove \.pujax-ex"
+    with pytest.raises(WeightsError, match=changed.format("model")):
+        weights.load(run / "export")
+    with pytest.raises(WeightsError, match=changed.format("model")):
+        export(run=run, out=tmp_path / "out")
+    assert weights.read_config(run / "export") == config
+    _flip(model)
+    _, after = weights.load(run / "export")
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    _flip(adapter / "adapter_model.safetensors")
+    with pytest.raises(WeightsError, match=changed.format("adapter/adapter_model")):
+        export(run=run, out=tmp_path / "peft", format="peft")
+    _flip(model)
+    (run / "export" / ".pujax-export.json").unlink()  # as the message says
+    weights.load(run / "export")
+
+
 def test_a_run_without_an_adapter_has_no_peft_export(chat, tmp_path):
     config, params = _model("qwen2", chat)
     export_hf(config, params, chat, tmp_path / "export", {})
