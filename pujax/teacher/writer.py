@@ -395,9 +395,14 @@ class AnchorStore:
                         fcntl.flock(out, fcntl.LOCK_EX)
                         if not _is_at(out.fileno(), file):  # taken up just now
                             continue
-                        out.write(b"".join(lines))
-                        out.flush()
-                        os.fsync(out.fileno())
+                        try:
+                            out.write(b"".join(lines))
+                            out.flush()
+                            os.fsync(out.fileno())
+                        except OSError:
+                            if file not in self._kept:  # or a full disk leaves an empty one
+                                file.unlink()
+                            raise
                 except FileExistsError:  # of another run
                     continue
                 except OSError:

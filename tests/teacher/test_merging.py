@@ -1,6 +1,8 @@
+import errno
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 
@@ -11,6 +13,7 @@ from pujax.teacher import merging
 from pujax.teacher.describing import describe
 from pujax.teacher.merging import merge
 from pujax.teacher.store import failures_path, read_failures, read_records
+from pujax.teacher.writer import AnchorStore
 
 
 def line(name, response="yes", *, model="m", **changes):
@@ -142,6 +145,30 @@ def test_what_another_process_puts_in_meanwhile_is_not_put_in_twice(tmp_path, mo
         "(c): left out",
         f"{store}: 2 answers and 0 failures of 1 store put in, 1 answer had already",
     ]
+
+
+def test_a_full_disk_leaves_nothing_beside_the_store_which_the_shards_have_anyway(
+    shards, tmp_path, monkeypatch
+):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    store = tmp_path / "all.jsonl"
+    monkeypatch.setattr(AnchorStore, "_write", full)
+    with pytest.raises(StoreError) as told:
+        merge(shards, store, say=lambda text: None)
+    assert str(told.value) == (
+        f"{store}: can't write: No space left on device: make room, run the same command again"
+    )
+    book = AnchorStore(store)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    record = json.loads(line("a"))
+    with monkeypatch.context() as patched:
+        patched.setattr("pujax.teacher.writer.os.fsync", full)
+        with pytest.raises(StoreError, match="be kept anywhere"):
+            book.append([record])  # as a collection does
+    book.close()
+    assert not list(tmp_path.glob("*.kept*"))
 
 
 ASKING = """
