@@ -18,11 +18,11 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
-from pujax.config.compose import conf_dir, from_hydra, offered, register, wary
+from pujax.config.compose import conf_dir, from_hydra, offered, register, taken, wary
 from pujax.config.help import help_of
 from pujax.config.overrides import in_hydra_words
 from pujax.config.streams import escape, hold
@@ -37,7 +37,7 @@ from pujax.config.sweeps import (
     title,
 )
 from pujax.errors import ConfigError, PujaxError, StopRequested, require, stops
-from pujax.text import MASKED, from_environment, hide, mask, secrets_in
+from pujax.text import MASKED, hide, mask, secrets_in
 
 T = TypeVar("T")
 
@@ -70,14 +70,7 @@ REMEDIES = {
 
 
 class _Ended(BaseException):
-    """What a command raised, carried past Hydra, which would print all that it was given.
-
-    `hidden` is what its settings took from the environment, and no message may say.
-    """
-
-    def __init__(self, hidden: Sequence[str]) -> None:
-        super().__init__()
-        self.hidden = hidden
+    """What a command raised, carried past Hydra, which would print all that it was given."""
 
 
 def command(
@@ -110,6 +103,7 @@ def command(
         except FileNotFoundError:
             sys.exit(f"pujax.{name}: the working directory is gone: cd to one that is there")
         _exit_on_signals()
+        taken.clear()  # what another command in this process took
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return
@@ -124,17 +118,16 @@ def command(
         def job(composed: DictConfig) -> None:
             """What went wrong in a job of a sweep is told here, whichever process this may be."""
             sys.argv = argv  # a launcher's process has words of its own
-            hidden = _hidden_in(composed)
             try:
                 status = act(from_hydra(schema, composed))
             except SystemExit as error:
                 if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing
-                    raise _Ended([]) from error.__context__
+                    raise _Ended from error.__context__
                 raise
             except Exception as error:
                 stop = isinstance(error, StopRequested) and not beside_others()
                 if whole or stop or not sweeping():
-                    raise _Ended(hidden) from error
+                    raise _Ended from error
                 _, line = _ending(error, typed, schema)
                 if line is None:
                     traceback.print_exception(error)
@@ -145,12 +138,8 @@ def command(
                 if not sweeping():
                     sys.exit(status)
                 line = f"ended with status {status}"
-            for secret in hidden:
-                line = hide(line, secret)
             called = title(swept())
-            print(
-                f"pujax.{name}: {called}: {secrets_hidden(line, argv)}", file=sys.stderr, flush=True
-            )
+            print(f"pujax.{name}: {called}: {_sayable(line, argv)}", file=sys.stderr, flush=True)
             note_failure(called)
 
         job.__module__ = f"pujax.{name}"  # Hydra names the application after it
@@ -168,7 +157,7 @@ def command(
                 if options and set(options) <= {"--help", "-h"}:
                     purpose = _purpose(act)
                     told = help_of(name, where, schema, groups, overrides, purpose=purpose)
-                    print(secrets_hidden(told, [*typed, *overrides]))
+                    print(_sayable(told, [*typed, *overrides]))
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
@@ -176,7 +165,7 @@ def command(
                 if not SHOWING.isdisjoint(options):
                     with redirect_stdout(StringIO()) as shown:
                         main()
-                    print(secrets_hidden(shown.getvalue(), [*typed, *overrides]), end="")
+                    print(_sayable(shown.getvalue(), [*typed, *overrides]), end="")
                     return
                 main()
                 if aside:
@@ -189,9 +178,7 @@ def command(
             status, line = _ending(cause, typed, schema)
             if whole or line is None:
                 raise cause from cause.__cause__
-            for secret in error.hidden if isinstance(error, _Ended) else ():
-                line = hide(line, secret)
-            print(f"pujax.{name}: {secrets_hidden(line, [*typed, *overrides])}", file=sys.stderr)
+            print(f"pujax.{name}: {_sayable(line, [*typed, *overrides])}", file=sys.stderr)
             sys.exit(status)
         finally:
             if not whole:
@@ -231,11 +218,6 @@ def _exit_on_signals() -> None:
 def swept() -> dict[str, str]:
     """What sets this job of a sweep apart, by key, without secrets; nothing outside of a sweep."""
     return {key: secrets_hidden(value, sys.argv[1:]) for key, value in overrides_apart().items()}
-
-
-def _hidden_in(composed: DictConfig) -> list[str]:
-    """What the settings hold by `${oc.env:NAME}`, in a file as well as on the command line."""
-    return from_environment(OmegaConf.to_yaml(composed, resolve=False))
 
 
 def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -496,3 +478,10 @@ def secrets_hidden(text: str, overrides: Iterable[str]) -> str:
             text = hide(text, secret)
         before = "" if sign else key
     return mask(text)
+
+
+def _sayable(text: str, overrides: Iterable[str]) -> str:
+    """The same, without what settings took of the environment, a file's as well as these."""
+    for secret in filter(None, map(str.strip, taken.values())):
+        text = hide(text, secret)
+    return secrets_hidden(text, overrides)

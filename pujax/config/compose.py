@@ -1,5 +1,6 @@
 """The bridge from Hydra: schemas in, checked settings out."""
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,10 +16,11 @@ from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from pujax.errors import ConfigError
 from pujax.files.settings import leaves
-from pujax.text import secret_name, variables
+from pujax.text import secret_name
 
 T = TypeVar("T")
 
@@ -46,6 +48,19 @@ def shipped(path: str) -> str:
 
 
 OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+
+taken: dict[str, str] = {}
+"""What settings took of the environment since the command began, by name: no message may say it."""
+
+
+def _environment(name: str, *default: Any) -> str | None:
+    """What `${oc.env:NAME}` stands for, however it is written, noted in `taken`."""
+    if (value := os.environ.get(name)) is not None:
+        taken[name] = value
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def register(name: str, schema: type) -> None:
@@ -269,17 +284,18 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
         if "\0" in str(value):
             raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
-        for name in variables(str(value)) if key.partition(".")[0] != "teacher" else ():
-            if secret_name(name):
-                raise ConfigError(
-                    f"{key} takes the environment variable {name}, a secret by its name: take it "
-                    "out, and let what needs it read the environment"
-                )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
     for key in _foreign(composed):
         raise ConfigError(f"{key}: no such setting: take it out")
+    for key in composed:
+        for place, name in _takers(composed, str(key)) if key != "teacher" else ():
+            if secret_name(name):
+                raise ConfigError(
+                    f"{place} takes the environment variable {name}, a secret by its name: take it "
+                    "out, and let what needs it read the environment"
+                )
     for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
         if re.search("[\ud800-\udfff]", f"{key}{value}"):
             raise ConfigError(f"{key}: not all of it is UTF-8: give it, or the file, another name")
@@ -287,6 +303,24 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     if not isinstance(settings, schema):
         raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
     return settings
+
+
+def _takers(parent: Any, name: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted key of each value at and below `name` that takes a variable, with the variable."""
+    key = f"{above}{name}"
+    node = parent._get_node(name)
+    if node._is_interpolation():
+        before = dict(taken)
+        taken.clear()
+        try:
+            node = node._dereference_node()
+            read = list(taken)
+        finally:
+            taken.update(before)
+        yield from ((key, variable) for variable in read)
+    if isinstance(node, DictConfig | ListConfig) and not node._is_none():
+        for part in node if isinstance(node, DictConfig) else range(len(node)):
+            yield from _takers(node, part, f"{key}.")
 
 
 def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -724,6 +724,32 @@ def test_no_message_holds_what_a_file_took_from_the_environment(monkeypatch, cap
     assert said.startswith("pujax.train: data.on_too_long='***': choose error, drop or truncate")
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("run.root=${ oc.env:MY_PIN_TOKEN}/q", "run.root takes the environment variable MY_PIN_TO"),
+        ("run.root=${oc.env:${oc.decode:MY_PIN_TOKEN}}", "run.root takes the environment variable"),
+        ("run.root=${run.name}-${oc.env:NONE,${oc.env:MY_PIN_TOKEN}}", "run.root takes the"),
+        ("data.on_too_long=${ oc.env:WEBHOOK}/x", "data.on_too_long=***/x: choose error, drop or"),
+        ("data.on_too_long=${oc.env:${oc.decode:WEBHOOK}}/x", "data.on_too_long=***/x: choose e"),
+    ],
+)
+def test_a_variable_is_known_by_what_was_read_however_it_is_written(
+    monkeypatch, capsys, given, said
+):
+    monkeypatch.setenv("MY_PIN_TOKEN", "zeb42")
+    monkeypatch.setenv("WEBHOOK", "zeb42")
+    assert called(monkeypatch, lambda _: None, "+experiment=smoke", "run.name=x", given) == 1
+    line = capsys.readouterr().err
+    assert said in line.replace("'", "")
+    assert "zeb42" not in line
+    words = ("+experiment=smoke", given, "+teacher.headers.x=${ oc.env:WEBHOOK}")
+    called(monkeypatch, lambda _: None, *words, "--cfg", "job", "--resolve")
+    shown = capsys.readouterr()
+    assert "***" in shown.out
+    assert "zeb42" not in shown.out + shown.err
+
+
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
     assert secrets_hidden(" ".join(given), given) == " ".join(given)
