@@ -370,10 +370,13 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
     """What Hydra or OmegaConf could not take, as one line without their internals."""
     text, cause = str(error), str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        word = error.override
+        if word not in overrides:  # of an open mapping, with the plus signs that it got
+            word = word.removeprefix("++")
+        key, _, value = word.partition("=")
         if not value:
-            return f"{error.override!r}: write it as KEY=VALUE"
-        if whole := _parted(error.override, overrides):
+            return f"{word!r}: write it as KEY=VALUE"
+        if whole := _parted(word, overrides):
             return (
                 f"{key}: {value!r} has no end: write no space after a comma, or quote the whole, "
                 f"as in '{whole}'"

@@ -47,6 +47,8 @@ def called(monkeypatch, act, *arguments, name="train"):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("data.dimensions={x: [}", "data.dimensions: can't read its value: quote it twice, as in"),
+        ("data.dimensions={x: two}", "data.dimensions.x: Value '***' could not be converted to F"),
         ("align.stepz=3", "align.stepz: no such setting, did you mean align.steps?"),
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
@@ -403,6 +405,26 @@ def test_an_experiment_needs_no_plus_and_its_settings_arrive(monkeypatch):
         assert called(monkeypatch, seen.append, spelling, "align.steps=7") == 0
     assert seen[0] == seen[1]
     assert (seen[0].run.name, seen[0].align.steps) == ("smoke", 7)
+
+
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("data.weightings=[[1,0],[0.5,0.5],[0,1]]", [[1, 0], [0.5, 0.5], [0, 1]]),
+        ("data.dimensions={x: 1}", {"x": 1.0}),
+        ("data.dimensions.x=1", {"x": 1.0}),
+        ("+data.dimensions={x: 1}", {"x": 1.0}),
+        ("teacher.extra_body={a: {b: 1}}", {"a": {"b": 1}}),
+        ("teacher.headers.user-agent=me, 1", {"user-agent": "me, 1"}),
+    ],
+)
+def test_a_mapping_of_any_names_takes_them_without_a_plus_and_a_number_may_be_whole(
+    monkeypatch, given, value
+):
+    seen = []
+    assert called(monkeypatch, seen.append, "experiment=smoke", "data.preferences=p", given) == 0
+    record, key = given.lstrip("+").partition("=")[0].split(".")[:2]
+    assert getattr(getattr(seen[0], record), key) == value
 
 
 def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
