@@ -176,6 +176,8 @@ def command(
             if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
                 cause = ConfigError("a setting is nested too deep: take some of its brackets out")
             status, line = _ending(cause, typed, schema)
+            if line is None and cause is error:
+                line = _of_hydra(error, [*typed, *overrides])
             if whole or line is None:
                 raise cause from cause.__cause__
             print(f"pujax.{name}: {_sayable(line, [*typed, *overrides])}", file=sys.stderr)
@@ -242,10 +244,14 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
         known, unknown = parser.parse_known_args(options)
         if known.experimental_rerun is not None:  # it reads a pickle, which runs what it names
             unknown = ["--experimental-rerun"]
+        does = {"--run": known.run, "--multirun": known.multirun, "--cfg": known.cfg}
+        does = [option for option, on in (does | {"--info": known.info}).items() if on]
     except argparse.ArgumentError as error:
         unknown, said = [], str(error)
     else:
         said = f"no option {' '.join(unknown)}" if unknown else ""
+        if len(does) > 1:
+            said = said or f"{' and '.join(does)}: one at a time"
     if said:
         print(
             f"pujax.{name}: {secrets_hidden(said, words)}: --hydra-help tells of all",
@@ -387,6 +393,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         return _unknown_key(found[1] or found[2], error, schema)
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if not group:  # a command's own YAML
+            return "--config-path, --config-name: no such folder, or file in it: leave them out"
         choices = list(error.options or ())
         if group == "hydra/launcher" and choice in LAUNCHERS:
             return f"{group}={choice}: not installed: pip install 'pujax[{LAUNCHERS[choice]}]'"
@@ -413,6 +421,26 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             f"'{key}=[{value}]' for a list, or add -m to run one after the other"
         )
     return _plain(" ".join(text.split("\nSee https")[0].split()))
+
+
+def _of_hydra(error: BaseException, words: Sequence[str]) -> str | None:
+    """What Hydra fell over, with the words that it was at; None where that was not in Hydra."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
+    composing = any(str(module).startswith("hydra.") for module, _ in code)
+    if not composing or (__name__, "job") in code:
+        return None
+    last = frames[-1]
+    listing = last.f_globals.get("__name__") == "hydra._internal.defaults_list"
+    word = getattr(last.f_locals.get("override") if listing else None, "input_line", None)
+    of_hydra = dict.fromkeys(each for each in words if re.match(r"[+~]*hydra\b", each))
+    at = list(of_hydra) if word is None else [word]
+    why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if "must be a string" in why and at:
+        return f"{at[0]}: a choice is a name, see --help: give one, or take it out"
+    named = " ".join(at) or "these settings"
+    remedy = "give it another value, or take it out" if at else "HYDRA_FULL_ERROR=1 shows where"
+    return f"{named}: can't be composed ({why}): {remedy}"
 
 
 def _parted(word: str, words: Sequence[str]) -> str | None:

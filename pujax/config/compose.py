@@ -2,6 +2,7 @@
 
 import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -11,15 +12,18 @@ from typing import Any, TypeVar
 import yaml
 from hydra._internal import hydra as application_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.resolvers import oc
 
 from pujax.errors import ConfigError
-from pujax.files.settings import leaves
+from pujax.files.settings import TORN, leaves
 from pujax.text import secret_name
 
 T = TypeVar("T")
@@ -107,11 +111,13 @@ class WaryFiles(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """The file's settings. Raises `ConfigError` that names it."""
-        path = Path(self.path, self._normalize_file_name(config_path))
+        path = self.place(config_path)
         try:
             if path.is_file():
                 refuse_aliases(path)
-            return super().load_config(config_path)
+            found = super().load_config(config_path)
+            repr(found.config)  # an integer can have more digits than Python writes out
+            return found
         except RecursionError as error:
             raise ConfigError(f"{path}: nested too deep: take that out") from error
         except UnicodeDecodeError as error:
@@ -119,6 +125,28 @@ class WaryFiles(FileConfigSource):
                 f"{path}: a YAML file of the settings is not UTF-8 (byte {error.start} of "
                 f"{error.object[:20]!r}...): save it so"
             ) from error
+
+    def place(self, config_path: str) -> Path:
+        """Where that file lies."""
+        return Path(self.path, self._normalize_file_name(config_path))
+
+
+class WaryRepository(ConfigRepository):
+    """Hydra's YAML of all places, in which a file that can't be read is named."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """The file's settings and its defaults list. Raises `ConfigError` that names it."""
+        try:
+            return super().load_config(config_path)
+        except (HydraException, yaml.MarkedYAMLError, yaml.reader.ReaderError):
+            raise  # which have the name, or what to look for
+        except (*TORN, AssertionError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            source = self._find_object_source(config_path, ObjectType.CONFIG)
+            place = source.place(config_path) if isinstance(source, WaryFiles) else config_path
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ConfigError(f"{place}: not settings ({why}): mend it, or leave it out") from error
 
 
 def refuse_aliases(path: Path) -> None:
@@ -166,10 +194,10 @@ class WaryLoader(ConfigLoaderImpl):
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
-        repository: Any = self.repository
-        repository.sources = [
+        self.repository = WaryRepository(config_search_path)
+        self.repository.sources = [
             WaryFiles(each.provider, each.path) if each.scheme() == "file" else each
-            for each in repository.sources
+            for each in self.repository.sources
         ]
 
     def load_configuration(
@@ -178,7 +206,10 @@ class WaryLoader(ConfigLoaderImpl):
         """The settings composed. Raises `ConfigError` as `refuse_calls` does."""
         try:
             composed = super().load_configuration(config_name, overrides, *given, **named)
-        except KeyError as error:  # of os.environ: those of settings come as Hydra's
+        except KeyError as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") != "os":  # not of os.environ
+                raise
             raise ConfigError(f"hydra.job.env_copy ({error.args[0]}): {_OF_SHELL}") from error
         if config_name is not None or overrides:  # else they are Hydra's own, as --hydra-help asks
             refuse_calls(composed.hydra)

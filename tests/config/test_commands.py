@@ -540,6 +540,46 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
     assert "Key 'speed' not in 'AlignConfig'" in said
 
 
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("-m seed=0,1 --cfg job", 2, "--multirun and --cfg: one at a time"),
+        ("-m seed=0,1 --info all", 2, "--multirun and --info: one at a time"),
+        ("--run --multirun", 2, "--run and --multirun: one at a time"),
+        ("loss=null", 1, "loss=null: a choice is a name, see --help"),
+        ("+loss@x=5", 1, "+loss@x=5: a choice is a name"),
+        ("hydra=null", 1, "hydra=null: a choice is a name"),
+        ("-m hydra.sweeper.max_batch_size=0 seed=0,1", 1, "hydra.sweeper.max_batch_size=0: can't"),
+        ("-m hydra.sweeper.params={seed:5}", 1, "hydra.sweeper.params={seed:5}: can't be composed"),
+        ("--config-name nope", 1, "--config-path, --config-name: no such folder, or file in it"),
+    ],
+)
+def test_what_hydra_falls_over_is_one_line_with_the_word(monkeypatch, capsys, words, status, said):
+    given = ("experiment=smoke", *words.split())
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {said}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("data: {system: !!timestamp x}", "seed: !!int ''", "seed: !!bool x", "null: 3", "5"),
+        *(f"seed: {'1:' * 400}1.5", f"seed: 0x{'f' * 5000}", r'x: "\UFFFFFFFF"'),
+        *("defaults: 5", "defaults: [{a: [1, {b: c}]}]", "defaults: [{5: a}]"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_named_whatever_the_fault(
+    monkeypatch, capsys, tmp_path, text
+):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "e.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = ("+experiment=e", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"pujax.train: {tmp_path}/experiment/e.yaml: not settings \(.+\): mend", line)
+
+
 def test_a_file_that_holds_itself_is_one_line(monkeypatch, capsys, tmp_path):
     (tmp_path / "experiment").mkdir()
     (tmp_path / "experiment" / "mine.yaml").write_text("data: &a\n  prompts: *a\n")
