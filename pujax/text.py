@@ -163,14 +163,14 @@ def secrets_in(key: str, value: str) -> list[str]:
 def hide(text: str, secret: str) -> str:
     """`text` without `secret`, as it stands, as Python shows it or with its quotes escaped.
 
-    In capitals or small letters, it is the same secret.
+    In capitals or small letters, or folded into lines, it is the same secret.
     """
     forms = {secret, repr(secret)[1:-1], secret.replace('"', '\\"')}
     for form in sorted(forms, key=len, reverse=True):
+        pattern = r"[\s\\]+".join(map(re.escape, form.split())) or re.escape(form)
         if len(form) < 4:  # inside of a word it would be found in any text
-            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASKED, text, flags=re.IGNORECASE)
-        else:
-            text = re.sub(re.escape(form), MASKED, text, flags=re.IGNORECASE)
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, MASKED, text, flags=re.IGNORECASE)
     return text
 
 

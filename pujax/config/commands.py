@@ -514,5 +514,6 @@ def secrets_hidden(text: str, overrides: Iterable[str]) -> str:
 def _sayable(text: str, overrides: Iterable[str]) -> str:
     """The same, without what settings took of the environment, a file's as well as these."""
     for secret in filter(None, map(str.strip, taken.values())):
-        text = hide(text, secret)
+        in_yaml = yaml.safe_dump(secret, allow_unicode=True, width=sys.maxsize)
+        text = hide(hide(text, secret), in_yaml.removesuffix("...\n").strip("'\"\n"))
     return secrets_hidden(text, overrides)

@@ -812,6 +812,17 @@ def test_a_variable_is_known_by_what_was_read_however_it_is_written(
     assert "zeb42" not in shown.out + shown.err
 
 
+@pytest.mark.parametrize(
+    "secret", ["of seven words " * 7 + "z", "it's: \"zeb42\ttab", "a'b: c", "\nx\ny"]
+)
+def test_a_value_is_hidden_however_yaml_writes_it(monkeypatch, capsys, secret):
+    monkeypatch.setenv("WEBHOOK", secret)
+    words = ("+experiment=smoke", "+teacher.headers.x=${oc.env:WEBHOOK}")
+    assert called(monkeypatch, lambda _: None, *words, "--cfg", "job", "--resolve") == 0
+    (shown,) = re.findall(r"headers:\s+x:((?:.|\n)*)thoughts:", capsys.readouterr().out)
+    assert set(re.findall(r"[^\s'\"|-]+", shown)) == {"***"}
+
+
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
     assert secrets_hidden(" ".join(given), given) == " ".join(given)
