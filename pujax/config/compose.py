@@ -138,7 +138,7 @@ class WaryRepository(ConfigRepository):
         """The file's settings and its defaults list. Raises `ConfigError` that names it."""
         try:
             return super().load_config(config_path)
-        except (HydraException, yaml.MarkedYAMLError, yaml.reader.ReaderError):
+        except (ConfigError, HydraException, yaml.MarkedYAMLError, yaml.reader.ReaderError):
             raise  # which have the name, or what to look for
         except (*TORN, AssertionError) as error:
             if isinstance(error, OSError) and error.filename is not None:
