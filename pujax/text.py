@@ -131,8 +131,8 @@ def secrets_in(key: str, value: str) -> list[str]:
     """What may not be said of a setting that was typed as `key=value`; `key` is dotted.
 
     That is all of it under a secret's name, among headers, and where it begins as keys do; what
-    stands under such a name in braces; a URL's user and password and what is secret in its query,
-    of a base_url all the query; and what `${oc.env:NAME}` in it stands for.
+    stands under such a name in braces; and a URL's user and password and what is secret in its
+    query, of a base_url all the query.
 
     >>> secrets_in("teacher.base_url", "http://me:pw@h/v1?sig=1")
     ['me:pw', 'sig=1', '1']
@@ -157,30 +157,20 @@ def secrets_in(key: str, value: str) -> list[str]:
             found += re.findall(r"\?([^\s'\"]+)", value)
         for part, secret in re.findall(r"[?&]([^=&#\s]+)=([^&#\s'\"]+)", value):
             found += [secret] if _secret_part(part, secret) else []
-    return list(dict.fromkeys(found + from_environment(value)))
-
-
-def variables(text: str) -> list[str]:
-    """The NAME of each `${oc.env:NAME}` in `text`."""
-    return re.findall(r"\$\{oc\.env:\s*([^,}\s]+)", text)
-
-
-def from_environment(text: str) -> list[str]:
-    """What each `${oc.env:NAME}` in `text` stands for, where the environment has it."""
-    return [os.environ[name] for name in variables(text) if os.environ.get(name)]
+    return list(dict.fromkeys(found))
 
 
 def hide(text: str, secret: str) -> str:
     """`text` without `secret`, as it stands, as Python shows it or with its quotes escaped.
 
-    In capitals or small letters, it is the same secret.
+    In capitals or small letters, or folded into lines, it is the same secret.
     """
     forms = {secret, repr(secret)[1:-1], secret.replace('"', '\\"')}
     for form in sorted(forms, key=len, reverse=True):
+        pattern = r"[\s\\]+".join(map(re.escape, form.split())) or re.escape(form)
         if len(form) < 4:  # inside of a word it would be found in any text
-            text = re.sub(rf"(?<!\w){re.escape(form)}(?!\w)", MASKED, text, flags=re.IGNORECASE)
-        else:
-            text = re.sub(re.escape(form), MASKED, text, flags=re.IGNORECASE)
+            pattern = rf"(?<!\w){pattern}(?!\w)"
+        text = re.sub(pattern, MASKED, text, flags=re.IGNORECASE)
     return text
 
 

@@ -18,11 +18,11 @@ import hydra
 import yaml
 from hydra._internal.utils import get_args_parser
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax import __version__
-from pujax.config.compose import conf_dir, from_hydra, offered, register, wary
+from pujax.config.compose import conf_dir, from_hydra, offered, register, taken, wary
 from pujax.config.help import help_of
 from pujax.config.overrides import in_hydra_words
 from pujax.config.streams import escape, hold
@@ -37,7 +37,7 @@ from pujax.config.sweeps import (
     title,
 )
 from pujax.errors import ConfigError, PujaxError, StopRequested, require, stops
-from pujax.text import MASKED, from_environment, hide, mask, secrets_in
+from pujax.text import MASKED, hide, mask, secrets_in
 
 T = TypeVar("T")
 
@@ -70,14 +70,7 @@ REMEDIES = {
 
 
 class _Ended(BaseException):
-    """What a command raised, carried past Hydra, which would print all that it was given.
-
-    `hidden` is what its settings took from the environment, and no message may say.
-    """
-
-    def __init__(self, hidden: Sequence[str]) -> None:
-        super().__init__()
-        self.hidden = hidden
+    """What a command raised, carried past Hydra, which would print all that it was given."""
 
 
 def command(
@@ -110,6 +103,7 @@ def command(
         except FileNotFoundError:
             sys.exit(f"pujax.{name}: the working directory is gone: cd to one that is there")
         _exit_on_signals()
+        taken.clear()  # what another command in this process took
         if "--version" in sys.argv[1:]:
             print(f"pujax {__version__}")
             return
@@ -124,17 +118,16 @@ def command(
         def job(composed: DictConfig) -> None:
             """What went wrong in a job of a sweep is told here, whichever process this may be."""
             sys.argv = argv  # a launcher's process has words of its own
-            hidden = _hidden_in(composed)
             try:
                 status = act(from_hydra(schema, composed))
             except SystemExit as error:
                 if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing
-                    raise _Ended([]) from error.__context__
+                    raise _Ended from error.__context__
                 raise
             except Exception as error:
                 stop = isinstance(error, StopRequested) and not beside_others()
                 if whole or stop or not sweeping():
-                    raise _Ended(hidden) from error
+                    raise _Ended from error
                 _, line = _ending(error, typed, schema)
                 if line is None:
                     traceback.print_exception(error)
@@ -145,12 +138,8 @@ def command(
                 if not sweeping():
                     sys.exit(status)
                 line = f"ended with status {status}"
-            for secret in hidden:
-                line = hide(line, secret)
             called = title(swept())
-            print(
-                f"pujax.{name}: {called}: {secrets_hidden(line, argv)}", file=sys.stderr, flush=True
-            )
+            print(f"pujax.{name}: {called}: {_sayable(line, argv)}", file=sys.stderr, flush=True)
             note_failure(called)
 
         job.__module__ = f"pujax.{name}"  # Hydra names the application after it
@@ -168,7 +157,7 @@ def command(
                 if options and set(options) <= {"--help", "-h"}:
                     purpose = _purpose(act)
                     told = help_of(name, where, schema, groups, overrides, purpose=purpose)
-                    print(secrets_hidden(told, [*typed, *overrides]))
+                    print(_sayable(told, [*typed, *overrides]))
                     return
                 put_aside = [f"hydra.sweep.dir='{aside}'", "hydra.sweep.subdir=."] if aside else []
                 sys.argv = argv = [*argv, *options, *overrides, *put_aside]
@@ -176,7 +165,7 @@ def command(
                 if not SHOWING.isdisjoint(options):
                     with redirect_stdout(StringIO()) as shown:
                         main()
-                    print(secrets_hidden(shown.getvalue(), [*typed, *overrides]), end="")
+                    print(_sayable(shown.getvalue(), [*typed, *overrides]), end="")
                     return
                 main()
                 if aside:
@@ -187,11 +176,11 @@ def command(
             if isinstance(error, RecursionError):  # of composing: an action's comes as _Ended
                 cause = ConfigError("a setting is nested too deep: take some of its brackets out")
             status, line = _ending(cause, typed, schema)
+            if line is None and cause is error:
+                line = _of_hydra(error, [*typed, *overrides])
             if whole or line is None:
                 raise cause from cause.__cause__
-            for secret in error.hidden if isinstance(error, _Ended) else ():
-                line = hide(line, secret)
-            print(f"pujax.{name}: {secrets_hidden(line, [*typed, *overrides])}", file=sys.stderr)
+            print(f"pujax.{name}: {_sayable(line, [*typed, *overrides])}", file=sys.stderr)
             sys.exit(status)
         finally:
             if not whole:
@@ -233,11 +222,6 @@ def swept() -> dict[str, str]:
     return {key: secrets_hidden(value, sys.argv[1:]) for key, value in overrides_apart().items()}
 
 
-def _hidden_in(composed: DictConfig) -> list[str]:
-    """What the settings hold by `${oc.env:NAME}`, in a file as well as on the command line."""
-    return from_environment(OmegaConf.to_yaml(composed, resolve=False))
-
-
 def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The options with their values, and the overrides: Hydra's parser takes no other order.
 
@@ -260,10 +244,14 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
         known, unknown = parser.parse_known_args(options)
         if known.experimental_rerun is not None:  # it reads a pickle, which runs what it names
             unknown = ["--experimental-rerun"]
+        does = {"--run": known.run, "--multirun": known.multirun, "--cfg": known.cfg}
+        does = [option for option, on in (does | {"--info": known.info}).items() if on]
     except argparse.ArgumentError as error:
         unknown, said = [], str(error)
     else:
         said = f"no option {' '.join(unknown)}" if unknown else ""
+        if len(does) > 1:
+            said = said or f"{' and '.join(does)}: one at a time"
     if said:
         print(
             f"pujax.{name}: {secrets_hidden(said, words)}: --hydra-help tells of all",
@@ -388,10 +376,13 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
     """What Hydra or OmegaConf could not take, as one line without their internals."""
     text, cause = str(error), str(error.__cause__ or "")
     if isinstance(error, OverrideParseException):
-        key, _, value = error.override.partition("=")
+        word = error.override
+        if word not in overrides:  # of an open mapping, with the plus signs that it got
+            word = word.removeprefix("++")
+        key, _, value = word.partition("=")
         if not value:
-            return f"{error.override!r}: write it as KEY=VALUE"
-        if whole := _parted(error.override, overrides):
+            return f"{word!r}: write it as KEY=VALUE"
+        if whole := _parted(word, overrides):
             return (
                 f"{key}: {value!r} has no end: write no space after a comma, or quote the whole, "
                 f"as in '{whole}'"
@@ -402,6 +393,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         return _unknown_key(found[1] or found[2], error, schema)
     if isinstance(error, MissingConfigException):
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
+        if not group:  # a command's own YAML
+            return "--config-path, --config-name: no such folder, or file in it: leave them out"
         choices = list(error.options or ())
         if group == "hydra/launcher" and choice in LAUNCHERS:
             return f"{group}={choice}: not installed: pip install 'pujax[{LAUNCHERS[choice]}]'"
@@ -428,6 +421,26 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             f"'{key}=[{value}]' for a list, or add -m to run one after the other"
         )
     return _plain(" ".join(text.split("\nSee https")[0].split()))
+
+
+def _of_hydra(error: BaseException, words: Sequence[str]) -> str | None:
+    """What Hydra fell over, with the words that it was at; None where that was not in Hydra."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    code = {(frame.f_globals.get("__name__"), frame.f_code.co_name) for frame in frames}
+    composing = any(str(module).startswith("hydra.") for module, _ in code)
+    if not composing or (__name__, "job") in code:
+        return None
+    last = frames[-1]
+    listing = last.f_globals.get("__name__") == "hydra._internal.defaults_list"
+    word = getattr(last.f_locals.get("override") if listing else None, "input_line", None)
+    of_hydra = dict.fromkeys(each for each in words if re.match(r"[+~]*hydra\b", each))
+    at = list(of_hydra) if word is None else [word]
+    why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if "must be a string" in why and at:
+        return f"{at[0]}: a choice is a name, see --help: give one, or take it out"
+    named = " ".join(at) or "these settings"
+    remedy = "give it another value, or take it out" if at else "HYDRA_FULL_ERROR=1 shows where"
+    return f"{named}: can't be composed ({why}): {remedy}"
 
 
 def _parted(word: str, words: Sequence[str]) -> str | None:
@@ -496,3 +509,11 @@ def secrets_hidden(text: str, overrides: Iterable[str]) -> str:
             text = hide(text, secret)
         before = "" if sign else key
     return mask(text)
+
+
+def _sayable(text: str, overrides: Iterable[str]) -> str:
+    """The same, without what settings took of the environment, a file's as well as these."""
+    for secret in filter(None, map(str.strip, taken.values())):
+        in_yaml = yaml.safe_dump(secret, allow_unicode=True, width=sys.maxsize)
+        text = hide(hide(text, secret), in_yaml.removesuffix("...\n").strip("'\"\n"))
+    return secrets_hidden(text, overrides)

@@ -1,6 +1,8 @@
 """The bridge from Hydra: schemas in, checked settings out."""
 
+import os
 import re
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
@@ -10,15 +12,19 @@ from typing import Any, TypeVar
 import yaml
 from hydra._internal import hydra as application_module
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.core_plugins.file_config_source import FileConfigSource
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.config_store import ConfigStore
+from hydra.core.object_type import ObjectType
+from hydra.errors import HydraException
 from hydra.plugins.config_source import ConfigResult
 from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf.resolvers import oc
 
 from pujax.errors import ConfigError
-from pujax.files.settings import leaves
-from pujax.text import secret_name, variables
+from pujax.files.settings import TORN, leaves
+from pujax.text import secret_name
 
 T = TypeVar("T")
 
@@ -46,6 +52,19 @@ def shipped(path: str) -> str:
 
 
 OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+
+taken: dict[str, str] = {}
+"""What settings took of the environment since the command began, by name: no message may say it."""
+
+
+def _environment(name: str, *default: Any) -> str | None:
+    """What `${oc.env:NAME}` stands for, however it is written, noted in `taken`."""
+    if (value := os.environ.get(name)) is not None:
+        taken[name] = value
+    return oc.env(name, *default)
+
+
+OmegaConf.register_new_resolver("oc.env", _environment, replace=True)
 
 
 def register(name: str, schema: type) -> None:
@@ -92,11 +111,13 @@ class WaryFiles(FileConfigSource):
 
     def load_config(self, config_path: str) -> ConfigResult:
         """The file's settings. Raises `ConfigError` that names it."""
-        path = Path(self.path, self._normalize_file_name(config_path))
+        path = self.place(config_path)
         try:
             if path.is_file():
                 refuse_aliases(path)
-            return super().load_config(config_path)
+            found = super().load_config(config_path)
+            repr(found.config)  # an integer can have more digits than Python writes out
+            return found
         except RecursionError as error:
             raise ConfigError(f"{path}: nested too deep: take that out") from error
         except UnicodeDecodeError as error:
@@ -104,6 +125,28 @@ class WaryFiles(FileConfigSource):
                 f"{path}: a YAML file of the settings is not UTF-8 (byte {error.start} of "
                 f"{error.object[:20]!r}...): save it so"
             ) from error
+
+    def place(self, config_path: str) -> Path:
+        """Where that file lies."""
+        return Path(self.path, self._normalize_file_name(config_path))
+
+
+class WaryRepository(ConfigRepository):
+    """Hydra's YAML of all places, in which a file that can't be read is named."""
+
+    def load_config(self, config_path: str) -> ConfigResult | None:
+        """The file's settings and its defaults list. Raises `ConfigError` that names it."""
+        try:
+            return super().load_config(config_path)
+        except (ConfigError, HydraException, yaml.MarkedYAMLError, yaml.reader.ReaderError):
+            raise  # which have the name, or what to look for
+        except (*TORN, AssertionError) as error:
+            if isinstance(error, OSError) and error.filename is not None:
+                raise
+            source = self._find_object_source(config_path, ObjectType.CONFIG)
+            place = source.place(config_path) if isinstance(source, WaryFiles) else config_path
+            why = next(iter(str(error).splitlines()), "") or type(error).__name__
+            raise ConfigError(f"{place}: not settings ({why}): mend it, or leave it out") from error
 
 
 def refuse_aliases(path: Path) -> None:
@@ -151,10 +194,10 @@ class WaryLoader(ConfigLoaderImpl):
 
     def __init__(self, config_search_path: ConfigSearchPath) -> None:
         super().__init__(config_search_path)
-        repository: Any = self.repository
-        repository.sources = [
+        self.repository = WaryRepository(config_search_path)
+        self.repository.sources = [
             WaryFiles(each.provider, each.path) if each.scheme() == "file" else each
-            for each in repository.sources
+            for each in self.repository.sources
         ]
 
     def load_configuration(
@@ -163,7 +206,10 @@ class WaryLoader(ConfigLoaderImpl):
         """The settings composed. Raises `ConfigError` as `refuse_calls` does."""
         try:
             composed = super().load_configuration(config_name, overrides, *given, **named)
-        except KeyError as error:  # of os.environ: those of settings come as Hydra's
+        except KeyError as error:
+            *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+            if frame.f_globals.get("__name__") != "os":  # not of os.environ
+                raise
             raise ConfigError(f"hydra.job.env_copy ({error.args[0]}): {_OF_SHELL}") from error
         if config_name is not None or overrides:  # else they are Hydra's own, as --hydra-help asks
             refuse_calls(composed.hydra)
@@ -269,17 +315,18 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
         if "\0" in str(value):
             raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
-        for name in variables(str(value)) if key.partition(".")[0] != "teacher" else ():
-            if secret_name(name):
-                raise ConfigError(
-                    f"{key} takes the environment variable {name}, a secret by its name: take it "
-                    "out, and let what needs it read the environment"
-                )
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
         raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
     for key in _foreign(composed):
         raise ConfigError(f"{key}: no such setting: take it out")
+    for key in composed:
+        for place, name in _takers(composed, str(key)) if key != "teacher" else ():
+            if secret_name(name):
+                raise ConfigError(
+                    f"{place} takes the environment variable {name}, a secret by its name: take it "
+                    "out, and let what needs it read the environment"
+                )
     for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
         if re.search("[\ud800-\udfff]", f"{key}{value}"):
             raise ConfigError(f"{key}: not all of it is UTF-8: give it, or the file, another name")
@@ -287,6 +334,24 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     if not isinstance(settings, schema):
         raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
     return settings
+
+
+def _takers(parent: Any, name: Any, above: str = "") -> Iterator[tuple[str, str]]:
+    """The dotted key of each value at and below `name` that takes a variable, with the variable."""
+    key = f"{above}{name}"
+    node = parent._get_node(name)
+    if node._is_interpolation():
+        before = dict(taken)
+        taken.clear()
+        try:
+            node = node._dereference_node()
+            read = list(taken)
+        finally:
+            taken.update(before)
+        yield from ((key, variable) for variable in read)
+    if isinstance(node, DictConfig | ListConfig) and not node._is_none():
+        for part in node if isinstance(node, DictConfig) else range(len(node)):
+            yield from _takers(node, part, f"{key}.")
 
 
 def _foreign(node: DictConfig, prefix: str = "") -> Iterator[str]:

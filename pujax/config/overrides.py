@@ -27,10 +27,19 @@ def in_hydra_words(
     """The overrides as Hydra is to read them, of a command with the settings `schema`.
 
     `groups` are its configuration groups, whose values name files. A setting that the schema leaves
-    open, to take a text or a list of texts, is a text unless it stands in brackets or braces. With
-    `sweep`, commas part the values to go through.
+    open, to take a text or a list of texts, is a text unless it stands in brackets or braces. A
+    mapping of any names, such as data.dimensions, takes a new one without a plus. With `sweep`,
+    commas part the values to go through.
     """
-    return [_in_hydra_words(given, schema, groups, sweep) for given in overrides]
+    words = (_in_hydra_words(given, schema, groups, sweep) for given in overrides)
+    return [f"++{word}" if _opens(word, schema) else word for word in words]
+
+
+def _opens(word: str, schema: type) -> bool:
+    """Whether a KEY=VALUE sets a mapping of any names, or a name of one."""
+    key, sign, _ = word.partition("=")
+    keys = (key, key.rpartition(".")[0])
+    return bool(sign) and any(get_origin(_type_of(schema, each)) is dict for each in keys)
 
 
 def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bool) -> str:

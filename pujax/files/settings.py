@@ -119,8 +119,12 @@ class _NoAliases(yaml.SafeLoader):
         return super().compose_node(parent, index)
 
 
-# The last two are PyYAML's own (6.0), for `!!bool x` and its like.
-_TORN = (yaml.YAMLError, ValueError, RecursionError, OSError, LookupError, AttributeError)
+TORN = (
+    *(yaml.YAMLError, ValueError, RecursionError, OSError),
+    *(LookupError, AttributeError, TypeError, ArithmeticError),
+)
+"""What reading a YAML file of anybody's can raise: the second line is PyYAML's own (6.0), for
+`!!bool x`, a code point that is none, a number beyond floats, and their like."""
 
 
 def kept_settings(directory: Path) -> dict[str, Any]:
@@ -134,9 +138,10 @@ def kept_settings(directory: Path) -> dict[str, Any]:
         settings = yaml.load(path.read_text(encoding="utf-8"), Loader=_NoAliases)
         if isinstance(settings, dict):
             settings = {str(key): named_now(value) for key, value in settings.items()}
+        repr(settings)  # an integer can have more digits than Python writes out
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"{path} is not there: is {directory} a run's directory?") from error
-    except _TORN as error:
+    except TORN as error:
         why = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise _not_settings(path, f" ({why})") from error
     if not isinstance(settings, dict):

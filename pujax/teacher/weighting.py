@@ -1,5 +1,6 @@
 """Prompts that state how much each dimension of their ratings counts, to be heeded later (ours)."""
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
@@ -46,13 +47,17 @@ def _weighed(
 ) -> tuple[Preference, Mix]:
     """The row under one weighting; its line stands behind its own system message, or `system`.
 
-    Raises `ConfigError` for a weighting of another number of dimensions.
+    Raises `ConfigError` for a weighting of another number of dimensions, and for one whose shares
+    no float can hold.
     """
     require(
-        len(weighting) == len(row.dimensions) and min(weighting) >= 0 and sum(weighting) > 0,
+        len(weighting) == len(row.dimensions)
+        and min(weighting) >= 0
+        and 0 < sum(weighting) <= sys.float_info.max,
         "data.weightings",
         list(weighting),
-        f"give one number for each of {', '.join(row.dimensions)}: none negative, not all 0",
+        f"give one number for each of {', '.join(row.dimensions)}: none negative, not all 0, "
+        "with a finite sum",
     )
     mix = tuple(weight / sum(weighting) for weight in weighting)
     first, *rest = turns = row.prompt.messages

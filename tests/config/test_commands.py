@@ -47,6 +47,8 @@ def called(monkeypatch, act, *arguments, name="train"):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        ("data.dimensions={x: [}", "data.dimensions: can't read its value: quote it twice, as in"),
+        ("data.dimensions={x: two}", "data.dimensions.x: Value '***' could not be converted to F"),
         ("align.stepz=3", "align.stepz: no such setting, did you mean align.steps?"),
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
@@ -405,6 +407,26 @@ def test_an_experiment_needs_no_plus_and_its_settings_arrive(monkeypatch):
     assert (seen[0].run.name, seen[0].align.steps) == ("smoke", 7)
 
 
+@pytest.mark.parametrize(
+    ("given", "value"),
+    [
+        ("data.weightings=[[1,0],[0.5,0.5],[0,1]]", [[1, 0], [0.5, 0.5], [0, 1]]),
+        ("data.dimensions={x: 1}", {"x": 1.0}),
+        ("data.dimensions.x=1", {"x": 1.0}),
+        ("+data.dimensions={x: 1}", {"x": 1.0}),
+        ("teacher.extra_body={a: {b: 1}}", {"a": {"b": 1}}),
+        ("teacher.headers.user-agent=me, 1", {"user-agent": "me, 1"}),
+    ],
+)
+def test_a_mapping_of_any_names_takes_them_without_a_plus_and_a_number_may_be_whole(
+    monkeypatch, given, value
+):
+    seen = []
+    assert called(monkeypatch, seen.append, "experiment=smoke", "data.preferences=p", given) == 0
+    record, key = given.lstrip("+").partition("=")[0].split(".")[:2]
+    assert getattr(getattr(seen[0], record), key) == value
+
+
 def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
     seen = []
 
@@ -516,6 +538,46 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
     said = capsys.readouterr().err
     assert said.startswith("pujax.train: align.speed: In 'experiment/mine': ")
     assert "Key 'speed' not in 'AlignConfig'" in said
+
+
+@pytest.mark.parametrize(
+    ("words", "status", "said"),
+    [
+        ("-m seed=0,1 --cfg job", 2, "--multirun and --cfg: one at a time"),
+        ("-m seed=0,1 --info all", 2, "--multirun and --info: one at a time"),
+        ("--run --multirun", 2, "--run and --multirun: one at a time"),
+        ("loss=null", 1, "loss=null: a choice is a name, see --help"),
+        ("+loss@x=5", 1, "+loss@x=5: a choice is a name"),
+        ("hydra=null", 1, "hydra=null: a choice is a name"),
+        ("-m hydra.sweeper.max_batch_size=0 seed=0,1", 1, "hydra.sweeper.max_batch_size=0: can't"),
+        ("-m hydra.sweeper.params={seed:5}", 1, "hydra.sweeper.params={seed:5}: can't be composed"),
+        ("--config-name nope", 1, "--config-path, --config-name: no such folder, or file in it"),
+    ],
+)
+def test_what_hydra_falls_over_is_one_line_with_the_word(monkeypatch, capsys, words, status, said):
+    given = ("experiment=smoke", *words.split())
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == status
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {said}")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("data: {system: !!timestamp x}", "seed: !!int ''", "seed: !!bool x", "null: 3", "5"),
+        *(f"seed: {'1:' * 400}1.5", f"seed: 0x{'f' * 5000}", r'x: "\UFFFFFFFF"'),
+        *("defaults: 5", "defaults: [{a: [1, {b: c}]}]", "defaults: [{5: a}]"),
+    ],
+)
+def test_a_file_that_can_not_be_read_is_named_whatever_the_fault(
+    monkeypatch, capsys, tmp_path, text
+):
+    (tmp_path / "experiment").mkdir()
+    (tmp_path / "experiment" / "e.yaml").write_text(f"# @package _global_\n{text}\n")
+    words = ("+experiment=e", "--config-dir", str(tmp_path))
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(rf"pujax.train: {tmp_path}/experiment/e.yaml: not settings \(.+\): mend", line)
 
 
 def test_a_file_that_holds_itself_is_one_line(monkeypatch, capsys, tmp_path):
@@ -722,6 +784,38 @@ def test_no_message_holds_what_a_file_took_from_the_environment(monkeypatch, cap
     assert called(monkeypatch, lambda _: None, *words) == 1
     said = capsys.readouterr().err
     assert said.startswith("pujax.train: data.on_too_long='***': choose error, drop or truncate")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("run.root=${ oc.env:MY_PIN_TOKEN}/q", "run.root takes the environment variable MY_PIN_TO"),
+        ("run.root=${oc.env:${oc.decode:MY_PIN_TOKEN}}", "run.root takes the environment variable"),
+        ("run.root=${run.name}-${oc.env:NONE,${oc.env:MY_PIN_TOKEN}}", "run.root takes the"),
+        ("data.on_too_long=${ oc.env:WEBHOOK}/x", "data.on_too_long=***/x: choose error, drop or"),
+        ("data.on_too_long=${oc.env:${oc.decode:WEBHOOK}}/x", "data.on_too_long=***/x: choose e"),
+    ],
+)
+def test_a_variable_is_known_by_what_was_read_however_it_is_written(
+    monkeypatch, capsys, given, said
+):
+    monkeypatch.setenv("MY_PIN_TOKEN", "zeb42")
+    monkeypatch.setenv("WEBHOOK", "zeb42")
+    assert called(monkeypatch, lambda _: None, "+experiment=smoke", "run.name=x", given) == 1
+    line = capsys.readouterr().err
+    assert said in line.replace("'", "")
+    assert "zeb42" not in line
+
+
+def test_a_value_is_hidden_however_yaml_writes_it(monkeypatch, capsys):
+    words = ["+experiment=smoke", "--cfg", "job", "--resolve"]
+    secrets = ("of seven words " * 7 + "z", "it's: \"zeb42\ttab", "a'b: c", "\nx\ny")
+    for name, secret in zip("abcd", secrets, strict=True):
+        monkeypatch.setenv(f"WEBHOOK_{name}", secret)
+        words.append(f"+teacher.headers.X{name}=${{ oc.env:WEBHOOK_{name}}}")
+    assert called(monkeypatch, lambda _: None, *words) == 0
+    (shown,) = re.findall(r"headers:((?:.|\n)*)thoughts:", capsys.readouterr().out)
+    assert re.sub(r"[\s'\"|-]+", "", shown) == "Xa:***Xb:***Xc:***Xd:***"
 
 
 def test_a_value_that_is_none_is_said():

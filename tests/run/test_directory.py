@@ -279,7 +279,10 @@ def test_twenty_runs_begun_in_one_second_get_twenty_directories(tmp_path):
     assert len(set(made)) == 20
 
 
-@pytest.mark.parametrize("content", ["", "a: [1", "- 1\n", "\0\0", "\ud800", "a: &a [*a]"])
+HUGE = f"seed: 0x{'f' * 5000}"
+
+
+@pytest.mark.parametrize("content", ["", "a: [1", "- 1\n", "\0\0", "\ud800", "a: &a [*a]", HUGE])
 def test_what_is_no_runs_settings_blocks_no_other_run_and_is_named(tmp_path, content):
     sibling = tmp_path / "smoke" / "2999-01-01_00-00-00"
     sibling.mkdir(parents=True)
@@ -294,7 +297,11 @@ BOMB = "".join(f"{a}: &{a} [{', '.join([f'*{b}'] * 9)}]\n" for b, a in pairwise(
 
 
 @pytest.mark.parametrize(
-    "content", [f"a: &a x\n{BOMB}", "a: !!bool x", "a: !!int ''", "a: !!timestamp x"]
+    "content",
+    [
+        *(f"a: &a x\n{BOMB}", "a: !!bool x", "a: !!int ''", "a: !!timestamp x"),
+        *(r'a: "\UFFFFFFFF"', f"a: {'1:' * 400}1.5", HUGE),
+    ],
 )
 def test_settings_that_no_yaml_of_ours_holds_are_one_line(tmp_path, content):
     (tmp_path / "config.yaml").write_text(content)

@@ -2,6 +2,7 @@
 
 import doctest
 import importlib.util
+import math
 import sys
 
 import pytest
@@ -89,6 +90,9 @@ def test_a_row_stands_once_for_each_weighting_which_its_system_message_states():
 def test_what_can_not_be_weighed_is_named():
     with pytest.raises(ConfigError, match=r"data\.weightings=\[1\]: .* helpful, honest"):
         list(weighed([ROW], [[1]], None, stop))
+    for endless in ([math.inf, 1], [1e308, 1e308], [math.nan, 1], [10**400, 1]):
+        with pytest.raises(ConfigError, match=r"data\.weightings=.* with a finite sum"):
+            list(weighed([ROW], [endless], None, stop))
     pair = Preference(ROW.prompt, ROW.responses, "p.jsonl:7")
     with pytest.raises(PromptError, match=r"p\.jsonl:7: has no ratings for data\.weightings"):
         list(weighed([pair], [[1, 0]], None, stop))
