@@ -309,10 +309,12 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     """The composed settings as an instance of `schema`, every value present and checked.
 
     Raises `ConfigError` for a missing mandatory value, naming its key, and for what the environment
-    calls a secret, which no setting but the teacher's may take; and for a NUL character, or bytes
-    that are not UTF-8, which no file of ours could hold.
+    calls a secret, which no setting but the teacher's may take; for a NUL character, or bytes
+    that are not UTF-8, which no file of ours could hold; and for a whole number beyond 64 bits.
     """
     for key, value in leaves(OmegaConf.to_container(composed, resolve=False)):
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ConfigError(f"{key}: a whole number of more than 64 bits: give a smaller one")
         if "\0" in str(value):
             raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
     missing = sorted(OmegaConf.missing_keys(composed))
