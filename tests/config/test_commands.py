@@ -507,7 +507,12 @@ def test_an_option_that_is_none_is_one_line(monkeypatch, capsys, words, said):
         ("loss/mine.yaml", "a: \udcff", ["loss=mine"], "of the settings is not UTF-8 (byte 3 of"),
         ("x.yaml", "", ["run.dir=r/\udcff"], "run.dir: not all of it is UTF-8: give it, or the f"),
         ("x.yaml", "", ["run.name=${oc.env:ODD_BYTES}"], "run.name: not all of it is UTF-8: give"),
-        ("x.yaml", "", [f"align.steps={'9' * 3000}"], "align.steps: a whole number of more than 64"),
+        (
+            "x.yaml",
+            "",
+            [f"align.steps={'9' * 3000}"],
+            "align.steps: a whole number of more",
+        ),
         ("x.yaml", "", [f"seed=-{2**63 + 1}"], "seed: a whole number of more than 64 bits: give"),
         ("x.yaml", "", ["trusted=mine"], "trusted=mine: a list is wanted, as in [A] or [A,B]"),
         (
