@@ -5,7 +5,7 @@ from campaign import CACHE, campaign
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
 def test_kills_change_nothing_double_nothing_and_touch_nothing_else(tmp_path, kills):
-    """One in training and three elsewhere; `python tests/campaign.py 200` takes an hour or so.
+    """One in training and two elsewhere; `python tests/campaign.py 200` takes an hour or so.
 
     Of many some come while a program is compiled, so they begin with none.
     """

