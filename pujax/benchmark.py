@@ -15,8 +15,8 @@ from pujax.files.locate import here
 
 def run(settings: BenchmarkConfig) -> None:
     """Measure or plan, show a table, and print one JSON object as the last line."""
-    here(settings.model.path)  # refused before jax is imported
     if settings.plan:
+        here(settings.model.path)  # refused before jax is imported, as below
         planned(settings)
         return
     from pujax.run.benchmarks import HEAD, described, sweep, table, write_sweep
@@ -24,6 +24,7 @@ def run(settings: BenchmarkConfig) -> None:
     if settings.benchmark.sweep:
         refuse_unwritable(Path(settings.benchmark.out))
         sweep_files(Path(settings.benchmark.out), HEAD)
+    here(settings.model.path)
     from pujax.run.measure import Benchmark
 
     benchmark = Benchmark(settings)

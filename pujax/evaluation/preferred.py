@@ -45,6 +45,12 @@ def preference_of(loss: Any) -> tuple[str, Rule]:
     """
     name, parts = _name(loss), loss if isinstance(loss, Mapping) else {}
     pairs, sides = (_rule(parts.get(key)) for key in ("pairs", "sides"))
+    if name == "spo" and pairs is not None:
+        return (
+            "by falling preference: the loss raises the chosen over the rejected, and orders all "
+            "by their degree: those raised and those lowered at the reference; the bar is how far.",
+            partial(_of_degrees, pairs, parts.get("gamma", 0.1)),
+        )
     if pairs is not None:
         return (
             "by falling preference: the loss raises the chosen over the rejected; the bar is the "
@@ -142,10 +148,28 @@ def _of_scores(scores: Numbers, labels: Numbers) -> list[Regard]:
     """Each candidate by how far it is above the candidates' mean; the anchor takes no part."""
     known = [score for score in scores[1:] if score is not None]
     above = [0.0 if score is None else score - sum(known) / len(known) for score in scores[1:]]
-    most = max(map(abs, above), default=0.0)
-    near = 1e-6 * max(map(abs, known), default=0.0)  # float32's noise, as labels.standardize has it
+    # float32's noise, as labels.standardize has it.
+    return _raised(above, near=1e-6 * max(map(abs, known), default=0.0))
+
+
+def _of_degrees(pairs: Any, gamma: float, scores: Numbers, labels: Numbers) -> list[Regard]:
+    """What `pair_losses.spo` pulls each candidate by where all implied rewards are 0."""
+    weights = np.nan_to_num(np.asarray(pairs(_row(scores))[0]))
+    pull = (weights.sum(axis=1) - weights.sum(axis=0))[1:] / 2
+    known = [(at, score) for at, score in enumerate(scores[1:]) if score is not None]
+    ordered = [at for at, score in known if any(other < score for _, other in known)]
+    for at in ordered:
+        no_better = [other for other, score in known if score <= scores[1 + at]]
+        pull[at] += gamma / len(ordered)
+        pull[no_better] -= gamma / len(ordered) / len(no_better)
+    return _raised(pull.tolist(), near=1e-6)
+
+
+def _raised(pulls: Sequence[float], near: float) -> list[Regard]:
+    """The candidates by what raises or lowers them, no more than `near` being nothing."""
+    most = max(map(abs, pulls), default=0.0)
     found = [UNUSED]
-    for far in above:
+    for far in pulls:
         words, style = ("raised", "gain") if far > 0 else ("lowered", "loss")
         if most <= near or abs(far) <= near:
             words, style = "neither", ""

@@ -57,6 +57,9 @@ def test_losses_of_sides_and_of_scores_name_them():
     assert told(LOSSES["kto"] | {"sides": sides}) == ["good", "bad 0.50", "bad 0.50"]
     for name in ("distill", "e_dpo", "pessimistic", "grpo"):
         assert told(LOSSES[name]) == ["not used", "raised", "lowered"]
+    assert told(LOSSES["spo"]) == ["not used", "raised", "lowered"]
+    assert told(LOSSES["spo"], [1.0, 0.3, 0.3]) == ["not used", "neither", "neither"]
+    assert told(LOSSES["spo"], [1.0, None, 0.3]) == ["not used", "neither", "neither"]
     assert told(LOSSES["grpo_anchor"]) == ["imitated", "raised", "lowered"]
     assert told(LOSSES["nnpu"]) == ["positive", "unlabeled", "unlabeled"]
     assert told(LOSSES["raft"]) == ["not used", "imitated", "not used"]
