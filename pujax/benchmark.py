@@ -15,8 +15,9 @@ from pujax.files.locate import here
 
 def run(settings: BenchmarkConfig) -> None:
     """Measure or plan, show a table, and print one JSON object as the last line."""
+    if not settings.benchmark.sweep:  # whose place is looked at first
+        here(settings.model.path)  # refused before jax is imported
     if settings.plan:
-        here(settings.model.path)  # refused before jax is imported, as below
         planned(settings)
         return
     from pujax.run.benchmarks import HEAD, described, sweep, table, write_sweep
