@@ -157,9 +157,9 @@ def _of_degrees(pairs: Any, gamma: float, scores: Numbers, labels: Numbers) -> l
     weights = np.nan_to_num(np.asarray(pairs(_row(scores))[0]))
     pull = (weights.sum(axis=1) - weights.sum(axis=0))[1:] / 2
     known = [(at, score) for at, score in enumerate(scores[1:]) if score is not None]
-    ordered = [at for at, score in known if any(other < score for _, other in known)]
-    for at in ordered:
-        no_better = [other for other, score in known if score <= scores[1 + at]]
+    ordered = [(at, s) for at, s in known if any(other < s for _, other in known)]
+    for at, degree in ordered:
+        no_better = [other for other, score in known if score <= degree]
         pull[at] += gamma / len(ordered)
         pull[no_better] -= gamma / len(ordered) / len(no_better)
     return _raised(pull.tolist(), near=1e-6)

@@ -139,7 +139,9 @@ def test_a_file_of_ones_own_with_a_suites_name_is_refused_before_anything_is_ask
     theirs = tmp_path / "suite-winrate.json"
     theirs.write_text('{"mine": 1}')
     with pytest.raises(DiskError, match=r"suite-winrate\.json can't be written .*move away"):
-        answered(node(), tmp_path, {"answers": None, "judge": None})
+        answered(
+            node(), tmp_path, {name: lambda: pytest.fail("asked") for name in ("answers", "judge")}
+        )
     assert theirs.read_text() == '{"mine": 1}'
 
 

@@ -191,13 +191,17 @@ def test_what_a_collection_asks_for_now_is_waited_for(tmp_path):
     shard.write_text(line("a") + line("b"))
     run = [sys.executable, "-c", ASKING, str(store), line("a", "asked")]
     other = subprocess.Popen(run, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert other.stdin is not None
+    assert other.stdout is not None
     assert other.stdout.readline() == "asks\n"
+
+    into = other.stdin
 
     def say(text):
         said.append(text)
         if len(said) == 1:
-            other.stdin.write("\n")
-            other.stdin.flush()
+            into.write("\n")
+            into.flush()
 
     merge([shard], store, say=say)
     other.communicate()
