@@ -1,4 +1,4 @@
-"""A recipe for the tests' tiny student."""
+"""A recipe for the tests' tiny student, and data for it."""
 
 from functools import partial
 
@@ -6,7 +6,8 @@ import numpy as np
 
 from pujax.method import labels, scoring
 from pujax.method.step import Recipe
-from pujax.records import Sampling
+from pujax.records import Example, Prompt, Sampling
+from pujax.run.data import Dataset
 from pujax.types import Frames
 
 FRAMES = Frames(*(np.array(ids) for ids in ([7, 8], [9], [10], [11, 12, 13, 14, 15])))
@@ -23,3 +24,16 @@ def recipe(**changes):
         "frames": FRAMES,
     }
     return Recipe(**settings | changes)
+
+
+def dataset(count):
+    """So many prompts of 10 tokens with anchors of 4, all alike, in batches of 16 and 5."""
+    example = Example(
+        prompt=Prompt("a", ({"role": "user", "content": "?"},)),
+        prompt_ids=(7,) * 10,
+        reference_ids=(7,) * 12,
+        anchor="!",
+        anchor_ids=(8,) * 4,
+        anchor_finished=True,
+    )
+    return Dataset((example,) * count, 16, 18, 5)

@@ -26,7 +26,8 @@ from pujax.inference.finished import model_path, refuse_name
 from pujax.method.step import assemble
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh
-from pujax.run.data import Dataset, collate, load_heldout
+from pujax.run.batches import collate
+from pujax.run.data import Dataset, load_heldout
 from pujax.run.student import load_student
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.types import Params

@@ -43,7 +43,8 @@ from pujax.models.logps import response_logps
 from pujax.models.sharding import fetched, make_mesh, put, put_batch, tree_shardings
 from pujax.models.soft_prompt import SoftPrompt, init_soft_prompt, led
 from pujax.records import Sampling
-from pujax.run.data import Dataset, batch_at, collate, make_preferences
+from pujax.run.batches import batch_at, collate
+from pujax.run.data import Dataset, check_apart, make_preferences
 from pujax.run.student import new_state
 from pujax.text import counted
 from pujax.types import Batch, LossFn, Params
@@ -89,10 +90,13 @@ def adapt(
     require(
         out.resolve() not in given, "out", config.out, "is one of `fitted`: choose another name"
     )
-    loss_fn, said = build_loss(config.loss, config.trusted)
     others = _others(config.fitted)
     chat = Chat.load(source)
-    datasets = None if config.preferences is None else _datasets(config, chat, system)
+    loss_fn, said = build_loss(config.loss, config.trusted)
+    datasets = recipe = None
+    if config.preferences is not None:
+        datasets = _datasets(config, chat, system)
+        recipe = _recipe(loss_fn, said, datasets[0], chat)
     mesh = make_mesh(1, 1, 1)
     with waited("reading the model", say):
         settings, read = weights.load(source)
@@ -117,13 +121,13 @@ def adapt(
         about["start"] = config.start
     before = after = None
     soft = start
-    if datasets is not None:
+    if datasets is not None and recipe is not None:
         count = start["soft_prompt"].shape[0]
         data, heldout = (_led(part, count, settings) for part in datasets)
         _check_positions(config, data, heldout, settings)
         model = LanguageModel(settings)
         before = ranked(model, base, start, heldout, config.batch)
-        soft = _fitted(config, model, base, start, data, loss_fn, said, radius, chat, mesh, say)
+        soft = _fitted(config, model, base, start, data, recipe, loss_fn, radius, mesh, say)
         after = ranked(model, base, soft, heldout, config.batch)
         about |= {"preferences": len(data.examples), "steps": config.steps}
     vectors = np.asarray(fetched(soft)["soft_prompt"], np.float32)
@@ -135,30 +139,32 @@ def adapt(
     return Adapted(vectors, before, after)
 
 
+def _recipe(loss_fn: LossFn, said: dict[str, bool], data: Dataset, chat: Chat) -> Recipe:
+    """How given responses become a group: nothing is sampled, and no scorer is asked."""
+    return Recipe(
+        sampling=Sampling(),
+        response_size=data.response_size,
+        scorer=scoring.token_f1,
+        by_policy=False,
+        labels=labels.softmax_labels,
+        frames=chat.frames,
+        needs=needs_of(loss_fn, labels.softmax_labels, data.candidates, **said),
+    )
+
+
 def _fitted(
     config: AdaptConfig,
     model: LanguageModel,
     base: Params,
     start: SoftPrompt,
     data: Dataset,
+    recipe: Recipe,
     loss_fn: LossFn,
-    said: dict[str, bool],
     radius: float | None,
-    chat: Chat,
     mesh: Mesh,
     say: Callable[[str], None],
 ) -> SoftPrompt:
     """What `start` becomes in `config.steps` steps, within `radius` of it if there is one."""
-    rule = partial(labels.softmax_labels, tau=0.5)
-    recipe = Recipe(
-        sampling=Sampling(candidates=max(2, data.candidates)),  # not used: they are given
-        response_size=data.response_size,
-        scorer=scoring.token_f1,
-        by_policy=False,
-        labels=rule,
-        frames=chat.frames,
-        needs=needs_of(loss_fn, rule, data.candidates, **said),
-    )
     optimizer = make_optimizer(
         config.lr, config.steps, b1=0.9, b2=0.99, weight_decay=0.0, clip_norm=1.0, warmup=0.1,
         schedule="cosine",
@@ -203,8 +209,8 @@ def _others(paths: Sequence[str]) -> list[Other]:
             raise ConfigError(f"fitted: {path} has no task: fit it with task=TEXT")
         if others and vectors.shape != others[0].vectors.shape:
             raise ConfigError(
-                f"fitted: {path} has {_sizes(vectors)}, {others[0][0]} {_sizes(others[0][1])}: "
-                "take some that are alike"
+                f"fitted: {path} has {_sizes(vectors)}, {others[0].path} has "
+                f"{_sizes(others[0].vectors)}: take some that are alike"
             )
         others.append(Other(path, vectors, about))
     return others
@@ -302,12 +308,7 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
     if config.heldout is None:
         return data, data
     heldout = _read(config.heldout, chat, settings)
-    shared = {e.prompt_ids for e in data.examples} & {e.prompt_ids for e in heldout.examples}
-    if shared:
-        raise DataError(
-            f"{counted(len(shared), 'prompt is', 'prompts are')} in both {config.preferences} and "
-            f"{config.heldout}: take out of one what is in both"
-        )
+    check_apart(data.examples, heldout.examples, config.preferences, config.heldout)
     return data, heldout
 
 

@@ -1,4 +1,4 @@
-"""Prompts and anchors to padded batches. A batch is a function of the seed and the step alone."""
+"""Prompts, anchors and preferences to examples of one static shape; `batches` draws from them."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, contextmanager
@@ -6,12 +6,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from pujax.config.functions import build, with_protocol
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
-from pujax.errors import ConfigError, DataError, PujaxError
+from pujax.errors import DataError, PujaxError
 from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
@@ -27,7 +26,6 @@ from pujax.teacher.settings import TeacherConfig
 from pujax.teacher.store import COLLECT
 from pujax.teacher.weighting import weighed
 from pujax.text import counted, printable
-from pujax.types import Batch, Completions, right_padded
 
 
 @dataclass(frozen=True)
@@ -127,7 +125,7 @@ def load_data(
         with waited("reading the prompts", say):
             fits = [_fit(load_prompts(source), chat, data) for source in sources]
         if data.prompts is not None:
-            _check_apart(fits[0][0], fits[1][0], data.prompts, data.heldout)
+            check_apart(fits[0][0], fits[1][0], data.prompts, data.heldout)
         prompts = [fitted.prompt for part, _ in fits for fitted in part]
         empty = {messages_key(prompt.messages): _EMPTY for prompt in prompts}
         *own, _ = (_with_anchors(part, dropped, empty, chat, data) for part, dropped in fits)
@@ -157,7 +155,7 @@ def load_data(
             own = [_by_degree(part, data.degrees, chat, words) for part in own]
     given = [_trusted(part, data.gate, check_anchors) for part in given]
     for part in given:
-        _check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
+        check_apart(part.examples, heldout.examples, data.preferences, data.heldout)
     train_data = _joined(own, given, data)
     for name, part in (
         *(("training", part) for part in train_data.parts.values()),
@@ -208,7 +206,7 @@ def _joined(own: Sequence[Dataset], given: Sequence[Dataset], config: DataConfig
     return replace(first, other=second, share=config.preference_share)
 
 
-def _check_apart(
+def check_apart(
     train: Iterable[Example | _Fitted], held: Sequence[Example | _Fitted], source: Any, heldout: Any
 ) -> None:
     """Refuse prompts that are both trained on and held out."""
@@ -486,70 +484,3 @@ def with_system(messages: Sequence[dict[str, str]], system: str | None) -> list[
     if system is None or messages[0]["role"] == "system":
         return list(messages)
     return [{"role": "system", "content": system}, *messages]
-
-
-def collate(examples: Sequence[Example], dataset: Dataset) -> Batch:
-    """Right-pad examples to the dataset's shapes. Padding is 0; lengths tell what is real."""
-    return Batch(
-        prompts=right_padded([e.prompt_ids for e in examples], dataset.prompt_size),
-        anchors=right_padded([e.anchor_ids for e in examples], dataset.response_size),
-        anchor_finished=jnp.array([e.anchor_finished for e in examples]),
-        references=right_padded([e.reference_ids for e in examples], dataset.reference_size),
-        given=_given(examples, dataset) if dataset.candidates else None,
-        mix=jnp.array([e.mix for e in examples])
-        if dataset.candidates and examples[0].mix
-        else None,
-        anchor_weights=jnp.array([e.weight for e in examples]) if dataset.weighed else None,
-    )
-
-
-def _given(examples: Sequence[Example], dataset: Dataset) -> Completions:
-    """The given candidates; where an example has fewer, empty ones that scored -inf."""
-    shape = (len(examples), dataset.candidates, dataset.response_size)
-    tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
-    scores = np.full(shape[:2], -np.inf, np.float32)
-    members = np.full((len(examples), len(dataset.dimensions), shape[1]), -np.inf, np.float32)
-    for b, example in enumerate(examples):
-        for k, response in enumerate(example.given):
-            tokens[b, k, : len(response.ids)] = response.ids
-            mask[b, k, : len(response.ids)] = True
-            scores[b, k] = response.score
-            if len(dataset.dimensions) > 1:
-                members[b, :, k] = response.ratings
-    return Completions(
-        tokens=jnp.asarray(tokens),
-        mask=jnp.asarray(mask),
-        finished=jnp.asarray(mask.any(axis=-1)),
-        logps=None,
-        scores=jnp.asarray(scores),
-        members=jnp.asarray(members) if len(dataset.dimensions) > 1 else None,
-    )
-
-
-def picks(count: int, size: int, seed: Sequence[int], step: int) -> list[int]:
-    """Which `size` of `count` examples step number `step` sees.
-
-    Every epoch is a permutation of its own, made from `seed` and its number; a batch may span two
-    and then may hold an example twice. Raises `ConfigError` when there are fewer than `size`.
-    """
-    if size > count:
-        raise ConfigError(f"a batch of {size} prompts needs as many examples; there are {count}")
-    positions = range(step * size, (step + 1) * size)
-    orders = {
-        epoch: np.random.default_rng([*seed, epoch]).permutation(count)
-        for epoch in {position // count for position in positions}
-    }
-    return [int(orders[position // count][position % count]) for position in positions]
-
-
-def batch_at(
-    dataset: Dataset, size: int, seed: Sequence[int], step: int
-) -> tuple[list[Example], Batch]:
-    """The examples of step number `step`, and as a batch."""
-    dataset, step = dataset.at(step)
-    chosen = picks(len(dataset.examples), size, seed, step)
-    examples = [dataset.examples[i] for i in chosen]
-    batch = collate(examples, dataset)
-    if dataset.ref_logps is not None:
-        batch = replace(batch, ref_logps=jnp.asarray(dataset.ref_logps[chosen]))
-    return examples, batch

@@ -18,8 +18,9 @@ from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
 from pujax.models.sharding import fetched, put_batch
 from pujax.records import canonical
+from pujax.run.batches import collate
 from pujax.run.checkpoint import checksums
-from pujax.run.data import Dataset, collate
+from pujax.run.data import Dataset
 from pujax.run.processes import told
 from pujax.types import Batch, Params
 

@@ -29,10 +29,11 @@ from pujax.models.decoder import LanguageModel
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
+from pujax.run.batches import batch_at, collate
 from pujax.run.beginning import told_by_pace
 from pujax.run.checkpoint import Checkpoints, Place, checksums
 from pujax.run.control import LOOKED, Controlled
-from pujax.run.data import Dataset, batch_at, collate
+from pujax.run.data import Dataset
 from pujax.run.forecast import PACED, Forecast
 from pujax.run.logs import RunLog, SampleGroup, progress
 from pujax.run.processes import told

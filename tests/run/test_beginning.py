@@ -5,7 +5,7 @@ import json
 
 import jax.numpy as jnp
 import pytest
-from recipes import recipe
+from recipes import dataset, recipe
 
 from pujax.config.model_settings import LoraConfig, ModelConfig
 from pujax.config.settings import (
@@ -17,9 +17,7 @@ from pujax.config.settings import (
 )
 from pujax.models.decoder import LanguageModel
 from pujax.models.sharding import make_mesh
-from pujax.records import Example, Prompt
 from pujax.run import beginning
-from pujax.run.data import Dataset
 from pujax.run.student import Student
 from pujax.teacher.settings import TeacherConfig
 
@@ -30,18 +28,6 @@ CONFIG = TrainConfig(
     sft=SftConfig(steps=6, batch=2),
     align=AlignConfig(steps=3, prompts=2),
 )
-
-
-def dataset(count):
-    example = Example(
-        prompt=Prompt("a", ({"role": "user", "content": "?"},)),
-        prompt_ids=(7,) * 10,
-        reference_ids=(7,) * 12,
-        anchor="!",
-        anchor_ids=(8,) * 4,
-        anchor_finished=True,
-    )
-    return Dataset((example,) * count, 16, 18, 5)
 
 
 @pytest.fixture

@@ -15,8 +15,9 @@ from pujax.method import scoring
 from pujax.method.discriminator import discriminator
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
+from pujax.run.batches import collate
 from pujax.run.control import make_control
-from pujax.run.data import Dataset, collate
+from pujax.run.data import Dataset
 from pujax.run.stages import Run, Stage
 from pujax.run.symptoms import Symptoms
 

@@ -17,16 +17,8 @@ from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.run import data as data_module
-from pujax.run.data import (
-    Dataset,
-    batch_at,
-    collate,
-    load_data,
-    make_dataset,
-    make_preferences,
-    picks,
-    with_system,
-)
+from pujax.run.batches import batch_at, collate, picks
+from pujax.run.data import Dataset, load_data, make_dataset, make_preferences, with_system
 from pujax.run.workers import Outcome
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT

@@ -3,7 +3,7 @@
 import dataclasses
 
 import pytest
-from recipes import recipe
+from recipes import dataset, recipe
 
 from pujax.config.settings import (
     AlignConfig,
@@ -13,9 +13,7 @@ from pujax.config.settings import (
     SftConfig,
     TrainConfig,
 )
-from pujax.records import Example, Prompt
 from pujax.run import forecast as module
-from pujax.run.data import Dataset
 from pujax.run.forecast import Forecast, forecast
 
 CONFIG = TrainConfig(
@@ -30,18 +28,6 @@ LAYER = 2 * (2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64)
 PROMPT = 3 * 10 * (LAYER + 128 * 5)
 ANCHOR = 3 * 3 * (LAYER + 128 * 12) + 4 * 2 * 32 * 96
 DRAWN = 3 * 4 * (LAYER + 128 * 12.5) + 5 * 2 * 32 * 96
-
-
-def dataset(count):
-    example = Example(
-        prompt=Prompt("a", ({"role": "user", "content": "?"},)),
-        prompt_ids=(7,) * 10,
-        reference_ids=(7,) * 12,
-        anchor="!",
-        anchor_ids=(8,) * 4,
-        anchor_finished=True,
-    )
-    return Dataset((example,) * count, 16, 18, 5)
 
 
 def found(model, **changes):

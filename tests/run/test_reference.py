@@ -17,7 +17,8 @@ from pujax.models.logps import response_logps
 from pujax.models.sharding import make_mesh
 from pujax.records import Example, Given, Prompt
 from pujax.run import reference
-from pujax.run.data import Dataset, batch_at
+from pujax.run.batches import batch_at
+from pujax.run.data import Dataset
 from pujax.run.fit import aligned
 from pujax.types import TrainState
 

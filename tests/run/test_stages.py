@@ -17,8 +17,9 @@ from pujax.errors import DiskError, DivergedError, StopRequested
 from pujax.evaluation.results import Evaluation, Row
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
+from pujax.run.batches import collate
 from pujax.run.checkpoint import Checkpoints, Place
-from pujax.run.data import Dataset, collate
+from pujax.run.data import Dataset
 from pujax.run.forecast import Forecast
 from pujax.run.logs import RunLog
 from pujax.run.selection import Criterion
