@@ -18,7 +18,7 @@ until address=$(grep -m 1 -o 'http://[0-9.:]*/v1' "$log"); do
 done
 "$python" -m pujax.collect \
     store="${STORE:-$here/anchors.jsonl}" \
-    data.prompts="[$here/train.jsonl,$here/heldout.jsonl,$here/validation.jsonl,$here/test.jsonl,$here/train_more.jsonl]" \
+    data.prompts="[$here/train.jsonl,$here/heldout.jsonl,$here/validation.jsonl,$here/train_more.jsonl,$here/test.jsonl]" \
     teacher=llamacpp \
     teacher.base_url="$address" \
     teacher.model=qwen2.5-coder-1.5b-instruct \
