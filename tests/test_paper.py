@@ -313,6 +313,37 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert again.called == []
 
 
+def test_several_runs_at_a_time_begin_when_what_they_need_is_there(profile):
+    stub, most, at_work, lock = Stub(), [], [], threading.Lock()
+
+    def call(words):
+        name = next((word for word in words if word.startswith("run")), words[1])
+        with lock:
+            at_work.append(name)
+            most.append(len(at_work))
+        time.sleep(0.05)
+        status = stub.call(words)
+        with lock:
+            at_work.remove(name)
+        return status
+
+    before = {}
+
+    def begun(task):
+        found = reproduce.look(profile)
+        before[task.key] = task.run.before <= found.results.keys()
+
+    done = reproduce.done
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reproduce, "done", lambda *a: begun(a[1]) or done(*a))
+        assert reproduce.work(profile, None, call, 3, "some chip") == 0
+    assert max(most) == 3
+    assert all(before.values())
+    one = {key: result["chosen"] for key, result in raw.read_all(profile.results).items()}
+    assert {result["device"] for result in raw.read_all(profile.results).values()} == {"some chip"}
+    assert one == {task.key: task.run.point for task in tasks_of(profile, reproduce.look(profile))}
+
+
 def test_what_has_no_answer_yet_is_left_out(profile):
     store = profile.runs.parent / "anchors.jsonl"
     train, validation, test = (6, 2, 3)

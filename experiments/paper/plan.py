@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -68,7 +68,8 @@ class Profile:
 class Run:
     """One training run; `needs` have to be done before it, `origin` is the one it starts from.
 
-    Its training prompts are those up to number `prompts`, without the first `after`.
+    What its settings were chosen by is `behind` it, and has to be done before it too. Its training
+    prompts are those up to number `prompts`, without the first `after`.
     """
 
     arm: Arm
@@ -80,12 +81,23 @@ class Run:
     folder: Path
     origin: "Run | None" = None
     needs: "tuple[Run, ...]" = ()
+    behind: frozenset[raw.Key] = frozenset()
 
     @cached_property
     def name(self) -> str:
         """The arm's name, with what was chosen for it."""
         chosen = [f"{key.rpartition('.')[2]}{value}" for key, value in self.point.items()]
         return "-".join([self.arm.name, *chosen])
+
+    @property
+    def key(self) -> raw.Key:
+        """What names its result on validation."""
+        return self.name, self.seed, "validation"
+
+    @property
+    def before(self) -> set[raw.Key]:
+        """The results that have to be there before it can begin, with its present settings."""
+        return self.behind.union(*({need.key} | need.before for need in self.needs))
 
     @property
     def directory(self) -> Path:
@@ -126,14 +138,19 @@ class Found:
 
     def of(self, run: Run) -> raw.Raw | None:
         """A run's result on validation, None as long as there is none."""
-        return self.results.get((run.name, run.seed, "validation"))
+        return self.results.get(run.key)
 
     def score(self, run: Run) -> float | None:
         """What decides over a run; the worst for one that failed, as one that diverges does."""
-        if (run.name, run.seed, "validation") in self.failed:
+        if run.key in self.failed:
             return float("-inf")
         result = self.of(run)
         return None if result is None else raw.mean(result, self.metric)
+
+    def ready(self, task: Task) -> bool:
+        """Whether all is done that the task needs and that its settings were chosen by."""
+        before = task.run.before | ({task.run.key} if task.split == "test" else set())
+        return not self.blocked(task) and before <= self.results.keys() | self.failed
 
     def blocked(self, task: Task) -> bool:
         """Whether the task failed, or something that it needs."""
@@ -156,6 +173,8 @@ def load_profile(path: Path, name: str) -> Profile:
     for arm, entry in entries.items():
         renamed = {"from": "origin", "set": "settings"}
         named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
+        choose = named.get("choose") or {}
+        named["choose"] = {key: values for key, values in choose.items() if values is not None}
         try:
             arms[arm] = Arm(name=arm, **named)
         except TypeError as error:
@@ -206,7 +225,8 @@ def tasks_of(profile: Profile, found: Found, only: str | None = None) -> list[Ta
                     some = [Task(each, "validation") for each in (*before, run)]
                     if found.tests:
                         some.append(Task(run, "test"))
-                    tasks |= {task.key: task for task in some if task.key not in tasks}
+                    for task in some:  # a run that was chosen is there as one to choose from
+                        tasks.setdefault(task.key, task)
     return list(tasks.values())
 
 
@@ -242,7 +262,7 @@ def left_out(profile: Profile, found: Found, arm: Arm) -> str:
 def way_to(profile: Profile, found: Found, name: str, seed: int) -> tuple[list[Run], Run]:
     """What has to be done before an arm's run with its chosen settings, in order, and that run."""
     tried, point = choice(profile, found, name)
-    before, run = made(profile, found, name, seed, point)
+    before, run = made(profile, found, name, seed, point, tried)
     return [*tried, *before], run
 
 
@@ -255,9 +275,9 @@ def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[s
     tried, point = choice(profile, found, arm.like) if arm.like else ([], {})
     point |= {key: values[0] for key, values in arm.choose.items()}
     for key, values in arm.choose.items():
-        scores = []
+        decided, scores = tried, []
         for value in values:
-            before, run = made(profile, found, name, 0, {**point, key: value})
+            before, run = made(profile, found, name, 0, {**point, key: value}, decided)
             tried = [*tried, *before, run]
             scores.append(found.score(run))
         known = [score for score in scores if score is not None]
@@ -267,9 +287,17 @@ def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[s
 
 
 def made(
-    profile: Profile, found: Found, name: str, seed: int, point: Mapping[str, Any]
+    profile: Profile,
+    found: Found,
+    name: str,
+    seed: int,
+    point: Mapping[str, Any],
+    decided: Iterable[Run],
 ) -> tuple[list[Run], Run]:
-    """What has to be done before an arm's run with the settings `point`, in order, and that run."""
+    """What has to be done before an arm's run with the settings `point`, in order, and that run.
+
+    `decided` are the runs that `point` was chosen by.
+    """
     line = line_of(profile, name)
     settings = dict(profile.settings)
     for each in reversed(line):
@@ -297,6 +325,7 @@ def made(
         folder=profile.runs,
         origin=origin,
         needs=tuple(needs),
+        behind=frozenset(each.key for each in decided),
     )
     return [*before, *needs], run
 
@@ -326,8 +355,8 @@ def shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def next_task(tasks: list[Task], found: Found) -> Task | None:
-    """The first task that isn't done and can be.
+def next_task(tasks: list[Task], found: Found, at_work: Collection[raw.Key] = ()) -> Task | None:
+    """The first task that isn't done or `at_work` and can be.
 
     Raises `ConfigError` for a result before it that was made with other settings than now.
     """
@@ -335,7 +364,7 @@ def next_task(tasks: list[Task], found: Found) -> Task | None:
         result = found.results.get(task.key)
         if result is not None:
             _refuse_stale(task, result)
-        elif not found.blocked(task):
+        elif task.key not in at_work and found.ready(task):
             return task
     return None
 

@@ -1,6 +1,6 @@
 """Run the arms of arms.yaml one after another, until none is left to do.
 
-python -m experiments.paper.reproduce [--profile cpu] [--only ARM] [--plan]
+python -m experiments.paper.reproduce [--profile cpu] [--only ARM] [--jobs N] [--plan]
 
 Every run is a command of pujax's own in a directory of its own, so one that was cut off goes on
 where it was; one whose JSON is in results/raw is done and never run again. SIGTERM and Ctrl-C go to
@@ -16,7 +16,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TextIO
 
@@ -49,14 +50,14 @@ Call = Callable[[list[str]], int]
 
 @dataclass
 class Children:
-    """Runs commands one at a time and passes on the signals that come meanwhile.
+    """Runs commands and passes on the signals that come meanwhile.
 
     They keep the file `held` open, and so locked, should this process be killed.
     """
 
     held: int
     wished: int = 0
-    at_work: "subprocess.Popen[bytes] | None" = None
+    at_work: "list[subprocess.Popen[bytes]]" = field(default_factory=list)
 
     def __post_init__(self) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -64,8 +65,8 @@ class Children:
 
     def _pass_on(self, number: int, _: object) -> None:
         self.wished = number
-        if self.at_work is not None:
-            self.at_work.send_signal(number)
+        for child in self.at_work:
+            child.send_signal(number)
 
     def call(self, words: list[str]) -> int:
         """The exit status of `python WORDS`; SystemExit once a signal has asked to stop."""
@@ -73,12 +74,14 @@ class Children:
         status = 0
         if not self.wished:
             # In a session of its own, so that a Ctrl-C reaches it once, through here.
-            self.at_work = subprocess.Popen(
+            child = subprocess.Popen(
                 [sys.executable, *words], cwd=ROOT, pass_fds=[self.held], start_new_session=True
             )
+            self.at_work.append(child)
             if self.wished:  # between the question and now
-                self.at_work.send_signal(self.wished)
-            status, self.at_work = self.at_work.wait(), None
+                child.send_signal(self.wished)
+            status = child.wait()
+            self.at_work.remove(child)
         if self.wished:
             print("stopped: the same command goes on from here", flush=True)
             raise SystemExit(128 + self.wished)
@@ -90,6 +93,9 @@ def main(words: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="reproduce", description="Run the arms of arms.yaml.")
     parser.add_argument("--profile", default="cpu")
     parser.add_argument("--only", metavar="ARM", help="this arm alone, and what it needs")
+    parser.add_argument(
+        "--jobs", metavar="N", type=int, default=1, help="that many runs at a time, on one machine"
+    )
     parser.add_argument("--plan", action="store_true", help="say what there is to do, and end")
     parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
     options = parser.parse_args(words)
@@ -98,10 +104,14 @@ def main(words: list[str] | None = None) -> int:
         found = look(profile)
         print("\n".join(told(profile, found, options.only)), flush=True)
         check(profile, tasks_of(profile, whole(found), options.only))
-        if options.plan or (profile.accelerator and not has_accelerator()):
+        device = accelerator() if profile.accelerator and not options.plan else ""
+        if options.plan or (profile.accelerator and not device):
             return 0
+        if options.jobs > 1:  # else the first takes most of an accelerator's memory
+            os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with locked(profile.runs) as held:
-            return work(profile, options.only, Children(held.fileno()).call)
+            call = Children(held.fileno()).call
+            return work(profile, options.only, call, options.jobs, device)
     except (PujaxError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -124,13 +134,15 @@ def check(profile: Profile, tasks: list[Task]) -> None:
     print(f"the settings of {len(runs)} arms compose")
 
 
-def has_accelerator() -> bool:
-    """Whether jax finds one; says so where it doesn't."""
-    code = "import jax; print(jax.default_backend())"
+def accelerator() -> str:
+    """What jax calls the one that it finds; nothing, and a line that says so, where it doesn't."""
+    code = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind)"
     asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    if (backend := asked.stdout.strip()) == "cpu":
+    backend, _, kind = asked.stdout.strip().partition(" ")
+    if backend == "cpu":
         print("this profile is for accelerators and there is none here: that was its plan")
-    return backend != "cpu"
+        return ""
+    return kind
 
 
 def locked(folder: Path) -> TextIO:
@@ -175,25 +187,39 @@ def require_validation(profile: Profile) -> None:
     )
 
 
-def work(profile: Profile, only: str | None, call: Call) -> int:
-    """Do one task after another; what failed, and what needs it, is left out and told of."""
+def work(profile: Profile, only: str | None, call: Call, jobs: int = 1, device: str = "") -> int:
+    """Do one task after another, `jobs` of them at a time.
+
+    What failed, and what needs it, is left out and told of.
+    """
     require_validation(profile)
     failed: set[raw.Key] = set()
-    while True:
-        found = replace(look(profile), failed=failed)
-        tasks = tasks_of(profile, found, only)
-        task = next_task(tasks, found)
-        if task is None:
-            break
-        left = sum(other.key not in found.results for other in tasks)
-        print(f"\n== {task.run.name}, seed {task.run.seed}, {task.split}: {left} left", flush=True)
-        if not done(profile, task, call):
-            failed.add(task.key)
-            print(f"failed: the others go on without {task.run.name}", flush=True)
-            continue
-        make_room(profile, look(profile))
-        if call(["-m", "experiments.paper.tables", str(shown(profile.results))]):
-            print("no tables: the runs go on, and make them again")
+    at_work: dict[Future[bool], Task] = {}
+    with ThreadPoolExecutor(jobs) as pool:
+        while True:
+            found = replace(look(profile), failed=failed)
+            tasks = tasks_of(profile, found, only)
+            busy = {task.key for task in at_work.values()}
+            task = next_task(tasks, found, busy) if len(at_work) < jobs else None
+            if task is not None:
+                left = sum(other.key not in found.results for other in tasks)
+                title = f"{task.run.name}, seed {task.run.seed}, {task.split}"
+                print(f"\n== {title}: {left} left", flush=True)
+                at_work[pool.submit(done, profile, task, call, device)] = task
+                continue
+            if not at_work:
+                break
+            for future in wait(at_work, return_when=FIRST_COMPLETED).done:
+                task = at_work.pop(future)
+                if not future.result():
+                    failed.add(task.key)
+                    print(f"failed: the others go on without {task.run.name}", flush=True)
+            make_room(profile, look(profile))
+            # Tables take as long as many a run on an accelerator, so several don't wait for them.
+            if not at_work or jobs == 1:
+                folder = str(shown(profile.results))
+                if call(["-m", "experiments.paper.tables", folder]):
+                    print("no tables: the runs go on, and make them again")
     for name, seed, split in sorted(failed):
         print(f"failed: {name}, seed {seed}, {split}")
     return 1 if failed else 0
@@ -232,8 +258,8 @@ def write_prompts(profile: Profile, run: Run) -> None:
     write_whole(path, b"".join(lines.splitlines(keepends=True)[run.after : run.prompts]))
 
 
-def done(profile: Profile, task: Task, call: Call) -> bool:
-    """Do a task and keep its result; False when its command failed."""
+def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
+    """Do a task and keep its result, made on `device`; False when its command failed."""
     run, words = task.run, command_of(profile, task)
     end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
     if task.split == "test":
@@ -265,6 +291,7 @@ def done(profile: Profile, task: Task, call: Call) -> bool:
             "chosen": dict(run.point),
             "commit": raw.commit(ROOT),
             "command": " ".join(["python", *words]),
+            **({"device": device} if device else {}),
         },
         settings=run.settings,
         directory=run.directory,

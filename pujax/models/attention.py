@@ -1,9 +1,9 @@
 """Grouped-query attention of a group: each response to its own tokens and to the shared prompt.
 
 One softmax runs over both. The prompt's keys are never copied: all its responses' queries multiply
-them. Queries are walked in blocks, so that a block's scores stay in the processor's cache, and most
-keys that come after a block are left out. The backward pass makes the scores again from a saved
-log-sum-exp (Dao et al., 2022), which costs less than reading them from memory.
+them. Queries are walked in blocks, so that a block's scores stay in a processor's cache (see
+`tiles`), and most keys that come after a block are left out. The backward pass makes the scores
+again from a saved log-sum-exp (Dao et al., 2022), which costs less than reading them from memory.
 
 Suffixes name the tokens of an array, before or among its heads: BNT all of them, Bnt a block's, n
 sequences and t queries of each, BnS the keys that a block sees of its own sequences.
@@ -19,7 +19,8 @@ import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
-BLOCK = 64  # queries a row, at most, whose scores are made together
+from pujax.models.tiles import queries
+
 RUNS = 4  # parts of long sequences, of which each leaves out the keys of those after it
 # From [B, N, T, KV, R, H] to [B, KV, N, R, T, H], and of keys the same without R.
 HEADS_FIRST = {6: (0, 3, 1, 4, 2, 5), 5: (0, 3, 1, 2, 4)}
@@ -49,9 +50,10 @@ def attend(
     `q` comes scaled. With `reach` a token sees itself and the `reach - 1` tokens before it alone.
     """
     B, N, T, KV, R, H = q.shape
-    blocks = -(-T // BLOCK)
+    most = queries(B * KV * R * (T + (0 if shared is None else shared.k.shape[-2])))
+    blocks = -(-T // most)
     size = blocks * -(-T // blocks)
-    mixed_BNT = _attended(*(_padded(x, size) for x in (q, k, v)), shared, reach)[:, :, :T]
+    mixed_BNT = _attended(most, *(_padded(x, size) for x in (q, k, v)), shared, reach)[:, :, :T]
     return mixed_BNT.reshape(B, N, T, KV * R * H)
 
 
@@ -84,20 +86,24 @@ def attend_next(
     return mixed_BN.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
 
 
-@jax.custom_vjp
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attended(
+    most: int,
     q: Float[Array, "B N T KV R H"],
     k: Float[Array, "B N T KV H"],
     v: Float[Array, "B N T KV H"],
     shared: Shared | None,
     reach: Int[Array, ""] | None,
 ) -> Float[Array, "B N T KV R H"]:
-    """What each query gets; where T is more than a block it is a multiple of the blocks' size."""
-    return _forward(q, k, v, shared, reach)[0]
+    """What each query gets, `most` queries a row at a time.
+
+    Where T is more than that it is a multiple of the blocks' size.
+    """
+    return _forward(most, q, k, v, shared, reach)[0]
 
 
-def _forward(q: Array, k: Array, v: Array, shared: Shared | None, reach: Array | None):
-    n, size, runs = _plan(*q.shape[1:3])
+def _forward(most: int, q: Array, k: Array, v: Array, shared: Shared | None, reach: Array | None):
+    n, size, runs = _plan(*q.shape[1:3], most)
 
     def block(stop: int, made: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], None]:
         mixed_BNT, normalizer_BNT = made
@@ -114,9 +120,9 @@ def _forward(q: Array, k: Array, v: Array, shared: Shared | None, reach: Array |
     return mixed_BNT, (q, k, v, shared, reach, mixed_BNT, normalizer_BNT)
 
 
-def _backward(saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
+def _backward(most: int, saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
     q, k, v, shared, reach, mixed_BNT, normalizer_BNT = saved
-    n, size, runs = _plan(*q.shape[1:3])
+    n, size, runs = _plan(*q.shape[1:3], most)
     products_BNT = jnp.sum(mixed_BNT.astype(jnp.float32) * cotangent, axis=-1, keepdims=True)
 
     def block(stop: int, made: tuple, at: Array) -> tuple[tuple, None]:
@@ -148,13 +154,14 @@ def _backward(saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
 _attended.defvjp(_forward, _backward)
 
 
-def _plan(N: int, T: int) -> tuple[int, int, list[tuple[int, Int[Array, "W 2"]]]]:
+def _plan(N: int, T: int, most: int) -> tuple[int, int, list[tuple[int, Int[Array, "W 2"]]]]:
     """Sequences and queries of a block, and runs of blocks.
 
-    Of each run how many keys its blocks see, and the first sequence and query of each block.
+    A block has at most so many queries. Of each run how many keys its blocks see, and the first
+    sequence and query of each block.
     """
-    n = max(n for n in range(1, N + 1) if N % n == 0 and n * T <= max(BLOCK, T))
-    blocks = -(-T // BLOCK)
+    n = max(n for n in range(1, N + 1) if N % n == 0 and n * T <= max(most, T))
+    blocks = -(-T // most)
     size, each = T // blocks, -(-blocks // RUNS)
     runs = []
     for run in (range(i, min(i + each, blocks)) for i in range(0, blocks, each)):

@@ -32,6 +32,7 @@ from pujax.models.parameters import (
     param_shapes,
 )
 from pujax.models.sharding import gathered, split_rows
+from pujax.models.tiles import on_cpu
 from pujax.types import Params, Tokens
 
 
@@ -462,11 +463,13 @@ def _times(x: Float[Array, "*N I"], kernel: Float[Array, "I O"]) -> Float[Array,
 
 
 def _streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], dtype: Any) -> Array:
-    """x @ rowsᵀ [*N, O] for few x, with the kernel as the product's left operand.
+    """x @ rowsᵀ [*N, O] for few x; on a CPU with the kernel as the product's left operand.
 
     That is the one that XLA's products on a CPU read where it lies; a right operand they pack
     anew each time. The barriers keep XLA from turning the product round.
     """
+    if not on_cpu():
+        return jnp.einsum("...i,oi->...o", x, rows, preferred_element_type=dtype)
     flat = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
     y = jax.lax.optimization_barrier(jax.lax.dot(rows, flat, preferred_element_type=dtype))
     return y.T.reshape(*x.shape[:-1], rows.shape[0])

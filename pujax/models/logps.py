@@ -5,12 +5,11 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
+from pujax.models import tiles
 from pujax.models.decoder import LanguageModel, Prefix
 from pujax.models.sharding import BATCH_AXES, ways
 from pujax.models.unembed import chosen_logps
 from pujax.types import Params, Tokens
-
-CHUNK = 512  # tokens that are unembedded at once
 
 
 def token_logps(
@@ -30,7 +29,7 @@ def token_logps(
     mesh = model.mesh
     if mesh is not None and (ways(mesh) == 1 or B % ways(mesh)):
         mesh = None  # over axes of one device XLA (jaxlib 0.10) can't sum up the table's gradient
-    size = min(G * T, max(1, CHUNK // (B if mesh is None else B // ways(mesh))))
+    size = min(G * T, max(1, tiles.tokens() // (B if mesh is None else B // ways(mesh))))
     order = jnp.argsort(~mask.reshape(B, G * T), axis=1, stable=True)
 
     def chunked(values: Array) -> Array:

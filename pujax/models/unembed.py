@@ -1,15 +1,15 @@
 """Log-probs of chosen words, without the logits of a whole vocabulary in memory.
 
 The vocabulary is walked in blocks with a running log-sum-exp (Milakov & Gimelshein, 2018, as
-attention kernels do over keys), so that a block's logits stay in the processor's cache. The
-backward pass makes them again and writes each row of the table's gradient once.
+attention kernels do over keys), so that a block's logits stay in a processor's cache (see `tiles`).
+The backward pass makes them again and writes each row of the table's gradient once.
 """
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-BLOCK = 4096  # words, about, whose logits are in memory at once
+from pujax.models.tiles import words
 
 
 @jax.custom_vjp
@@ -95,7 +95,8 @@ def _blocks(table: Float[Array, "V D"]) -> Float[Array, "S J D"]:
     """
     vocab, width = table.shape
     sizes = [size for size in range(1, vocab + 1) if vocab % size == 0]
-    size = min(sizes, key=lambda size: max(size / BLOCK, BLOCK / size))
+    about = words()
+    size = min(sizes, key=lambda size: max(size / about, about / size))
     return table.reshape(size, vocab // size, width)
 
 

@@ -13,7 +13,7 @@ from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.method import labels, scoring
 from pujax.method.scoring import ScoringContext
-from pujax.models import logps
+from pujax.models import tiles
 from pujax.models.logps import response_logps, token_logps
 from pujax.types import Batch, Frames, Tokens
 
@@ -83,7 +83,7 @@ def read(model, params):
 
 
 def test_chunked_log_probs_equal_the_log_softmax_of_all_logits(model, params, monkeypatch):
-    monkeypatch.setattr(logps, "CHUNK", 6)
+    monkeypatch.setattr(tiles, "TOKENS", 6)
     rng = np.random.default_rng(0)
     hidden = jnp.array(rng.normal(size=(2, 3, 5, 32)), jnp.float32)
     tokens = jnp.array(rng.integers(0, 96, (2, 3, 5)))

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pujax.models import attention
+from pujax.models import tiles
 from pujax.models.attention import Shared, attend, attend_next
 
 KV, R, H = 2, 3, 8
@@ -38,7 +38,7 @@ def _naive(q, k, v, k_prompt, v_prompt, lengths, reach):
 @pytest.mark.parametrize("reach", [FAR, 4])
 @pytest.mark.parametrize(("N", "T", "block"), [(3, 5, 128), (4, 6, 12), (2, 11, 4)])
 def test_a_shared_prompt_is_as_a_copy_of_it_before_each_response(N, T, block, reach, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(tiles, "QUERIES", block)
     q, k, v = _sequences(2, N, T)
     prompt, lengths = (_noise(2, KV, 7, H), _noise(2, KV, 7, H) + 1), jnp.array([7, 4])
     limit = None if reach == FAR else jnp.int32(reach)
@@ -60,7 +60,7 @@ def test_a_shared_prompt_is_as_a_copy_of_it_before_each_response(N, T, block, re
 
 @pytest.mark.parametrize("block", [128, 4])
 def test_without_a_prompt_it_is_causal_attention(block, monkeypatch):
-    monkeypatch.setattr(attention, "BLOCK", block)
+    monkeypatch.setattr(tiles, "QUERIES", block)
     q, k, v = _sequences(2, 1, 10)
     flat = q[:, 0].reshape(2, 10, KV * R, H), k[:, 0], v[:, 0]
 

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pujax.models import logps
+from pujax.models import tiles
 from pujax.models.logps import mean_logps, response_logps
 from pujax.types import Tokens
 
@@ -33,6 +33,6 @@ def test_log_probs_are_those_of_the_plain_forward_whatever_the_chunk(
     expected = np.where(mask, expected, 0)
     after = Tokens(jnp.asarray(ids), jnp.asarray(lengths))
     for chunk in (8, 512):
-        monkeypatch.setattr(logps, "CHUNK", chunk)
+        monkeypatch.setattr(tiles, "TOKENS", chunk)
         found = jax.jit(lambda *given: response_logps(model, *given))(params, after, tokens, mask)
         np.testing.assert_allclose(found, expected, atol=1e-4)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pujax.models import unembed
+from pujax.models import tiles, unembed
 from pujax.models.unembed import chosen_logps
 
 CHUNKS, USED = 3, 2
@@ -12,7 +12,7 @@ CHUNKS, USED = 3, 2
 @pytest.fixture
 def work(monkeypatch):
     """Hidden states, a table of 30 words in blocks of 6, tokens, and weights of their log-probs."""
-    monkeypatch.setattr(unembed, "BLOCK", 6)
+    monkeypatch.setattr(tiles, "WORDS", 6)
     rng = np.random.default_rng(0)
     hidden = rng.normal(0, 2, (CHUNKS, 2, 4, 8)).astype(np.float32)
     table = rng.normal(0, 2, (30, 8)).astype(np.float32)
@@ -34,7 +34,7 @@ def test_two_words_by_hand():
 
 
 def test_blocks_hold_every_word_once_and_are_near_the_size_asked_for(monkeypatch):
-    monkeypatch.setattr(unembed, "BLOCK", 6)
+    monkeypatch.setattr(tiles, "WORDS", 6)
     table = jnp.arange(30.0)[:, None]
     assert unembed._blocks(table).shape == (6, 5, 1)
     assert sorted(unembed._blocks(table).ravel().tolist()) == list(range(30))
