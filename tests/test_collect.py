@@ -193,6 +193,24 @@ def test_what_waits_beside_a_store_is_told_by_stats(tmp_path, capsys):
     ]
 
 
+def test_stats_tell_of_what_a_crash_cut_off(server, prompts, tmp_path, capsys):
+    assert collect(tmp_path, *asking(server.url, prompts)).returncode == 0
+    store = tmp_path / "anchors.jsonl"
+    whole = store.read_bytes()
+    store.write_bytes(whole[:-9])
+    describe_and_tell(CollectRun(store=str(store), stats=True))
+    told = capsys.readouterr().out.splitlines()
+    assert told[0] == "answers        19"
+    size = len(whole[:-9]) - whole[:-9].rindex(b"\n") - 1
+    assert told[8:9] == [
+        f"cut off        {store} ends in {size} bytes of a record that a crash cut off: the next "
+        "collection leaves it out"
+    ]
+    store.write_bytes(whole + b'{"mine": 1}')
+    with pytest.raises(StoreError, match=r"anchors\.jsonl: "):
+        describe_and_tell(CollectRun(store=str(store), stats=True))
+
+
 def test_replay_needs_no_teacher_and_names_what_is_missing(server, prompts, tmp_path):
     collect(tmp_path, *asking(server.url, prompts))
     replay = ("store=anchors.jsonl", "data.prompts=prompts.jsonl")

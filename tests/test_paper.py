@@ -473,6 +473,29 @@ def test_a_difference_that_no_seed_or_prompt_changes_has_an_interval_of_no_width
     assert "| high − low | **+0.250 [0.250, 0.250]** |" in text
 
 
+def test_an_arm_is_above_its_origin_by_the_seeds_that_both_have(tmp_path):
+    sft = [made("sft", "SFT", 0, seed, (0.25, 0.25 + 0.25 * seed)) for seed in range(3)]
+    grpo = [made("grpo", "GRPO", 1, seed, (0.5, 0.5 + 0.25 * seed)) for seed in (1, 2)]
+    lines = [tables.Line("SFT", tuple(sft)), tables.Line("GRPO", tuple(grpo))]
+    lines[0].first["origin"] = None
+    # Seeds 1 and 2: 0.375 and 0.5 of SFT, 0.625 and 0.75 of GRPO.
+    text = tables.above_origin(lines, lines)
+    assert text.count("−") == 1
+    assert "| GRPO − SFT | 2 | **+0.250 [" in text
+    assert tables.above_origin(lines[:1], lines) == ""
+
+
+def test_of_an_arms_choices_the_one_that_validation_likes_stands_for_it(tmp_path):
+    low = made("grpo", "low", 0, 0, (0.25, 0.5))
+    same, high = (made("grpo", title, 0, 0, (0.5, 0.5)) for title in ("same", "high"))
+    lines = [tables.Line(run["title"], (run,)) for run in (low, high, same)]
+    assert tables.best_of_arms(lines)["grpo"].title == "high"
+    raw.write(tmp_path, made("sft_continued", "SFT continued", 0, 0, (0.25, 0.75), "validation"))
+    raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0), "validation", device="chip"))
+    text = "\n\n".join(tables.sections(raw.read_all(tmp_path)))
+    assert "| GRPO − SFT continued | **+0.125 [" in text
+
+
 def test_figures_are_drawn_of_what_there_is(tmp_path):
     course = [
         {"model": "base", "step": 0, "seconds": {"wall": 0, "processor": 0}, "kl": None}

@@ -153,6 +153,39 @@ def against(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
     return grid(["difference", *(shown[metric].title for metric in metrics)], rows)
 
 
+def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
+    """How far each arm is above the model that it starts from, over the seeds that both have."""
+    named = {line.first["name"]: line for line in others}
+    shown = lines[0].shown
+    metrics = [metric for metric in COMPARED if metric in shown]
+    rows = []
+    for line in lines:
+        origin = named.get(line.first["origin"] or "")
+        if origin is None:
+            continue
+        runs = (line.runs, origin.runs)
+        seeds = set.intersection(*({run["seed"] for run in each} for each in runs))
+        one, other = (
+            Line(title, tuple(run for run in each if run["seed"] in seeds)).evaluations()
+            for title, each in zip((line.title, origin.title), runs, strict=True)
+        )
+        if seeds:
+            found = compare_runs(other, one)
+            cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
+            rows.append([f"{line.title} − {origin.title}", str(len(seeds)), *cells])
+    return grid(["difference", "seeds", *(shown[m].title for m in metrics)], rows) if rows else ""
+
+
+def best_of_arms(lines: Sequence[Line]) -> dict[str, Line]:
+    """Of each arm the line that does best with seed 0 by what decides; of equals the first."""
+    best: dict[str, Line] = {}
+    for line in lines:
+        arm, metric = line.first["arm"], line.first["metric"]
+        if arm not in best or raw.mean(line.first, metric) > raw.mean(best[arm].first, metric):
+            best[arm] = line
+    return best
+
+
 def by_kind(lines: Sequence[Line]) -> str:
     """The metric that decides by kind of prompt, and ROUGE-L of the kinds that haven't it."""
     first = lines[0].first
@@ -199,12 +232,13 @@ def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
     found = [result for result in results.values() if result["group"] == PACE]
     if not found:
         return ""
+    clock, of = ("wall", "") if found[0].get("device") else ("processor", "processor ")
     sft, align = (
-        fmean(result["step_s"][stage]["processor"] for result in found)
-        for stage in ("sft", "align")
+        fmean(result["step_s"][stage][clock] for result in found) for stage in ("sft", "align")
     )
+    runs = "a run" if len(found) == 1 else f"{len(found)} runs"
     return (
-        f"\n\nMeasured side by side in {len(found)} runs, a step of SFT took {sft:.2f} processor "
+        f"\n\nMeasured side by side in {runs}, a step of SFT took {sft:.2f} {of}"
         f"seconds and one of alignment {align:.2f}: SFT continued for {align / sft:.2f} times as "
         "many steps."
     )
@@ -278,7 +312,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     by_arm = {line.first["arm"]: line for line in tested}
     if arms:
         size = arms[0].first["prompts"]
-        machines = sorted({run["machine"]["processor"] for line in tested for run in line.runs})
+        runs = [run for line in tested for run in line.runs]
+        machines = sorted({run.get("device") or run["machine"]["processor"] for run in runs})
         yield (
             f"{size['evaluated']} test prompts, {size['with an answer']} of them with a true "
             f"answer; {size['training']} training prompts. Sampled: the mean over answers at "
@@ -291,6 +326,11 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             "10,000 resamples; bold where they exclude 0, which one in twenty does by chance. With "
             "one seed a side they are over prompts alone.\n\n" + against(arms, by_arm)
         )
+        if text := above_origin(arms, tested):
+            yield (
+                "## Against the model that an arm starts from\n\nThe same intervals, over the "
+                "seeds that both have; no use is made of what the two of a seed share.\n\n" + text
+            )
     if fresh := of_group(tested, "fresh"):
         yield (
             "## Prompts that SFT has not seen\n\nSFT on one half of the prompts; the other half is "
@@ -321,12 +361,18 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"{PRICE['prompt_tokens'] * 1e6:g} and {PRICE['completion_tokens'] * 1e6:g} a million "
             f"tokens in and out; a judge reads prompt, anchor and candidate and answers one token; "
             f"people are paid {HOUR:g} an hour and take {PAIR_S:g} s a pair; a reward model is "
-            f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on the same machine."
+            f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on a machine of one's own."
         )
     if chosen:
-        yield "## Validation\n\nWhat was compared to choose settings.\n\n" + quality(
-            [Line(_named(line), line.runs) for line in chosen]
-        )
+        named = [Line(_named(line), line.runs) for line in chosen]
+        text = "## Validation\n\nWhat was compared to choose settings.\n\n" + quality(named)
+        best = best_of_arms(named)
+        if len(best) > 1:
+            text += (
+                "\n\nThe better choice of each arm, over the prompts that it was chosen by: leads, "
+                "not results.\n\n" + against([*best.values()], best)
+            )
+        yield text
 
 
 def _named(line: Line) -> str:

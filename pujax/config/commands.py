@@ -306,6 +306,10 @@ def listed(key: str, value: Any) -> list[str]:
     return values
 
 
+# What the runtimes of GPUs and TPUs say in an error of the device's, and not of the program's.
+_DEVICE = re.compile(r"\bCUDA|\bcu(DNN|BLAS)|\bhip[A-Z]|\bROCM|^(UNAVAILABLE|DATA_LOSS|ABORTED)\b")
+
+
 def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tuple[int, str | None]:
     """The exit status and the one line for what ended a command; no line for a fault of ours."""
     if isinstance(error, StopRequested):
@@ -334,7 +338,27 @@ def _ending(error: BaseException, overrides: Sequence[str], schema: type) -> tup
         where = error.filename or ("standard output" if _is_of_output(error) else "")
         place = f"{where}: " if where else ""
         return 1, f"{place}{error.strerror or error}" + (f": {remedy}" if remedy else "")
-    return 1, _of_environment(error)
+    return 1, _of_device(error) or _of_environment(error)
+
+
+def _of_device(error: BaseException) -> str | None:
+    """What an accelerator's failure, or too little memory on it, is called; else None."""
+    said = " ".join(str(error).split())
+    if type(error).__name__ != "JaxRuntimeError":  # by name, for jax may not have been imported
+        return None
+    if "RESOURCE_EXHAUSTED" in said:
+        return (
+            f"the device has too little memory ({said[:200]}): take fewer at a time (sft.batch, "
+            "align.prompts or align.microbatch=1, eval.batch), recompute more (model.remat=full), "
+            "train adapters alone (model.lora.rank=16), split the model (mesh.fsdp), or end what "
+            "else uses the device; `pujax benchmark plan=true` says what fits"
+        )
+    if _DEVICE.search(said):
+        return (
+            f"the device failed ({said[:200]}): the same command goes on from what was saved last; "
+            "where it fails again, see to driver, device and jax's version"
+        )
+    return None
 
 
 def _is_of_output(error: OSError) -> bool:
@@ -513,7 +537,31 @@ def secrets_hidden(text: str, overrides: Iterable[str]) -> str:
 
 def _sayable(text: str, overrides: Iterable[str]) -> str:
     """The same, without what settings took of the environment, a file's as well as these."""
-    for secret in filter(None, map(str.strip, taken.values())):
+    whole = [*filter(None, map(str.strip, taken.values()))]
+    for secret in [*whole, *(part for value in whole for part in _parts(value))]:
         in_yaml = yaml.safe_dump(secret, allow_unicode=True, width=sys.maxsize)
         text = hide(hide(text, secret), in_yaml.removesuffix("...\n").strip("'\"\n"))
     return secrets_hidden(text, overrides)
+
+
+def _parts(value: str) -> Iterator[str]:
+    """The words of a list or mapping that `${oc.decode:...}` makes of a variable's value.
+
+    Of those as short as a number or a switch any could be another word of the text.
+    """
+    try:
+        read = yaml.safe_load(value)
+    except yaml.YAMLError:
+        return
+    if not isinstance(read, list | dict):
+        return
+    left: list[Any] = [read]
+    seen: set[int] = set()  # an alias of YAML's stands for one more often than once
+    while left:
+        one = left.pop()
+        if isinstance(one, list | dict):
+            inner = one.values() if isinstance(one, dict) else one
+            left += inner if id(one) not in seen else ()
+            seen.add(id(one))
+        elif len(str(one)) >= 8:
+            yield str(one)

@@ -11,7 +11,7 @@ from typing import Any
 from pujax.errors import StoreError
 from pujax.teacher.plan import Plan
 from pujax.teacher.settings import TeacherConfig
-from pujax.teacher.store import anchor_of, read_failures, read_records
+from pujax.teacher.store import anchor_of, check_torn, read_failures, read_records
 from pujax.text import printable
 
 
@@ -45,10 +45,15 @@ def describe(store: Path) -> str:
     bill: Counter[str] = Counter()
     keys: set[str] = set()
     seconds: list[float] = []
+    tails: list[str] = []
+
+    def torn(path: Path, tail: bytes) -> None:
+        check_torn(tail, path)
+        tails.append(f"{path} ends in {len(tail):,} bytes of a record that a crash cut off")
 
     def answers() -> Iterable[tuple[int, str, str]]:
         nonlocal unfinished, thoughts
-        for _, record in read_records(store):
+        for _, record in read_records(store, torn=torn):
             anchor = anchor_of(record)
             unfinished += anchor is not None and not anchor.finished
             thoughts += anchor is None or len(anchor.response) < len(record["response"])
@@ -69,7 +74,7 @@ def describe(store: Path) -> str:
         if answer[-1] not in {text for *_, text in long}:
             long = heapq.nlargest(10, [*long, answer])
     reasons: Counter[str] = Counter()
-    for _, record in read_failures(store):
+    for _, record in read_failures(store, torn):
         reasons[record["reason"]] += 1
         _charge(bill, record)
     lines = [f"answers        {len(lengths):,}" + _twice(len(lengths) - len(keys))]
@@ -86,6 +91,7 @@ def describe(store: Path) -> str:
             f"characters     shortest {min(lengths)}, median {statistics.median(lengths):g}, "
             f"mean {statistics.fmean(lengths):.1f}, longest {max(lengths)}"
         ]
+    lines += [f"cut off        {tail}: the next collection leaves it out" for tail in tails]
     for title, extremes in (("shortest", short), ("longest", long)):
         lines += [f"{title}:"]
         lines += [f"  {size:>6}  {name}  {text!r:.80}" for size, name, text in extremes]

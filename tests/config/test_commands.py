@@ -13,6 +13,7 @@ from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import cloudpickle  # joblib's, as Hydra's launchers use it
+import jax
 import pytest
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from omegaconf import OmegaConf
@@ -825,6 +826,17 @@ def test_a_value_is_hidden_however_yaml_writes_it(monkeypatch, capsys):
     assert re.sub(r"[\s'\"|-]+", "", shown) == "Xa:***Xb:***Xc:***Xd:***"
 
 
+@pytest.mark.parametrize("option", [["--cfg", "job", "--resolve"], ["--cfg", "all"]])
+def test_of_a_list_that_a_variable_holds_each_word_is_hidden(monkeypatch, capsys, option):
+    held = "[first-of-them, {k: second-of-them}, &a [third-of-them], *a, 7]"
+    monkeypatch.setenv("ONCE_LIST", held)
+    words = ["run.name=shown", "trusted=${oc.decode:${oc.env:ONCE_LIST}}", "align.steps=7"]
+    assert called(monkeypatch, print, "experiment=smoke", *option, *words) == 0
+    said = capsys.readouterr().out
+    assert "steps: 7" in said
+    assert "-of-them" not in said
+
+
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
     assert secrets_hidden(" ".join(given), given) == " ".join(given)
@@ -858,6 +870,40 @@ def test_a_command_reads_alike_behind_the_one_entry_point():
 def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "argv", ["pujax evaluate", "--config-dir", str(tmp_path), "run=a"])
     commands.in_new_words("evaluate")
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        # As an H200 said it in a step of SFT.
+        (
+            "INTERNAL: Failed to complete all kernels launched on stream 0x39: CUDA error: Could "
+            "not synchronize CUDA stream: CUDA_ERROR_LAUNCH_FAILED: unspecified launch failure",
+            "the device failed (INTERNAL: Failed to complete all kernels",
+        ),
+        ("UNAVAILABLE: TPU initialization failed", "the device failed (UNAVAILABLE: TPU init"),
+        (
+            "RESOURCE_EXHAUSTED: Out of memory while trying to allocate 9663676416 bytes.\nmore",
+            "the device has too little memory (RESOURCE_EXHAUSTED: Out of memory while trying to",
+        ),
+    ],
+)
+def test_what_an_accelerator_says_as_it_fails_is_one_line(monkeypatch, capsys, said, told):
+    def act(config):
+        raise jax.errors.JaxRuntimeError(said)
+
+    assert called(monkeypatch, act, "+experiment=smoke") == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"pujax.train: {told}")
+    assert "same command goes on" in line or "align.microbatch=1" in line
+
+
+def test_a_fault_of_the_program_in_jax_stays_a_traceback(monkeypatch):
+    def act(config):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: of ours")
+
+    with pytest.raises(jax.errors.JaxRuntimeError, match="of ours"):
+        called(monkeypatch, act, "+experiment=smoke")
 
 
 def test_a_sigterm_that_comes_while_something_is_deleted_ends_the_command():

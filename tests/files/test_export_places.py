@@ -20,7 +20,7 @@ from pujax.files.card import is_card, is_edited, model_card, refuse_foreign_card
 from pujax.files.chat import Chat
 from pujax.files.durable import begun_for, name_beside
 from pujax.files.export import export_gguf, export_hf, export_peft
-from pujax.files.exported import RECORD, recorded
+from pujax.files.exported import RECORD, recorded, refuse_changed
 from pujax.inference.finished import export, finished_run, model_path, newest_runs
 from pujax.models import lora
 from pujax.run.provenance import licence_of, teachers_in
@@ -209,6 +209,11 @@ def test_a_damaged_record_makes_nothing_an_exports(chat, model, tmp_path):
         with pytest.raises(ConfigError, match=r"did not write .* as it is now"):
             export_hf(model[0], model[1], chat, tmp_path, {})
         assert tree(tmp_path) == before
+        # Nor is what stands beside it taken for whole.
+        with pytest.raises(WeightsError, match=r"pujax-export\.json: damaged, so nothing says"):
+            refuse_changed(tmp_path, ["config.json"])
+    (tmp_path / ".pujax-export.json").unlink()
+    refuse_changed(tmp_path, ["config.json"])
 
 
 @pytest.mark.parametrize("torn", ["[]", '{"config.json": 5}', "[" * 5000])
