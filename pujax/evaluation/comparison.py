@@ -14,6 +14,7 @@ from pujax.evaluation import findings, tables
 from pujax.evaluation.cards import answer_cards
 from pujax.evaluation.curves import DARK, LIGHT, colour_of, held_out_panels, together
 from pujax.evaluation.markup import GENERATOR, compared, document, plain, table
+from pujax.evaluation.metrics import Shown
 from pujax.evaluation.page import steps
 from pujax.evaluation.results import OWN, shown_by
 from pujax.evaluation.tables import Arm
@@ -44,7 +45,7 @@ def write(
         f"<h1>{escape(name)}: {counted(runs, 'run')} side by side</h1>",
         _findings(columns, against_first),
         _table(columns, against_first),
-        _curves(arms),
+        _curves(arms, shown_by(run for column in columns for run in column.runs)),
         _settings(arms),
         _directories(page.parent, arms),
         answer_cards([replace(column.runs[0], model=column.model) for column in columns]),
@@ -99,14 +100,15 @@ def _table(columns: Sequence[Arm], against_first: bool) -> str:
     )
 
 
-def _curves(arms: Mapping[str, Sequence[Path]]) -> str:
+def _curves(arms: Mapping[str, Sequence[Path]], shown: Mapping[str, Shown]) -> str:
     """A picture a held-out metric, a line a run, in the colour of its arm."""
     logs = {
         name: [steps(path) for run in runs if (path := run / "metrics.jsonl").is_file()]
         for name, runs in arms.items()
     }
     pictures = []
-    for panel in held_out_panels([line for runs in logs.values() for run in runs for line in run]):
+    lines = [line for runs in logs.values() for run in runs for line in run]
+    for panel in held_out_panels(lines, shown):
         light, dark = (
             "data:image/svg+xml;base64,"
             + base64.b64encode(together(list(logs.values()), theme, panel)).decode()

@@ -1,7 +1,7 @@
 """A run's metrics over its steps, as small plots."""
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -84,21 +84,27 @@ def style_of(theme: Theme) -> dict[Any, Any]:
     }
 
 
-def drawable(lines: Sequence[Line]) -> list[Panel]:
-    """The panels whose metric the run has: on held-out prompts first, then while it trained."""
+NONE_SHOWN: Mapping[str, Shown] = {}
+
+
+def drawable(lines: Sequence[Line], shown: Mapping[str, Shown] = NONE_SHOWN) -> list[Panel]:
+    """The panels whose metric the run has: on held-out prompts first, then while it trained.
+
+    `shown` has the titles of metrics that are not pujax's own.
+    """
     own = [panel for panel in PANELS if any(_series(lines, panel, s) for s in panel.stages)]
-    return [*held_out_panels(lines), *own]
+    return [*held_out_panels(lines, shown), *own]
 
 
-def held_out_panels(lines: Sequence[Line]) -> list[Panel]:
+def held_out_panels(lines: Sequence[Line], shown: Mapping[str, Shown] = NONE_SHOWN) -> list[Panel]:
     """A panel for each held-out metric with a better end, or of one's own."""
+    known = {**shown, **KNOWN}
     found = dict.fromkeys(name for line in lines for name in line if name.startswith(HELD_OUT))
-    shown = {
-        name: KNOWN.get(metric := name.removeprefix(HELD_OUT), Shown(metric)) for name in found
-    }
+    metrics = {name: name.removeprefix(HELD_OUT) for name in found}
+    titled = {name: known.get(metric, Shown(metric)) for name, metric in metrics.items()}
     return [
         Panel(f"Held-out {told.title}", name, "mean over prompts")
-        for name, told in shown.items()
+        for name, told in titled.items()
         if told.better or name.removeprefix(HELD_OUT) not in KNOWN
     ]
 

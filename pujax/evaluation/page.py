@@ -11,7 +11,15 @@ import numpy as np
 from pujax.errors import EvaluationError
 from pujax.evaluation import findings, tables
 from pujax.evaluation.cards import answer_cards, group_cards, samples
-from pujax.evaluation.curves import DARK, LIGHT, SMOOTHED, STAGE_TITLES, curves, drawable
+from pujax.evaluation.curves import (
+    DARK,
+    LIGHT,
+    SMOOTHED,
+    STAGE_TITLES,
+    Panel,
+    curves,
+    drawable,
+)
 from pujax.evaluation.markup import compared, document, plain, table
 from pujax.evaluation.results import Evaluation, load_all, shown_by
 from pujax.evaluation.signal import control_of
@@ -37,8 +45,10 @@ def write(directory: Path) -> Path:
     refuse_unwritable(directory)
     lines = steps(path)
     page = directory / "report.html"
-    drawn = curves(lines, LIGHT, "png", drawable(lines))
-    html = _page(directory, lines).encode(errors="xmlcharrefreplace")
+    evaluations = load_all(directory)
+    panels = drawable(lines, shown_by(evaluations))
+    drawn = curves(lines, LIGHT, "png", panels)
+    html = _page(directory, lines, evaluations, panels).encode(errors="xmlcharrefreplace")
     write_whole(directory / "curves.png", drawn)
     write_whole(page, html)
     return page
@@ -98,8 +108,12 @@ def steps(path: Path) -> list[Line]:
 # The page.
 
 
-def _page(directory: Path, lines: Sequence[Line]) -> str:
-    evaluations = load_all(directory)
+def _page(
+    directory: Path,
+    lines: Sequence[Line],
+    evaluations: Sequence[Evaluation],
+    panels: Sequence[Panel],
+) -> str:
     path = directory / SETTINGS
     config = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
     settings = kept_settings(directory) if path.is_file() else {}
@@ -113,7 +127,7 @@ def _page(directory: Path, lines: Sequence[Line]) -> str:
             _facts(settings, lines),
             _evaluation(evaluations) if evaluations else "",
             _suites(directory),
-            _curves(lines) if drawable(lines) else "",
+            _curves(lines, panels) if panels else "",
             answer_cards(evaluations) if evaluations else "",
             group_cards(groups, settings) if groups else "",
             f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(mask(config))}</pre>"
@@ -214,10 +228,10 @@ def _suites(directory: Path) -> str:
     return "".join(parts)
 
 
-def _curves(lines: Sequence[Line]) -> str:
+def _curves(lines: Sequence[Line], panels: Sequence[Panel]) -> str:
     """A picture a panel, so that narrow pages put them below one another."""
     pictures = []
-    for panel in drawable(lines):
+    for panel in panels:
         light, dark = (
             "data:image/svg+xml;base64,"
             + base64.b64encode(curves(lines, theme, "svg", [panel], columns=1)).decode()

@@ -13,6 +13,7 @@ from pujax import report
 from pujax.errors import DiskError, EvaluationError
 from pujax.evaluation.cards import _answer
 from pujax.evaluation.curves import LIGHT, curves, drawable, held_out, running_mean
+from pujax.evaluation.metrics import Shown
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.evaluation.subjects import SuiteAnswer, keep_answer, kept_answers
@@ -293,6 +294,14 @@ def test_held_out_points_stand_at_the_step_they_are_of_counted_through_both_stag
     np.testing.assert_array_equal([y for _, y, _ in points], [0.1, 0.3, np.nan, 0.5, 0.4])
     # A length has no better end, and no panel of its own.
     assert [panel.title for panel in drawable(lines)] == ["Held-out exact answer", "SFT loss"]
+    # Of another's metric what its YAML calls it; of one of pujax's own nobody else decides that.
+    lines += [{"stage": "eval", "model": "sft", "step": 2, "eval/sampled_exact": 0.5}]
+    shown = {name: Shown(f"called {name}", 3, "higher") for name in ("sampled_exact", "exact")}
+    assert [panel.title for panel in drawable(lines, shown)] == [
+        "Held-out exact answer",
+        "Held-out called sampled_exact",
+        "SFT loss",
+    ]
 
 
 def test_the_page_has_a_panel_for_each_held_out_metric(tmp_path):
