@@ -118,7 +118,8 @@ def test_the_command_ends_in_one_json_object(tmp_path):
         "benchmark.response_tokens=4",
         "benchmark.steps=3",
     ]
-    flags = "--xla_backend_optimization_level=0"  # on one device; see conftest.py
+    # On one device; see conftest.py.
+    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
     alone = os.environ | {"TMPDIR": str(tmp_path), "XLA_FLAGS": flags}
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=900

@@ -42,7 +42,10 @@ SMALL = [
 
 def start(*words, port, index):
     """One of two processes with two devices each."""
-    flags = "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+    flags = (
+        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
+        " --xla_cpu_use_fusion_emitters=false"
+    )
     environment = os.environ | {
         "XLA_FLAGS": flags,
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
