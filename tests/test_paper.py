@@ -313,6 +313,11 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert again.called == []
 
 
+def test_no_runs_at_a_time_are_refused(capsys):
+    assert reproduce.main(["--jobs", "0"]) == 1
+    assert "--jobs=0: give one or more" in capsys.readouterr().err
+
+
 def test_several_runs_at_a_time_begin_when_what_they_need_is_there(profile):
     stub, most, at_work, lock = Stub(), [], [], threading.Lock()
 

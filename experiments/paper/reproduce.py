@@ -100,6 +100,7 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
     options = parser.parse_args(words)
     try:
+        require(options.jobs > 0, "--jobs", options.jobs, "give one or more")
         profile = load_profile(options.arms.resolve(), options.profile)
         found = look(profile)
         print("\n".join(told(profile, found, options.only)), flush=True)
