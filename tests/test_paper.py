@@ -108,10 +108,10 @@ def known(profile, results=None, prompts=10_000, tests=True):
     return Found(profile.metric, results or {}, prompts, tests)
 
 
-def walked(profile, score, failing=()):
+def walked(profile, score, failing=(), only=None):
     """The tasks in the order in which they are done, with the results that `score` gives."""
     found, order = known(profile), []
-    while (task := next_task(tasks_of(profile, found), found)) is not None:
+    while (task := next_task(tasks_of(profile, found, only), found)) is not None:
         order.append(task)
         if task.run.name in failing:
             found.failed.add(task.key)
@@ -184,6 +184,25 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
         found.results["pace", number, "validation"]["step_s"]["align"]["wall"] = seconds
     _, run = plan.way_to(replace(profile, clock="wall"), found, "sft_continued", 1)
     assert run.steps("sft") == round(200 * 20 / 3)
+
+
+def test_it_continues_by_the_steps_that_validation_chose_for_the_alignment(profile):
+    grpo = replace(profile.arms["grpo"], choose={"align.steps": [200, 400]})
+    profile = replace(profile, arms={**profile.arms, "grpo": grpo})
+    order = walked(profile, lambda run: run.steps("align"))
+    assert [t.run.steps("sft") for t in order if t.run.arm.name == "sft_continued"] == [1200] * 4
+    names = [task.run.name for task in order]
+    assert names.index("grpo-steps400") < names.index("sft_continued")
+
+
+def test_an_arm_alone_is_done_with_all_that_it_needs():
+    """Its own line has another origin than that of the run which says how long it may continue."""
+    profile = load_profile(reproduce.HERE / "arms.yaml", "paper")
+    order = walked(profile, lambda run: 0.5, only="sft_half_continued")
+    arms = list(dict.fromkeys(task.run.arm.name for task in order))
+    assert arms == ["sft_half", "sft", "pace", "sft_half_continued"]
+    left = tasks_of(profile, known(profile, {t.key: result_of(t) for t in order}), arms[-1])
+    assert {task.key for task in left} == {task.key for task in order}
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():
@@ -311,6 +330,24 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     again = Stub()
     assert reproduce.work(profile, "random", again.call) == 0
     assert again.called == []
+
+
+def test_a_run_that_failed_once_is_tried_again_and_what_has_no_way_to_it_fails(profile, capsys):
+    stub, failed = Stub(), []
+
+    def call(words):
+        if words[1].endswith("train") and words not in failed:
+            failed.append(words)
+            return 1
+        return stub.call(words)
+
+    assert reproduce.work(profile, "random", call) == 0
+    assert stub.called.count("train") == len(failed) == 5
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Found, "ready", lambda found, task: False)
+        (profile.results / "raw" / "random-lr1e-05-seed0-test.json").unlink()
+        assert reproduce.work(profile, "random", call) == 1
+    assert capsys.readouterr().out.endswith("not begun: random-lr1e-05, seed 0, test\n")
 
 
 def test_no_runs_at_a_time_are_refused(capsys):

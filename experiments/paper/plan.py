@@ -312,7 +312,9 @@ def made(
         needs.append(origin)
         settings["model.path"] = str(shown(origin.directory / "export"))
     if line[0].as_long_as:
-        paces, settings["sft.steps"] = paced(profile, found, line[0])
+        first, paces, settings["sft.steps"] = paced(profile, found, line[0])
+        before = [*before, *first]
+        decided = [*decided, *first]
         needs += paces
     prompts = prompts_of(profile, name)
     run = Run(
@@ -330,10 +332,14 @@ def made(
     return [*before, *needs], run
 
 
-def paced(profile: Profile, found: Found, arm: Arm) -> tuple[list[Run], int]:
-    """The runs that measure, and by them the SFT steps that take as long as another's alignment."""
+def paced(profile: Profile, found: Found, arm: Arm) -> tuple[list[Run], list[Run], int]:
+    """By how many SFT steps an arm goes on, which take as long as another's alignment.
+
+    Before them what has to be done first, and the runs that measure the paces.
+    """
     longer, pacer = str(arm.as_long_as), str(arm.paced_by)
-    runs = [way_to(profile, found, pacer, seed)[1] for seed in range(profile.arms[pacer].seeds)]
+    ways = [way_to(profile, found, pacer, seed) for seed in range(profile.arms[pacer].seeds)]
+    runs = [run for _, run in ways]
     known = [result for result in map(found.of, runs) if result is not None]
     sft_s, align_s = (
         fmean(
@@ -341,8 +347,12 @@ def paced(profile: Profile, found: Found, arm: Arm) -> tuple[list[Run], int]:
         )
         for stage in ("sft", "align")
     )
-    _, aligned = way_to(profile, found, longer, 0)
-    return runs, equal_steps(aligned.steps("align"), align_s, sft_s)
+    tried, point = choice(profile, found, longer)
+    first = [each for before, _ in ways for each in before]
+    if "align.steps" in point:
+        first += tried
+    aligned = made(profile, found, longer, 0, point, ())[1]
+    return first, runs, equal_steps(aligned.steps("align"), align_s, sft_s)
 
 
 def equal_steps(steps: int, align_s: float, sft_s: float) -> int:

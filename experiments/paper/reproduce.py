@@ -65,7 +65,7 @@ class Children:
 
     def _pass_on(self, number: int, _: object) -> None:
         self.wished = number
-        for child in self.at_work:
+        for child in [*self.at_work]:  # threads take away those that end
             child.send_signal(number)
 
     def call(self, words: list[str]) -> int:
@@ -223,7 +223,10 @@ def work(profile: Profile, only: str | None, call: Call, jobs: int = 1, device: 
                     print("no tables: the runs go on, and make them again")
     for name, seed, split in sorted(failed):
         print(f"failed: {name}, seed {seed}, {split}")
-    return 1 if failed else 0
+    left = [task for task in tasks if task.key not in found.results and not found.blocked(task)]
+    for task in left:  # of which something is behind that is no task: a fault of the plan
+        print(f"not begun: {task.run.name}, seed {task.run.seed}, {task.split}")
+    return 1 if failed or left else 0
 
 
 def command_of(profile: Profile, task: Task) -> list[str]:
@@ -275,7 +278,10 @@ def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
     if not end.exists():
         begun = time.monotonic()
         if call(words):
-            return False
+            # A device or a lack of memory may have failed it, which shall choose no setting.
+            print(f"again, from what it saved: {run.name}, seed {run.seed}", flush=True)
+            if call(words):
+                return False
         seconds = time.monotonic() - begun if task.split == "test" else None
     result = raw.result(
         key=task.key,

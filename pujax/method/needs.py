@@ -1,14 +1,15 @@
 """What a loss learns from besides the candidates."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from pujax.errors import ConfigError
 from pujax.method.labels import dimensions_of, labels_of, softmax_labels
-from pujax.types import Group, LabelRule, LossFn, Tokens
+from pujax.types import Group, LabelRule, LossFn, Metrics, Tokens
 
 
 @dataclass(frozen=True)
@@ -17,13 +18,15 @@ class Needs:
 
     Without `anchor` the anchors stay out of the gradient's pass. Without `reference` there are no
     reference log-probs. With `members` it learns from several scores of a response one by one, with
-    `kl` from what a batch of given responses says of KL(policy || reference).
+    `kl` from what a batch of given responses says of KL(policy || reference). `unmade` are the
+    loss's metrics that would tell of what is not computed, and so are not logged.
     """
 
     anchor: bool = True
     reference: bool = True
     members: bool = False
     kl: bool = False
+    unmade: frozenset[str] = field(default=frozenset(), compare=False)
 
 
 def needs_of(
@@ -38,16 +41,16 @@ def needs_of(
 
     On many random groups: is there any gradient at the anchor, and does any move when the
     reference log-probs do, or members or the KL? The groups differ in lengths, in which responses
-    were cut off, in how far the policy has moved, and in level and spread of scores and log-probs;
-    what a loss learns from in rarer cases alone must be said with `anchor` or `reference`
-    (`loss.needs` in a YAML).
+    were cut off, in how far the policy has moved, in level and spread of scores and log-probs, and
+    in whether scores are tied; what a loss learns from in rarer cases alone must be said with
+    `anchor` or `reference` (`loss.needs` in a YAML).
 
     Raises `ConfigError` for a loss that learns from nothing in such groups, and for one that
     learns from what is said not to be needed.
     """
     logps, group, (one, other), (members, others), kl = _random_groups(labels, candidates)
 
-    def gradients(logps: Array, group: Group) -> list[Array]:
+    def looked_at(logps: Array, group: Group) -> tuple[list[Array], list[Metrics]]:
         group = _labelled(group, labels, members)
         family = {"ref_logps": one, "members": members, "kl": kl}
         variants = [
@@ -57,9 +60,15 @@ def needs_of(
             family | {"members": others},
             family | {"kl": kl + 1},
         ]
-        return [_gradient(loss_fn, logps, replace(group, **changed)) for changed in variants]
+        gradients, told = zip(
+            *(_gradient(loss_fn, logps, replace(group, **changed)) for changed in variants),
+            strict=True,
+        )
+        elsewhere = logps.at[:, 0].add(other[:, 0] - one[:, 0])
+        _, of_anchor = loss_fn(elsewhere, replace(group, ref_logps=one))
+        return [*gradients], [*told[:2], of_anchor]
 
-    first, second, *family = jax.jit(gradients)(logps, group)
+    (first, second, *family), told = jax.jit(looked_at)(logps, group)
     if not jnp.any(first):
         raise ConfigError(
             f"loss: it learns nothing from groups of {candidates} candidates under these labels, "
@@ -75,11 +84,15 @@ def needs_of(
     for name, said in (("anchor", anchor), ("reference", reference)):
         if said is False and getattr(found, name):
             raise ConfigError(f"loss.needs.{name}=False: the loss learns from it: take that out")
-    return replace(
+    found = replace(
         found,
         anchor=found.anchor if anchor is None else anchor,
         reference=found.reference if reference is None else reference,
     )
+    unmade = set[str]()
+    for kept, others in ((found.reference, told[1]), (found.anchor, told[2])):
+        unmade |= {name for name in others if not kept and _differ(told[0][name], others[name])}
+    return replace(found, unmade=frozenset(unmade))
 
 
 def ignores_labels(loss_fn: LossFn, labels: LabelRule, candidates: int) -> bool:
@@ -89,14 +102,22 @@ def ignores_labels(loss_fn: LossFn, labels: LabelRule, candidates: int) -> bool:
     def gradients(logps: Array, group: Group) -> list[Array]:
         group = replace(group, ref_logps=reference)
         rules = (labels, softmax_labels)
-        return [_gradient(loss_fn, logps, _labelled(group, rule, members)) for rule in rules]
+        return [_gradient(loss_fn, logps, _labelled(group, rule, members))[0] for rule in rules]
 
     one, other = jax.jit(gradients)(logps, group)
     return not jnp.any(one != other)
 
 
-def _gradient(loss_fn: LossFn, logps: Array, group: Group) -> Array:
-    return jax.grad(lambda logps: loss_fn(logps, group)[0].sum())(logps)
+def _gradient(loss_fn: LossFn, logps: Array, group: Group) -> tuple[Array, Metrics]:
+    def summed(logps: Array) -> tuple[Array, Metrics]:
+        loss, metrics = loss_fn(logps, group)
+        return loss.sum(), metrics
+
+    return jax.grad(summed, has_aux=True)(logps)
+
+
+def _differ(one: Array, other: Array) -> bool:
+    return not np.array_equal(np.asarray(one), np.asarray(other), equal_nan=True)
 
 
 def _labelled(group: Group, rule: LabelRule, members: Array) -> Group:
@@ -108,8 +129,8 @@ def _random_groups(
     labels: LabelRule, candidates: int
 ) -> tuple[Array, Group, list[Array], list[Array], Array]:
     """Log-probs and a group without labels; two each of reference log-probs and members; a KL."""
-    B, G, T = 512, candidates + 1, 4
-    key = iter(jax.random.split(jax.random.key(0), 16))
+    B, G, T = 512, candidates + 1, 12
+    key = iter(jax.random.split(jax.random.key(0), 32))
 
     def noise(*shape: int) -> Array:
         return jax.random.normal(next(key), shape)
@@ -128,6 +149,10 @@ def _random_groups(
     scores = any_of([0.0, 0.0, 1.0, 5.0, 30.0, -1.0, -5.0, -30.0], B, 1) + noise(B, G) * any_of(
         [0.01, 1.0, 1.0, 10.0], B, 1
     )
+    # As a reward of right and wrong gives them: all candidates tied, with the anchor or without.
+    tied = any_of([0.0, 0.0, 0.0, 1.0, 2.0], B, 1)
+    scores = jnp.where((tied > 0) & (jnp.arange(G)[None] > 0), scores[:, 1:2], scores)
+    scores = jnp.where(tied > 1, jnp.round(scores[:, 1:2]), scores)
     group = Group(
         prompts=Tokens(jnp.zeros((B, 1), jnp.int32), jnp.ones((B,), jnp.int32)),
         tokens=jnp.zeros((B, G, T), jnp.int32),

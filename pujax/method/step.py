@@ -114,12 +114,18 @@ def rollout_with(
     there = None if completions.scores is None else jnp.isfinite(candidates)
     metrics = {
         "score/mean": candidates.mean(where=there),
-        "score/std": candidates.std(axis=1, where=there).mean(),
+        "score/std": _mean_std(candidates, there),
         "samples/length": completions.mask.sum(axis=-1).mean(where=there),
         "samples/finished": completions.finished.mean(where=there),
         "samples/tokens": completions.mask.sum(),
     }
     return group, metrics | notes, states
+
+
+def _mean_std(scores: Array, there: Array | None) -> Array:
+    """The mean over prompts of their candidates' standard deviation, of those that have any."""
+    some = None if there is None else there.any(axis=1)
+    return scores.std(axis=1, where=there).mean(where=some)
 
 
 def sample_candidates(
@@ -386,6 +392,8 @@ def update(
 
 def _was_made(metric: str, needs: Needs) -> bool:
     """Whether the log-probs that this metric is made of were computed."""
+    if metric in needs.unmade:
+        return False
     if metric == "logps/anchor":
         return needs.anchor
     return needs.reference or not metric.startswith(("kl/", "reward/"))

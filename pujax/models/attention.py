@@ -50,6 +50,8 @@ def attend(
     `q` comes scaled. With `reach` a token sees itself and the `reach - 1` tokens before it alone.
     """
     B, N, T, KV, R, H = q.shape
+    if T == 0:  # as of responses of one token, whose states predict nothing
+        return jnp.zeros((B, N, 0, KV * R * H), v.dtype)
     most = queries(B * KV * R * (T + (0 if shared is None else shared.k.shape[-2])))
     blocks = -(-T // most)
     size = blocks * -(-T // blocks)

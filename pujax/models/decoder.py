@@ -22,7 +22,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from pujax.models.attention import KEPT, Shared, attend, attend_next
-from pujax.models.packing import Grid, TokenBudget, places
+from pujax.models.packing import Grid, TokenBudget, places, through_last
 from pujax.models.parameters import (
     KERNELS,
     TENSOR,
@@ -155,8 +155,8 @@ class LanguageModel(nn.Module):
 
         Position t sees the whole prompt and its own response's tokens up to t. Padding sits to
         the right of a response, so it changes nothing before it. With `mask` and a budget, into
-        which the tokens that it marks and the prompts' must fit, padding is not computed, and its
-        states are 0.
+        which the tokens up to the last that it marks and the prompts' must fit, padding is not
+        computed, and its states are 0.
         """
         fresh = isinstance(after, Tokens)
         budget = None
@@ -398,7 +398,7 @@ class LanguageModel(nn.Module):
         pack = None
         if budget is not None:
             assert self.budget is not None
-            real_BGT = jnp.ones((B, G, T), bool) if mask is None else mask
+            real_BGT = jnp.ones((B, G, T), bool) if mask is None else through_last(mask)
             pack = places(row(at_BP < lengths[:, None], real_BGT), budget, self.budget.ways)
         # S is P + G·T. Between `taken` and `spread` a token may stand in a pack instead of its row.
         grid = Grid((B, P + G * T), pack)

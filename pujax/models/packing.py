@@ -22,6 +22,7 @@ class TokenBudget:
 
     def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
         """Whether a batch's real tokens, or those of each of its parts, are no more than that."""
+        mask = through_last(mask)
         if self.ways == 1:
             return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
         prompts, responses = (x.reshape(self.ways, -1).sum(axis=1) for x in (prompt_lengths, mask))
@@ -32,6 +33,11 @@ class TokenBudget:
         part, whole = (-(-count // self.ways) for count in (part, whole))
         prompts, responses = (-(-n * part // whole) for n in (self.prompts, self.responses))
         return replace(self, prompts=prompts, responses=responses)
+
+
+def through_last(mask: Bool[Array, "*N T"]) -> Bool[Array, "*N T"]:
+    """Each response's tokens up to its last marked one: a gap in the mask is read, if not learnt."""
+    return jax.lax.cummax(mask.astype(jnp.int8), axis=mask.ndim - 1, reverse=True) > 0
 
 
 def places(mask: Bool[Array, "B S"], budget: int, ways: int = 1) -> Int[Array, "*W C"]:

@@ -54,17 +54,50 @@ def anchor_where_it_is_shorter(logps, group):
     return jnp.where(short, nll(logps[:, 0], group.mask[:, 0]), nll(logps[:, 1], group.mask[:, 1]))
 
 
+def anchor_where_all_are_tied(logps, group):
+    tied = jnp.all(group.scores[:, 1:] == group.scores[:, 1:2], axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(tied, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_it_ties_with_all(logps, group):
+    tied = jnp.all(group.scores == group.scores[:, :1], axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(tied, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
+def anchor_where_one_is_long(logps, group):
+    long = jnp.any(group.mask.sum(axis=-1)[:, 1:] > 8, axis=1)
+    rest = losses.grpo(logps, group, kl_coef=0.0)[0]
+    return rest + jnp.where(long, nll(logps[:, 0], group.mask[:, 0]), 0), {}
+
+
 @pytest.mark.parametrize(
     "loss",
     [
         anchor_where_all_scored_low,
+        anchor_where_all_are_tied,
+        anchor_where_it_ties_with_all,
+        anchor_where_one_is_long,
         anchor_where_one_was_cut_off,
         lambda logps, group: (anchor_where_it_is_shorter(logps, group), {}),
     ],
-    ids=["scores", "finished", "lengths"],
+    ids=["scores", "tied", "tied with the anchor", "long", "finished", "lengths"],
 )
 def test_a_loss_that_learns_from_some_anchors_needs_them(loss):
     assert needs_of(loss, ALONE, 4) == Needs(anchor=True, reference=False)
+
+
+def test_what_a_loss_logs_of_what_is_not_computed_is_not_logged():
+    def loss(logps, group):
+        moved = jnp.sum(logps - group.ref_logps, axis=-1, where=group.mask).mean()
+        told = {"mine/moved": moved, "mine/anchor": logps[:, 0].mean()}
+        told |= {"mine/score": group.scores.mean(), "mine/none": jnp.float32(jnp.nan)}
+        return losses.grpo(logps, group, kl_coef=0.0)[0], told
+
+    assert needs_of(loss, ALONE, 4).unmade == {"mine/moved", "mine/anchor"}
+    assert needs_of(loss, ALONE, 4, reference=True, anchor=True).unmade == set()
+    assert needs_of(losses.nnpu, ALONE, 4).unmade == set()
 
 
 def test_what_a_loss_needs_in_rare_cases_can_be_said():
