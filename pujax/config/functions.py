@@ -106,7 +106,7 @@ def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[st
         try:
             function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
             built = build(function, f"{key}.function", trusted)
-            try_metric(key, built)
+            try_metric(key, built, config.samples)
             try:
                 metrics[name] = Metric(built, Shown(**shown))
             except ConfigError as error:

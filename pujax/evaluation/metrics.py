@@ -6,7 +6,7 @@ A metric is a function of a `Reading` to a number, or None where the prompt has 
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, exp
 from typing import Any
 
@@ -170,7 +170,10 @@ def pass_at_k(reading: Reading, *, k: int = 4, metric: MetricFn = exact) -> floa
     share = sampled(reading, metric=metric)
     if share is None:
         return None
-    require(n >= k, "eval.samples", n, f"pass@{k} needs at least {k}")
+    need = (
+        f"pass@{k} needs at least {k}: draw more, or measure others, as eval=[exact,sampled_exact]"
+    )
+    require(n >= k, "eval.samples", n, need)
     return 1.0 - comb(n - round(share * n), k) / comb(n, k)
 
 
@@ -207,21 +210,25 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
     return values
 
 
-def try_metric(key: str, function: MetricFn) -> None:
-    """Call a metric on a made-up reading. Raises `ConfigError` for what no reading can mend.
+def try_metric(key: str, function: MetricFn, samples: int = 2) -> None:
+    """Call a metric on a made-up reading of so many sampled answers.
 
-    That is a function that takes something else, or returns no number; whatever it raises may lie
-    in the reading, and is left to `measure`.
+    Raises `ConfigError` for what no reading can mend: a function that takes something else, returns
+    no number, or says itself that a setting doesn't fit. Whatever else it raises may lie in the
+    reading, and is left to `measure`.
     """
+    reading = replace(MADE_UP, samples=("4", "5", *("4",) * samples)[:samples])
     try:
-        inspect.signature(function).bind(MADE_UP)
+        inspect.signature(function).bind(reading)
     except TypeError as error:
         raise ConfigError(
             f"{key}: {name_of(function)}: {error}: a metric takes one reading, and its settings "
             "after a *"
         ) from error
     try:
-        made = function(MADE_UP)
+        made = function(reading)
+    except ConfigError:
+        raise
     except Exception:
         return
     _number(key, function, made, "on a made-up prompt")

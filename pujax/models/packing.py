@@ -36,7 +36,7 @@ class TokenBudget:
 
 
 def through_last(mask: Bool[Array, "*N T"]) -> Bool[Array, "*N T"]:
-    """Each response's tokens up to its last marked one: a gap in the mask is read, if not learnt."""
+    """Each response's tokens up to its last marked one: a gap is read, if not learnt."""
     return jax.lax.cummax(mask.astype(jnp.int8), axis=mask.ndim - 1, reverse=True) > 0
 
 

@@ -160,9 +160,8 @@ def _ratings(value: Any, name: str, place: str) -> Ratings:
         if number is None:  # as Parquet fills up an object that lacks it
             continue
         if isinstance(number, bool) or not isinstance(number, int | float):
-            raise PromptError(
-                f"{place}: {name} {dimension!r} must be a number, found {number!r:.60}"
-            )
+            of = f" {dimension!r}" if isinstance(value, Mapping) else ""
+            raise PromptError(f"{place}: {name}{of} must be a number, found {number!r:.60}")
         try:
             rating = float(number)
         except OverflowError:  # a whole number of hundreds of digits

@@ -59,6 +59,11 @@ def load_prompts(
         if before is None:
             seen[name] = digest
             yield prompt
+        elif before != digest and row.get("id") is None:
+            raise PromptError(
+                f"{place}: the same prompt came before with another answer or kind, or one of the "
+                "two without: keep one of them"
+            )
         elif before != digest:
             raise PromptError(
                 f"{place}: id {prompt.id!r} came before with other content: give each its own"

@@ -352,12 +352,13 @@ class Anchors:
             self.found[name] = anchor
 
 
-def read_anchors(path: Path, model: str | None = None) -> dict[str, Anchor]:
+def read_anchors(path: str | Path, model: str | None = None) -> dict[str, Anchor]:
     """The anchors of a store by `messages_key`, for replay; of `model`'s alone when it is given.
 
     Where one model answered the same messages under several settings the newest answer counts.
     Raises `StoreError` when there is no store, or when two models answered the same messages.
     """
+    path = Path(path)
     if not path.is_file():
         raise StoreError(f"{path}: no such store: collect it with `python -m pujax.collect`")
     anchors = Anchors(path, TeacherConfig(model=model))

@@ -86,7 +86,12 @@ def _values(batch: Any, path: Path, first: int) -> list[dict[str, Any]]:
     Raises `PromptError` for a cell that Python can't hold, such as a date after the year 9999.
     """
     try:
-        return batch.to_pylist()
+        rows = batch.to_pylist()
+        for row in rows:  # pandas makes numbers with a fraction of whole ones where one is missing
+            answer = row.get("answer")
+            if isinstance(answer, float) and answer.is_integer():
+                row["answer"] = int(answer)
+        return rows
     except Exception:  # of a dozen types
         for name, cells in zip(batch.schema.names, batch.columns, strict=True):
             for number, cell in enumerate(cells, first):

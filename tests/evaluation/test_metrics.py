@@ -1,4 +1,5 @@
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -56,6 +57,15 @@ def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
     assert metrics.pass_at_k(replace(READING, samples=()), k=2) is None
     with pytest.raises(ConfigError, match=r"eval\.samples=4: pass@5 needs at least 5"):
         metrics.pass_at_k(READING, k=5)
+
+
+@pytest.mark.parametrize(("samples", "fits"), [(0, True), (3, False), (4, True)])
+def test_too_few_samples_for_a_metric_are_refused_before_anything_is_asked(samples, fits):
+    node = {"_target_": "pujax.evaluation.metrics.pass_at_k", "_partial_": True, "k": 4}
+    config = EvalConfig(samples=samples, metrics={"p": {"function": node, "title": "pass@4"}})
+    wrong = pytest.raises(ConfigError, match=r"eval\.samples=3: pass@4 needs at least 4: draw more")
+    with nullcontext() if fits else wrong:
+        build_metrics(config)
 
 
 FILES = sorted(Path(conf_dir(), "eval").glob("*.yaml"))

@@ -169,7 +169,7 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
             },
             "`prompt` is not what `chosen` answers",
         ),
-        ({**TWO, "ratings": [1, "5"]}, r"rating'? 'rating' must be a number, found '5'"),
+        ({**TWO, "ratings": [1, "5"]}, r"responses\[1\]'s rating must be a number, found '5'"),
         ({**TWO, "ratings": [1, True]}, "must be a number, found True"),
         ({**TWO, "ratings": [1, float("nan")]}, "is nan: it must be finite"),
         ({**TWO, "ratings": [1]}, "`ratings` must be a list of 2"),

@@ -82,6 +82,10 @@ def test_prompts_come_one_at_a_time(tmp_path):
         ([{"messages": [{"role": "user"}]}], r"`messages\[0\]\.content` must be a text"),
         ([{"messages": [{"role": "system", "content": "x"}]}], r"the last turn must be the user's"),
         (
+            [{"prompt": "One", "answer": 4}, {"prompt": "One"}],
+            r"p\.jsonl:2: the same prompt came before with another answer or kind, or one of",
+        ),
+        (
             [{"prompt": "One", "id": "a"}, {"prompt": "Two", "id": "a"}],
             r"p\.jsonl:2: id 'a' came before with other content",
         ),
@@ -224,6 +228,12 @@ def test_parquet_is_a_table_too(tmp_path):
     table = pyarrow.table({"messages": turns, "answer": [3], "id": [2**60]})
     parquet.write_table(table, tmp_path / "p.parquet")
     assert list(load_prompts(str(tmp_path / "p.parquet"))) == [Prompt(str(2**60), user("One"), "3")]
+    # pandas makes 42.0 of 42 where another row has none.
+    asked = ["One", "Two", "Three"]
+    table = pyarrow.table({"prompt": asked, "answer": [42.0, None, 2.5], "id": ["a", "b", "c"]})
+    parquet.write_table(table, tmp_path / "q.parquet")
+    found = load_prompts(str(tmp_path / "q.parquet"))
+    assert [prompt.answer for prompt in found] == ["42", None, "2.5"]
 
 
 def test_a_cell_that_python_can_not_hold_is_named_with_its_row_and_column(tmp_path):

@@ -526,7 +526,7 @@ def test_a_store_named_like_what_a_run_kept_stays_a_store(server, store):
     store.with_name("anchors.jsonl.lock").rename(store.with_name("anchors.kept.jsonl.lock"))
     run(user("mine"), server, store)
     assert ids(store) == ["id-mine"]
-    assert len(read_anchors(other)) == 3
+    assert len(read_anchors(other)) == len(read_anchors(str(other))) == 3
 
 
 @pytest.mark.parametrize("name", ["a.kept.jsonl", "a.kept12.jsonl", "a.failed.jsonl", "a.failed"])
