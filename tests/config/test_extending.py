@@ -14,11 +14,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 
 @pytest.fixture
 def outside(tmp_path):
-    """A folder with the page's functions and YAML files."""
+    """A folder with the page's functions and YAML files, each block copied whole."""
     page = DOCS.read_text(encoding="utf-8")
-    blocks = re.findall(r"```(python|yaml)\n# (mine\.py|my-conf/\S+)\n(.*?)```", page, re.DOTALL)
+    block = r"```(?:python|yaml)\n((?:# @package \S+\n)?# (mine\.py|my-conf/\S+)\n.*?)```"
+    blocks = re.findall(block, page, re.DOTALL)
     assert len(blocks) == 7
-    for _, name, text in blocks:
+    for text, name in blocks:
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         before = path.read_text() if path.exists() else ""
