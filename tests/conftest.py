@@ -5,8 +5,8 @@ from pathlib import Path
 
 # Eight devices, so that meshes are tested; set before jax starts. Tests compile much and compute
 # little, so LLVM's passes are left out, and XLA's older emitters of fused loops taken: each halves
-# the compilation. XLA's own passes are as ever, and what a user has for emitters is tried by the
-# journey, the campaign, and the run that goes on with an old one.
+# the compilation. XLA's own passes are as ever; a user's emitters make the run that goes on with an
+# old one, and the plans.
 os.environ["XLA_FLAGS"] = (
     os.environ.get("XLA_FLAGS", "")
     + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
