@@ -88,8 +88,7 @@ def attend_next(
     return mixed_BN.transpose(0, 2, 1, 3, 4).reshape(B, N, KV * R * H)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attended(
+def _whole(
     most: int,
     q: Float[Array, "B N T KV R H"],
     k: Float[Array, "B N T KV H"],
@@ -105,7 +104,7 @@ def _attended(
 
 
 def _forward(most: int, q: Array, k: Array, v: Array, shared: Shared | None, reach: Array | None):
-    n, size, runs = _plan(*q.shape[1:3], most)
+    n, size, runs = _plan(q.shape[1], q.shape[2], most)
 
     def block(stop: int, made: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], None]:
         mixed_BNT, normalizer_BNT = made
@@ -124,7 +123,7 @@ def _forward(most: int, q: Array, k: Array, v: Array, shared: Shared | None, rea
 
 def _backward(most: int, saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
     q, k, v, shared, reach, mixed_BNT, normalizer_BNT = saved
-    n, size, runs = _plan(*q.shape[1:3], most)
+    n, size, runs = _plan(q.shape[1], q.shape[2], most)
     products_BNT = jnp.sum(mixed_BNT.astype(jnp.float32) * cotangent, axis=-1, keepdims=True)
 
     def block(stop: int, made: tuple, at: Array) -> tuple[tuple, None]:
@@ -153,6 +152,7 @@ def _backward(most: int, saved: tuple, cotangent: Float[Array, "B N T KV R H"]):
     return d_q_BNT, d_k_BNT, d_v_BNT, d_shared, None
 
 
+_attended = jax.custom_vjp(_whole, nondiff_argnums=(0,))
 _attended.defvjp(_forward, _backward)
 
 

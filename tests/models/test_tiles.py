@@ -61,6 +61,8 @@ def test_decoding_multiplies_either_way_round(model, params, prompts, elsewhere,
     monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
     other = greedy(replace(model), params, prefix, size=6)
     np.testing.assert_array_equal(one.tokens, other.tokens)
+    assert one.logps is not None
+    assert other.logps is not None
     np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
     rows, x = params["layers"]["q"][0].T, jnp.ones((2, 3, 32))
     np.testing.assert_allclose(
