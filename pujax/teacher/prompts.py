@@ -34,10 +34,11 @@ def load_prompts(
 ) -> Iterator[Prompt]:
     """The prompts of a file, of several files, or of a dataset (a mapping: `DatasetConfig`).
 
-    A `.jsonl` file has `prompt` or `messages` a line, and maybe `id`, `answer` and `kind`; a table
-    (`.csv`, `.tsv`, `.parquet`) has columns of these names. Rows of `instruction`, `input` and
-    `output` (Alpaca) or `conversations` (ShareGPT) are read as well. A `.txt` file has one prompt a
-    line. Without an id a prompt gets one made from its content. A prompt that comes again under the
+    A `.jsonl` file has `prompt` or `messages` a line, and maybe `id`, `answer` and `kind`; a
+    `.json` file is a list of such objects, and a table (`.csv`, `.tsv`, `.parquet`) has columns of
+    these names. Rows of `instruction`, `input` and `output` (Alpaca) or `conversations` (ShareGPT)
+    are read as well. A `.txt` file has one prompt a line. Without an id a prompt gets one made from
+    its content. A prompt that comes again under the
     same id is dropped. `say` is told of a key that looks like a misspelt one.
 
     Raises `PromptError` naming the place for an unreadable, empty or torn file, a field that is
@@ -133,14 +134,13 @@ def _reader(path: Path) -> Callable[[Path], Rows]:
         **dict.fromkeys((".jsonl", ".ndjson", ".jsonlines"), _jsonl),
         **dict.fromkeys((".txt", ""), _text_lines),
         **dict.fromkeys((".csv", ".tsv"), tables.csv_rows),
+        ".json": _json_list,
         ".parquet": tables.parquet_rows,
     }
-    if kind == ".json":
-        raise PromptError(f"{path}: write one JSON object a line and name the file .jsonl")
     if kind not in readers:
         raise PromptError(
             f"{path}: can't tell how to read {kind}: name the file .txt for one prompt a line, or "
-            ".jsonl, .csv, .tsv or .parquet"
+            ".jsonl, .json, .csv, .tsv or .parquet"
         )
     return readers[kind]
 
@@ -155,6 +155,29 @@ def _text_lines(path: Path) -> Rows:
 def _jsonl(path: Path) -> Rows:
     for place, line, raw in _lines(path):
         yield place, _object(line, place, raw)
+
+
+def _json_list(path: Path) -> Rows:
+    """The rows of a file that is one list of objects, as Alpaca's and ShareGPT's are given away."""
+    text = _decode(path.read_bytes(), str(path), first=True)
+    if not text.strip():
+        return
+    try:
+        rows = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise PromptError(
+            f"{path}: not one JSON list ({error}): mend it, or name a file with one object a line "
+            ".jsonl"
+        ) from error
+    if not isinstance(rows, list):
+        raise PromptError(
+            f"{path}: {type(rows).__name__}, need a list of objects: make it one, or name a file "
+            "with one object a line .jsonl"
+        )
+    for i, row in enumerate(rows):
+        if not isinstance(row, dict):
+            raise PromptError(f"{path}[{i}]: {type(row).__name__}, need an object")
+        yield f"{path}[{i}]", row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str, bytes]]:

@@ -206,6 +206,26 @@ def test_any_other_name_is_refused(tmp_path, name):
         list(load_prompts(write(tmp_path / name, {"prompt": "fine"})))
 
 
+def test_a_json_file_is_a_list_of_rows(tmp_path):
+    turns = [{"from": "human", "value": "One"}, {"from": "gpt", "value": "1"}]
+    rows = [{"conversations": turns}, {"instruction": "Add", "input": "2 + 2", "output": "4"}]
+    path = tmp_path / "p.json"
+    path.write_text("\ufeff" + json.dumps(rows, indent=2), encoding="utf-8")
+    found = list(load_prompts(str(path)))
+    assert [prompt.messages for prompt in found] == [user("One"), user("Add\n\n2 + 2")]
+    assert [prompt.answer for prompt in found] == ["1", "4"]
+    for text, said in (
+        ("", "no prompts in it"),
+        ("[", "not one JSON list"),
+        ('[{"prompt": "One"}, 2]', r"p\.json\[1\]: int, need an object"),
+        ("[" * 9000, "not one JSON list"),
+        ('[{"prompt": ""}]', r"p\.json\[0\]: `prompt` must be a text"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PromptError, match=said):
+            list(load_prompts(str(path)))
+
+
 @pytest.mark.parametrize(("name", "cut"), [("p.csv", ","), ("p.TSV", "\t")])
 def test_a_table_has_columns(tmp_path, name, cut):
     rows = (
