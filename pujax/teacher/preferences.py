@@ -90,7 +90,11 @@ def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, R
 
 
 def _pair(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, Ratings]]]:
-    sides = [_answer(row.get(name), name, place) for name in ("chosen", "rejected")]
+    for name in ("chosen", "rejected"):
+        if row.get(name) is None:
+            known = sorted(str(key) for key in row if row[key] is not None)
+            raise PromptError(f"{place}: `{name}` is missing (it has {known})")
+    sides = [_answer(row[name], name, place) for name in ("chosen", "rejected")]
     (before, chosen), (other, rejected) = sides
     if before != other:
         raise PromptError(f"{place}: `chosen` and `rejected` answer different conversations")

@@ -38,8 +38,8 @@ def load_prompts(
     `.json` file is a list of such objects, and a table (`.csv`, `.tsv`, `.parquet`) has columns of
     these names. Rows of `instruction`, `input` and `output` (Alpaca) or `conversations` (ShareGPT)
     are read as well. A `.txt` file has one prompt a line. Without an id a prompt gets one made from
-    its content. A prompt that comes again under the
-    same id is dropped. `say` is told of a key that looks like a misspelt one.
+    its content. A prompt that comes again under the same id is dropped. `say` is told of a key that
+    looks like a misspelt one.
 
     Raises `PromptError` naming the place for an unreadable, empty or torn file, a field that is
     missing or of the wrong type, and an id that comes again with other content.

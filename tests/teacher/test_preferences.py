@@ -151,6 +151,10 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
     ("row", "said"),
     [
         ({**GOOD, "rejected": "a"}, "`chosen` and `rejected` are the same text"),
+        (
+            {**GOOD, "chosen": None, "choosen": "a"},
+            r"`chosen` is missing \(it has \['choosen', 'prompt', 'rejected'\]\)",
+        ),
         ({**GOOD, "rejected": None}, "`rejected` is missing"),
         ({**GOOD, "chosen": " "}, "`chosen` must be a text that isn't empty"),
         ({**GOOD, "chosen": [user("x")]}, "`chosen` must end with the assistant's turn"),
