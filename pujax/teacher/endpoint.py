@@ -237,7 +237,7 @@ class HttpTeacher:
         except (ValueError, RecursionError) as error:
             if response.is_success and re.match(r"\s*(event|data|id|retry)?:", text):
                 raise TeacherError(
-                    f"{self._url} streams its answers: set +teacher.extra_body.stream=false, or "
+                    f"{self._url}: streams its answers: set +teacher.extra_body.stream=false, or "
                     "choose a server that sends them whole"
                 ) from error
             if response.is_success:

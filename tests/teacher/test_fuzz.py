@@ -144,7 +144,7 @@ def check_prompts(suffix, data):
     with folder() as name:
         path = Path(name) / f"p{suffix}"
         path.write_bytes(data)
-        with refused_in(rf"/p{re.escape(suffix)}(:\d+)?: .+"):
+        with refused_in(rf"/p{re.escape(suffix)}(:\d+|\[\d+\])?: .+"):
             for prompt in load_prompts(str(path), [].append):
                 json.dumps(prompt.messages, ensure_ascii=False).encode()
 
@@ -196,6 +196,7 @@ stores = (
 files = (
     st.sampled_from([".jsonl", ".txt", ".csv", ".tsv", ".parquet", ".json", "", ".x"]),
     st.lists(encoded(ROWS), max_size=4).map(b"\n".join)
+    | st.lists(encoded(ROWS), max_size=4).map(lambda rows: b"[" + b",".join(rows) + b"]")
     | st.binary(max_size=80)
     | st.text().map(lambda text: b"prompt,answer\n" + text.encode(errors="surrogatepass")),
 )
