@@ -90,13 +90,11 @@ def refuse_changed(directory: Path, names: Iterable[str]) -> None:
             f"{directory / RECORD}: damaged, so nothing says whether the weights beside it are as "
             "pujax wrote them: put back a copy of it, or remove it where you know that they are"
         )
+    known = kept or {}
     for name in sorted(names):
         path = directory / name
         try:
-            if (
-                not (kept or {}).get(name)
-                or digests(directory, [name])[name][0] in (kept or {})[name]
-            ):
+            if not known.get(name) or digests(directory, [name])[name][0] in known[name]:
                 continue
         except OSError as error:
             raise WeightsError(f"{path}: {error.strerror}: see to its disk") from error
