@@ -21,7 +21,7 @@ from rich.console import Console
 
 from pujax import __version__, benchmark, chat, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
-from pujax.config import commands
+from pujax.config import commands, endings
 from pujax.config.commands import command, secrets_hidden, swept
 from pujax.config.compose import SILENT, WaryLoader, refuse_calls
 from pujax.config.settings import TrainConfig
@@ -684,7 +684,7 @@ def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):
 
 
 def test_a_launcher_that_is_not_installed_is_named_with_its_extra(monkeypatch, capsys):
-    monkeypatch.setitem(commands.LAUNCHERS, "nobodys", "mine")
+    monkeypatch.setitem(endings.LAUNCHERS, "nobodys", "mine")
     given = ("-m", "+experiment=smoke", "seed=0,1", "hydra/launcher=nobodys")
     assert called(monkeypatch, lambda _: pytest.fail("ran"), *given) == 1
     (line,) = capsys.readouterr().err.splitlines()
