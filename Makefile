@@ -30,7 +30,7 @@ test: setup
 
 reproduce: setup
 	$(BIN)/python -m experiments.paper.reproduce --profile $(PROFILE) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PLAN),--plan)
+		$(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PLAN),--plan)
 
 # The oracles of the parity tests, and what finds key words; without them those tests skip.
 torch: setup $(TORCH_READY)

@@ -108,7 +108,7 @@ def known(profile, results=None, prompts=10_000, tests=True):
     return Found(profile.metric, results or {}, prompts, tests)
 
 
-def walked(profile, score, failing=(), only=None):
+def walked(profile, score, failing=(), only=()):
     """The tasks in the order in which they are done, with the results that `score` gives."""
     found, order = known(profile), []
     while (task := next_task(tasks_of(profile, found, only), found)) is not None:
@@ -198,11 +198,37 @@ def test_it_continues_by_the_steps_that_validation_chose_for_the_alignment(profi
 def test_an_arm_alone_is_done_with_all_that_it_needs():
     """Its own line has another origin than that of the run which says how long it may continue."""
     profile = load_profile(reproduce.HERE / "arms.yaml", "paper")
-    order = walked(profile, lambda run: 0.5, only="sft_half_continued")
+    order = walked(profile, lambda run: 0.5, only=["sft_half_continued"])
     arms = list(dict.fromkeys(task.run.arm.name for task in order))
     assert arms == ["sft_half", "sft", "pace", "sft_half_continued"]
-    left = tasks_of(profile, known(profile, {t.key: result_of(t) for t in order}), arms[-1])
+    left = tasks_of(profile, known(profile, {t.key: result_of(t) for t in order}), arms[-1:])
     assert {task.key for task in left} == {task.key for task in order}
+
+
+def test_arms_that_are_named_are_done_in_that_order_with_as_many_seeds_as_are_asked(profile):
+    found = known(profile)
+    arms = [t.run.arm.name for t in tasks_of(profile, found, ["grpo", "sft"], 1)]
+    assert arms == ["sft"] * 3 + ["grpo"] * 2 + ["sft"]
+    seeds = {t.run.seed for t in tasks_of(profile, found, ["sft"])}
+    assert seeds == {0, 1}
+
+
+def test_a_model_that_is_not_here_is_made_again_where_something_needs_it(profile):
+    order = walked(profile, lambda run: 0.5)
+    found = known(profile, {task.key: result_of(task) for task in order})
+    here = {"sft-lr0.0001-steps400"}
+    found = replace(found, kept=lambda run: run.name in here)
+    assert next_task(tasks_of(profile, found), found) is None  # all has its result
+    del found.results["random-lr1e-05", 0, "test"]
+    random = next_task(tasks_of(profile, found), found)
+    assert named([random]) == ["random-lr1e-05 0 validation"]
+    here.clear()  # nor is what it starts from
+    first = next_task(tasks_of(profile, found), found)
+    assert named([first]) == ["sft-lr0.0001-steps400 0 validation"]
+    assert next_task(tasks_of(profile, found), found, {first.key}) is None
+    assert "1 to make again: no model here" in "\n".join(plan.told(profile, found))
+    found.failed.add(first.key)
+    assert next_task(tasks_of(profile, found), found) is None
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():
@@ -228,7 +254,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
 
 def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
     found = known(profile)
-    first, *_ = tasks = tasks_of(profile, found, only="grpo")
+    first, *_ = tasks = tasks_of(profile, found, only=["grpo"])
     # 400 steps of SFT, and of two prompts an evaluation; the guesses of the profile.
     assert plan.seconds_left(profile, found, first) == 400 * 1.5 + 2 * 0.5
     first.run.directory.mkdir(parents=True)
@@ -249,7 +275,7 @@ def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
     assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text
 
 
-@pytest.mark.parametrize(("name", "only"), [("cpu", None), ("paper", "sft_continued")])
+@pytest.mark.parametrize(("name", "only"), [("cpu", []), ("paper", ["sft_continued"])])
 def test_the_arms_of_the_experiment_compose(name, only, capsys):
     profile = load_profile(reproduce.HERE / "arms.yaml", name)
     reproduce.check(profile, tasks_of(profile, known(profile), only))
@@ -260,7 +286,7 @@ def test_a_wrong_arm_is_named_before_anything_runs(profile):
     wrong = replace(profile.arms["grpo"], settings={"loss": "grpo", "align.stepps": 3})
     profile = replace(profile, arms={**profile.arms, "grpo": wrong})
     with pytest.raises(ConfigError, match=r"arms\.grpo: .*stepps"):
-        reproduce.check(profile, tasks_of(profile, known(profile), "grpo"))
+        reproduce.check(profile, tasks_of(profile, known(profile), ["grpo"]))
 
 
 # --- doing it -------------------------------------------------------------------------------------
@@ -306,7 +332,7 @@ class Stub:
 
 def test_every_arm_is_run_once_and_its_result_kept(profile):
     stub = Stub()
-    assert reproduce.work(profile, "random", stub.call) == 0
+    assert reproduce.work(profile, (["random"], None), stub.call) == 0
     # Two choices of SFT's rate and one more of its steps, GRPO, the arm itself, and its test.
     assert stub.called.count("train") == 5
     assert stub.called.count("evaluate") == 1
@@ -328,8 +354,18 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert (run / "eval-base.jsonl").exists()  # the evaluation of what it started from
     assert not (run / "checkpoints").exists()
     again = Stub()
-    assert reproduce.work(profile, "random", again.call) == 0
+    assert reproduce.work(profile, (["random"], None), again.call) == 0
     assert again.called == []
+    # Its test alone is lost, and so is the model: that one is made again, and no result of it.
+    files = {path.name: path for path in (profile.results / "raw").iterdir()}
+    files["random-lr1e-05-seed0-test.json"].unlink()
+    reproduce.shutil.rmtree(run / "export", ignore_errors=True)
+    kept = files["random-lr1e-05-seed0-validation.json"]
+    kept.write_text(kept.read_text().replace('"machine"', '"the machine"'))
+    assert reproduce.work(profile, (["random"], None), again.call) == 0
+    assert [name for name in again.called if name != "tables"] == ["train", "evaluate"]
+    assert '"the machine"' in kept.read_text()
+    assert raw.read_all(profile.results)["random-lr1e-05", 0, "test"] == result
 
 
 def test_a_run_that_failed_once_is_tried_again_and_what_has_no_way_to_it_fails(profile, capsys):
@@ -341,12 +377,12 @@ def test_a_run_that_failed_once_is_tried_again_and_what_has_no_way_to_it_fails(p
             return 1
         return stub.call(words)
 
-    assert reproduce.work(profile, "random", call) == 0
+    assert reproduce.work(profile, (["random"], None), call) == 0
     assert stub.called.count("train") == len(failed) == 5
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Found, "ready", lambda found, task: False)
         (profile.results / "raw" / "random-lr1e-05-seed0-test.json").unlink()
-        assert reproduce.work(profile, "random", call) == 1
+        assert reproduce.work(profile, (["random"], None), call) == 1
     assert capsys.readouterr().out.endswith("not begun: random-lr1e-05, seed 0, test\n")
 
 
@@ -378,7 +414,7 @@ def test_several_runs_at_a_time_begin_when_what_they_need_is_there(profile):
     done = reproduce.done
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reproduce, "done", lambda *a: begun(a[1]) or done(*a))
-        assert reproduce.work(profile, None, call, 3, "some chip") == 0
+        assert reproduce.work(profile, ((), None), call, 3, "some chip") == 0
     assert max(most) == 3
     assert all(before.values())
     one = {key: result["chosen"] for key, result in raw.read_all(profile.results).items()}
@@ -402,7 +438,7 @@ def test_what_has_no_answer_yet_is_left_out(profile):
     assert "waits: 4 of its 6 training prompts are answered" in text
     store.write_text("".join(lines[:6]))
     with pytest.raises(ConfigError, match=r"anchors.jsonl answers 0 of 2"):
-        reproduce.work(profile, None, Stub().call)
+        reproduce.work(profile, ((), None), Stub().call)
 
 
 def test_a_signal_is_passed_on_and_ends_all_cleanly(tmp_path, monkeypatch):

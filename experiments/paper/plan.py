@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -121,13 +121,19 @@ class Task:
         """What names the task's result."""
         return self.run.name, self.run.seed, self.split
 
+    @property
+    def reads(self) -> Run | None:
+        """The run whose model it begins with."""
+        return self.run if self.split == "test" else self.run.origin
+
 
 @dataclass
 class Found:
     """What is known: the results by their keys, and the tasks that failed in this process.
 
     `prompts` is how many training prompts are answered, up to the first that isn't, and `tests`
-    whether all test prompts are; what needs more is left out.
+    whether all test prompts are; what needs more is left out. `kept` says whether a run's model is
+    on this machine: results travel, models don't.
     """
 
     metric: str
@@ -135,6 +141,7 @@ class Found:
     prompts: int
     tests: bool
     failed: set[raw.Key] = field(default_factory=set)
+    kept: Callable[[Run], bool] = lambda _: True
 
     def of(self, run: Run) -> raw.Raw | None:
         """A run's result on validation, None as long as there is none."""
@@ -142,15 +149,16 @@ class Found:
 
     def score(self, run: Run) -> float | None:
         """What decides over a run; the worst for one that failed, as one that diverges does."""
-        if run.key in self.failed:
-            return float("-inf")
         result = self.of(run)
-        return None if result is None else raw.mean(result, self.metric)
+        if result is None:
+            return float("-inf") if run.key in self.failed else None
+        return raw.mean(result, self.metric)
 
     def ready(self, task: Task) -> bool:
         """Whether all is done that the task needs and that its settings were chosen by."""
         before = task.run.before | ({task.run.key} if task.split == "test" else set())
-        return not self.blocked(task) and before <= self.results.keys() | self.failed
+        there = task.reads is None or self.kept(task.reads)
+        return there and not self.blocked(task) and before <= self.results.keys() | self.failed
 
     def blocked(self, task: Task) -> bool:
         """Whether the task failed, or something that it needs."""
@@ -206,21 +214,25 @@ def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def tasks_of(profile: Profile, found: Found, only: str | None = None) -> list[Task]:
+def tasks_of(
+    profile: Profile, found: Found, only: Sequence[str] = (), seeds: int | None = None
+) -> list[Task]:
     """All that there is to do, done or not, each after what it needs.
 
-    What depends on a choice that isn't made yet stands there with the first of its values; so the
-    first task that isn't done never does.
+    That is of all arms, group by group, or of those named in `only`, in that order; of each as many
+    seeds as it has, and at most `seeds`. What depends on a choice that isn't made yet stands there
+    with the first of its values; so the first task that isn't done never does.
     """
-    if only is not None:
-        one_of("--only", only, profile.arms)
+    for name in only:
+        one_of("--only", name, profile.arms)
+    named = [profile.arms[name] for name in only]
+    groups = [[arm for arm in profile.arms.values() if arm.group == group] for group in GROUPS]
     tasks: dict[raw.Key, Task] = {}
-    for group in GROUPS:
-        arms = [arm for arm in profile.arms.values() if arm.group == group]
-        arms = [arm for arm in arms if not left_out(profile, found, arm)]
-        for seed in range(max((arm.seeds for arm in arms), default=0)):
+    for group in [named] if only else groups:
+        arms = [arm for arm in group if not left_out(profile, found, arm)]
+        for seed in range(min(seeds or sys.maxsize, max((arm.seeds for arm in arms), default=0))):
             for arm in arms:
-                if seed < arm.seeds and only in (None, arm.name):
+                if seed < arm.seeds:
                     before, run = way_to(profile, found, arm.name, seed)
                     some = [Task(each, "validation") for each in (*before, run)]
                     if found.tests:
@@ -370,13 +382,26 @@ def next_task(tasks: list[Task], found: Found, at_work: Collection[raw.Key] = ()
 
     Raises `ConfigError` for a result before it that was made with other settings than now.
     """
+    again = to_make_again(tasks, found)
     for task in tasks:
         result = found.results.get(task.key)
         if result is not None:
             _refuse_stale(task, result)
-        elif task.key not in at_work and found.ready(task):
+        if (result is None or task.key in again) and task.key not in at_work and found.ready(task):
             return task
     return None
+
+
+def to_make_again(tasks: Iterable[Task], found: Found) -> set[raw.Key]:
+    """What has its result, but whose model something that is to be done reads and can't find."""
+    again = set()
+    for task in tasks:
+        if task.key not in found.results and not found.blocked(task):
+            run = task.reads
+            while run is not None and not found.kept(run):
+                again.add(run.key)
+                run = run.origin
+    return again & found.results.keys()
 
 
 def _refuse_stale(task: Task, result: raw.Raw) -> None:
@@ -400,9 +425,12 @@ def _refuse_stale(task: Task, result: raw.Raw) -> None:
 # --- how long it will take ------------------------------------------------------------------------
 
 
-def seconds_left(profile: Profile, found: Found, task: Task) -> float:
-    """A forecast by the paces measured so far, guessed where there are none."""
-    if task.key in found.results:
+def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False) -> float:
+    """A forecast by the paces measured so far, guessed where there are none.
+
+    Of what is done nothing is left, unless it is to be done `again`.
+    """
+    if task.key in found.results and not again:
         return 0.0
     prompt = _pace(found, task.run, "prompt", profile.guess)
     if task.split == "test":
@@ -438,16 +466,21 @@ def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> floa
     return fmean(own or others or [guess[what]])
 
 
-def told(profile: Profile, found: Found, only: str | None = None) -> Iterator[str]:
+def told(
+    profile: Profile, found: Found, only: Sequence[str] = (), seeds: int | None = None
+) -> Iterator[str]:
     """The plan, a line an arm: what is done, what is left, for how long, and what it waits for."""
-    tasks = tasks_of(profile, whole(found), only)
+    tasks = tasks_of(profile, whole(found), only, seeds)
+    again = to_make_again(tasks, found)
     sizes = {split: lines_in(ROOT / profile.data[split]) for split in ("validation", "test")}
     yield (
         f"profile {profile.name}: {profile.prompts} training prompts, {sizes['validation']} to "
         f"choose by, {sizes['test']} for the tables"
         + ("" if found.tests else ", which wait for answers")
     )
-    minutes = {task.key: seconds_left(profile, found, task) / 60 for task in tasks}
+    minutes = {
+        task.key: seconds_left(profile, found, task, task.key in again) / 60 for task in tasks
+    }
     yield f"{'':<10} {'arm':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
     for arm in profile.arms.values():
         own = [task for task in tasks if task.run.arm == arm]
@@ -457,8 +490,13 @@ def told(profile: Profile, found: Found, only: str | None = None) -> Iterator[st
             steps = f"{own[-1].run.steps('sft')} + {own[-1].run.steps('align')}"
             left = sum(minutes[task.key] for task in own)
             line = f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
-            yield line + (f"  waits: {why}" if why else "")
-        elif why and only in (None, arm.name):
+            lost = sum(task.key in again for task in own)
+            yield (
+                line
+                + (f"  waits: {why}" if why else "")
+                + (f"  {lost} to make again: no model here" if lost else "")
+            )
+        elif why and (not only or arm.name in only):
             yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
     for count, group in enumerate(GROUPS, 1):
         some = [task for task in tasks if task.run.arm.group in (PACE, *GROUPS[:count])]

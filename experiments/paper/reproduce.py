@@ -3,7 +3,8 @@
 python -m experiments.paper.reproduce [--profile cpu] [--only ARM] [--jobs N] [--plan]
 
 Every run is a command of pujax's own in a directory of its own, so one that was cut off goes on
-where it was; one whose JSON is in results/raw is done and never run again. SIGTERM and Ctrl-C go to
+where it was; one whose JSON is in results/raw is done, and run again only for its model, where
+another needs it and it isn't on this machine: the result stays. SIGTERM and Ctrl-C go to
 the command at work, which saves its state, and then all ends.
 """
 
@@ -15,7 +16,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -92,7 +93,14 @@ def main(words: list[str] | None = None) -> int:
     """The command; its exit status is 1 when something failed."""
     parser = argparse.ArgumentParser(prog="reproduce", description="Run the arms of arms.yaml.")
     parser.add_argument("--profile", default="cpu")
-    parser.add_argument("--only", metavar="ARM", help="this arm alone, and what it needs")
+    parser.add_argument(
+        "--only",
+        metavar="ARM[,ARM]",
+        type=lambda text: text.split(","),
+        default=[],
+        help="these arms alone, in this order, and what they need",
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, help="at most so many seeds of an arm")
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=1, help="that many runs at a time, on one machine"
     )
@@ -101,10 +109,12 @@ def main(words: list[str] | None = None) -> int:
     options = parser.parse_args(words)
     try:
         require(options.jobs > 0, "--jobs", options.jobs, "give one or more")
+        require(options.seeds is None or options.seeds > 0, "--seeds", options.seeds, "give some")
+        some = options.only, options.seeds
         profile = load_profile(options.arms.resolve(), options.profile)
         found = look(profile)
-        print("\n".join(told(profile, found, options.only)), flush=True)
-        check(profile, tasks_of(profile, whole(found), options.only))
+        print("\n".join(told(profile, found, *some)), flush=True)
+        check(profile, tasks_of(profile, whole(found), *some))
         device = accelerator() if profile.accelerator and not options.plan else ""
         if options.plan or (profile.accelerator and not device):
             return 0
@@ -112,7 +122,7 @@ def main(words: list[str] | None = None) -> int:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with locked(profile.runs) as held:
             call = Children(held.fileno()).call
-            return work(profile, options.only, call, options.jobs, device)
+            return work(profile, some, call, options.jobs, device)
     except (PujaxError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -172,7 +182,13 @@ def look(profile: Profile) -> Found:
     train = raw.answered([ROOT / path for path in profile.data["train"]], store)
     tests = raw.answered([ROOT / profile.data["test"]], store)
     answered = [*train, False].index(False)
-    return Found(profile.metric, raw.read_all(profile.results), answered, all(tests))
+    results = raw.read_all(profile.results)
+    return Found(profile.metric, results, answered, all(tests), kept=has_model)
+
+
+def has_model(run: Run) -> bool:
+    """Whether the model that a run ended with is on this machine."""
+    return (run.directory / "export").is_dir()
 
 
 def require_validation(profile: Profile) -> None:
@@ -188,8 +204,14 @@ def require_validation(profile: Profile) -> None:
     )
 
 
-def work(profile: Profile, only: str | None, call: Call, jobs: int = 1, device: str = "") -> int:
-    """Do one task after another, `jobs` of them at a time.
+def work(
+    profile: Profile,
+    some: tuple[Sequence[str], int | None],
+    call: Call,
+    jobs: int = 1,
+    device: str = "",
+) -> int:
+    """Do one task after another, `jobs` of them at a time: of `some` arms, so many seeds of each.
 
     What failed, and what needs it, is left out and told of.
     """
@@ -199,7 +221,7 @@ def work(profile: Profile, only: str | None, call: Call, jobs: int = 1, device: 
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             found = replace(look(profile), failed=failed)
-            tasks = tasks_of(profile, found, only)
+            tasks = tasks_of(profile, found, *some)
             busy = {task.key for task in at_work.values()}
             task = next_task(tasks, found, busy) if len(at_work) < jobs else None
             if task is not None:
@@ -263,8 +285,14 @@ def write_prompts(profile: Profile, run: Run) -> None:
 
 
 def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
-    """Do a task and keep its result, made on `device`; False when its command failed."""
+    """Do a task and keep its result, made on `device`; False when its command failed.
+
+    A result that is there stays, and the task is done for its model alone.
+    """
     run, words = task.run, command_of(profile, task)
+    again = (profile.results / "raw" / raw.file_name(task.key)).exists()
+    if again and (run.directory / "done").exists():
+        shutil.rmtree(run.directory)
     end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
     if task.split == "test":
         end = answers = run.directory / "test" / "eval-aligned.jsonl"
@@ -283,6 +311,8 @@ def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
             if call(words):
                 return False
         seconds = time.monotonic() - begun if task.split == "test" else None
+    if again:
+        return True
     result = raw.result(
         key=task.key,
         about={
