@@ -12,6 +12,7 @@ Layers are stacked on a leading axis L and scanned.
 import math
 from collections.abc import Callable
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import flax.linen as nn
@@ -34,6 +35,9 @@ from pujax.models.parameters import (
 from pujax.models.sharding import gathered, split_rows
 from pujax.models.tiles import on_cpu
 from pujax.types import Params, Tokens
+
+ATTENTION_IN, MLP_IN = ("q", "k", "v"), ("gate", "up")
+"""The kernels of a layer that multiply the same input."""
 
 
 @flax.struct.dataclass
@@ -73,8 +77,8 @@ class States:
 class Decoding:
     """What every step of a decoding loop reads: made once before it, layer by layer.
 
-    Kernels are [out, in] under `<name>_rows`, in the dtype they multiply in; keys have their tokens
-    last, as `attend_next` wants them.
+    Kernels are [out, in] under `<name>_rows`, in the dtype they multiply in, off a CPU those that
+    read the same in one, as `q+k+v_rows`; keys have their tokens last, as `attend_next` wants them.
     """
 
     layers: tuple[Params, ...]
@@ -190,14 +194,20 @@ class LanguageModel(nn.Module):
         """What `decode` needs of the layers and of the prompts.
 
         A token's few rows leave a kernel no time to be sliced from its stack or packed into tiles:
-        on a CPU each costs as much as the product. So they are laid out here, once a loop.
+        on a CPU each costs as much as the product. So they are laid out here, once a loop. An
+        accelerator spends most of a token on starting kernels, so there it gets fewer and larger
+        ones; but not where heads are split, as a joined kernel's shares would cut across them.
         """
         layers = params["layers"]
+        whole = self.mesh is None or self.mesh.shape[TENSOR] == 1
+        joined = () if on_cpu() or not whole else (ATTENTION_IN, MLP_IN)
 
         def layer(i: int) -> Params:
-            kernels = [name for name in layers if name in KERNELS]
-            rest = {name: stack[i] for name, stack in layers.items() if name not in kernels}
-            return rest | {f"{name}_rows": rows(name, layers[name][i]) for name in kernels}
+            rest = {name: stack[i] for name, stack in layers.items() if name not in KERNELS}
+            kernels = {name: rows(name, layers[name][i]) for name in layers if name in KERNELS}
+            for names in joined:
+                kernels["+".join(names)] = jnp.concatenate([kernels.pop(name) for name in names])
+            return rest | {f"{name}_rows": kernel for name, kernel in kernels.items()}
 
         def rows(name: str, kernel: Array) -> Array:
             # On a mesh it is gathered here, once a loop and not once a token.
@@ -317,6 +327,10 @@ class LanguageModel(nn.Module):
             y = _streamed(x, weights[f"{name}_rows"], self.dtype)
         else:
             y = _times(x, weights[name].astype(self.dtype))
+        return self._completed(weights, name, x, y)
+
+    def _completed(self, weights: Params, name: str, x: Array, y: Array) -> Array:
+        """The product `y` of `x` and a kernel, with the adapter's part and the bias added."""
         if f"{name}_lora_a" in weights:
             low = _times(x, weights[f"{name}_lora_a"].astype(self.dtype))
             change = _times(low, weights[f"{name}_lora_b"].astype(self.dtype))
@@ -325,6 +339,22 @@ class LanguageModel(nn.Module):
             bias = weights[f"{name}_bias"].astype(self.dtype)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         return y
+
+    def _reading(
+        self, weights: Params, names: tuple[str, ...], x: Float[Array, "*N I"]
+    ) -> Callable[[str], Array]:
+        """What takes `x` through a named one of the kernels that read it.
+
+        Where `decoding` joined them that is one product, made here, else one each as it is called.
+        """
+        joined = weights.get("+".join(names) + "_rows")
+        if joined is None:
+            return lambda name: self._project(weights, name, x)
+        shapes = param_shapes(self.config)["layers"]
+        ends = list(accumulate(shapes[name][-1] for name in names))[:-1]
+        products = jnp.split(_streamed(x, joined, self.dtype), ends, axis=-1)
+        made = dict(zip(names, products, strict=True))
+        return lambda name: self._completed(weights, name, x, made[name])
 
     def _qkv(
         self,
@@ -335,10 +365,10 @@ class LanguageModel(nn.Module):
     ) -> tuple[Float[Array, "*N KV R H"], Float[Array, "*N KV H"], Float[Array, "*N KV H"]]:
         """Rotated, scaled queries, and keys and values."""
         config, lead = self.config, x.shape[:-1]
-        h_ND = self._norm(x, weights["attn_norm"])
+        through = self._reading(weights, ATTENTION_IN, self._norm(x, weights["attn_norm"]))
 
         def by_head(name: str, heads: int) -> Float[Array, "*N X H"]:
-            return self._project(weights, name, h_ND).reshape(*lead, heads, config.head_width)
+            return through(name).reshape(*lead, heads, config.head_width)
 
         q, k, v = by_head("q", config.heads), *(by_head(n, config.kv_heads) for n in ("k", "v"))
         if config.qk_norm:
@@ -358,10 +388,10 @@ class LanguageModel(nn.Module):
         if config.post_norms:
             y_ND = self._norm(y_ND, weights["post_attn_norm"])
         x_ND = x + y_ND
-        h_ND = self._norm(x_ND, weights["mlp_norm"])
-        gate_NF = self._project(weights, "gate", h_ND)
+        through = self._reading(weights, MLP_IN, self._norm(x_ND, weights["mlp_norm"]))
+        gate_NF = through("gate")
         gate_NF = jax.nn.gelu(gate_NF, approximate=True) if config.gelu else jax.nn.silu(gate_NF)
-        y_ND = self._project(weights, "down", gate_NF * self._project(weights, "up", h_ND))
+        y_ND = self._project(weights, "down", gate_NF * through("up"))
         if config.post_norms:
             y_ND = self._norm(y_ND, weights["post_mlp_norm"])
         return x_ND + y_ND

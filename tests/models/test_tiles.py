@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny_families import TINY, tiny
 
 from pujax.method.sampling import greedy
-from pujax.models import attention, decoder, tiles
+from pujax.models import attention, decoder, lora, tiles
 from pujax.models.logps import response_logps
+from pujax.models.sharding import make_mesh
 from pujax.types import Tokens
 
 
@@ -68,3 +70,51 @@ def test_decoding_multiplies_either_way_round(model, params, prompts, elsewhere,
     np.testing.assert_allclose(
         decoder._streamed(x, rows, jnp.float32), x @ rows.T, rtol=1e-5, atol=1e-5
     )
+
+
+def _decoding(name, mesh=None):
+    """A family's decoding of one token, its parameters with an adapter, and its layers as laid out.
+
+    Each call gives other functions, so that each is traced anew.
+    """
+    config, base = tiny(name)
+    adapter = lora.init_adapter(jax.random.key(0), base, rank=2)
+    adapter = jax.tree.map(
+        lambda a: a + 0.1 * jnp.cos(jnp.arange(a.size)).reshape(a.shape), adapter
+    )
+    model = decoder.LanguageModel(config, mesh=mesh)
+    shape = (config.layers, 2, config.kv_heads, 5, config.head_width)
+    k_LB = jnp.sin(jnp.arange(np.prod(shape))).reshape(shape)
+    last_BD = jnp.zeros((2, config.width))
+    prefix = decoder.Prefix(k_LB, k_LB[::-1], jnp.array([5, 3]), last_BD)
+
+    def step(params):
+        decoding, cache = model.decoding(params, prefix), model.empty_cache(2, 3, 2)
+        return model.decode(params, decoding, cache, jnp.arange(6).reshape(2, 3) + 7, jnp.int32(0))
+
+    return step, lora.with_adapter(base, adapter), lambda p: model.decoding(p, prefix).layers
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_elsewhere_a_layer_reads_its_input_in_one_product_with_the_same_outcome(name, monkeypatch):
+    step, params, _ = _decoding(name)
+    one = jax.jit(step).lower(params)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    step, params, _ = _decoding(name)
+    other = jax.jit(step).lower(params)
+    # Of four layers q, k and v, and gate and up.
+    assert one.as_text().count("dot_general") - other.as_text().count("dot_general") == 4 * 3
+    one, other = (jax.tree.leaves(each.compile()(params)) for each in (one, other))
+    assert np.asarray(one[0]).std() > 0.1
+    for mine, theirs in zip(one, other, strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_kernels_are_joined_unless_heads_are_split(tensor, elsewhere):
+    del elsewhere
+    _, params, layers = _decoding("qwen2", make_mesh(-1, 2, tensor))
+    names = {name for name in jax.eval_shape(layers, params)[0] if name.endswith("_rows")}
+    apart = {f"{name}_rows" for name in ("q", "k", "v", "gate", "up")}
+    joined = {"q+k+v_rows", "gate+up_rows"}
+    assert names == {"o_rows", "down_rows"} | (joined if tensor == 1 else apart)
