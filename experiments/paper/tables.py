@@ -145,7 +145,12 @@ def against(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
     for line in lines:
         other = by_arm.get(line.first["against"])
         if other is not None and other.first["arm"] != line.first["arm"]:
-            found = compare_runs(other.evaluations(), line.evaluations())
+            pair = [sorted(each.runs, key=lambda run: run["seed"]) for each in (other, line)]
+            begun = [[(run["seed"], run["origin"]) for run in runs] for runs in pair]
+            found = compare_runs(
+                *(Line("", tuple(runs)).evaluations() for runs in pair),
+                matched=begun[0] == begun[1] and begun[0][0][1] is not None,
+            )
             cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
             rows.append([f"{line.title} − {other.title}", *cells])
     if not rows:
@@ -154,7 +159,7 @@ def against(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
 
 
 def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
-    """How far each arm is above the model that it starts from, over the seeds that both have."""
+    """How far each arm is above the model that it starts from, by the seeds that both have."""
     named = {line.first["name"]: line for line in others}
     shown = lines[0].shown
     metrics = [metric for metric in COMPARED if metric in shown]
@@ -166,11 +171,14 @@ def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
         runs = (line.runs, origin.runs)
         seeds = set.intersection(*({run["seed"] for run in each} for each in runs))
         one, other = (
-            Line(title, tuple(run for run in each if run["seed"] in seeds)).evaluations()
+            Line(
+                title,
+                tuple(sorted((r for r in each if r["seed"] in seeds), key=lambda r: r["seed"])),
+            ).evaluations()
             for title, each in zip((line.title, origin.title), runs, strict=True)
         )
         if seeds:
-            found = compare_runs(other, one)
+            found = compare_runs(other, one, matched=True)
             cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
             rows.append([f"{line.title} − {origin.title}", str(len(seeds)), *cells])
     return grid(["difference", "seeds", *(shown[m].title for m in metrics)], rows) if rows else ""
@@ -323,13 +331,15 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     if arms:
         yield (
             "## Against SFT continued\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
-            "10,000 resamples; bold where they exclude 0, which one in twenty does by chance. With "
+            "10,000 resamples, the seeds together where both sides have the same and start from "
+            "the same models; bold where they exclude 0, which one in twenty does by chance. With "
             "one seed a side they are over prompts alone.\n\n" + against(arms, by_arm)
         )
         if text := above_origin(arms, tested):
             yield (
-                "## Against the model that an arm starts from\n\nThe same intervals, over the "
-                "seeds that both have; no use is made of what the two of a seed share.\n\n" + text
+                "## Against the model that an arm starts from\n\nThe same intervals, by the seeds "
+                "that both have; an arm and the model of its own seed are drawn together.\n\n"
+                + text
             )
     if fresh := of_group(tested, "fresh"):
         yield (
@@ -372,6 +382,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
                 "\n\nThe better choice of each arm, over the prompts that it was chosen by: leads, "
                 "not results.\n\n" + against([*best.values()], best)
             )
+        if above := above_origin(named, named):
+            text += "\n\nOf each choice, against the model that it starts from.\n\n" + above
         yield text
 
 

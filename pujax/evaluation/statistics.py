@@ -48,14 +48,19 @@ def compare(first: Evaluation, second: Evaluation, *, seed: int = 0) -> dict[str
 
 
 def compare_runs(
-    first: Sequence[Evaluation], second: Sequence[Evaluation], *, seed: int = 0
+    first: Sequence[Evaluation],
+    second: Sequence[Evaluation],
+    *,
+    matched: bool = False,
+    seed: int = 0,
 ) -> dict[str, Difference]:
     """How far the runs of one arm, `second`, are above those of another, in each metric.
 
     The runs of an arm differ in their seed alone. Each resample draws runs of either arm and, for
     all of them together, prompts (the bootstrap of crossed factors: Owen, 2007), so the interval
-    says how much other seeds *and* other prompts would change the difference. Raises
-    `EvaluationError` unless all answered the same prompts.
+    says how much other seeds *and* other prompts would change the difference. `matched` runs stand
+    in pairs, as a model and what was made of it do: then pairs are drawn, and how far the pairs lie
+    apart widens nothing. Raises `EvaluationError` unless all answered the same prompts.
     """
     for other in (*first, *second):
         same_prompts(first[0], other)
@@ -65,7 +70,10 @@ def compare_runs(
         known = ~np.isnan(np.concatenate(arms)).any(axis=0)
         if known.any():
             one, other = (arm[:, known] for arm in arms)
-            means = _crossed_means(other, seed, 1) - _crossed_means(one, seed, 0)
+            if matched:
+                means = _crossed_means(other - one, seed, 0)
+            else:
+                means = _crossed_means(other, seed, 1) - _crossed_means(one, seed, 0)
             mean = other.mean() - one.mean()
             differences[metric] = _difference(mean, means, int(known.sum()))
     return differences

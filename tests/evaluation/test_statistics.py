@@ -77,6 +77,16 @@ def test_prompts_are_drawn_for_both_arms_together():
     np.testing.assert_allclose([found.low, found.mean, found.high], 0.1, rtol=1e-9)
 
 
+def test_what_is_made_of_each_of_several_models_is_compared_with_that_model():
+    # Two models lie far apart, and 0.1 and 0.3 are gained on them: a resample gains 0.1, 0.2, 0.3.
+    start = [evaluation([0.0, 0.5]), evaluation([5.0, 5.5])]
+    ended = [evaluation([0.1, 0.6]), evaluation([5.3, 5.8])]
+    crossed, matched = (compare_runs(start, ended, matched=way)["rouge_l"] for way in (False, True))
+    assert crossed.mean == pytest.approx(matched.mean) == pytest.approx(0.2)
+    np.testing.assert_allclose([matched.low, matched.high], [0.1, 0.3])
+    assert crossed.high > 5
+
+
 def test_one_run_an_arm_has_nearly_the_interval_of_two_models():
     rng = np.random.default_rng(0)
     first, second = evaluation(rng.random(60).tolist()), evaluation(rng.random(60).tolist())
