@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.paper import figures, plan, raw, reproduce, tables
+from experiments.paper import figures, judge, plan, raw, reproduce, tables
 from experiments.paper.plan import Found, load_profile, next_task, tasks_of
 from pujax.errors import ConfigError
 from pujax.records import messages_key
@@ -573,6 +574,39 @@ def test_of_an_arms_choices_the_one_that_validation_likes_stands_for_it(tmp_path
     raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0), "validation", device="chip"))
     text = "\n\n".join(tables.sections(raw.read_all(tmp_path)))
     assert "| GRPO − SFT continued | **+0.125 [" in text
+
+
+def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
+    ids = {"id": ["test-0", "test-1", "test-2"], "kind": ["writing", "sum", "writing"]}
+    kept = {"answer": [None, "4", None]}
+    for name, seed, said in (
+        ("sft_continued", 0, ["short", "4", "same"]),
+        ("grpo", 0, ["a longer one", "5", "same"]),
+        ("grpo", 1, ["longer", "5", "another"]),
+    ):
+        result = made(name, name, seed, seed, (0.25, 1.0), **ids, **kept, response=said)
+        raw.write(profile.results, result)
+    asked = []
+
+    def longest(questions):
+        """Takes the longer answer, and the first of two as long."""
+        asked.extend(questions)
+        texts = {q.id: q.messages[0]["content"] for q in questions}
+        found = {i: re.search(r"A:\n(.*)\n\nAnswer B:\n(.*)\n", t) for i, t in texts.items()}
+        return {i: "A" if len(a[1]) >= len(a[2]) else "B" for i, a in found.items()}
+
+    results = raw.read_all(profile.results)
+    for _ in range(2):
+        for one, other in judge.pairs(results, ["grpo"]):
+            judge.judged(profile, one, other, longest, "a judge", 100)
+    assert len(asked) == 2 + 4  # equal answers are a tie, and no sum is judged
+    assert asked[0].messages[0]["content"].count("test 0?") == 1
+    text = tables.judged(profile.results)
+    assert "| grpo, seed 0 | sft_continued, seed 0 | 0.750 [" in text  # one won, one tie
+    assert "| grpo, seed 1 | sft_continued, seed 0 | 1.000 [" in text
+    assert tables.judged(profile.runs) == ""
+    assert judge.main(["nothing.gguf", "--only", "grppo"]) == 1
+    assert "--only='grppo'" in capsys.readouterr().err
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path):

@@ -1,5 +1,6 @@
 """Tables and figures from the raw JSON alone: python -m experiments.paper.tables RESULTS."""
 
+import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -392,10 +393,30 @@ def _named(line: Line) -> str:
     return line.first["title"] + (f": {chosen}" if chosen else "")
 
 
+def judged(folder: Path) -> str:
+    """What a judge prefers, as `experiments.paper.judge` left it; nothing where it wasn't asked."""
+    found = [json.loads(path.read_text()) for path in sorted(folder.glob("judged/*.json"))]
+    if not found:
+        return ""
+    rows = [
+        [
+            f"{one['title']}, seed {one['seed']}",
+            f"{one['against']['title']}, seed {one['against']['seed']}",
+            *(value for _, value in one["rows"]),
+        ]
+        for one in found
+    ]
+    names = ", ".join(sorted({one["judge"] for one in found}))
+    notes = dict.fromkeys(one["note"] for one in found)
+    header = ["arm", "against", *(name for name, _ in found[0]["rows"])]
+    title = f"## The judge\n\nWriting prompts of the test split, judged by {names}."
+    return "\n\n".join([title, grid(header, rows), *notes])
+
+
 def build(folder: Path) -> None:
     """Write tables.md and the figures of the results in `folder`."""
     results = raw.read_all(folder)
-    text = "\n\n".join(sections(results)) + "\n"
+    text = "\n\n".join(filter(None, [*sections(results), judged(folder)])) + "\n"
     write_whole(folder / "tables.md", text.encode())
     for name, image in figures.drawn(results):
         write_whole(folder / name, image)

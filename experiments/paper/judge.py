@@ -1,0 +1,127 @@
+"""Ask a judge whose test answers are better, an arm's or those of the arm it is compared with.
+
+python -m experiments.paper.judge MODEL.gguf [--profile cpu] [--only ARM[,ARM]] [--prompts 100]
+
+The judge is a model on this disk that weighs the letters A and B, both orders asked. What is judged
+are writing prompts, which have no true answer, as the results hold their answers; so nothing is
+trained or sampled here. A verdict is asked once and kept in `runs/verdicts.jsonl`; what came of it
+in `results/judged`, of which `tables.md` is made too.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from experiments.paper import raw, tables
+from experiments.paper.plan import ROOT, Profile, load_profile
+from pujax.errors import PujaxError, one_of, require
+from pujax.evaluation.judging import winrate
+from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.subjects import Judge
+from pujax.files.durable import write_whole
+from pujax.inference.local_teacher import LocalTeacher
+from pujax.inference.suites import offered_judge
+from pujax.teacher.prompts import load_prompts
+from pujax.teacher.settings import CollectConfig, TeacherConfig
+
+HERE = Path(__file__).resolve().parent
+
+KIND = "writing"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 where something is wrong with what it was told."""
+    parser = argparse.ArgumentParser(prog="judge", description="Which arm's answers are better?")
+    parser.add_argument("model", help="the judge, a GGUF file or a Hugging Face directory")
+    parser.add_argument("--profile", default="cpu")
+    parser.add_argument("--only", metavar="ARM[,ARM]", help="these arms alone, in this order")
+    parser.add_argument("--prompts", metavar="N", type=int, default=100, help="writing prompts")
+    parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
+    options = parser.parse_args(words)
+    try:
+        require(options.prompts > 0, "--prompts", options.prompts, "give one or more")
+        profile = load_profile(options.arms.resolve(), options.profile)
+        judge = judge_of(options.model, profile.runs / "verdicts.jsonl")
+        arms = options.only.split(",") if options.only else list(profile.arms)
+        for arm in arms:
+            one_of("--only", arm, profile.arms)
+        for one, other in pairs(raw.read_all(profile.results), arms):
+            judged(profile, one, other, judge, Path(options.model).name, options.prompts)
+            tables.build(profile.results)
+    except (PujaxError, OSError) as error:
+        print(f"judge: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def judge_of(model: str, store: Path) -> Judge:
+    """The model at `model` as a judge whose verdicts are kept in `store`."""
+    named = {"path": model, "model": Path(model).stem}
+    teacher = TeacherConfig(protocol=LocalTeacher, temperature=0.0, max_tokens=1, **named)
+    store.parent.mkdir(parents=True, exist_ok=True)
+    return offered_judge(teacher, CollectConfig(), store)[0]
+
+
+def pairs(
+    results: dict[raw.Key, raw.Raw], arms: Sequence[str]
+) -> Iterator[tuple[raw.Raw, raw.Raw]]:
+    """The test results of arms, each with that of what its arm is compared with, seed by seed.
+
+    Where the other has no such seed it is the first that it has.
+    """
+    tested = [result for (_, _, split), result in results.items() if split == "test"]
+    for seed in sorted({result["seed"] for result in tested}):
+        for arm in arms:
+            for one in tested:
+                if (one["arm"], one["seed"]) != (arm, seed) or one["against"] == arm:
+                    continue
+                others = [other for other in tested if other["arm"] == one["against"]]
+                others.sort(key=lambda other: (other["seed"] != seed, other["seed"]))
+                if others:
+                    yield one, others[0]
+
+
+def judged(
+    profile: Profile, one: raw.Raw, other: raw.Raw, judge: Judge, name: str, prompts: int
+) -> None:
+    """Keep what the judge finds of one result against another, unless that is there already."""
+    path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}.json"
+    if path.exists():
+        return
+    print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
+    asked = {
+        p.id: p.messages[-1]["content"] for p in load_prompts(str(ROOT / profile.data["test"]))
+    }
+    answer = winrate(
+        [answers_of(result, asked) for result in (other, one)],
+        judge,
+        prompts=prompts,
+        kinds=[KIND],
+    )
+    told = {
+        "arm": one["arm"],
+        "title": one["title"],
+        "seed": one["seed"],
+        "against": {"title": other["title"], "seed": other["seed"]},
+        "judge": name,
+        "rows": answer.rows,
+        "note": answer.note,
+        "records": answer.records,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, (json.dumps(told, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def answers_of(result: raw.Raw, asked: dict[str, str]) -> Evaluation:
+    """The answers that a result holds, to the prompts `asked`."""
+    rows = zip(result["id"], result["kind"], result["answer"], result["response"], strict=True)
+    return Evaluation(
+        f"{result['name']}, seed {result['seed']}",
+        tuple(Row(i, kind, asked[i], answer, "", text, {}) for i, kind, answer, text in rows),
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
