@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from pujax.config.commands import command, swept
+from pujax.config.functions import require_named
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, title
 from pujax.errors import require
@@ -35,8 +36,11 @@ def run(config: TrainConfig) -> None:
                 print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
             return
         told(lambda: require_sources(config))
+        compile_once()
+        from pujax.run.trial import try_settings
+
+        try_settings(config)  # before what takes seconds to import
         with opened(lambda: run_directory(config, apart)) as directory:
-            compile_once()
             import rich
 
             from pujax.run.fit import fit
@@ -52,11 +56,15 @@ def run(config: TrainConfig) -> None:
 
 
 def require_sources(config: TrainConfig) -> None:
-    """Refuse a student, prompts and a store that are not there, before jax is imported.
+    """Refuse functions, a student, prompts and a store that are not there, before jax is imported.
 
     Raises `WeightsError`, `ConfigError`, `PromptError` and `StoreError`.
     """
     data = config.data
+    named = {"labels": config.labels, "scorer.score": config.scorer.score, "loss": config.loss}
+    named |= {"data.gate.check": data.gate.check, "eval.metrics": config.eval.metrics}
+    for key, value in named.items():
+        require_named(value, key, config.trusted)
     here(config.model.path)
     for source in (data.prompts, data.heldout, data.preferences):
         if source is not None:

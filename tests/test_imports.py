@@ -117,6 +117,27 @@ def test_a_run_that_is_not_there_is_refused_without_jax(command):
     assert loads(f"{call}\ntry: told.main()\nexcept SystemExit: pass\nimport sys", "jax") == []
 
 
+@pytest.mark.parametrize(
+    ("setting", "said", "heavy"),
+    [
+        (
+            "loss._target_=pujax.method.losses.ldl_grop",
+            "no ldl_grop, did you mean ldl_grpo?",
+            "jax",
+        ),
+        ("scorer.score._target_=foo.bar", "scorer.score: foo.bar is neither pujax's nor", "jax"),
+        ("labels.tau=-1", "labels.tau=-1: must be positive", "transformers"),
+        ("mesh.fsdp=7", "is not the number of devices", "transformers"),
+    ],
+)
+def test_a_wrong_function_or_value_is_refused_before_what_takes_seconds(setting, said, heavy):
+    call = f"import sys, pujax.train as told; sys.argv = ['x', '+experiment=smoke', {setting!r}]"
+    code = f"{call}\ntry: told.main()\nexcept SystemExit: pass\nassert {heavy!r} not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert said in done.stderr
+
+
 def test_the_front_door_is_quick():
     assert loads("import pujax; dir(pujax)", "jax", "numpy", "transformers", "hydra") == []
     assert loads("import pujax; pujax.load_prompts", "jax", "transformers") == []

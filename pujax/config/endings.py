@@ -155,7 +155,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         # What was not typed came from a file or an interpolation, and may be anything.
         if (value := re.search(r"Value '(.*)'", why)) and not any(value[1] in o for o in given):
             why = why.replace(value[1], MASKED)
-        return f"{given[0] if given else found[1]}: {why}"
+        return f"{given[-1] if given else found[1]}: {why}"  # of several the last one counts
     if "Ambiguous value" in text:
         key, _, value = text.split("'")[1].partition("=")
         return (

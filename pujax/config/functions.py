@@ -1,10 +1,13 @@
 """The functions that settings name by `_target_`, checked and bound; nothing is called."""
 
+import difflib
 import functools
 import importlib
 import inspect
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -32,21 +35,8 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     `ConfigError` naming `key` for anything else, an unknown keyword, a missing one, or a value of
     another type than the function's signature says.
     """
-    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
-    target: str = named_now(node)["_target_"]
+    target = _named(node, key, trusted)
     module, _, name = target.rpartition(".")
-    if not module:
-        raise ConfigError(
-            f"{key}: _target_: {target}: name it with its module, as in mine.{target}"
-        )
-    if node.get("_partial_") is not True:
-        raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
-    if not target.startswith((*OURS, *(f"{name}." for name in trusted))):
-        raise ConfigError(
-            f"{key}: {target} is neither pujax's nor of a trusted package: if its code may run "
-            f"here, set trusted=[{target.split('.')[0]}]"
-        )
     try:
         function = getattr(importlib.import_module(module), name)
     except Exception as error:  # a package of the user's may fail in any way
@@ -63,6 +53,49 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     }
     _check_bound(target, function, keywords, key)
     return functools.partial(function, **keywords)
+
+
+def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
+    """The function that `node` names, in full: one of pujax, or of a package in `trusted`."""
+    if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
+        raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
+    target: str = named_now(node)["_target_"]
+    if not target.rpartition(".")[0]:
+        raise ConfigError(
+            f"{key}: _target_: {target}: name it with its module, as in mine.{target}"
+        )
+    if node.get("_partial_") is not True:
+        raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
+    if not target.startswith((*OURS, *(f"{name}." for name in trusted))):
+        remedy = f"if its code may run here, set trusted=[{target.split('.')[0]}]"
+        if target.startswith("pujax."):
+            remedy = "see --help for the functions of pujax that settings may name"
+        raise ConfigError(f"{key}: {target} is neither pujax's nor of a trusted package: {remedy}")
+    return target
+
+
+def require_named(value: Any, key: str, trusted: Sequence[str] = ()) -> None:
+    """Refuse what `build` would refuse of the functions named in `value`, nothing imported.
+
+    As far as that can be seen: one of pujax's must be spoken of in the file that it is said to be
+    in. What a user's own packages have shows when they are imported. Raises `ConfigError`.
+    """
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        for i, part in enumerate(value):
+            require_named(part, f"{key}[{i}]", trusted)
+    if not isinstance(value, Mapping):
+        return
+    if "_target_" in value:
+        target = _named(value, key, trusted)
+        module, _, name = target.rpartition(".")
+        file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+        source = file.read_text(encoding="utf-8") if file.is_file() else ""
+        if target.startswith(OURS) and not re.search(rf"\b{re.escape(name)}\b", source):
+            near = difflib.get_close_matches(name, re.findall(r"(?m)^(?:def|class) (\w+)", source))
+            meant = f", did you mean {near[0]}?" if near else ": take another, see --help"
+            raise ConfigError(f"{key}: {module} has no {name}{meant}")
+    for name, part in value.items():
+        require_named(part, f"{key}.{name}", trusted)
 
 
 def _built(value: Any, key: str, trusted: Sequence[str]) -> Any:

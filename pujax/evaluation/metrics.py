@@ -5,7 +5,7 @@ A metric is a function of a `Reading` to a number, or None where the prompt has 
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from math import comb, exp
 from typing import Any
@@ -208,6 +208,26 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
             raise ConfigError(f"eval.metrics.{name}: {said}") from error
         values[name] = _number(f"eval.metrics.{name}", metric.function, made, at)
     return values
+
+
+def missing(metrics: Mapping[str, Metric], found: Collection[str], *, samples: int) -> str | None:
+    """The line on the metrics that no prompt had a value of, `found` left out; None for no such.
+
+    Those of sampled answers are no loss where none are drawn.
+    """
+    names = [
+        name
+        for name, metric in metrics.items()
+        if name not in found
+        and (samples or getattr(metric.function, "func", None) not in (sampled, pass_at_k))
+    ]
+    if not names:
+        return None
+    return (
+        f"in no table: {', '.join(f'eval.metrics.{name}' for name in names)}: no held-out prompt "
+        "has a value: give prompts what it asks for, such as a true `answer`, mend a function that "
+        "returns None to all, or leave it out of eval"
+    )
 
 
 def try_metric(key: str, function: MetricFn, samples: int = 2) -> None:

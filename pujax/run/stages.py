@@ -19,7 +19,7 @@ from pujax.config.settings import TrainConfig
 from pujax.errors import DivergedError, NonFiniteError, StopRequested, require
 from pujax.evaluation import results
 from pujax.evaluation.answering import Draws, evaluate
-from pujax.evaluation.metrics import Metric
+from pujax.evaluation.metrics import Metric, missing
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.statistics import FEW
 from pujax.files.chat import Chat
@@ -88,6 +88,8 @@ class Run:
     criterion: Criterion | None = None
     symptoms: Symptoms = field(default_factory=Symptoms)
     took: dict[str, float] = field(default_factory=dict)  # seconds of evaluations, by model
+    # What was measured of the state that a stage would hand on, and its step, by model.
+    leading: dict[str, tuple[int, Evaluation]] = field(default_factory=dict)
     forecast: Forecast | None = None
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
@@ -134,8 +136,10 @@ class Run:
         examples = self.heldout.examples[: self.config.eval.prompts]
         of = self._digest(trainable, examples) if keep else None
         result = told(lambda: self._kept(name, examples, of)) if keep else None
-        if result is None and same is not None:
-            result = self._saved(replace(same, model=name))
+        at, measured = self.leading.get(name, (None, None))
+        same = same or (measured if at == step else None)
+        if result is None and keep and same is not None:
+            result = self._saved(replace(same, model=name, of=of))
         if result is None:
             settings, batch = self.config.eval, self.config.eval.batch
 
@@ -157,6 +161,9 @@ class Run:
                 say=None if self.console.is_terminal else self.say,
             )
             self.took[name] = time.monotonic() - begun
+            left_out = missing(self.metrics, found.shown, samples=settings.samples)
+            if name == "base" and left_out:
+                self.say(left_out)
             # A metric of one's own may find something else in each process.
             result = self._saved(replace(found, of=of)) if keep else told(lambda: found)
         if line := self.log.evaluation(name, step, result.means()):
@@ -315,13 +322,16 @@ class Run:
         every, last = self.config.eval.every, step == stage.steps
         if not every or (step % every and not last) or (last and not self.criterion):
             return False  # without a criterion the last state's evaluation is the stage's own
-        if not self.log.has(stage.model, step):
-            self.evaluated(stage.model, step, state.params, keep=False)
+        known = self.log.has(stage.model, step)
+        found = None if known else self.evaluated(stage.model, step, state.params, keep=False)
         if self.criterion is None:
             return False
         values = self._values(stage.model, stage.begun, self.criterion)
-        if self.criterion.best(values) == step and not last:
-            self.checkpoints.save_best(stage.name, step, state.params)
+        if self.criterion.best(values) == step:
+            if found is not None:
+                self.leading[stage.model] = (step, found)
+            if not last:
+                self.checkpoints.save_best(stage.name, step, state.params)
         if last or not self.criterion.spent(values):
             return False
         self._save(stage, step, state)

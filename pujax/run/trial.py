@@ -5,14 +5,36 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
+from pujax.config.functions import build, build_loss
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in
 from pujax.method.discriminator import new_head
 from pujax.method.labels import dimensions_of, labels_of
 from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.models.sharding import make_mesh
 from pujax.types import Batch, Frames, Group, LabelRule, LossFn, Scorer, Tokens
+
+
+def try_settings(config: TrainConfig) -> None:
+    """Try the mesh and the functions that the settings name, with frames of nobody's own.
+
+    It takes neither a tokenizer nor what a run imports, so that a wrong value is refused at once.
+    Raises `ConfigError`.
+    """
+    make_mesh(**vars(config.mesh))
+    trusted = config.trusted
+    some = np.zeros(2, np.int32)
+    try_recipe(
+        build(config.scorer.score, "scorer.score", trusted),
+        build(config.labels, "labels", trusted),
+        build_loss(config.loss, trusted)[0],
+        frames=Frames(some, some, some, np.arange(5, dtype=np.int32)),
+        candidates=config.sampling.candidates,
+    )
 
 
 def try_recipe(

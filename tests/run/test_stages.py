@@ -14,6 +14,7 @@ from rich.console import Console
 
 from pujax.config.settings import CheckpointConfig, EvalConfig, TrainConfig
 from pujax.errors import DiskError, DivergedError, StopRequested
+from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import Evaluation, Row
 from pujax.models.sharding import make_mesh, put_batch
 from pujax.records import Example, Prompt
@@ -386,6 +387,58 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     assert evaluated([1.0, 2.0], samples=2, temperature=0.5) == 1
     ours.write_bytes(whole.split(b"\n", 1)[1])  # as a pujax before wrote it
     assert evaluated([1.0, 2.0]) == 0
+
+
+def test_what_a_stage_measured_of_the_state_that_it_hands_on_is_not_measured_again(
+    tmp_path, monkeypatch
+):
+    """And a metric that no prompt has a value of is named, once."""
+    asked: list[str] = []
+    said: list[str] = []
+
+    def evaluate(model, params, *_, name, **more):
+        asked.append(name)
+        worth = 1.0 - abs(float(params["embed"][0, 0]) - 2.0)  # best after step 2
+        row = Row("0", None, "?", None, "a", "b", {"exact": worth})
+        return Evaluation(name, (row,), {"exact": METRICS["exact"].shown})
+
+    monkeypatch.setattr("pujax.run.stages.evaluate", evaluate)
+    monkeypatch.setattr("pujax.run.stages.Run._kept", lambda *_: None)  # nothing is on the disk
+    unused: Any = SimpleNamespace(clone=lambda budget: None, decode=None)
+    checkpoints = Checkpoints(tmp_path, keep=2, model={}, say=said.append)
+    with RunLog(tmp_path, resume=None) as log:
+        run = Run(
+            TrainConfig(eval=EvalConfig(every=1, batch=8)),
+            tmp_path,
+            make_mesh(),
+            unused,
+            None,
+            DATA,
+            DATA,
+            dict.fromkeys(("exact", "mine"), METRICS["exact"]),
+            unused,
+            checkpoints,
+            log,
+            Console(file=io.StringIO()),
+            said.append,
+            lambda: 0,
+            Criterion("exact", higher=True),
+        )
+        state = fresh()
+        run.evaluated("base", 0, state.params)
+        stage = Stage(
+            "sft", "sft", ("base", 0), 4, 8, DATA, 0, 0, advance=advancing(lambda step: 1.0)
+        )  # fmt: skip
+        params, step = run.through(stage, state, 0)
+        assert (step, asked) == (2, ["base"] + ["sft"] * 4)
+        table = run.evaluated("sft", step, params)
+        assert (len(asked), table.means()) == (5, {"eval/exact": 1.0})
+        other = run.evaluated("sft", 4, jax.tree.map(lambda x: x + 2, params))  # not of that state
+        assert (len(asked), other.means()) == (6, {"eval/exact": -1.0})
+    checkpoints.close()
+    lost = [line for line in said if "no held-out prompt has a value" in line]
+    assert len(lost) == 1  # of the base, and said once
+    assert lost[0].startswith("in no table: eval.metrics.mine: ")
 
 
 def test_the_first_steps_say_how_long_the_run_still_takes(tmp_path):
