@@ -86,6 +86,7 @@ def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> l
     found = [] if control.warning is None else [control.warning]
     found += [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
     found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
+    found += endless(own)
     if len(first.rows) < FEW:
         found.append(
             f"the table rests on {len(first.rows)} prompts: give at least {FEW}, better some "
@@ -141,6 +142,23 @@ def collapses(evaluation: Evaluation) -> list[str]:
                 f"{_quoted(answer)} ({distinct}; {told})"
             )
     return found
+
+
+def endless(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Where a run's last model ends far fewer answers by itself than one before it did."""
+    ended = [(one.model, one.values("finished")) for one in evaluations]
+    if len(ended) < 2 or not all(values for _, values in ended):
+        return []
+    (last, values), earlier = ended[-1], ended[:-1]
+    most = max(earlier, key=lambda one: float(np.mean(one[1])))
+    share, before = float(np.mean(values)), float(np.mean(most[1]))
+    if len(values) < LEAST or share > before / 2 or before - share < BEYOND:
+        return []
+    return [
+        f"{last} ends {share:.0%} of its answers by itself, {most[0]} {before:.0%}: it forgot when "
+        "to stop: read the answers, lower the learning rate of the stage that did it, or take "
+        "fewer steps"
+    ]
 
 
 def repetitions(evaluation: Evaluation) -> list[str]:

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 from pujax.evaluation import findings
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.signal import Control
@@ -161,3 +163,22 @@ def test_a_score_that_its_control_equals_is_what_a_reader_is_told_first():
     assert "rests on 12 prompts" in second
     assert findings.remarks([few], control)[1] == f"warning: {control.warning}"
     assert len(findings.warnings([few], Control(32, 0.8, 0.5))) == 1
+
+
+def test_a_model_that_no_longer_stops_by_itself_is_warned_of():
+    def ending(model, finished):
+        rows = different(model, len(finished)).rows
+        values = [
+            dict(row.values) | {"finished": end} for row, end in zip(rows, finished, strict=True)
+        ]
+        return Evaluation(
+            model, tuple(replace(r, values=v) for r, v in zip(rows, values, strict=True))
+        )
+
+    base, sft = ending("base", [1, 1, 0, 0]), ending("sft", [1, 1, 1, 1])
+    (told,) = findings.endless([base, sft, ending("aligned", [1, 0, 0, 0])])
+    assert told.startswith("aligned ends 25% of its answers by itself, sft 100%: ")
+    assert told in findings.warnings([base, sft, ending("aligned", [1, 0, 0, 0])])
+    assert findings.endless([base, sft, ending("aligned", [1, 1, 1, 0])]) == []
+    assert findings.endless([ending("base", [0] * 4), ending("sft", [0] * 4)]) == []
+    assert findings.endless([different("base", 4), different("sft", 4)]) == []  # not measured
