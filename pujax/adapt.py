@@ -13,9 +13,9 @@ def run(settings: AdaptConfig) -> None:
     """Fit it, write it, and say how the model ranks its user's pairs before and after."""
     source, of_run = source_of(settings.run, settings.model)
     refuse_run(at_home(settings.out))
-    for given in (settings.preferences, settings.heldout):
-        if given is not None:
-            refuse_missing(given)
+    for key in ("preferences", "heldout"):
+        if (given := getattr(settings, key)) is not None:
+            refuse_missing(given, key)
     compile_once()
     from pujax.run.adapting import adapt  # jax with it: --help does not need that
 

@@ -66,7 +66,7 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
     for path in settings.models if settings.suite is None else ():  # a suite may take none
         here(model_path(path))
     if settings.data.heldout is not None:
-        refuse_missing(settings.data.heldout)
+        refuse_missing(settings.data.heldout, "data.heldout")
     if settings.data.anchors is not None:
         require_store(Path(settings.data.anchors))
 

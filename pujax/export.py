@@ -41,6 +41,12 @@ class ExportConfig:
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
         one_of("format", self.format, ("hf", "gguf", "peft"))
+        require(
+            self.format == "gguf" or not self.out.endswith(".gguf"),
+            "out",
+            self.out,
+            "names a GGUF file: choose format=gguf, or a directory",
+        )
         require_kind(self.kind)
         require(self.compare >= 0, "compare", self.compare, "must not be negative")
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))

@@ -31,10 +31,6 @@ def run(settings: GenerateConfig) -> None:
     system = text_or_file("system", settings.system)
     prompt = text_or_file("prompt", settings.prompt)
     system = of_run if system is None else system
-    compile_once()
-    # jax comes with it, and what is refused does not need that.
-    from pujax.inference.generator import Generator
-
     if prompt is not None:
         prompts, size = iter([prompt]), 1
     else:
@@ -43,6 +39,10 @@ def run(settings: GenerateConfig) -> None:
     first = list(islice(prompts, size))
     if not first:
         raise ConfigError("standard input is empty: set prompt=TEXT, or give one prompt a line")
+    compile_once()
+    # jax comes with it, and what is refused does not need that.
+    from pujax.inference.generator import Generator
+
     generator = Generator.load(source, settings.soft_prompt)
     batches = chain([first], iter(lambda: list(islice(prompts, size)), []))
     turns = [] if system is None else [{"role": "system", "content": system}]

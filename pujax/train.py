@@ -36,11 +36,11 @@ def run(config: TrainConfig) -> None:
                 print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
             return
         told(lambda: require_sources(config))
-        compile_once()
-        from pujax.run.trial import try_settings
-
-        try_settings(config)  # before what takes seconds to import
         with opened(lambda: run_directory(config, apart)) as directory:
+            compile_once()
+            from pujax.run.trial import try_settings
+
+            try_settings(config)  # before what takes seconds to import
             import rich
 
             from pujax.run.fit import fit
@@ -56,7 +56,7 @@ def run(config: TrainConfig) -> None:
 
 
 def require_sources(config: TrainConfig) -> None:
-    """Refuse functions, a student, prompts and a store that are not there, before jax is imported.
+    """Refuse functions, a student, prompts or a store that is not there, before jax is imported.
 
     Raises `WeightsError`, `ConfigError`, `PromptError` and `StoreError`.
     """
@@ -66,9 +66,9 @@ def require_sources(config: TrainConfig) -> None:
     for key, value in named.items():
         require_named(value, key, config.trusted)
     here(config.model.path)
-    for source in (data.prompts, data.heldout, data.preferences):
-        if source is not None:
-            refuse_missing(source)
+    for key in ("prompts", "heldout", "preferences"):
+        if (source := getattr(data, key)) is not None:
+            refuse_missing(source, f"data.{key}")
     if data.anchors is not None and not config.teacher.asks:
         require_store(Path(data.anchors))
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from pujax.config.functions import build, build_loss
+from pujax.config.functions import build, build_loss, build_metrics
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in
 from pujax.method.discriminator import new_head
@@ -16,11 +16,12 @@ from pujax.method.labels import dimensions_of, labels_of
 from pujax.method.scoring import ScoringContext, rewards_of
 from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh
+from pujax.run.selection import criterion_of
 from pujax.types import Batch, Frames, Group, LabelRule, LossFn, Scorer, Tokens
 
 
 def try_settings(config: TrainConfig) -> None:
-    """Try the mesh and the functions that the settings name, with frames of nobody's own.
+    """Try the mesh, the metrics and the recipe that the settings name, with frames of nobody's own.
 
     It takes neither a tokenizer nor what a run imports, so that a wrong value is refused at once.
     Raises `ConfigError`.
@@ -35,6 +36,7 @@ def try_settings(config: TrainConfig) -> None:
         frames=Frames(some, some, some, np.arange(5, dtype=np.int32)),
         candidates=config.sampling.candidates,
     )
+    criterion_of(config, build_metrics(config.eval, trusted))  # ROUGE takes seconds to import
 
 
 def try_recipe(

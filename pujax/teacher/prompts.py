@@ -80,20 +80,20 @@ def refuse_pipes(source: str | Sequence[str] | Mapping[str, Any]) -> None:
             )
 
 
-def refuse_missing(source: str | Sequence[str] | Mapping[str, Any]) -> None:
-    """Raise `PromptError` for a file that is not there, or of a kind that nothing reads.
+def refuse_missing(source: str | Sequence[str] | Mapping[str, Any], key: str) -> None:
+    """Raise `PromptError` for a file of setting `key` that is not there, or that nothing reads.
 
     None is opened, and a dataset is not looked for.
     """
     for path in [] if isinstance(source, Mapping) else _paths(source):
         _reader(path)
         if not path.exists():
-            raise _unread(path, "No such file or directory")
+            raise _unread(path, "No such file or directory", key)
 
 
-def _unread(path: Path, reason: object) -> PromptError:
+def _unread(path: Path, reason: object, key: str = "data.prompts or data.heldout") -> PromptError:
     several = "; several files are a list, [A,B]" if "," in str(path) else ""
-    return PromptError(f"{path}: {reason}: check data.prompts or data.heldout{several}")
+    return PromptError(f"{path}: {reason}: check {key}{several}")
 
 
 def _paths(source: str | Sequence[str]) -> list[Path]:

@@ -15,6 +15,7 @@ from tiny_families import tiny
 from toy_gguf import toy_chat
 
 from pujax.errors import ConfigError, DiskError, WeightsError
+from pujax.export import ExportConfig
 from pujax.files import gguf, hub, safetensors, weights
 from pujax.files.card import is_card, is_edited, model_card, refuse_foreign_card
 from pujax.files.chat import Chat
@@ -287,6 +288,12 @@ def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_pa
         export_hf(adapted[0], adapted[1], chat, tmp_path / "peft", {})
     assert tree(tmp_path) == before
     export_peft(adapted[0], adapted[1], tmp_path / "peft", {})
+
+
+@pytest.mark.parametrize("format", ["hf", "peft"])
+def test_a_gguf_files_name_for_another_form_is_refused_with_the_settings(format):
+    with pytest.raises(ConfigError, match=r"out='x\.gguf': names a GGUF file: choose format=gguf"):
+        ExportConfig(run="runs/mine", out="x.gguf", format=format)
 
 
 @pytest.mark.parametrize(

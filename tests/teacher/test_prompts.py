@@ -9,7 +9,7 @@ from pujax import collect
 from pujax.errors import ConfigError, PromptError
 from pujax.records import Prompt, messages_key
 from pujax.teacher import tables
-from pujax.teacher.prompts import load_prompts, refuse_pipes
+from pujax.teacher.prompts import load_prompts, refuse_missing, refuse_pipes
 from pujax.teacher.settings import TeacherConfig
 
 
@@ -370,3 +370,13 @@ def test_a_template_has_columns_alone(template, said):
 
 def test_braces_are_written_twice():
     assert tables._fill('{{"a": {q}}}', {"q": 1}, "d[0]") == '{"a": 1}'
+
+
+def test_a_missing_file_is_told_with_the_setting_that_names_it(tmp_path):
+    here, gone = tmp_path / "here.csv", tmp_path / "gone.csv"
+    here.touch()
+    refuse_missing([str(here)], "preferences")
+    with pytest.raises(
+        PromptError, match=r"gone\.csv: No such file or directory: check preferences$"
+    ):
+        refuse_missing([str(here), str(gone)], "preferences")
