@@ -9,7 +9,6 @@ Prompts are right-padded and carry a length; a response starts at position `leng
 Layers are stacked on a leading axis L and scanned.
 """
 
-import math
 from collections.abc import Callable
 from functools import partial
 from itertools import accumulate
@@ -28,10 +27,10 @@ from pujax.models.parameters import (
     KERNELS,
     TENSOR,
     DecoderConfig,
-    RopeScaling,
     first_value,
     param_shapes,
 )
+from pujax.models.rotary import for_layer, rotate, rotations
 from pujax.models.sharding import gathered, split_rows
 from pujax.models.tiles import on_cpu
 from pujax.types import Params, Tokens
@@ -234,7 +233,7 @@ class LanguageModel(nn.Module):
         x_BK1 = split_rows(self.mesh, self._embedded(params, tokens)[:, :, None])
         at_B11 = (decoding.lengths + t)[:, None, None]
         # Without the barrier every layer works the cosines and sines out anew.
-        rope = jax.lax.optimization_barrier(_rotations(config, at_B11))
+        rope = jax.lax.optimization_barrier(rotations(config, at_B11))
         keys, values = list(cache.k), list(cache.v)
         for i, local in enumerate(config.local_layers):
             weights = decoding.layers[i]
@@ -374,8 +373,8 @@ class LanguageModel(nn.Module):
         if config.qk_norm:
             q = self._norm(q, weights["q_norm"])
             k = self._norm(k, weights["k_norm"])
-        angles = _pick(rope, local)
-        q, k = _rotate(q, angles), _rotate(k, angles)
+        angles = for_layer(rope, local)
+        q, k = rotate(q, angles), rotate(k, angles)
         q = q * jnp.asarray(self._query_scale, q.dtype)
         return q.reshape(*lead, config.kv_heads, -1, config.head_width), k, v
 
@@ -433,7 +432,7 @@ class LanguageModel(nn.Module):
         # S is P + G·T. Between `taken` and `spread` a token may stand in a pack instead of its row.
         grid = Grid((B, P + G * T), pack)
         x = grid.taken(split_rows(self.mesh, self._embedded(params, row(prompts_BP, responses))))
-        rope = grid.taken_angles(_rotations(config, row(at_BP, at_BGT)))
+        rope = grid.taken_angles(rotations(config, row(at_BP, at_BGT)))
 
         def layer(carry, inputs):
             x, tapped, i = carry
@@ -513,49 +512,6 @@ def _responses(row: Float[Array, "B S D"], tokens: Int[Array, "B G T"]) -> Float
     """The part of each row that belongs to its responses, which end it."""
     B, G, T = tokens.shape
     return row[:, row.shape[1] - G * T :].reshape(B, G, T, row.shape[-1])
-
-
-def _pick(choices: dict[bool, Array], local: Array | bool | None) -> Array:
-    """The entry for this layer: a global one unless its flag says local."""
-    if local is None or isinstance(local, bool):
-        return choices[bool(local)]
-    return jnp.where(local, choices[True], choices[False])
-
-
-def _rotations(config: DecoderConfig, positions: Int[Array, "*N"]) -> dict[bool, Array]:
-    """Cosines and sines [2, *N, 1, H/2] at `positions`, for global and for local layers."""
-
-    def angles(base: float, scaling: RopeScaling | None) -> Array:
-        half = config.head_width // 2
-        frequency = base ** -(jnp.arange(half, dtype=jnp.float32) / half)
-        if scaling is not None:
-            frequency = _scaled(frequency, scaling)
-        angle = positions[..., None, None].astype(jnp.float32) * frequency.reshape(
-            (1,) * positions.ndim + (1, half)
-        )
-        return jnp.stack([jnp.cos(angle), jnp.sin(angle)])
-
-    rotations = {False: angles(config.rope_base, config.rope_scaling)}
-    if any(config.local_layers):
-        rotations[True] = angles(config.rope_local_base, None)
-    return rotations
-
-
-def _scaled(frequency: Float[Array, " F"], scaling: RopeScaling) -> Float[Array, " F"]:
-    """Llama 3.1's rule: long wavelengths divided by `factor`, a linear blend in between."""
-    wavelength = 2 * math.pi / frequency
-    low, high = scaling.low_freq_factor, scaling.high_freq_factor
-    blend = (scaling.original_positions / wavelength - low) / (high - low)
-    blend = jnp.clip(blend, 0.0, 1.0)
-    return frequency * (blend + (1 - blend) / scaling.factor)
-
-
-def _rotate(x: Float[Array, "*N X H"], angles: Float[Array, "2 *N 1 F"]) -> Array:
-    """Rotary embedding (Su et al., 2021) in the half-split layout of Hugging Face checkpoints."""
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    cos, sin = angles[0], angles[1]
-    rotated = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return rotated.astype(x.dtype)
 
 
 def _heads_first(x: Float[Array, "B N T KV H"]) -> Float[Array, "B KV N T H"]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from pujax.errors import WeightsError
 from pujax.models.checks import POSITIVE, check, check_settings, refuse_others
-from pujax.models.decoder import DecoderConfig, RopeScaling
+from pujax.models.parameters import DecoderConfig, RopeScaling
 
 Settings = Mapping[str, Any]  # a config.json, every key of its family present
 
