@@ -40,8 +40,8 @@ SMALL = [
 ]
 
 
-def start(*words, port, index):
-    """One of two processes with two devices each."""
+def start(*words, port, index, count):
+    """One of `count` processes with two devices each."""
     flags = (
         "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
         " --xla_cpu_use_fusion_emitters=false"
@@ -51,7 +51,7 @@ def start(*words, port, index):
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
-        "JAX_NUM_PROCESSES": "2",
+        "JAX_NUM_PROCESSES": str(count),
         "JAX_PROCESS_ID": str(index),
     }
     return subprocess.Popen(
@@ -64,17 +64,17 @@ def start(*words, port, index):
     )
 
 
-def pair(*words):
-    """Two processes that do the same, started."""
+def started(*words, count=2):
+    """Processes that do the same."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(*words, port=port, index=index) for index in (0, 1)]
+    return [start(*words, port=port, index=index, count=count) for index in range(count)]
 
 
-def both(*words):
-    """Two processes that do the same, and what each of them returned, said and complained of."""
-    made = pair(*words)
+def ended(*words, count=2):
+    """What each of the processes returned, said and complained of."""
+    made = started(*words, count=count)
     said = [process.communicate(timeout=600) for process in made]
     return [(process.returncode, *each) for process, each in zip(made, said, strict=True)]
 
@@ -115,13 +115,14 @@ def assert_same_run(place, other):
 
 
 @pytest.mark.slow
-def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.long)])
+def test_several_processes_go_on_with_what_one_began_as_one_would(count, tmp_path):
     """They split every parameter, one of them is killed, and the same command goes on from it."""
     files = []
-    for name, count in (("train", 12), ("heldout", 4)):
+    for name, size in (("train", 12), ("heldout", 4)):
         rows = (ROOT / "experiments" / "quickstart" / f"{name}.jsonl").read_text().splitlines()
         path = tmp_path / f"{name}.jsonl"
-        path.write_text("\n".join(rows[:count]))
+        path.write_text("\n".join(rows[:size]))
         files.append(f"data.{'prompts' if name == 'train' else name}={path}")
     alone, shared = tmp_path / "alone", tmp_path / "shared"
 
@@ -137,30 +138,32 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     words = [*SMALL, *files, f"run.dir={shared}", "mesh=fsdp"]
-    first, second = pair("-c", QUICK, *words)
-    while not (shared / "checkpoints" / "2").exists() and first.poll() is None:
+    *others, last = started("-c", QUICK, *words, count=count)
+    while not (shared / "checkpoints" / "2").exists() and others[0].poll() is None:
         time.sleep(0.005)
-    second.kill()
+    last.kill()
     killed = time.monotonic()
-    out, err = first.communicate(timeout=600)
-    second.communicate()
-    assert first.returncode not in (None, 0), (out, err)
+    said = [process.communicate(timeout=600) for process in others]
+    last.communicate()
+    assert all(process.returncode not in (None, 0) for process in others), said
     assert time.monotonic() - killed < 60
-    assert [line for line in out.splitlines() if "resuming after" in line] == [
+    assert [line for line in said[0][0].splitlines() if "resuming after" in line] == [
         "resuming after sft step 1"
     ]
-    (line,) = err.splitlines()
-    assert "process 1 of this run has ended" in line
-    assert "start the same command again, in all of them" in line
+    for _, err in said:
+        assert len(err.splitlines()) == 1, said
+        assert f"process {count - 1} of this run has ended" in err
+        assert "start the same command again, in all of them" in err
     assert not (shared / "done").exists()
 
-    first, second = both("-m", "pujax.train", *words)
-    assert first[0] == second[0] == 0, (first, second)
+    first, *others = ended("-m", "pujax.train", *words, count=count)
+    assert {status for status, _, _ in (first, *others)} == {0}, (first, *others)
     assert "resuming after align step" in first[1]
-    # Gloo says who is connected, in threads that write into each other's lines.
-    spoken = [line for line in second[1].splitlines() if line and "Gloo" not in line]
-    assert [line for line in spoken if "peer ranks" not in line] == []
-    assert second[2] == ""
+    for _, out, err in others:
+        # Gloo says who is connected, in threads that write into each other's lines.
+        spoken = [line for line in out.splitlines() if line and "Gloo" not in line]
+        assert [line for line in spoken if "peer ranks" not in line] == []
+        assert err == ""
     assert_same_run(shared, alone)
     assert len(lines(shared / "samples.jsonl")) == 2 * 4
 
@@ -168,7 +171,7 @@ def test_two_processes_go_on_with_what_one_began_as_one_would(tmp_path):
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
     """Before that they take a step with every matrix split over both, and one goes on from that."""
-    first, second = both(str(ROOT / "tests" / "split_step.py"), str(tmp_path))
+    first, second = ended(str(ROOT / "tests" / "split_step.py"), str(tmp_path))
     assert first[0] == -signal.SIGKILL
     assert second[0] != 0
     made = [output.splitlines()[0] for _, output, _ in (first, second)]
