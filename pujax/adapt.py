@@ -28,7 +28,8 @@ def run(settings: AdaptConfig) -> None:
             f"the user does, {made.after.raw:.0%} are now (by log-probs a token "
             f"{made.before.normalized:.0%} and {made.after.normalized:.0%})"
         )
-    print(f"{settings.out}: give it as soft_prompt={settings.out} to `pujax generate` or `chat`")
+    to = "`pujax generate`, `chat`, `serve` or `export`"
+    print(f"{settings.out}: give it as soft_prompt={settings.out} to {to}")
 
 
 main = command("adapt", AdaptConfig, run, folder="tools", shared=("loss",))

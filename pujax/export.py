@@ -2,13 +2,14 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import MISSING
 
 from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.locate import at_home
-from pujax.inference.finished import require_kind, source_of
+from pujax.inference.finished import require_kind, source_of, users_of
 from pujax.run.compilation import compile_once
 
 
@@ -19,6 +20,8 @@ class ExportConfig:
     Attributes:
         run: a run's directory, or a folder of runs: its newest finished one; or
         model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        soft_prompt: a file of `pujax adapt`, which then leads each conversation, or a list of them,
+            of which each is chosen by name.
         out: a new or empty directory, or an earlier export's; for gguf a file's name.
         format: hf (a directory, for transformers and vLLM), gguf (a file, for llama.cpp) or peft
             (the adapter of a LoRA run).
@@ -26,11 +29,12 @@ class ExportConfig:
         dtype: how hf stores tensors: float32, bfloat16 or float16.
         push: a model on the hub, OWNER/NAME, that gets it too; a new one is private.
         compare: held-out prompts of the run whose greedy answers are made anew, to say how many are
-            the same; 0 makes none.
+            the same; 0 makes none. With a soft prompt none are: the run answered without.
     """
 
     run: str | None = None
     model: str | None = None
+    soft_prompt: Any = None
     out: str = MISSING
     format: str = "hf"
     kind: str = "F16"
@@ -56,6 +60,13 @@ class ExportConfig:
             self.format,
             "an adapter is a LoRA run's: set run=DIRECTORY",
         )
+        users = users_of(self.soft_prompt)
+        require(
+            not users or self.format != "peft",
+            "format",
+            self.format,
+            "holds no soft prompt: choose hf or gguf",
+        )
 
 
 def run(settings: ExportConfig) -> None:
@@ -77,10 +88,11 @@ def run(settings: ExportConfig) -> None:
         kind=settings.kind,
         dtype=settings.dtype,
         push=settings.push,
+        users=users_of(settings.soft_prompt),
         say=say,
     )
     print(out, flush=True)
-    if run is None or not settings.compare or settings.format == "peft":
+    if run is None or not settings.compare or settings.format == "peft" or settings.soft_prompt:
         return  # an adapter alone answers nothing
     from pujax.inference.nearness import nearness
 

@@ -2,10 +2,11 @@
 
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from pujax.config.commands import command, one_source
 from pujax.errors import require
-from pujax.inference.finished import require_kind
+from pujax.inference.finished import require_kind, users_of
 
 
 @dataclass(frozen=True)
@@ -15,6 +16,8 @@ class ServeConfig:
     Attributes:
         run: a run's directory, or a folder of runs: its newest finished one; or
         model: a hub id, a Hugging Face directory, a GGUF file, package://NAME/FILE.
+        soft_prompt: a file of `pujax adapt`, which leads each conversation, or a list of them, of
+            which each request chooses one by name.
         host: the address to listen on; 0.0.0.0 is every one of this machine, for anyone.
         port: to listen on; 0 picks a free one.
         kind: how the exported file stores matrices: F16, Q8_0, Q4_1 or Q4_0.
@@ -25,6 +28,7 @@ class ServeConfig:
 
     run: str | None = None
     model: str | None = None
+    soft_prompt: Any = None
     host: str = "127.0.0.1"
     port: int = 8080
     kind: str = "Q8_0"
@@ -40,6 +44,7 @@ class ServeConfig:
             require(getattr(self, key) > 0, key, getattr(self, key), "must be positive")
         many = self.threads is None or self.threads > 0
         require(many, "threads", self.threads, "must be positive, or null")
+        users_of(self.soft_prompt)
 
 
 def run(settings: ServeConfig) -> None:
@@ -48,11 +53,12 @@ def run(settings: ServeConfig) -> None:
 
     require_server()
     require_free(settings.host, settings.port)
+    users = users_of(settings.soft_prompt)
 
     def say(text: str) -> None:
         print(f"pujax.serve: {text}", file=sys.stderr, flush=True)
 
-    served = to_serve(settings.run, settings.model, kind=settings.kind, say=say)
+    served = to_serve(settings.run, settings.model, kind=settings.kind, say=say, users=users)
 
     def ready(address: str) -> None:
         print(f"{served.name} is served at {address}/v1 until Ctrl-C. Ask it, as:")
@@ -64,6 +70,12 @@ def run(settings: ServeConfig) -> None:
             f"  pujax collect teacher=llamacpp teacher.base_url={address}/v1 "
             f"teacher.model={served.name} ..."
         )
+        if len(users) > 1:
+            print(
+                f"For one of its users ({', '.join(users)}) a request has "
+                f'"chat_template_kwargs": {{"soft_prompt": "{next(iter(users))}"}} beside '
+                '"messages"'
+            )
 
     serve(
         served,

@@ -3,7 +3,7 @@
 import hashlib
 import html
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,9 +45,10 @@ def model_card(
 ) -> str:
     """A README.md with the front matter of the model hub, and in it the `tokenizer_files`.
 
-    `card` has the run's settings, or for a model without a run `student`, where it came from; and
-    with it what `pujax.run.provenance` found: `results`, `answers_by` and `licence`. What made the
-    model is listed; the teacher's settings, paths and headers are not.
+    `card` has the run's settings, or for a model without a run `student`, where it came from; with
+    it what `pujax.run.provenance` found, `results`, `answers_by` and `licence`; and the names of
+    the `soft_prompts` in the model. What made the model is listed; the teacher's settings, paths
+    and headers are not.
     """
     origin = student(card)
     front = ["---", f"library_name: {library}", "pipeline_tag: text-generation", _TAG]
@@ -72,6 +73,8 @@ def model_card(
             "ranking. The terms of the model that gave the answers may apply too"
             f"{_named(card.get('answers_by'))}."
         )
+    if card.get("soft_prompts"):
+        parts.append(_led(card["soft_prompts"]))
     if card.get("results"):
         parts.append(f"## Results\n\n{card['results']}")
         parts.append(_LIMITS)
@@ -84,6 +87,16 @@ def model_card(
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     told = "\n\n".join(parts) + "\n"
     return told.replace(_TAG, f"{_TAG}\n{_DIGEST}{_digest(told)}", 1)
+
+
+def _led(users: Sequence[str]) -> str:
+    held = "Virtual tokens in its vocabulary, a soft prompt, were fitted to what a user prefers: "
+    if len(users) == 1:
+        return f"{held}the chat template begins each conversation with those of {users[0]}."
+    return (
+        f"{held}the chat template begins a conversation with those of {', '.join(users)}, as its "
+        "variable `soft_prompt` names one, and with none where it is not given."
+    )
 
 
 def _named(names: Any) -> str:

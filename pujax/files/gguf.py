@@ -39,6 +39,9 @@ NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6
 MADE_BY = "pujax.version"
 """The key by which a file is known as one that this package wrote; llama.cpp passes it over."""
 
+TIED = "pujax.tied"
+"""Whether the two tables of tokens are one: with virtual tokens they differ in a few rows alone."""
+
 # Endings of a turn or a text, by the names that GGUF files give them (as llama.cpp takes them).
 _ENDINGS = (
     "<|im_end|>",
@@ -321,6 +324,8 @@ def model_of(file: GgufFile) -> Checkpoint:
 
 def _is_tied(file: GgufFile) -> bool:
     """Whether one matrix embeds and unembeds: a file may hold two roundings of it."""
+    if file.metadata.get(TIED) is False:
+        return False
     if "output.weight" not in file.tensors or "token_embd.weight" not in file.tensors:
         return True
     if file.tensors["output.weight"].shape != file.tensors["token_embd.weight"].shape:
@@ -354,6 +359,7 @@ def write(
         writer.add_file_type(_FILE_TYPES[kind])
         writer.add_quantization_version(2)
         writer.add_string(MADE_BY, pujax.__version__)
+        writer.add_bool(TIED, config.tied)
         for key, value in (to_gguf(config) | dict(tokenizer)).items():
             _add(writer, key, value)
         for name, shape, tensor_kind in _shapes(config, kind):

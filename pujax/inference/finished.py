@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pujax.config.commands import listed
 from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, require
 from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
@@ -141,6 +142,22 @@ def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
     return str(finished.model), finished.system
 
 
+def users_of(soft_prompt: Any) -> dict[str, str]:
+    """The files that a setting `soft_prompt` names, one or a list, by what each user is called.
+
+    That is the file's name without its end. Raises `ConfigError` for a name that is no word, and
+    for two that are the same.
+    """
+    users: dict[str, str] = {}
+    for path in listed("soft_prompt", soft_prompt):
+        name = at_home(path).stem
+        word = re.fullmatch(r"[\w.-]+", name) is not None
+        require(word, "soft_prompt", path, "its user is called by the file's name: take one word")
+        require(name not in users, "soft_prompt", path, f"another is called {name} too: rename one")
+        users[name] = path
+    return users
+
+
 def _is_run(directory: Path) -> bool:
     # A model's directory may have a file of that name too.
     return (directory / SETTINGS).is_file() and not (directory / "config.json").is_file()
@@ -180,12 +197,14 @@ def export(
     kind: str = "F16",
     dtype: str = "float32",
     push: str | None = None,
+    users: Mapping[str, str] | None = None,
     say: Callable[[str], None] = print,
 ) -> Path:
     """Export a `run`'s model or the one at `model`; the directory or file that was written.
 
     A GGUF file gets a Modelfile for Ollama and its model card beside it. What was written goes to
-    the hub too where `push` names a model there. `say` is told what the form itself can't hold.
+    the hub too where `push` names a model there. `users` are soft prompts that go into the model
+    (see `led_model`). `say` is told what the form itself can't hold.
     Raises `ConfigError`, and with it `WeightsError` and `ChatError`, for what can't be exported,
     and `DiskError`.
     """
@@ -215,6 +234,7 @@ def export(
         refuse_foreign_file,
     )
     from pujax.files.ollama import modelfile, refuse_foreign_modelfile
+    from pujax.files.soft_prompt import led_model, load_users
     from pujax.run.provenance import licence_of
 
     system = None
@@ -223,6 +243,7 @@ def export(
         card, system = finished.card(), finished.system
     else:
         card["licence"] = licence_of(source)
+    card["soft_prompts"] = sorted(users or ())
     if format == "peft":
         copy_adapter(Path(source), out)
         return _pushed(push, out, say)
@@ -236,8 +257,11 @@ def export(
     else:
         refuse_foreign_directory(out)
         refuse_unwritable(out)
+    vectors = load_users(users, weights.read_config(source)) if users else {}
     config, params = weights.load(source)
     chat = Chat.load(source)
+    if vectors:
+        config, params, chat = led_model(config, params, chat, vectors)
     if format == "gguf":
         export_gguf(config, params, chat, out, kind=kind)
         write_whole(beside, modelfile(chat, out.name, system).encode())

@@ -11,7 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,13 +34,19 @@ class Served:
 
 
 def to_serve(
-    run: str | None, model: str | None, *, kind: str, say: Callable[[str], None]
+    run: str | None,
+    model: str | None,
+    *,
+    kind: str,
+    say: Callable[[str], None],
+    users: Mapping[str, str] | None = None,
 ) -> Served:
     """The GGUF file of a run's model or of the one at `model`, exported unless that was done.
 
     What is exported is kept in the run's directory, and for a `model` in the user's cache, under
-    the digest of the files that it was made of. A `model` that is a GGUF file is served as it is.
-    Raises what finding, reading and exporting the model raises.
+    the digest of the files that it was made of. A `model` that is a GGUF file is served as it is,
+    unless soft prompts of `users` go into it (see `led_model`). Raises what finding, reading and
+    exporting the model raises.
     """
     if run is not None:
         finished = finished_run(at_home(run))
@@ -50,27 +56,39 @@ def to_serve(
     else:
         served = Served(locate(str(model)), Path(str(model)).name)
         folder = cache_folder() / "pujax" / "gguf"
-    if served.path.is_file():
+    if served.path.is_file() and not users:
         return served
-    kept = folder / f"{content_of(served.path)[:16]}-{kind}.gguf"
+    vectors = {}
+    if users:
+        from pujax.files import weights
+        from pujax.files.soft_prompt import load_users
+
+        vectors = load_users(users, weights.read_config(served.path))
+    kept = folder / f"{content_of(served.path, users)[:16]}-{kind}.gguf"
     if not kept.exists():
         from pujax.files import weights
         from pujax.files.chat import Chat
         from pujax.files.export import export_gguf
+        from pujax.files.soft_prompt import led_model
 
         say(f"writing {kept}, which is kept")
         config, params = weights.load(served.path)
-        export_gguf(config, params, Chat.load(served.path), kept, kind=kind)
+        chat = Chat.load(served.path)
+        if vectors:
+            config, params, chat = led_model(config, params, chat, vectors)
+        export_gguf(config, params, chat, kept, kind=kind)
     return Served(kept, served.name, served.system)
 
 
-def content_of(model: Path) -> str:
-    """The digest of what an export makes of a model's directory: its files and our version."""
+def content_of(model: Path, users: Mapping[str, str] | None = None) -> str:
+    """The digest of what an export makes of a model: its file or files, and our version."""
     whole = hashlib.sha256(pujax.__version__.encode())
-    for file in sorted(path for path in model.iterdir() if path.is_file()):
-        if file.suffix in (".json", ".safetensors", ".jinja", ".txt", ".model"):
-            with on_disk(file), file.open("rb") as content:
-                whole.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
+    files = sorted(path for path in model.iterdir() if path.is_file()) if model.is_dir() else []
+    read = (".json", ".safetensors", ".jinja", ".txt", ".model")
+    files = [file for file in files if file.suffix in read] if files else [model]
+    for file in (*files, *map(at_home, (users or {}).values())):
+        with on_disk(file), file.open("rb") as content:
+            whole.update(file.name.encode() + hashlib.file_digest(content, "sha256").digest())
     return whole.hexdigest()
 
 

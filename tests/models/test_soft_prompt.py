@@ -10,7 +10,7 @@ from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
 from pujax.models.lora import with_adapter
 from pujax.models.sharding import make_mesh, tree_shardings
-from pujax.models.soft_prompt import init_soft_prompt, led
+from pujax.models.soft_prompt import init_soft_prompt, led, with_rows
 from pujax.types import right_padded
 
 TEXT = (7, 11, 13)  # what the virtual tokens are copies of
@@ -59,3 +59,20 @@ def test_a_gradient_reaches_each_virtual_token(model, params):
 def test_it_lies_whole_on_every_device(params, sizes):
     placed = tree_shardings(make_mesh(*sizes), init_soft_prompt(params, TEXT))
     assert placed["soft_prompt"].is_fully_replicated
+
+
+@pytest.mark.parametrize("ids", [(96, 97), (100, 99)], ids=["behind", "with a gap"])
+def test_virtual_tokens_as_rows_say_the_same_and_are_never_the_likeliest(model, params, ids):
+    """The other logits are what they were, and a virtual token's is the mean of those."""
+    config = model.config
+    vectors = 50 * np.random.default_rng(0).normal(size=(2, config.width)).astype(np.float32)
+    soft = with_adapter(params, {"soft_prompt": jnp.asarray(vectors)})
+    grown, tables = with_rows(config, params, vectors, ids)
+    assert (grown.vocab, grown.tied) == (max(ids) + 1, False)
+    rows = LanguageModel(grown)
+    virtual = model.prefill(soft, right_padded([led(PROMPTS[0], 2, config)], 8))
+    written = rows.prefill(tables, right_padded([(*ids, *PROMPTS[0])], 8))
+    np.testing.assert_array_equal(virtual.last, written.last)
+    logits, plain = rows.unembed(tables, written.last)[0], model.unembed(params, virtual.last)[0]
+    np.testing.assert_array_equal(logits[:96], plain)
+    np.testing.assert_allclose(logits[96:], jnp.full(grown.vocab - 96, plain.mean()), atol=1e-5)
