@@ -12,6 +12,7 @@ from pujax.run.compilation import compile_once
 from pujax.run.directory import OUTPUT, finished, run_directory
 from pujax.run.processes import first, opened, several, together, told
 from pujax.run.trackers import require_trackers
+from pujax.teacher.preferences import refuse_bad_rows
 from pujax.teacher.prompts import refuse_missing
 from pujax.teacher.store import require_store
 
@@ -56,7 +57,7 @@ def run(config: TrainConfig) -> None:
 
 
 def require_sources(config: TrainConfig) -> None:
-    """Refuse functions, a student, prompts or a store that is not there, before jax is imported.
+    """Refuse what is not there, and preferences that can't be used, before jax is imported.
 
     Raises `WeightsError`, `ConfigError`, `PromptError` and `StoreError`.
     """
@@ -69,6 +70,10 @@ def require_sources(config: TrainConfig) -> None:
     for key in ("prompts", "heldout", "preferences"):
         if (source := getattr(data, key)) is not None:
             refuse_missing(source, f"data.{key}")
+    rated = [data.preferences, data.heldout if data.anchors is None else None]
+    for source in rated if data.on_bad_row == "error" else ():
+        if source is not None:
+            refuse_bad_rows(source, weights=data.dimensions or None)
     if data.anchors is not None and not config.teacher.asks:
         require_store(Path(data.anchors))
 

@@ -315,23 +315,29 @@ def make_dataset(
     return _with_anchors(*_fit(prompts, chat, config), anchors, chat, config)
 
 
-def _fit(prompts: Iterable[Prompt], chat: Chat, config: DataConfig) -> tuple[list[_Fitted], int]:
-    """The prompts that `config.on_too_long` leaves, as tokens, and how many were dropped."""
+def _fit(
+    prompts: Iterable[Prompt], chat: Chat, config: DataConfig, *, place: str | None = None
+) -> tuple[list[_Fitted], int]:
+    """The prompts that `config.on_too_long` leaves, as tokens, and how many were dropped.
+
+    An error names one by its `place`, or else by its id.
+    """
     P, fitted, dropped = config.max_prompt_tokens, [], 0
     for prompt in prompts:
+        name = f"prompt {prompt.id!r}" if place is None else f"{place}: the prompt"
         messages = with_system(prompt.messages, config.system)
         prompt_ids = chat.render(messages)
         truncated = len(prompt_ids) > P
         if truncated and config.on_too_long == "error":
             raise DataError(
-                f"prompt {prompt.id!r} has {len(prompt_ids)} tokens, data.max_prompt_tokens is "
+                f"{name} has {len(prompt_ids)} tokens, data.max_prompt_tokens is "
                 f"{P}: raise it, or set data.on_too_long=drop or truncate"
             )
         if truncated and config.on_too_long == "drop":
             dropped += 1
             continue
         if truncated:
-            messages = _shortened(prompt.id, messages, chat, P)
+            messages = _shortened(name, messages, chat, P)
             prompt_ids = chat.render(messages)
         reference_ids = chat.reference_head(messages)
         fitted.append(_Fitted(prompt, tuple(prompt_ids), tuple(reference_ids), truncated))
@@ -410,7 +416,15 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
                 )
             )
             continue
-        fitted, left_out = _fit([row.prompt], chat, config)
+        if len({response.ids for response in given}) < len(given):
+            bad(
+                DataError(
+                    f"{row.place}: two of its responses are the same tokens, so neither is "
+                    "preferred: take the row out, or set data.on_bad_row=drop"
+                )
+            )
+            continue
+        fitted, left_out = _fit([row.prompt], chat, config, place=row.place)
         dropped += left_out
         dimensions.add(row.dimensions)
         best = max(range(len(given)), key=lambda i: given[i].score)
@@ -473,7 +487,7 @@ def _shortened(
             beyond = middle
     if fits == 0:
         raise DataError(
-            f"prompt {name!r}: the template and what stands before its last message leave no room "
+            f"{name}: the template and what stands before its last message leave no room "
             f"in data.max_prompt_tokens={size}: raise it, or set data.on_too_long=drop"
         )
     return keeping(fits)

@@ -25,6 +25,9 @@ GOOD_OR_BAD = {"true": 1.0, "good": 1.0, "1": 1.0, "false": -1.0, "bad": -1.0, "
 SIDE = ""
 """In place of a dimension: on which side a response stands, 1 or -1, which is no rating."""
 
+LARGEST = 1e30
+"""What a rating may be: sums and differences of such are numbers in float32 too."""
+
 Ratings = Mapping[str, float]
 
 
@@ -68,6 +71,18 @@ def load_preferences(
             continue
         named = () if SIDE in rated[0][1] else tuple(dimensions or ())
         yield Preference(prompt, scored, place, named)
+
+
+def refuse_bad_rows(
+    source: str | Sequence[str] | Mapping[str, Any], *, weights: Mapping[str, float] | None = None
+) -> None:
+    """Raise `PromptError` for a row of files that `load_preferences` can't use.
+
+    For who is about to load jax and a model. A dataset isn't read for that.
+    """
+    if not isinstance(source, Mapping):
+        for _ in load_preferences(source, weights=weights):
+            pass
 
 
 def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, Ratings]]]:
@@ -172,6 +187,10 @@ def _ratings(value: Any, name: str, place: str) -> Ratings:
             rating = math.inf
         if not math.isfinite(rating):
             raise PromptError(f"{place}: {name} {dimension!r} is {rating}: it must be finite")
+        if abs(rating) > LARGEST:
+            raise PromptError(
+                f"{place}: {name} {dimension!r} is {rating:g}, more than {LARGEST:g}: scale it down"
+            )
         if dimension == SIDE:
             raise PromptError(f"{place}: {name} has a dimension without a name: name it")
         found[str(dimension)] = rating
@@ -213,7 +232,8 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
     if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
         who = turns[-1].get("from", turns[-1].get("role"))
         turns = turns[:-1] if who in ("gpt", "assistant") else turns
-    return prompt_of({**row, "output": None, "conversations": turns}, place)
+    asked = {name: row[name] for name in row if name not in ("output", "conversations")}
+    return prompt_of(asked if turns is None else {**asked, "conversations": turns}, place)
 
 
 def _answer(value: Any, name: str, place: str) -> tuple[list[dict[str, str]], str]:
@@ -253,7 +273,7 @@ def _scored(
                 "name those that count in data.dimensions"
             )
         score = sum(weight * ratings[name] for name, weight in used.items())
-        if not math.isfinite(score):
+        if not abs(score) <= LARGEST:
             raise PromptError(f"{place}: response {i}'s ratings add up to {score}: scale them down")
         scored.append(Rated(text, score, tuple(ratings[name] for name in used)))
     return tuple(scored)

@@ -22,6 +22,7 @@ from pujax.run.data import Dataset, load_data, make_dataset, make_preferences, w
 from pujax.run.workers import Outcome
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT
+from pujax.train import require_sources
 from tests.teacher_server import TeacherServer, completion
 
 
@@ -279,6 +280,40 @@ def test_a_response_longer_than_t_is_named_by_file_and_line_or_dropped_and_count
         preferences(source)
     data = preferences(source, on_bad_row="drop")
     assert (len(data.examples), data.bad_rows) == (1, 1)
+
+
+def test_sides_of_the_same_tokens_are_the_same_whatever_their_text(tmp_path):
+    """As of a tokenizer that composes letters and their accents: DPO learns nothing of them."""
+
+    class Lower(Letters):
+        def encode_response(self, text, finished):
+            return super().encode_response(text.lower(), finished)
+
+    source = jsonl(tmp_path / "p.jsonl", PAIR, PAIR | {"rejected": "XY"})
+    config = DataConfig(preferences=source, max_prompt_tokens=8, max_response_tokens=5)
+    with pytest.raises(DataError, match=r"p\.jsonl:2: two of its responses are the same tokens"):
+        make_preferences(source, cast(Any, Lower()), config)
+    config = replace(config, on_bad_row="drop")
+    assert make_preferences(source, cast(Any, Lower()), config).bad_rows == 1
+
+
+def test_a_prompt_of_preferences_that_is_too_long_is_named_by_file_and_line(tmp_path):
+    source = jsonl(tmp_path / "p.jsonl", PAIR, PAIR | {"prompt": "abcdefgh"})
+    with pytest.raises(DataError, match=r"p\.jsonl:2: the prompt has 10 tokens, .*_tokens is 8"):
+        preferences(source)
+    with pytest.raises(DataError, match=r"p\.jsonl:1: the prompt: .*leave no room"):
+        preferences(source, max_prompt_tokens=2, on_too_long="truncate")
+
+
+def test_bad_rows_are_refused_before_jax_and_the_model_are_loaded(tmp_path):
+    good, bad = (jsonl(tmp_path / f"{n}.jsonl", PAIR | {"rejected": n}) for n in ("z", "xy"))
+    for train, heldout in ((bad, good), (good, bad)):
+        data = DataConfig(prompts=None, anchors=None, preferences=train, heldout=heldout)
+        model = ModelConfig(path=str(tmp_path))
+        with pytest.raises(PromptError, match=r"xy\.jsonl:1: `chosen` and `rejected` are the"):
+            require_sources(TrainConfig(model=model, data=data))
+        dropped = replace(data, on_bad_row="drop")
+        require_sources(TrainConfig(model=model, data=dropped))
 
 
 def test_rows_that_cannot_be_used_are_errors_or_counted(tmp_path):

@@ -176,6 +176,7 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
         ({**TWO, "ratings": [1, "5"]}, r"responses\[1\]'s rating must be a number, found '5'"),
         ({**TWO, "ratings": [1, True]}, "must be a number, found True"),
         ({**TWO, "ratings": [1, float("nan")]}, "is nan: it must be finite"),
+        ({**TWO, "ratings": [1, -1e39]}, r"is -1e\+39, more than 1e\+30: scale it down"),
         ({**TWO, "ratings": [1]}, "`ratings` must be a list of 2"),
         ({**TWO, "ratings": {"x": [1]}}, r"`ratings\.x` must be a list of 2"),
         ({**TWO, "ratings": [1, None]}, r"responses\[1\]'s rating is missing"),
@@ -186,6 +187,10 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
         (TWO, r"`responses\[0\]` has no `ratings`"),
         ({"prompt": "Hi", "completion": "a", "label": "maybe"}, "`label` must be true, false"),
         ({"prompt": "Hi", "label": True}, "needs a `completion`"),
+        (
+            {"chosen": "a", "rejected": "b"},
+            r"needs `prompt` or `messages`, found neither \(it has \['chosen', 'rejected'\]\)",
+        ),
         ({"prompt": "Hi", "answer": "a"}, "needs `chosen` and `rejected`, `responses`"),
         (
             {"prompt": "q", "responses": ["a", "b"], "ratings": [10**400, 2]},
