@@ -108,6 +108,20 @@ def ignores_labels(loss_fn: LossFn, labels: LabelRule, candidates: int) -> bool:
     return not jnp.any(one != other)
 
 
+def learns_from_ties(loss_fn: LossFn, labels: LabelRule, candidates: int) -> bool:
+    """Whether `loss_fn` learns anything from groups in which all responses score alike."""
+    logps, group, (reference, _), (members, _), kl = _random_groups(labels, candidates)
+    tied = jnp.broadcast_to(group.scores[:, :1], group.scores.shape)
+    group = replace(group, scores=tied, ref_logps=reference, kl=kl)
+    members = jnp.broadcast_to(members[..., :1], members.shape)
+
+    def gradient(logps: Array, group: Group) -> Array:
+        group = _labelled(replace(group, members=members), labels, members)
+        return _gradient(loss_fn, logps, group)[0]
+
+    return bool(jnp.any(jax.jit(gradient)(logps, group)))
+
+
 def _gradient(loss_fn: LossFn, logps: Array, group: Group) -> tuple[Array, Metrics]:
     def summed(logps: Array) -> tuple[Array, Metrics]:
         loss, metrics = loss_fn(logps, group)

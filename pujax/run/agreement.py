@@ -8,7 +8,7 @@ from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, name_of, require
 from pujax.method.discriminator import discriminator
 from pujax.method.labels import dimensions_of, softmax_labels, takes_members
-from pujax.method.needs import ignores_labels, needs_of
+from pujax.method.needs import ignores_labels, learns_from_ties, needs_of
 from pujax.method.scoring import blend, family, found_in, mixture, rewards_of
 from pujax.method.step import Recipe
 from pujax.run.data import Dataset
@@ -79,6 +79,14 @@ def check_given(config: TrainConfig, recipe: Recipe, loss_fn: LossFn, data: Data
         if not align.steps:
             continue
         _check_members(recipe, loss_fn, len(part.dimensions), key)
+        if not part.prefers(by_dimension=takes_members(recipe.labels) or recipe.needs.members) and (
+            recipe.needs.kl or not learns_from_ties(loss_fn, recipe.labels, part.candidates)
+        ):
+            raise ConfigError(
+                f"{key}: no response is preferred to another, so {_name(loss_fn)} has nothing to "
+                "learn: look at the ratings or labels, and at how data.dimensions weighs them (of "
+                "good responses alone SFT learns: align.steps=0)"
+            )
         require(
             not recipe.needs.kl or align.prompts > 1,
             "align.prompts",

@@ -70,6 +70,19 @@ class Dataset:
         own = {"data.prompts" if asked else "data.preferences": self}
         return own | (self.other.parts if self.other else {})
 
+    def prefers(self, *, by_dimension: bool) -> bool:
+        """Whether one given response is rated otherwise than another to the same prompt.
+
+        Or, where prompts have one response each, than another prompt's. A response's ratings count
+        one by one if `by_dimension`, else its score.
+        """
+        rated = [
+            {given.ratings if by_dimension else given.score for given in example.given}
+            for example in self.examples
+        ]
+        alone = [seen for seen, e in zip(rated, self.examples, strict=True) if len(e.given) == 1]
+        return any(len(seen) > 1 for seen in rated) or len(set().union(*alone)) > 1
+
     @property
     def with_anchors(self) -> "Dataset":
         """The examples that have an anchor, which is all that SFT learns from."""

@@ -1,5 +1,6 @@
 """Settings that would silently do nothing are refused by name, before the first step."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -126,6 +127,33 @@ def test_a_kl_of_other_prompts_needs_other_prompts():
     with pytest.raises(ConfigError, match=r"align\.prompts=1: kto takes its reference point from"):
         given(pair_losses.kto, PAIRS, Needs(kl=True), prompts=1)
     given(pair_losses.kto, PAIRS, Needs(kl=True))
+
+
+def alike(*scores, ratings=((), ())):
+    """A prompt whose responses have these scores, and another of the first alone."""
+    both = tuple(Given((i,), s, r) for i, (s, r) in enumerate(zip(scores, ratings, strict=False)))
+    rows = [replace(ROW, given=both)] + [replace(ROW, given=both[:1])] * (len(both) == 1)
+    names = tuple(map(str, ratings[0]))
+    return Dataset(tuple(rows), 4, 4, 4, candidates=len(both), dimensions=names)
+
+
+def test_responses_of_which_none_is_preferred_are_refused_to_whom_they_teach_nothing():
+    refused = r"data\.preferences: no response is preferred to another, so {} has nothing to learn"
+    with pytest.raises(ConfigError, match=refused.format("dpo")):
+        given(pair_losses.dpo, alike(2.0, 2.0))
+    given(losses.weighted_sft, alike(2.0, 2.0))  # learns all of them
+    kto = partial(pair_losses.kto, sides=labels.flags)
+    with pytest.raises(ConfigError, match=refused.format("kto")):
+        given(kto, alike(1.0), Needs(kl=True))
+    good, bad = (alike(flag).examples[0] for flag in (1.0, -1.0))
+    given(kto, Dataset((good, bad), 4, 4, 4, candidates=1), Needs(kl=True))
+
+
+def test_ratings_whose_mean_is_tied_prefer_by_dimension():
+    tied = alike(2.0, 2.0, ratings=((1.0, 3.0), (3.0, 1.0)))
+    given(losses.listwise, tied, rule=MIXED)
+    with pytest.raises(ConfigError, match="no response is preferred"):
+        given(pair_losses.dpo, tied)
 
 
 def test_a_share_that_gives_one_part_no_step_is_refused():
