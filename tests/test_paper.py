@@ -302,7 +302,11 @@ class Stub:
     def call(self, words):
         told = dict(word.split("=", 1) for word in words if "=" in word)
         self.called.append(words[1].rpartition(".")[2])
-        if "out" in told:
+        if "suite" in told:
+            found = {"header": ["", ""], "rows": [["the model", "0.6", "0.7"]] * 3, "note": "n"}
+            directory = reproduce.ROOT / told["run"]
+            (directory / f"suite-{told['suite']}.json").write_text(json.dumps(found))
+        elif "out" in told:
             self.answers(reproduce.ROOT / told["out"], told["data.heldout"])
         elif "run.dir" in told:
             directory = reproduce.ROOT / told["run.dir"]
@@ -368,6 +372,27 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert '"the machine"' in kept.read_text()
     made_again = raw.read_all(profile.results)["random-lr1e-05", 0, "test"]
     assert made_again["values"] == result["values"]
+
+
+def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
+    method = plan.Arm("ipo", "IPO", "methods", like="grpo", suite="ranking")
+    continued = replace(profile.arms["sft_continued"], seeds=1)
+    arms = {**profile.arms, "sft_continued": continued, "ipo": method}
+    profile, stub = replace(profile, arms=arms), Stub()
+    assert reproduce.work(profile, (["sft_continued", "ipo"], None), stub.call) == 0
+    found = raw.read_all(profile.results)
+    assert [split for name, _, split in found if name.startswith("ipo")] == [
+        "ranking",
+        "validation",
+    ]
+    assert not (profile.runs / "ipo-lr1e-05" / "0" / "export").exists()  # nothing more needs it
+    lines = tables.lines_of(found, "validation")
+    text = tables.methods(lines[-1:], tables.best_of_arms(lines), found)
+    zero = "+0.000 [0.000, 0.000]"
+    assert f"| IPO | {zero} | {zero} | 0.6 | 0.7 | 0.6 |" in text
+    again = Stub()
+    assert reproduce.work(profile, (["ipo"], None), again.call) == 0
+    assert again.called == []
 
 
 def test_a_run_that_failed_once_is_tried_again_and_what_has_no_way_to_it_fails(profile, capsys):

@@ -17,7 +17,7 @@ from pujax.files.durable import read_jsonl
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUPS = ("main", "fresh", "others", "anchors", "ablations")
+GROUPS = ("main", "fresh", "others", "anchors", "ablations", "methods")
 PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
@@ -40,6 +40,7 @@ class Arm:
     after: int = 0
     against: str = "sft_continued"
     needs: str | None = None
+    suite: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     choose: Mapping[str, list[Any]] = field(default_factory=dict)
 
@@ -111,7 +112,10 @@ class Run:
 
 @dataclass(frozen=True)
 class Task:
-    """A run to do and to read on `validation`, or one that is done to be read on `test`."""
+    """A run to do and to read on `validation`, or one that is done to be read on `test`.
+
+    Or to be asked a suite of `pujax evaluate`, which then is the `split`.
+    """
 
     run: Run
     split: str
@@ -124,7 +128,7 @@ class Task:
     @property
     def reads(self) -> Run | None:
         """The run whose model it begins with."""
-        return self.run if self.split == "test" else self.run.origin
+        return self.run.origin if self.split == "validation" else self.run
 
 
 @dataclass
@@ -156,14 +160,14 @@ class Found:
 
     def ready(self, task: Task) -> bool:
         """Whether all is done that the task needs and that its settings were chosen by."""
-        before = task.run.before | ({task.run.key} if task.split == "test" else set())
+        before = task.run.before | (set() if task.split == "validation" else {task.run.key})
         there = task.reads is None or self.kept(task.reads)
         return there and not self.blocked(task) and before <= self.results.keys() | self.failed
 
     def blocked(self, task: Task) -> bool:
         """Whether the task failed, or something that it needs."""
         needed = [Task(run, "validation") for run in task.run.needs]
-        if task.split == "test":
+        if task.split != "validation":
             needed.append(Task(task.run, "validation"))
         return task.key in self.failed or any(map(self.blocked, needed))
 
@@ -235,8 +239,10 @@ def tasks_of(
                 if seed < arm.seeds:
                     before, run = way_to(profile, found, arm.name, seed)
                     some = [Task(each, "validation") for each in (*before, run)]
-                    if found.tests:
+                    if found.tests and arm.group != "methods":
                         some.append(Task(run, "test"))
+                    if arm.suite:
+                        some.append(Task(run, arm.suite))
                     for task in some:  # a run that was chosen is there as one to choose from
                         tasks.setdefault(task.key, task)
     return list(tasks.values())
@@ -433,8 +439,9 @@ def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False
     if task.key in found.results and not again:
         return 0.0
     prompt = _pace(found, task.run, "prompt", profile.guess)
-    if task.split == "test":
-        return prompt * lines_in(ROOT / profile.data["test"])
+    if task.split != "validation":
+        asked = "test" if task.split == "test" else "validation"
+        return prompt * lines_in(ROOT / profile.data[asked])
     at = {"sft": 0, "align": 0}
     metrics = task.run.directory / "metrics.jsonl"
     at |= {
@@ -455,7 +462,9 @@ def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False
 def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> float:
     """Seconds a step of a stage, or a prompt evaluated: as in the arm's runs, else in all."""
     own, others = [], []
-    for result in found.results.values():
+    for (_, _, split), result in found.results.items():
+        if split not in ("validation", "test"):
+            continue  # a suite's
         if what == "prompt":
             whole = result["evaluation_s"]
             pace = whole and whole / result["prompts"]["evaluated"]

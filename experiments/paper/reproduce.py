@@ -10,6 +10,7 @@ the command at work, which saves its state, and then all ends.
 
 import argparse
 import fcntl
+import json
 import os
 import shutil
 import signal
@@ -258,6 +259,8 @@ def command_of(profile: Profile, task: Task) -> list[str]:
         words = ["-m", "pujax.evaluate", f"run={directory}"]
         words += [f"data.heldout={profile.data['test']}", f"out={directory / 'test'}"]
         return words
+    if task.split != "validation":
+        return ["-m", "pujax.evaluate", f"run={directory}", f"suite={task.split}"]
     settings = {
         "run.name": "paper",
         "run.dir": directory,
@@ -294,7 +297,9 @@ def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
     if again and (run.directory / "done").exists():
         shutil.rmtree(run.directory)
     end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
-    if task.split == "test":
+    if task.split not in ("validation", "test"):
+        end = run.directory / f"suite-{task.split}.json"
+    elif task.split == "test":
         end = answers = run.directory / "test" / "eval-aligned.jsonl"
     elif not (run.directory / "eval-base.jsonl").exists():
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
@@ -313,23 +318,30 @@ def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
         seconds = time.monotonic() - begun if task.split == "test" else None
     if again:
         return True
+    about = {
+        "arm": run.arm.name,
+        "title": run.arm.title,
+        "group": run.arm.group,
+        "place": list(profile.arms).index(run.arm.name),
+        "profile": profile.name,
+        "metric": profile.metric,
+        "against": run.arm.against,
+        "after": run.after,
+        "origin": run.origin and run.origin.name,
+        "chosen": dict(run.point),
+        "commit": raw.commit(ROOT),
+        "command": " ".join(["python", *words]),
+        **({"device": device} if device else {}),
+    }
+    if task.split not in ("validation", "test"):
+        asked = {"training": run.prompts - run.after}
+        told = {"settings": dict(run.settings), "prompts": asked, **json.loads(end.read_text())}
+        name, seed, suite = task.key
+        raw.write(profile.results, {"name": name, "seed": seed, "split": suite, **about, **told})
+        return True
     result = raw.result(
         key=task.key,
-        about={
-            "arm": run.arm.name,
-            "title": run.arm.title,
-            "group": run.arm.group,
-            "place": list(profile.arms).index(run.arm.name),
-            "profile": profile.name,
-            "metric": profile.metric,
-            "against": run.arm.against,
-            "after": run.after,
-            "origin": run.origin and run.origin.name,
-            "chosen": dict(run.point),
-            "commit": raw.commit(ROOT),
-            "command": " ".join(["python", *words]),
-            **({"device": device} if device else {}),
-        },
+        about=about,
         settings=run.settings,
         directory=run.directory,
         answers=answers,
@@ -348,16 +360,17 @@ def make_room(profile: Profile, found: Found) -> None:
     """
     tasks = tasks_of(profile, found)
     origins = {arm.origin for arm in profile.arms.values()}
-    read = {key for key in found.results if key[2] == "test"}
-    final = {task.key[:2] for task in tasks if task.split == "test"}
-    settled = {task.run.arm.name for task in tasks if task.key in read}
+    last = [task for task in tasks if task.split != "validation"]
+    final = {task.key[:2] for task in last}
+    settled = {task.run.arm.name for task in last if task.key in found.results}
+    unread = {task.key[:2] for task in last if task.key not in found.results}
     for run in (task.run for task in tasks if task.split == "validation"):
         if found.of(run) is None:
             continue
         spare = ["checkpoints", "reference"]
-        lost = (run.name, run.seed) not in final and run.arm.name in settled
+        lost = run.key[:2] not in final and run.arm.name in settled
         kept = run.arm.group == "main" or run.arm.name in origins
-        if lost or ((run.name, run.seed, "test") in read and not kept):
+        if lost or (run.key[:2] in final - unread and not kept):
             spare.append("export")
         for name in spare:
             shutil.rmtree(run.directory / name, ignore_errors=True)

@@ -185,6 +185,25 @@ def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
     return grid(["difference", "seeds", *(shown[m].title for m in metrics)], rows) if rows else ""
 
 
+def methods(
+    lines: Sequence[Line], by_arm: Mapping[str, Line], results: Mapping[raw.Key, raw.Raw]
+) -> str:
+    """Each method against SFT continued on validation, and how it ranks the candidates."""
+    shown = lines[0].shown
+    metrics = [metric for metric in COMPARED if metric in shown]
+    rows = []
+    for line in lines:
+        first = Line(line.title, line.runs[:1])
+        found = {}
+        if (other := by_arm.get(line.first["against"])) is not None:
+            found = compare_runs(Line("", other.runs[:1]).evaluations(), first.evaluations())
+        model, _, optimum = results[line.first["name"], 0, "ranking"]["rows"]
+        cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
+        rows.append([line.title, *cells, *model[1:], optimum[1]])
+    ranked = ["by log-prob", "by log-prob a token", "DPO's optimum by log-prob"]
+    return grid(["method", *(shown[metric].title for metric in metrics), *ranked], rows)
+
+
 def best_of_arms(lines: Sequence[Line]) -> dict[str, Line]:
     """Of each arm the line that does best with seed 0 by what decides; of equals the first."""
     best: dict[str, Line] = {}
@@ -374,6 +393,13 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"people are paid {HOUR:g} an hour and take {PAIR_S:g} s a pair; a reward model is "
             f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on a machine of one's own."
         )
+    if asked := [line for line in chosen if (line.first["name"], 0, "ranking") in results]:
+        yield (
+            "## Methods\n\nOn the validation split, seed 0: how far each is above SFT continued, "
+            "and of the pairs of candidates that the oracle orders the share that the model ranks "
+            "rightly (`suite=ranking`).\n\n" + methods(asked, best_of_arms(chosen), results)
+        )
+    chosen = [line for line in chosen if line.first["group"] != "methods"]
     if chosen:
         named = [Line(_named(line), line.runs) for line in chosen]
         text = "## Validation\n\nWhat was compared to choose settings.\n\n" + quality(named)
