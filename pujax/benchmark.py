@@ -1,6 +1,7 @@
 """`pujax benchmark`: what a training step costs here, as a table and a line of JSON."""
 
 import json
+import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,8 @@ from typing import Any
 from rich.console import Console
 
 from pujax.config.commands import command
-from pujax.config.tool_settings import BenchmarkConfig
+from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
+from pujax.evaluation.waiting import waited
 from pujax.files.durable import refuse_unwritable, sweep_files
 from pujax.files.locate import here
 
@@ -26,16 +28,21 @@ def run(settings: BenchmarkConfig) -> None:
         refuse_unwritable(Path(settings.benchmark.out))
         sweep_files(Path(settings.benchmark.out), HEAD)
     here(settings.model.path)
-    from pujax.run.measure import Benchmark
+    from pujax.run.measure import Benchmark, Cost
 
     benchmark = Benchmark(settings)
+
+    def measure(shape: WorkConfig) -> Cost:
+        with waited("compiling and measuring", say):
+            return benchmark.measure(shape)
+
     console = Console(stderr=False)
-    cost = benchmark.measure(settings.benchmark)
+    cost = measure(settings.benchmark)
     console.print(table(cost))
     line: dict[str, Any] = described(settings) | asdict(cost)
     if settings.benchmark.sweep:
         line["sweep"], written = [asdict(cost)], list[Path]()
-        for key, value, cost in sweep(benchmark.measure, settings.benchmark):
+        for key, value, cost in sweep(measure, settings.benchmark):
             console.print(f"{key}={value}: step {cost.step_s:.2f} s")
             line["sweep"].append(asdict(cost))
             # After each, so that a sweep that is cut off leaves what it measured.
@@ -45,13 +52,19 @@ def run(settings: BenchmarkConfig) -> None:
     print(json.dumps(line))
 
 
+def say(line: str) -> None:
+    """Tell who waits, and not what reads the table."""
+    print(f"pujax.benchmark: {line}", file=sys.stderr, flush=True)
+
+
 def planned(settings: BenchmarkConfig) -> None:
     """Show what a step would take, for each chip whether it fits and how fast it could be."""
     from pujax.run.benchmarks import described, plan_table, verdicts
     from pujax.run.plan import CHIPS, have_devices, plan_step
 
     have_devices(settings.mesh)
-    plan = plan_step(settings)
+    with waited("compiling the step", say):
+        plan = plan_step(settings)
     console = Console(stderr=False)
     console.print(plan_table(plan, settings))
     for said in verdicts(plan):

@@ -2,7 +2,9 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,9 +13,10 @@ import pytest
 from matplotlib.figure import Figure
 from recipes import recipe
 
-from pujax.benchmark import run
+from pujax.benchmark import planned, run
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.errors import ConfigError, DiskError
+from pujax.evaluation.waiting import waited
 from pujax.method.needs import Needs
 from pujax.run.benchmarks import sweep, write_sweep
 from pujax.run.measure import Cost, flops, matmul_rate
@@ -86,6 +89,23 @@ def test_a_file_of_ones_own_in_a_sweeps_place_is_refused_before_anything_is_meas
     with pytest.raises(DiskError, match=r"sweep\.md can't be written .*choose another name"):
         run(settings)
     assert (tmp_path / "sweep.md").read_text() == "| setting | seeds |\n"
+
+
+def test_who_waits_for_a_plan_is_told_that_it_goes_on_and_who_reads_the_table_is_not(
+    monkeypatch, capsys
+):
+    def never_done(settings):
+        time.sleep(0.5)  # a machine at other work may be slow
+        raise ConfigError("enough")
+
+    monkeypatch.setattr("pujax.run.plan.have_devices", lambda mesh: None)
+    monkeypatch.setattr("pujax.run.plan.plan_step", never_done)
+    monkeypatch.setattr("pujax.benchmark.waited", partial(waited, every=0.01))
+    with pytest.raises(ConfigError, match="enough"):
+        planned(BenchmarkConfig())
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("pujax.benchmark: compiling the step: still at it, 0:00 by now\n")
 
 
 def test_every_curve_fits_into_its_panel(tmp_path, monkeypatch):
