@@ -266,22 +266,37 @@ def _join(settings: DistributedConfig) -> None:
 _FILTER = """
 import os, re, sys
 before, after = (part.encode() for part in sys.argv[1].split("{who}"))
-said, heard = False, b""
+ours = re.compile(rb"pujax|Traceback|.*" + re.escape(after))
+theirs = re.compile(rb"[EF][0-9]{4} [0-9:.]+ .*(coordination_service|Terminating process)")
+last = b"Terminating process because the JAX distributed service"
+number = re.compile(rb"sending heartbeats[)]:\\s+([0-9]+)\\n")
+said = hidden = ending = False
+heard = rest = b""
 while chunk := os.read(0, 65536):
-    noise = re.search(rb"(?m)^[EF][0-9]{4} .*(coordination_service|Terminating process)", chunk)
-    kept = chunk[: noise.start()] if noise else chunk
-    os.write(2, kept)
-    said |= after in kept
     heard = (heard + chunk)[-65536:]
-    if b"Terminating process because the JAX distributed service" in chunk:
-        task = re.search(rb"sending heartbeats[)]:\\s+([0-9]+)", heard)
-        who = b"process " + task[1] if task else b"another process"
-        if b"leader task" in heard:
-            who = b"process 0"
-        os.write(2, b"" if said else before + who + after + bytes([10]))
-        while os.read(0, 65536):
-            pass
+    *lines, rest = (rest + chunk).split(b"\\n")
+    for line in lines:
+        noise = theirs.search(line)
+        kept = line[: noise.start()] if noise else line
+        hidden = hidden and not ours.match(kept)
+        if not hidden and not ending and (kept or not noise):
+            os.write(2, kept + b"\\n")
+            said |= after in kept
+        hidden = hidden or bool(noise)
+    ending |= last in heard
+    if ending and not said:
+        found = number.search(heard)
+        who = b"process 0" if b"leader task" in heard else found and b"process " + found[1]
+        if who or b"Check failure stack trace" in heard:
+            os.write(2, before + (who or b"another process") + after + b"\\n")
+            said = True
+if ending and not said:
+    os.write(2, before + b"another process" + after + b"\\n")
+elif not hidden and not ending:
+    os.write(2, rest)
 """
+"""Line by line, as what is written at once may be read in pieces, and the other way round; and
+Python ends its lines by themselves, so that jax's may come between."""
 
 
 def _gone(group: _Group, said: str) -> str:

@@ -195,6 +195,52 @@ def test_a_process_that_dies_ends_the_others_with_one_line(tmp_path):
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
+FOUND = """E1126 23:21:38.231973 11663 coordination_service.cc:1549] Use error polling to send \
+the following error to all tasks: UNAVAILABLE: The following tasks are unhealthy (stopped sending \
+heartbeats):
+3
+The tasks have crashed. Check the task logs for an earlier error.
+E1126 23:21:38.232498 11674 coordination_service_agent.cc:289] Polled an error.
+"""
+ENDING = """F1126 23:21:38.232638 11674 client.h:80] Terminating process because the JAX \
+distributed service detected fatal errors. absl::Status: UNAVAILABLE: The following tasks are \
+unhealthy (stopped sending heartbeats):
+3
+The tasks have crashed. Check the task logs for an earlier error.
+
+RPC: /xla.coordination.CoordinationService/PollForError
+*** Check failure stack trace: ***
+    @     0x7f5f3ba40634  absl::lts_20260107::log_internal::LogMessage::SendToLog()
+"""
+LED = """F1126 23:21:38.232638 11674 client.h:80] Terminating process because the JAX distributed \
+service detected fatal errors. absl::Status: UNAVAILABLE: the leader task may have died
+*** Check failure stack trace: ***
+"""
+
+
+@pytest.mark.parametrize("cut", [None, 300, len(FOUND) - 9, len(FOUND) + 240])
+def test_what_jax_says_of_the_dead_comes_out_as_one_line_wherever_it_is_cut(cut):
+    line = processes.GONE.format(who="process 3") + "\n"
+    for said, shown in (
+        (f"a warning\n{FOUND}{ENDING}", f"a warning\n{line}"),
+        (f"{FOUND}{line}{ENDING}", line),
+        (f"{line}{FOUND}{ENDING}", line),
+        (f"{FOUND}{line}", line),
+        (f"{line[:-1]}{FOUND}\n{ENDING}", line),
+        (f"{line[:-1]}{FOUND}\n", line),
+        (f"{FOUND}pujax.train: no\nwhy", "pujax.train: no\nwhy"),
+        (LED, processes.GONE.format(who="process 0") + "\n"),
+    ):
+        words = [sys.executable, "-IS", "-c", processes._FILTER, processes.GONE]
+        reads = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert reads.stdin is not None
+        for piece in (said[:cut], said[len(said) if cut is None else cut :]):
+            reads.stdin.write(piece)
+            reads.stdin.flush()
+            time.sleep(0.05)
+        assert reads.communicate()[1] == shown
+
+
 class Service:
     """What is told by jax's coordination service, kept in a dictionary."""
 
