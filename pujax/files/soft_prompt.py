@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from safetensors import SafetensorError, safe_open
-from tokenizers import AddedToken
+from transformers import AddedToken
 
 from pujax.errors import ChatError, ConfigError, WeightsError
 from pujax.files.chat import Chat, Message
@@ -155,7 +155,8 @@ def led_model(
                 f"{chat.source}: has tokens called as those of {name} would be, {leads[name][0]}: "
                 "rename that soft prompt's file"
             )
-        ids += tokenizer.convert_tokens_to_ids(leads[name])
+        known = tokenizer.get_added_vocab()
+        ids += [known[token] for token in leads[name]]
     bos = None if config.bos_id is None else str(tokenizer.convert_ids_to_tokens(config.bos_id))
     templates = tokenizer.chat_template
     if isinstance(templates, dict):
@@ -202,6 +203,7 @@ def _check_led(
         [{"role": "system", "content": "S"}, user],
         [user, {"role": "assistant", "content": "A"}, user],
     ]
+    known = made.tokenizer.get_added_vocab()
     for messages in turns:
         try:
             plain = chat.render(messages)
@@ -214,7 +216,7 @@ def _check_led(
             text = made.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, soft_prompt=name
             )
-            virtual = made.tokenizer.convert_tokens_to_ids(list(tokens))
+            virtual = [known[token] for token in tokens]
             if made.encode(str(text)) != [*plain[:start], *virtual, *plain[start:]]:
                 raise ChatError(
                     f"{chat.source}: behind virtual tokens its tokenizer cuts a prompt otherwise, "

@@ -66,8 +66,9 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def wanted(folder):
     """What `generate` answers without a soft prompt, and with each."""
-    files = {user: str(folder / f"{user}.safetensors") for user in ("ann", "bob")}
-    found = {user: texts(folder / "model", files.get(user)) for user in (None, "ann", "bob")}
+    found: dict[str | None, list[str]] = {None: texts(folder / "model")}
+    for user in ("ann", "bob"):
+        found[user] = texts(folder / "model", str(folder / f"{user}.safetensors"))
     assert len({*map(tuple, found.values())}) == 3
     return found
 
