@@ -225,6 +225,7 @@ def test_a_model_that_is_not_here_is_made_again_where_something_needs_it(profile
     assert named([random]) == ["random-lr1e-05 0 validation"]
     here.clear()  # nor is what it starts from
     first = next_task(tasks_of(profile, found), found)
+    assert first is not None
     assert named([first]) == ["sft-lr0.0001-steps400 0 validation"]
     assert next_task(tasks_of(profile, found), found, {first.key}) is None
     assert "1 to make again: no model here" in "\n".join(plan.told(profile, found))
@@ -609,7 +610,7 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
         ("grpo", 0, ["a longer one", "5", "same"]),
         ("grpo", 1, ["longer", "5", "another"]),
     ):
-        result = made(name, name, seed, seed, (0.25, 1.0), **ids, **kept, response=said)
+        result = made(name, name, seed, seed, (0.25, 1.0)) | ids | kept | {"response": said}
         raw.write(profile.results, result)
     asked = []
 
@@ -617,8 +618,10 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
         """Takes the longer answer, and the first of two as long."""
         asked.extend(questions)
         texts = {q.id: q.messages[0]["content"] for q in questions}
-        found = {i: re.search(r"A:\n(.*)\n\nAnswer B:\n(.*)\n", t) for i, t in texts.items()}
-        return {i: "A" if len(a[1]) >= len(a[2]) else "B" for i, a in found.items()}
+        found = {i: re.findall(r"Answer [AB]:\n(.*)\n", t) for i, t in texts.items()}
+        return {
+            i: "A" if len(first) >= len(second) else "B" for i, (first, second) in found.items()
+        }
 
     results = raw.read_all(profile.results)
     for _ in range(2):
