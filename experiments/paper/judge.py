@@ -58,8 +58,8 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def judge_of(model: str, store: Path) -> Judge:
     """The model at `model` as a judge whose verdicts are kept in `store`."""
-    named = {"path": model, "model": Path(model).stem}
-    teacher = TeacherConfig(protocol=LocalTeacher, temperature=0.0, max_tokens=1, **named)
+    name = Path(model).stem
+    teacher = TeacherConfig(LocalTeacher, path=model, model=name, temperature=0.0, max_tokens=1)
     store.parent.mkdir(parents=True, exist_ok=True)
     return offered_judge(teacher, CollectConfig(), store)[0]
 

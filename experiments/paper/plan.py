@@ -96,7 +96,7 @@ class Run:
         return self.name, self.seed, "validation"
 
     @property
-    def before(self) -> set[raw.Key]:
+    def before(self) -> frozenset[raw.Key]:
         """The results that have to be there before it can begin, with its present settings."""
         return self.behind.union(*({need.key} | need.before for need in self.needs))
 
