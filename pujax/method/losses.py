@@ -36,7 +36,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jax.scipy.special import xlogy
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from pujax.errors import require
 from pujax.method.labels import (
@@ -59,8 +59,12 @@ from pujax.method.terms import (
 )
 from pujax.types import Advantage, Group, LossAndMetrics, LossFn, Metrics
 
-Aggregate = Callable[[Float[Array, "B K T"], Bool[Array, "B K T"]], Float[Array, " B"]]
-"""Token terms and their mask to one value a prompt."""
+Aggregate = Callable[
+    [Float[Array, "B K T"], Bool[Array, "B K T"], Int[Array, " B"]], Float[Array, " B"]
+]
+"""Token terms, their mask and each prompt's number of candidates to one value a prompt.
+
+A candidate whose tokens are all left out is counted, an absent one isn't."""
 
 Surrogate = Callable[[Float[Array, "..."]], Float[Array, "..."]]
 """A classifier's output times its label (+1 or -1) to a loss."""
@@ -203,17 +207,22 @@ def from_labels(group: Group) -> Float[Array, "B K"]:
     return jnp.where(valid & (share > 0), group.labels[:, 1:] / jnp.maximum(share, 1e-30) - 1, 0)
 
 
-def token_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> Float[Array, " B"]:
+def token_mean(
+    terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"], count: Int[Array, " B"] | None = None
+) -> Float[Array, " B"]:
     """The mean over all tokens of a prompt's candidates (DAPO, Yu et al., 2025).
 
     >>> mask = jnp.array([[[True, True, True], [True, False, False]]])
     >>> print(token_mean(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask))
     [4.]
     """
+    del count  # tokens are what is counted
     return jnp.sum(terms, axis=(1, 2), where=mask) / jnp.maximum(mask.sum(axis=(1, 2)), 1)
 
 
-def sequence_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> Float[Array, " B"]:
+def sequence_mean(
+    terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"], count: Int[Array, " B"] | None = None
+) -> Float[Array, " B"]:
     """The mean over candidates of each one's mean over tokens (GRPO, Shao et al., 2024).
 
     A token of a long response weighs less, so long bad responses are punished less.
@@ -222,11 +231,16 @@ def sequence_mean(terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"]) -> F
     >>> print(sequence_mean(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask))
     [6.]
     """
+    del count  # the mean is over candidates that have tokens
     return means(means(terms, mask), mask.any(axis=-1))
 
 
 def constant(
-    terms: Float[Array, "B K T"], mask: Bool[Array, "B K T"], *, length: float = 1.0
+    terms: Float[Array, "B K T"],
+    mask: Bool[Array, "B K T"],
+    count: Int[Array, " B"] | None = None,
+    *,
+    length: float = 1.0,
 ) -> Float[Array, " B"]:
     """The mean over candidates of each one's sum over tokens, divided by a constant `length`.
 
@@ -239,7 +253,8 @@ def constant(
     >>> print(constant(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask, length=2.0))
     [4.]
     """
-    return sums(masked(terms, mask)).mean(axis=-1) / length
+    each = sums(masked(terms, mask))
+    return (each.mean(axis=-1) if count is None else sums(each) / jnp.maximum(count, 1)) / length
 
 
 def token_clip(
@@ -346,10 +361,10 @@ def grpo(
     surrogate, clipped = clip(
         logps[:, 1:], group.old_logps[:, 1:], advantages, mask, clip_low, clip_high
     )
-    loss_B = aggregate(surrogate + kl_coef * kl_terms(logps, group, mask), mask)
-    metrics = _label_metrics(
-        logps, group, deltas(logps, group), group.valid & candidates(group.scores)
-    )
+    candidate_BG = candidates(group.scores)
+    terms = surrogate + kl_coef * kl_terms(logps, group, mask)
+    loss_B = aggregate(terms, mask, candidate_BG.sum(axis=-1))
+    metrics = _label_metrics(logps, group, deltas(logps, group), group.valid & candidate_BG)
     return loss_B, metrics | {
         "policy/clip_fraction": token_mean(clipped.astype(jnp.float32), mask).mean(),
         "group/no_signal": (jnp.abs(advantages).max(axis=-1) <= _NO_SIGNAL).mean(),
@@ -394,7 +409,8 @@ def ldl_grpo(
     surrogate, clipped = token_clip(
         logps, group.old_logps, stop_gradient(advantages), mask, clip_low, clip_high
     )
-    kl_B = constant(kl_terms(logps, group, candidate_mask), candidate_mask)
+    terms = kl_terms(logps, group, candidate_mask)
+    kl_B = constant(terms, candidate_mask, candidates(group.scores).sum(axis=-1))
     loss_B = sums(sums(surrogate)) + kl_coef * count_B * kl_B
     rewards_BG = beta * deltas(logps, group)
     return loss_B, _label_metrics(logps, group, rewards_BG, valid) | {
@@ -441,7 +457,8 @@ def kl_terms(
     log_ratio = stop_gradient(masked(logps[:, 1:] - group.ref_logps[:, 1:], mask))
     ratio = jnp.exp(masked(logps[:, 1:] - group.old_logps[:, 1:], mask))
     to_go = jnp.cumsum(log_ratio[..., ::-1], axis=-1)[..., ::-1]
-    others = (to_go.sum(axis=1, keepdims=True) - to_go) / max(to_go.shape[1] - 1, 1)
+    others_B = jnp.maximum(candidates(group.scores).sum(axis=-1) - 1, 1)
+    others = (to_go.sum(axis=1, keepdims=True) - to_go) / others_B[:, None, None]
     return log_ratio + (ratio - stop_gradient(ratio)) * (to_go - others)
 
 

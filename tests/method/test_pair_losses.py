@@ -220,6 +220,14 @@ def test_a_pair_is_ranked_right_if_and_only_if_its_loss_is_below_the_references(
         pair_losses.e_dpo,
         pair_losses.spo,
         losses.listwise,
+        losses.weighted_sft,
+        losses.raft,
+        losses.nnpu,
+        losses.grpo,
+        functools.partial(losses.grpo, advantage=losses.mean, kl_coef=0.5),
+        functools.partial(losses.grpo, aggregate=losses.sequence_mean, clip=losses.sequence_clip),
+        functools.partial(losses.grpo, aggregate=losses.token_mean),
+        functools.partial(losses.ldl_grpo, kl_coef=0.5),
     ],
 )
 def test_a_candidate_that_is_absent_changes_nothing(loss):
@@ -248,6 +256,10 @@ def test_a_candidate_that_is_absent_changes_nothing(loss):
     np.testing.assert_allclose(wider_B, loss_B, rtol=1e-6)
     for name in metrics:
         np.testing.assert_allclose(wider_metrics[name], metrics[name], rtol=1e-5, err_msg=name)
+    slope = jax.grad(lambda x: loss(x, group)[0].sum())(logps)
+    with labels.absent_candidates():
+        wider_slope = jax.grad(lambda x: loss(x, wider)[0].sum())(pad(logps, 0.0))
+    np.testing.assert_allclose(wider_slope, pad(slope, 0.0), rtol=1e-5, atol=1e-7)
     np.testing.assert_array_equal(q[:, :-1], group.labels)
     np.testing.assert_array_equal(valid[:, -1], [False, False])
 
