@@ -1,5 +1,6 @@
 """`pujax train`: SFT on the anchors, then alignment, evaluated and resumable."""
 
+from dataclasses import asdict
 from pathlib import Path
 
 from pujax.config.commands import command, swept
@@ -8,9 +9,10 @@ from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, title
 from pujax.errors import require
 from pujax.files.locate import here
+from pujax.files.settings import flat
 from pujax.run.compilation import compile_once
 from pujax.run.directory import OUTPUT, finished, run_directory
-from pujax.run.processes import first, opened, several, together, told
+from pujax.run.processes import first, opened, require_same, several, together, told
 from pujax.run.trackers import require_trackers
 from pujax.teacher.preferences import refuse_bad_rows
 from pujax.teacher.prompts import refuse_missing
@@ -25,6 +27,7 @@ def run(config: TrainConfig) -> None:
     """
     require_trackers(config.log.to)
     with together(config.distributed):
+        require_same(flat(asdict(config)))
         apart = swept()
         require(
             not (several() and beside_others()),

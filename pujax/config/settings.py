@@ -424,7 +424,8 @@ class DistributedConfig:
         given = (self.coordinator, self.processes, self.process)
         if self.coordinator is not None:
             require(
-                re.fullmatch(r".+:\d+", self.coordinator) is not None,
+                (found := re.fullmatch(r"[^\s/]+:(\d{1,5})", self.coordinator)) is not None
+                and 0 < int(found[1]) < 2**16,
                 "distributed.coordinator",
                 self.coordinator,
                 "write HOST:PORT",
@@ -434,6 +435,12 @@ class DistributedConfig:
             "distributed.coordinator",
             self.coordinator,
             "without distributed.detect set distributed.processes and distributed.process too",
+        )
+        require(
+            self.processes is None or self.processes > 0,
+            "distributed.processes",
+            self.processes,
+            "must be positive",
         )
         if self.process is not None:
             require(

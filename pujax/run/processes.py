@@ -11,8 +11,10 @@ import importlib.util
 import os
 import pickle
 import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 
 from pujax.config.settings import DistributedConfig
 from pujax.errors import ConfigError, ProcessError, StopRequested, require
+from pujax.files.settings import within
 
 T = TypeVar("T")
 
@@ -38,6 +41,21 @@ GONE = (
     "killed), and start the same command again, in all of them"
 )
 """What the others say, of `who`: process N, or another process where nobody knows which."""
+
+ALONE = (
+    "pujax: not all processes of this run came together at {address} within five minutes: start "
+    "the same command in each, where that is the first one's HOST:PORT and can be reached"
+)
+"""What is said where jax ends this process before the others are there."""
+
+_JOINED = "pujax: joined"
+"""A line for what reads standard error: from now on an end is that of another process."""
+
+_APART = (
+    *("distributed", "run", "log", "resume", "teacher", "collect", "model.path"),
+    *(f"data.{name}" for name in ("prompts", "heldout", "anchors", "preferences")),
+)
+"""Settings that may differ between processes: where files lie, and what the first alone does."""
 
 _LOST = re.compile(r"gloo|nccl|rccl|coordination|UNAVAILABLE|Connection|another task", re.I)
 """What jax's errors have in them where another process went away."""
@@ -132,6 +150,33 @@ def told(make: Callable[[], T]) -> T:
     if group.agreed is not None:
         raise group.agreed
     return made
+
+
+def require_same(settings: Mapping[str, Any]) -> None:
+    """Raise `ConfigError` in all where one was told otherwise than the first, by dotted keys.
+
+    Where files lie, and what the first alone does, may differ: no number depends on it.
+    """
+    group = _group
+    if group is None:
+        return
+    mine = {key: repr(value) for key, value in settings.items() if not within(key, _APART)}
+    firsts = told(lambda: mine)
+    group.turns += 1
+    turn = f"pujax/differs/{group.turns}"
+    differing = [key for key in {**firsts, **mine} if firsts.get(key) != mine.get(key)]
+    if differing:
+        key = differing[0]
+        here, there = mine.get(key, "not set"), firsts.get(key, "not set")
+        line = f"{key} is {here} in process {group.index} and {there} in the first"
+        group.client.key_value_set(f"{turn}/{group.index}", line)
+    group.client.wait_at_barrier(turn, ANY_TIME)
+    told(lambda: _refuse_differing(group.client, f"{turn}/"))
+
+
+def _refuse_differing(client: Any, turn: str) -> None:
+    if found := client.key_value_dir_get(turn):
+        raise ConfigError(f"{found[0][1]}: start the same command in all processes")
 
 
 def _tell(client: Any, key: str, data: bytes) -> None:
@@ -240,15 +285,17 @@ def _join(settings: DistributedConfig) -> None:
     import rich
     from jax._src.distributed import global_state
 
-    _shorten_the_end()
+    _shorten_the_end(str(record.get("coordinator_address", "the launcher's address")))
     jax.config.update("jax_enable_preemption_service", False)  # it takes SIGTERM away from us
     try:
-        jax.distributed.initialize(
-            **record,
-            heartbeat_timeout_seconds=HEARTBEAT,
-            shutdown_timeout_seconds=LEAVING,
-        )
-        jax.devices()  # which needs all of them: here, and not where the first alone would wait
+        with _ended_by_signals():
+            jax.distributed.initialize(
+                **record,
+                heartbeat_timeout_seconds=HEARTBEAT,
+                shutdown_timeout_seconds=LEAVING,
+            )
+            jax.devices()  # which needs all of them: here, and not where the first would wait
+        os.write(2, f"{_JOINED}\n".encode())
     except (ValueError, RuntimeError) as error:
         told_by = record.get("coordinator_address", "the launcher")
         raise ConfigError(
@@ -263,8 +310,23 @@ def _join(settings: DistributedConfig) -> None:
     atexit.register(_leave)
 
 
+@contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Signals end this process at once: Python would hear of them when jax has come back."""
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        numbers = (signal.SIGINT, signal.SIGTERM)
+        before = {number: signal.signal(number, signal.SIG_DFL) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 _FILTER = """
 import os, re, sys
+alone, joined = sys.argv[2].encode(), sys.argv[3].encode()
 before, after = (part.encode() for part in sys.argv[1].split("{who}"))
 ours = re.compile(rb"pujax|Traceback|.*" + re.escape(after))
 theirs = re.compile(rb"[EF][0-9]{4} [0-9:.]+ .*(coordination_service|Terminating process)")
@@ -276,6 +338,10 @@ while chunk := os.read(0, 65536):
     heard = (heard + chunk)[-65536:]
     *lines, rest = (rest + chunk).split(b"\\n")
     for line in lines:
+        if line.endswith(joined):
+            alone, line = b"", line[: -len(joined)]
+            if not line:
+                continue
         noise = theirs.search(line)
         kept = line[: noise.start()] if noise else line
         hidden = hidden and not ours.match(kept)
@@ -284,6 +350,9 @@ while chunk := os.read(0, 65536):
             said |= after in kept
         hidden = hidden or bool(noise)
     ending |= last in heard
+    if ending and alone and not said:
+        os.write(2, alone + b"\\n")
+        said = True
     if ending and not said:
         found = number.search(heard)
         who = b"process 0" if b"leader task" in heard else found and b"process " + found[1]
@@ -319,8 +388,8 @@ def _gone(group: _Group, said: str) -> str:
     return GONE.format(who="another process")
 
 
-def _shorten_the_end() -> None:
-    """From now on, say in one line that another process died.
+def _shorten_the_end(address: str) -> None:
+    """From now on, say in one line that another process died, or did not come to `address`.
 
     Where a collective doesn't notice, jax's heartbeats do, and end this process from C++, with a
     page about it and no word of Python's. So a small process, which outlives this one, reads what
@@ -328,7 +397,7 @@ def _shorten_the_end() -> None:
     """
     reader, writer = os.pipe()
     subprocess.Popen(
-        [sys.executable, "-IS", "-c", _FILTER, GONE],
+        [sys.executable, "-IS", "-c", _FILTER, GONE, ALONE.format(address=address), _JOINED],
         stdin=reader,
         start_new_session=True,  # a Ctrl-C is not for it
     )
@@ -353,14 +422,27 @@ def given(settings: DistributedConfig, env: Mapping[str, str]) -> dict[str, Any]
 
     What the settings leave open, JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID may
     say, then what of the launcher jax doesn't read, and else jax finds it out. Raises `ConfigError`
-    for Open MPI 5 on several machines without an address.
+    for several processes without an address, and for a number that none of them has.
     """
     address, count, index = settings.coordinator, settings.processes, settings.process
     if settings.detect:
-        address = address or env.get("JAX_COORDINATOR_ADDRESS")
+        address = address or env.get("JAX_COORDINATOR_ADDRESS") or None
         count = _number(env, "JAX_NUM_PROCESSES") if count is None else count
         index = _number(env, "JAX_PROCESS_ID") if index is None else index
+    require(count is None or count > 0, "distributed.processes", count, "must be positive")
+    require(
+        index is None or index < (count or index + 1),
+        "distributed.process",
+        index,
+        f"must lie in [0, {count}), the number of processes",
+    )
     if address is None and not (settings.detect and _launched(env)):
+        require(
+            (count or 1) == 1 and not index,
+            "distributed.coordinator",
+            address,
+            f"process {index} of {count} has to know where the first one is: set HOST:PORT",
+        )
         return None
     found = {"coordinator_address": address, "num_processes": count, "process_id": index}
     found = {name: value for name, value in found.items() if value is not None}

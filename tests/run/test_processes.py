@@ -21,7 +21,7 @@ from split_step import begun, laid, steps
 
 from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.settings import DistributedConfig, TrainConfig
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, ProcessError
 from pujax.models.sharding import make_mesh
 from pujax.run import processes
 from pujax.run.checkpoint import Checkpoints, Place
@@ -221,17 +221,20 @@ service detected fatal errors. absl::Status: UNAVAILABLE: the leader task may ha
 @pytest.mark.parametrize("cut", [None, 300, len(FOUND) - 9, len(FOUND) + 240])
 def test_what_jax_says_of_the_dead_comes_out_as_one_line_wherever_it_is_cut(cut):
     line = processes.GONE.format(who="process 3") + "\n"
+    joined = f"{processes._JOINED}\n"
     for said, shown in (
-        (f"a warning\n{FOUND}{ENDING}", f"a warning\n{line}"),
-        (f"{FOUND}{line}{ENDING}", line),
-        (f"{line}{FOUND}{ENDING}", line),
+        (f"a warning\n{FOUND}{ENDING}", "a warning\nALONE\n"),
+        (f"a warning\n{joined}{FOUND}{ENDING}", f"a warning\n{line}"),
+        (f"half{joined}{FOUND}{line}{ENDING}", f"half\n{line}"),
+        (f"{joined}{line}{FOUND}{ENDING}", line),
         (f"{FOUND}{line}", line),
         (f"{line[:-1]}{FOUND}\n{ENDING}", line),
         (f"{line[:-1]}{FOUND}\n", line),
         (f"{FOUND}pujax.train: no\nwhy", "pujax.train: no\nwhy"),
-        (LED, processes.GONE.format(who="process 0") + "\n"),
+        (f"{joined}{LED}", processes.GONE.format(who="process 0") + "\n"),
     ):
-        words = [sys.executable, "-IS", "-c", processes._FILTER, processes.GONE]
+        words = [sys.executable, "-IS", "-c", processes._FILTER]
+        words += [processes.GONE, "ALONE", processes._JOINED]
         reads = subprocess.Popen(words, stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert reads.stdin is not None
         for piece in (said[:cut], said[len(said) if cut is None else cut :]):
@@ -252,6 +255,51 @@ class Service:
 
     def blocking_key_value_get_bytes(self, key, timeout):
         return self.kept[key]
+
+    def key_value_set(self, key, value):
+        self.kept[key] = value
+
+    def key_value_dir_get(self, folder):
+        return [(key, value) for key, value in self.kept.items() if key.startswith(folder)]
+
+    def key_value_delete(self, key):
+        del self.kept[key]
+
+    def wait_at_barrier(self, key, timeout):
+        pass
+
+
+def test_processes_that_were_told_otherwise_all_end_and_a_path_of_ones_own_does_not_matter(
+    monkeypatch,
+):
+    service = Service()
+    first = {"seed": 1, "loss.beta": 0.1, "run.dir": "here", "data.heldout": "h.jsonl"}
+
+    def settings(index, turns, **changed):
+        group = processes._Group(service, index, 2, turns)
+        monkeypatch.setattr(processes, "_group", group)
+        processes.require_same(first | changed)
+
+    def firsts(turn):  # the first has told them already
+        processes._tell(service, f"pujax/told/{turn}", processes.pickle.dumps((True, told)))
+
+    told = {"seed": "1", "loss.beta": "0.1"}
+    firsts(1)
+    processes._tell(service, "pujax/told/3", processes.pickle.dumps((True, None)))
+    settings(1, 0, **{"run.dir": "there", "data.heldout": "elsewhere.jsonl"})
+    assert not service.key_value_dir_get("pujax/differs/")
+    processes._tell(service, "pujax/told/3", processes.pickle.dumps((False, None)))
+    with pytest.raises(ProcessError, match="process 1 ends with the first"):
+        settings(1, 0, seed=2)
+    with pytest.raises(ConfigError, match="seed is 2 in process 1 and 1 in the first: start the"):
+        settings(0, 0)
+
+
+def test_what_waits_for_the_others_is_ended_by_a_signal():
+    with processes._ended_by_signals():
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_DFL
 
 
 @pytest.mark.parametrize("size", [0, 1, 4, 5, 12, 13])
@@ -301,6 +349,21 @@ def test_there_are_others_where_a_launcher_or_the_settings_say_so(settings, envi
     assert processes.given(DistributedConfig(*settings), environment) == given
 
 
+@pytest.mark.parametrize(
+    ("settings", "environment", "said"),
+    [
+        ((True, None, 2, 1), {}, "process 1 of 2 has to know where the first one is"),
+        ((), {"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"}, "process 0 of 2 has to know"),
+        ((), {"JAX_PROCESS_ID": "1"}, "process 1 of None has to know"),
+        ((True, "one:99", 2), {"JAX_PROCESS_ID": "7"}, r"process=7: must lie in \[0, 2\)"),
+        ((), {"JAX_NUM_PROCESSES": "0"}, "distributed.processes=0: must be positive"),
+    ],
+)
+def test_several_processes_without_an_address_are_not_taken_for_one(settings, environment, said):
+    with pytest.raises(ConfigError, match=said):
+        processes.given(DistributedConfig(*settings), environment)
+
+
 def test_open_mpi_5_on_several_machines_has_to_be_told_an_address():
     far = OPEN_MPI | {"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}
     with pytest.raises(ConfigError, match=r"distributed\.coordinator=None: .* HOST:PORT"):
@@ -311,6 +374,9 @@ def test_open_mpi_5_on_several_machines_has_to_be_told_an_address():
     ("settings", "said"),
     [
         ((True, "one"), "distributed.coordinator='one': write HOST:PORT"),
+        ((True, "one:99999"), "distributed.coordinator='one:99999': write HOST:PORT"),
+        ((True, "http://one:80"), "distributed.coordinator='http://one:80': write HOST:PORT"),
+        ((True, "one:99", 0), "distributed.processes=0: must be positive"),
         ((False, "one:99"), "set distributed.processes and distributed.process too"),
         (
             (True, "one:99", 2, 2),
