@@ -291,6 +291,23 @@ def test_a_wrong_arm_is_named_before_anything_runs(profile):
         reproduce.check(profile, tasks_of(profile, known(profile), ["grpo"]))
 
 
+def test_arms_that_go_round_in_a_circle_are_refused(tmp_path, profile):
+    text = ARMS.format(folder=tmp_path)
+    for given, made, said in (
+        ("  grpo:\n    title: GRPO\n", "  grpo:\n    like: random\n    title: GRPO\n", "like"),
+        ("  grpo:\n    title: GRPO\n    group: main\n    seeds: 1\n    from: sft\n", "", "from"),
+    ):
+        (tmp_path / "arms.yaml").write_text(text.replace(given, made or given[:-4] + "grpo\n"))
+        with pytest.raises(ConfigError, match=rf"arms\.\w+\.{said}"):
+            plan.tasks_of(load_profile(tmp_path / "arms.yaml", "tiny"), known(profile))
+
+
+def test_a_jax_that_cannot_start_is_one_line(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
+    with pytest.raises(ConfigError, match=r"jax finds no device \(.*nowhere.*JAX_PLATFORMS"):
+        reproduce.accelerator()
+
+
 # --- doing it -------------------------------------------------------------------------------------
 
 
@@ -629,6 +646,12 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
             judge.judged(profile, one, other, longest, "a judge", 100)
     assert len(asked) == 2 + 4  # equal answers are a tie, and no sum is judged
     assert asked[0].messages[0]["content"].count("test 0?") == 1
+    one, other = next(judge.pairs(results, ["grpo"]))
+    judge.judged(profile, one, other, longest, "another", 100)
+    judge.judged(profile, one, other, longest, "another", 1)
+    assert len(asked) == 2 + 4 + 2 + 2  # of another judge, and of other prompts
+    for path in profile.results.glob("judged/*another.json"):
+        path.unlink()
     text = tables.judged(profile.results)
     assert "| grpo, seed 0 | sft_continued, seed 0 | 0.750 [" in text  # one won, one tie
     assert "| grpo, seed 1 | sft_continued, seed 0 | 1.000 [" in text

@@ -86,9 +86,12 @@ def pairs(
 def judged(
     profile: Profile, one: raw.Raw, other: raw.Raw, judge: Judge, name: str, prompts: int
 ) -> None:
-    """Keep what the judge finds of one result against another, unless that is there already."""
-    path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}.json"
-    if path.exists():
+    """Keep what the judge finds of one result against another, unless that is there already.
+
+    What it found on another number of prompts makes room for it.
+    """
+    path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}-{Path(name).stem}.json"
+    if path.exists() and json.loads(path.read_text())["prompts"] == prompts:
         return
     print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
     asked = {
@@ -106,6 +109,7 @@ def judged(
         "seed": one["seed"],
         "against": {"title": other["title"], "seed": other["seed"]},
         "judge": name,
+        "prompts": prompts,
         "rows": answer.rows,
         "note": answer.note,
         "records": answer.records,

@@ -195,6 +195,10 @@ def load_profile(path: Path, name: str) -> Profile:
         for key in ("origin", "like", "as_long_as", "paced_by"):
             other = getattr(arms[arm], key)
             require(other is None or other in entries, f"arms.{arm}.{key}", other, "no such arm")
+        seen = [arm]
+        while (start := entries.get(seen[-1], {}).get("from")) is not None:
+            require(start not in seen, f"arms.{arm}.from", start, "starts from itself")
+            seen.append(start)
         both = (arms[arm].as_long_as is None) == (arms[arm].paced_by is None)
         require(both, f"arms.{arm}.paced_by", arms[arm].paced_by, "goes with as_long_as")
     folders = {key: path.parent / own.pop(key) for key in ("results", "runs")}
@@ -258,6 +262,7 @@ def line_of(profile: Profile, name: str) -> list[Arm]:
     line = [profile.arms[name]]
     while line[-1].like:
         line.append(profile.arms[line[-1].like])
+        require(line[-1] not in line[:-1], f"arms.{name}.like", line[-2].like, "is like itself")
     return line
 
 

@@ -147,9 +147,15 @@ def check(profile: Profile, tasks: list[Task]) -> None:
 
 
 def accelerator() -> str:
-    """What jax calls the one that it finds; nothing, and a line that says so, where it doesn't."""
+    """What jax calls the one that it finds; nothing, and a line that says so, where it doesn't.
+
+    Raises `ConfigError` where jax can't start.
+    """
     code = "import jax; print(jax.default_backend(), jax.devices()[0].device_kind)"
-    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    asked = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    if asked.returncode:
+        why = (asked.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise ConfigError(f"jax finds no device ({why}): see what JAX_PLATFORMS says, if anything")
     backend, _, kind = asked.stdout.strip().partition(" ")
     if backend == "cpu":
         print("this profile is for accelerators and there is none here: that was its plan")

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 
 from pujax.config.settings import MeshConfig
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.files.chat import Chat
 from pujax.method.discriminator import new_head
 from pujax.method.step import Recipe, make_train_step
@@ -42,6 +42,7 @@ from pujax.run.student import (
 from pujax.types import Batch, Completions, Tokens
 
 GIB = 2**30
+MOST_DEVICES = 1024  # virtual ones of this process
 _ROOM = 0.9
 
 
@@ -177,9 +178,17 @@ def refuse_unfit(name: str, memory: Any, mesh: Mesh) -> None:
 def have_devices(config: MeshConfig) -> None:
     """Give this process as many virtual CPU devices as the mesh has, before JAX has any.
 
-    A size of -1 is one. Raises `ConfigError` where JAX has begun with another number.
+    A size of -1 is one. Raises `ConfigError` where JAX has begun with another number, and for more
+    than it can make: each has threads of its own.
     """
     count = prod(max(1, size) for size in vars(config).values())
+    require(
+        count <= MOST_DEVICES,
+        "mesh",
+        count,
+        f"a plan is compiled for up to {MOST_DEVICES} devices: what a device takes changes little "
+        "with more of mesh.data",
+    )
     try:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from pujax.config.model_settings import ModelConfig, ShapeConfig
+from pujax.config.settings import MeshConfig
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.models.sharding import make_mesh
@@ -162,3 +163,8 @@ def test_the_command_plans_for_devices_that_are_not_here():
     assert line["collectives"]["all-gather"]["bytes"] > 0
     assert line["chips"]["TPU v5e"]["fits"]
     assert any(text.startswith("TPU v5e: fits; a step takes") for text in shown)
+
+
+def test_more_devices_than_can_be_made_are_refused_at_once():
+    with pytest.raises(ConfigError, match=r"mesh=100000: a plan is compiled for up to 1024"):
+        plan.have_devices(MeshConfig(fsdp=100_000))
