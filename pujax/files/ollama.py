@@ -102,14 +102,19 @@ def turns_of(chat: Chat) -> Turns | None:
     user_after, answer_after = _parts(asked, 2)[-1], _parts(answered, 3)[-1]
     user_before = before_V.removeprefix(answer_after)
     bos = str(chat.tokenizer.bos_token or "")
-    # ChatML's BOS, where it has one, begins every turn.
-    head = bos if before_S.startswith(bos) and not user_before.startswith(bos) else ""
+    opening = end.removeprefix(user_after)
+    turn = user_before + U["content"] + user_after + opening
+    # What stands before a user's turn as before a system message, such as virtual tokens.
+    head = alone.removesuffix(turn)
+    if head == alone or not before_S.startswith(head):
+        # ChatML's BOS, where it has one, begins every turn.
+        head = bos if before_S.startswith(bos) and not user_before.startswith(bos) else ""
     around = {
         "system": (before_S.removeprefix(head), before_U.removesuffix(user_before)),
         "user": (user_before, user_after),
         "assistant": (before_A.removeprefix(user_after), answer_after),
     }
-    found = Turns(head, around, opening=end.removeprefix(user_after), default=None)
+    found = Turns(head, around, opening, default=None)
     if found.render([S, U, A, V]) != whole or "{{" in whole:
         return None
     default, bare = None, found.render([U])
@@ -121,7 +126,7 @@ def turns_of(chat: Chat) -> Turns | None:
             return None
     # Where llama.cpp puts the BOS before a text by itself, the template must not.
     begun = chat.tokenizer.backend_tokenizer.encode("a").ids[0] == chat.tokenizer.bos_token_id
-    return replace(found, head="" if begun else head, default=default)
+    return replace(found, head=head.removeprefix(bos) if begun else head, default=default)
 
 
 def _parts(text: str, count: int) -> list[str]:

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from transformers import AddedToken
 from pujax.errors import ChatError, ConfigError, WeightsError
 from pujax.files.chat import Chat, Message
 from pujax.files.durable import name_beside, on_disk
-from pujax.files.locate import at_home
+from pujax.files.locate import at_home, here
 from pujax.files.safetensors import write_tensors
 from pujax.models.parameters import DecoderConfig
 from pujax.models.soft_prompt import with_rows
@@ -97,8 +98,13 @@ def require_fit(
     vectors: Float[np.ndarray, "N D"],
     about: Mapping[str, Any],
     model: DecoderConfig,
+    source: object,
 ) -> None:
-    """Raise `WeightsError` for a soft prompt of another width or vocabulary than the model's."""
+    """Raise `WeightsError` for a soft prompt of another width or vocabulary than the model's.
+
+    One model lies in several places, as a file and as a directory, so of a place other than
+    `source` a warning is all.
+    """
     for what, fitted, own in (
         ("values a token", vectors.shape[1], model.width),
         ("tokens in the vocabulary", about.get("vocab", model.vocab), model.vocab),
@@ -108,6 +114,30 @@ def require_fit(
                 f"{path}: was fitted to another model, with {fitted} {what} where this one has "
                 f"{own}: fit one to this"
             )
+    before = about.get("model")
+    if isinstance(before, str) and _place(before) != _place(str(source)):
+        print(
+            f"pujax: {path}: was fitted to {before}, and this is {source}: unless they are the "
+            "same model it says nothing here: fit one to this",
+            file=sys.stderr,
+        )
+
+
+def require_plain(chat: Chat) -> None:
+    """Raise `ChatError` for a model with soft prompts in it, which takes no other before them."""
+    if _LEADS in str(chat.tokenizer.chat_template):
+        raise ChatError(
+            f"{chat.source}: has soft prompts in it: give all of them to the model without any"
+        )
+
+
+def _place(model: str) -> Path | str:
+    """Where a model lies on this disk, or its name on the hub."""
+    try:
+        local = here(model)
+    except ConfigError:  # it has gone
+        return model
+    return model if local is None else local.resolve()
 
 
 def _digest(vectors: Float[np.ndarray, "N D"]) -> str:
@@ -118,13 +148,16 @@ def _digest(vectors: Float[np.ndarray, "N D"]) -> str:
 
 
 def load_users(
-    users: Mapping[str, str], model: DecoderConfig
+    users: Mapping[str, str], model: DecoderConfig, source: object
 ) -> dict[str, Float[np.ndarray, "N D"]]:
-    """The virtual tokens of each user's file. Raises `WeightsError`, also where they don't fit."""
+    """The virtual tokens of each user's file, for the model at `source`.
+
+    Raises `WeightsError`, also where they don't fit.
+    """
     read = {}
     for name, path in users.items():
         read[name], about = load_soft_prompt(at_home(path))
-        require_fit(path, read[name], about, model)
+        require_fit(path, read[name], about, model, source)
     return read
 
 
@@ -140,11 +173,8 @@ def led_model(
     chosen by name, as the chat template's variable `soft_prompt`, and none leads where none is
     chosen. Raises `ChatError` where the tokenizer or the template can't say it.
     """
+    require_plain(chat)
     tokenizer = copy.deepcopy(chat.tokenizer)
-    if _LEADS in str(tokenizer.chat_template):
-        raise ChatError(
-            f"{chat.source}: has soft prompts in it: give all of them to the model without any"
-        )
     leads: dict[str, list[str]] = {}
     ids: list[int] = []
     for name, vectors in users.items():

@@ -257,7 +257,7 @@ def export(
     else:
         refuse_foreign_directory(out)
         refuse_unwritable(out)
-    vectors = load_users(users, weights.read_config(source)) if users else {}
+    vectors = load_users(users, weights.read_config(source), source) if users else {}
     config, params = weights.load(source)
     chat = Chat.load(source)
     if vectors:

@@ -13,7 +13,7 @@ from pujax.errors import ConfigError
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.locate import at_home
-from pujax.files.soft_prompt import load_soft_prompt, require_fit
+from pujax.files.soft_prompt import load_soft_prompt, require_fit, require_plain
 from pujax.inference.finished import model_path
 from pujax.models.decoder import LanguageModel
 from pujax.models.lora import with_adapter
@@ -49,12 +49,14 @@ class Generator:
         """
         source = model_path(path)
         chat = Chat.load(source)
+        if soft_prompt is not None:
+            require_plain(chat)
         config, params = weights.load(source)
         config = replace(config, eos_ids=chat.eos_ids)
         if soft_prompt is None:
             return cls(LanguageModel(config), params, chat)
         vectors, about = load_soft_prompt(at_home(soft_prompt))
-        require_fit(soft_prompt, vectors, about, config)
+        require_fit(soft_prompt, vectors, about, config, source)
         params = with_adapter(params, {"soft_prompt": jnp.asarray(vectors)})
         return cls(LanguageModel(config), params, chat, len(vectors))
 

@@ -63,7 +63,8 @@ def to_serve(
         from pujax.files import weights
         from pujax.files.soft_prompt import load_users
 
-        vectors = load_users(users, weights.read_config(served.path))
+        source = model or served.path
+        vectors = load_users(users, weights.read_config(served.path), source)
     kept = folder / f"{content_of(served.path, users)[:16]}-{kind}.gguf"
     if not kept.exists():
         from pujax.files import weights

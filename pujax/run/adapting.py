@@ -30,6 +30,7 @@ from pujax.files.locate import at_home
 from pujax.files.soft_prompt import (
     load_soft_prompt,
     require_fit,
+    require_plain,
     require_place,
     save_soft_prompt,
 )
@@ -92,6 +93,7 @@ def adapt(
     )
     others = _others(config.fitted)
     chat = Chat.load(source)
+    require_plain(chat)
     loss_fn, said = build_loss(config.loss, config.trusted)
     datasets = recipe = None
     if config.preferences is not None:
@@ -103,7 +105,7 @@ def adapt(
         base = put(read, tree_shardings(mesh, read))
     settings = replace(settings, eos_ids=chat.eos_ids)
     for other in others:
-        require_fit(other.path, other.vectors, other.about, settings)
+        require_fit(other.path, other.vectors, other.about, settings, source)
     about = {
         "model": source,
         "width": settings.width,

