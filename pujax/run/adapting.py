@@ -30,8 +30,8 @@ from pujax.files.locate import at_home
 from pujax.files.soft_prompt import (
     load_soft_prompt,
     require_fit,
-    require_plain,
     require_place,
+    require_plain,
     save_soft_prompt,
 )
 from pujax.method import labels, scoring

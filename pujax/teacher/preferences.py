@@ -6,7 +6,8 @@ from typing import Any
 
 from pujax.errors import PromptError
 from pujax.records import Preference, Prompt, Rated
-from pujax.teacher.prompts import checked_text, prompt_of, rows, sharegpt_turns
+from pujax.teacher.prompts import alpaca_turns, checked_text, prompt_of, rows, sharegpt_turns
+from pujax.text import blank
 
 RESPONSES = ("responses", "completions", "candidates")
 """The names of a row's list of responses."""
@@ -118,14 +119,64 @@ def _pair(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, R
             f"{place}: `chosen` and `rejected` are the same text: take the row out, or set "
             "data.on_bad_row=drop"
         )
-    told = row.get("prompt")
-    if before:
+    if before or isinstance(row.get("prompt"), list):
+        for i, turn in enumerate(before):
+            checked_text(turn["content"], f"messages[{i}].content", place)
+        for name, own in _own_turns(row, place):
+            before = _joined(own, before, name, place)
         row = {**row, "prompt": None, "messages": before}
-    prompt = _prompt(row, place)
-    same = ("", prompt.messages[-1]["content"].strip())
-    if before and isinstance(told, str) and told.strip() not in same:
-        raise PromptError(f"{place}: `prompt` is not what `chosen` answers")
-    return prompt, [(chosen, {SIDE: 1.0}), (rejected, {SIDE: -1.0})]
+    return _prompt(row, place), [(chosen, {SIDE: 1.0}), (rejected, {SIDE: -1.0})]
+
+
+def _own_turns(row: Mapping[str, Any], place: str) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """The conversations that a row has beside `chosen`, in each form of a prompt, by its name."""
+    for name in ("prompt", "messages", "conversations", "instruction"):
+        told = row.get(name)
+        if told is None or told == [] or (isinstance(told, str) and blank(told)):
+            continue
+        if name == "instruction":
+            yield name, alpaca_turns(row, place)
+        elif name == "prompt" and isinstance(told, str):
+            yield name, [{"role": "user", "content": told}]
+        else:
+            yield name, sharegpt_turns(told, place, name)
+
+
+def _joined(
+    own: list[dict[str, Any]], before: list[dict[str, Any]], name: str, place: str
+) -> list[dict[str, Any]]:
+    """What `chosen` answers: the turns `before` it, with the row's `own`, which it may repeat.
+
+    Either may be a part of the other, at its beginning or end, or go on where the other ends; the
+    row's own may have an answer too. Raises `PromptError` for turns that contradict each other.
+    """
+
+    def split(turns: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        count = 1 if turns and turns[0]["role"] == "system" else 0
+        return turns[:count], turns[count:]
+
+    def said(turns: list[dict[str, Any]]) -> list[tuple[object, str]]:
+        return [(turn["role"], str(turn["content"]).strip()) for turn in turns]
+
+    (system, asked), (other, turns) = split(own), split(before)
+    of_own, of_turns = said(asked), said(turns)
+    count = len(of_own)
+    answered = of_own[:-1] == of_turns and own[-1]["role"] == "assistant"
+    if system and other and said(system) != said(other):
+        joined = None
+    elif answered or of_own in (of_turns[:count], of_turns[max(0, len(turns) - count) :]):
+        joined = turns
+    elif of_own[max(0, count - len(turns)) :] == of_turns:
+        joined = asked
+    elif of_own[-1][0] != of_turns[0][0]:
+        joined = [*asked, *turns]
+    else:
+        joined = None
+    if joined is None:
+        raise PromptError(
+            f"{place}: `{name}` is not what `chosen` answers: take the one or the other out"
+        )
+    return [*(system or other), *joined]
 
 
 def _listed(row: Mapping[str, Any], name: str, place: str) -> list[tuple[str, Ratings]]:

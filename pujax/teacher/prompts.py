@@ -36,10 +36,10 @@ def load_prompts(
 
     A `.jsonl` file has `prompt` or `messages` a line, and maybe `id`, `answer` and `kind`; a
     `.json` file is a list of such objects, and a table (`.csv`, `.tsv`, `.parquet`) has columns of
-    these names. Rows of `instruction`, `input` and `output` (Alpaca) or `conversations` (ShareGPT)
-    are read as well. A `.txt` file has one prompt a line. Without an id a prompt gets one made from
-    its content. A prompt that comes again under the same id is dropped. `say` is told of a key that
-    looks like a misspelt one.
+    these names. Rows of `instruction`, `input`, `output` and `history` (Alpaca) or `conversations`
+    (ShareGPT) are read as well. A row's `system` is its system message. A `.txt` file has one
+    prompt a line. Without an id a prompt gets one made from its content. A prompt that comes again
+    under the same id is dropped. `say` is told of a key that looks like a misspelt one.
 
     Raises `PromptError` naming the place for an unreadable, empty or torn file, a field that is
     missing or of the wrong type, and an id that comes again with other content.
@@ -221,7 +221,7 @@ def prompt_of(row: Mapping[str, Any], place: str) -> Prompt:
         raise PromptError(f"{place}: needs `prompt` or `messages`, found {found}")
     if messages is None:
         messages = [{"role": "user", "content": checked_text(prompt, "prompt", place)}]
-    turns = _turns(messages, place)
+    turns = _with_own_system(_turns(messages, place), row, place)
     texts = {name: _optional(row.get(name), name, place) for name in ("id", "answer", "kind")}
     return Prompt(
         id=texts["id"] or messages_key(turns)[:16],
@@ -232,14 +232,46 @@ def prompt_of(row: Mapping[str, Any], place: str) -> Prompt:
     )
 
 
+def _with_own_system(
+    turns: tuple[dict[str, str], ...], row: Mapping[str, Any], place: str
+) -> tuple[dict[str, str], ...]:
+    """The turns, led by the row's `system` if there is one. Raises `PromptError` for another."""
+    system = _optional(row.get("system"), "system", place)
+    if system is None:
+        return turns
+    if turns[0]["role"] != "system":
+        return ({"role": "system", "content": system}, *turns)
+    if turns[0]["content"].strip() != system.strip():
+        raise PromptError(
+            f"{place}: `system` is another system message than the first turn: take one out"
+        )
+    return turns
+
+
 def _alpaca(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     """A row of Alpaca's as one of ours; any other as it is."""
     if row.get("instruction") is None:
         return row
+    if row.get("messages") is not None:
+        raise PromptError(f"{place}: needs `conversations` or `instruction`, found both")
+    answer = row.get("answer") if row.get("output") is None else row["output"]
+    return {**row, "messages": alpaca_turns(row, place), "answer": answer}
+
+
+def alpaca_turns(row: Mapping[str, Any], place: str) -> list[dict[str, Any]]:
+    """The conversation of a row of Alpaca's. Raises `PromptError`."""
     prompt = checked_text(row["instruction"], "instruction", place)
     more = _optional(row.get("input"), "input", place)
-    answer = row.get("answer") if row.get("output") is None else row["output"]
-    return {**row, "prompt": f"{prompt}\n\n{more}" if more else prompt, "answer": answer}
+    history, turns = row.get("history") or [], list[dict[str, Any]]()
+    pairs = history if isinstance(history, list) else [None]
+    for pair in pairs:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise PromptError(
+                f"{place}: `history` must be a list of [question, answer], found {history!r:.60}"
+            )
+        for role, text in zip(("user", "assistant"), pair, strict=True):
+            turns.append({"role": role, "content": checked_text(text, "history", place)})
+    return [*turns, {"role": "user", "content": f"{prompt}\n\n{more}" if more else prompt}]
 
 
 def _sharegpt(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:

@@ -59,6 +59,54 @@ def test_a_pair_is_read_from_every_shape(tmp_path, row):
     assert one(tmp_path, row) == PAIR
 
 
+SYSTEM, Q, A, HI = {"role": "system", "content": "S"}, user("q"), assistant("a"), user("Hi")
+
+
+@pytest.mark.parametrize(
+    ("told", "before", "whole"),
+    [
+        ({"prompt": [SYSTEM]}, [HI], (SYSTEM, HI)),
+        ({"prompt": [SYSTEM, HI]}, [HI], (SYSTEM, HI)),
+        ({"prompt": [HI]}, [SYSTEM, HI], (SYSTEM, HI)),
+        ({"prompt": "Hi"}, [SYSTEM], (SYSTEM, HI)),
+        ({"prompt": "Hi", "system": "S"}, [HI], (SYSTEM, HI)),
+        ({"prompt": [SYSTEM, Q]}, [Q, A, HI], (SYSTEM, Q, A, HI)),
+        ({"prompt": [SYSTEM, Q]}, [A, HI], (SYSTEM, Q, A, HI)),
+        ({"prompt": [Q, A]}, [HI], (Q, A, HI)),
+        ({"prompt": "q"}, [Q, A, HI], (Q, A, HI)),
+        ({"messages": [Q, A, HI]}, [HI], (Q, A, HI)),
+        ({"messages": [HI, assistant("Hello")]}, [HI], (HI,)),
+        ({"prompt": [HI], "messages": [HI, assistant("Hello")]}, [], (HI,)),
+        ({"conversations": [{"from": "human", "value": "Hi"}]}, [HI], (HI,)),
+        ({"instruction": "Hi", "history": [["q", "a"]]}, [HI], (Q, A, HI)),
+    ],
+)
+def test_a_pairs_own_prompt_is_joined_to_the_conversations(tmp_path, told, before, whole):
+    """What it says again is there once; its system message and earlier turns stay."""
+    chosen, rejected = [*before, assistant("Hello")], [*before, assistant("Go")]
+    row = {**told, "chosen": chosen, "rejected": rejected}
+    assert one(tmp_path, row) == (whole, PAIR[1])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        {"prompt": [SYSTEM | {"content": "T"}]},
+        {"prompt": [Q]},
+        {"messages": [Q]},
+        {"messages": [HI, A, Q]},
+        {"conversations": [{"from": "human", "value": "q"}]},
+        {"instruction": "q"},
+    ],
+)
+def test_a_pairs_own_prompt_that_contradicts_the_conversations_is_refused(tmp_path, told):
+    before = [SYSTEM, HI]
+    row = {**told, "chosen": [*before, assistant("x")], "rejected": [*before, assistant("y")]}
+    said = rf"p\.jsonl:1: `{next(iter(told))}` is not what `chosen` answers"
+    with pytest.raises(PromptError, match=said):
+        one(tmp_path, row)
+
+
 @pytest.mark.parametrize(
     "row",
     [

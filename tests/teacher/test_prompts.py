@@ -285,6 +285,44 @@ def test_alpaca_and_sharegpt_are_known_by_their_columns(tmp_path):
     ]
 
 
+SYSTEM, HI = {"role": "system", "content": "S"}, {"role": "user", "content": "Hi"}
+
+
+@pytest.mark.parametrize(
+    ("row", "messages"),
+    [
+        ({"instruction": "Hi", "output": "x", "system": "S"}, (SYSTEM, HI)),
+        ({"conversations": [{"from": "human", "value": "Hi"}], "system": "S"}, (SYSTEM, HI)),
+        ({"prompt": "Hi", "system": "S"}, (SYSTEM, HI)),
+        ({"messages": [SYSTEM, HI], "system": " S\n"}, (SYSTEM, HI)),
+        ({"instruction": "Hi", "system": "", "history": []}, (HI,)),
+        (
+            {"instruction": "Hi", "system": "S", "history": [["a", "b"]]},
+            (SYSTEM, HI | {"content": "a"}, {"role": "assistant", "content": "b"}, HI),
+        ),
+    ],
+)
+def test_a_rows_system_message_and_history_are_part_of_its_prompt(tmp_path, row, messages):
+    (prompt,) = load_prompts(write(tmp_path / "p.jsonl", row))
+    assert prompt.messages == messages
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"messages": [SYSTEM, HI], "system": "T"}, "`system` is another system message than the"),
+        ({"prompt": "Hi", "system": {"a": 1}}, "`system` must be a text"),
+        ({"instruction": "Hi", "history": [["a"]]}, "`history` must be a list of .question, answ"),
+        ({"instruction": "Hi", "history": "a"}, "`history` must be a list of .question, answer"),
+        ({"instruction": "Hi", "history": [["a", 3]]}, "`history` must be a text"),
+        ({"instruction": "Hi", "conversations": [HI]}, "`conversations` or `instruction`, found"),
+    ],
+)
+def test_a_system_message_or_history_that_is_none_is_refused(tmp_path, row, said):
+    with pytest.raises(PromptError, match=r"p\.jsonl:1: .*" + said):
+        list(load_prompts(write(tmp_path / "p.jsonl", row)))
+
+
 @pytest.mark.parametrize(
     ("name", "rows", "said"),
     [
