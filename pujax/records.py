@@ -104,11 +104,12 @@ class Preference:
 
 @dataclass(frozen=True)
 class Given:
-    """A rated response as tokens, EOS included."""
+    """A rated response as tokens, EOS included; not `finished` where it was cut and has none."""
 
     ids: tuple[int, ...]
     score: float
     ratings: tuple[float, ...] = ()
+    finished: bool = True
 
 
 @dataclass(frozen=True)

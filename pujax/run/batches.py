@@ -31,19 +31,21 @@ def _given(examples: Sequence[Example], dataset: Dataset) -> Completions:
     """The given candidates; where an example has fewer, empty ones that scored -inf."""
     shape = (len(examples), dataset.candidates, dataset.response_size)
     tokens, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    finished = np.zeros(shape[:2], bool)
     scores = np.full(shape[:2], -np.inf, np.float32)
     members = np.full((len(examples), len(dataset.dimensions), shape[1]), -np.inf, np.float32)
     for b, example in enumerate(examples):
         for k, response in enumerate(example.given):
             tokens[b, k, : len(response.ids)] = response.ids
             mask[b, k, : len(response.ids)] = True
+            finished[b, k] = response.finished
             scores[b, k] = response.score
             if len(dataset.dimensions) > 1:
                 members[b, :, k] = response.ratings
     return Completions(
         tokens=jnp.asarray(tokens),
         mask=jnp.asarray(mask),
-        finished=jnp.asarray(mask.any(axis=-1)),
+        finished=jnp.asarray(finished),
         logps=None,
         scores=jnp.asarray(scores),
         members=jnp.asarray(members) if len(dataset.dimensions) > 1 else None,

@@ -245,16 +245,24 @@ def _trusted(data: Dataset, gate: GateConfig, check: AnchorCheck | None) -> Data
 
 
 def _by_degree(data: Dataset, degrees: int, chat: Chat, words: KeyWords) -> Dataset:
-    """The data with the anchors' degrees as candidates; without anchors that have no key words."""
+    """The data with the anchors' degrees as candidates; without anchors that have no key words.
+
+    Of degrees that are the same tokens where T cuts them the first alone stays.
+    """
     kept, T = [], data.response_size
     for example in data.examples:
-        given = tuple(
-            Given(tuple(chat.encode_response(text, example.anchor_finished))[:T], score)
-            for text, score in graded(example.anchor, degrees, words)
-        )
-        kept += [replace(example, given=given)] if len(given) > 1 else []
+        ended = example.asked is not None and example.asked.finished
+        given: dict[tuple[int, ...], Given] = {}
+        for text, score in graded(example.anchor, degrees, words):
+            whole = chat.encode_response(text, ended)
+            ids = tuple(whole[:T])
+            given.setdefault(ids, Given(ids, score, finished=ended and len(whole) <= T))
+        kept += [replace(example, given=tuple(given.values()))] if len(given) > 1 else []
     if not kept:
-        raise DataError("data.degrees: no anchor has two words that say anything: leave it out")
+        raise DataError(
+            "data.degrees: no anchor has two words that say anything, in data.max_response_tokens="
+            f"{T}: leave it out"
+        )
     most = max(len(example.given) for example in kept)
     return replace(
         data, examples=tuple(kept), candidates=most, bad_rows=len(data.examples) - len(kept)

@@ -30,6 +30,7 @@ def weighed(
     """Each row once for each weighting, which its system message states and its scores follow.
 
     Without weightings each is itself, with none. `bad` is given the error of a row without ratings.
+    Raises `ConfigError` for two weightings that are stated alike: one prompt would have two labels.
     """
     for row in rows:
         if weightings and not row.dimensions:
@@ -38,8 +39,17 @@ def weighed(
             continue
         if not weightings:
             yield row, ()
+        stated_before: dict[str, Sequence[float]] = {}
         for each in weightings:
-            yield _weighed(row, each, system)
+            made, mix = _weighed(row, each, system)
+            alike = stated_before.setdefault(made.prompt.id, each)
+            require(
+                alike is each,
+                "data.weightings",
+                [list(alike), list(each)],
+                "to two digits a prompt states both alike: leave one out",
+            )
+            yield made, mix
 
 
 def _weighed(

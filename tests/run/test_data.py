@@ -526,5 +526,16 @@ def test_degrees_of_anchors_are_given_candidates(monkeypatch):
     ]
     assert (made.candidates, made.bad_rows) == (2, 1)
     assert list(made.parts) == ["data.prompts"]
+    # Three degrees, of which T leaves the first two alike: the lower goes, and neither has ended.
+    cut = dataset(["a"], [("cats and dogs", "stop")], max_response_tokens=5)
+    made = data_module._by_degree(cut, 2, cast(Any, Letters()), lambda text: ["dogs", "cats"])
+    (example,) = made.examples
+    assert [(bytes(r.ids), r.score, r.finished) for r in example.given] == [
+        (b"cats ", 1.0, False),
+        (b"and\x02", 0.0, True),
+    ]
+    batch = collate(made.examples, replace(made, candidates=3))
+    assert batch.given is not None
+    assert batch.given.finished.tolist() == [[False, True, False]]
     with pytest.raises(DataError, match=r"data\.degrees: no anchor has two words"):
         data_module._by_degree(own, 2, cast(Any, Letters()), lambda text: [])

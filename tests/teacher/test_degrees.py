@@ -93,6 +93,9 @@ def test_what_can_not_be_weighed_is_named():
     for endless in ([math.inf, 1], [1e308, 1e308], [math.nan, 1], [10**400, 1]):
         with pytest.raises(ConfigError, match=r"data\.weightings=.* with a finite sum"):
             list(weighed([ROW], [endless], None, stop))
+    for alike in ([[1, 2], [1, 2.01]], [[1, 1], [0, 1], [2, 2]], [[1, 1], [1, 1]]):
+        with pytest.raises(ConfigError, match=r"data\.weightings=.* states both alike"):
+            list(weighed([ROW], alike, None, stop))
     pair = Preference(ROW.prompt, ROW.responses, "p.jsonl:7")
     with pytest.raises(PromptError, match=r"p\.jsonl:7: has no ratings for data\.weightings"):
         list(weighed([pair], [[1, 0]], None, stop))
