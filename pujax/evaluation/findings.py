@@ -13,7 +13,7 @@ from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
 from pujax.evaluation.tables import Column, difference, interval, runs_of, verdict
 from pujax.records import Prompt
-from pujax.text import blank, counted
+from pujax.text import blank, counted, printable
 
 SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
 
@@ -33,19 +33,24 @@ class Verdict:
 
 
 def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
-    """How a run's last model does against the one before it; a collapse goes before any gain.
+    """How a run's last model does against the one before it.
 
-    Models that were put beside the run's own are spoken of after those, and colour nothing.
+    Before any gain goes a collapse, that it no longer stops, and that it is clearly worse than what
+    the run began with: a stage may win back only a part of what the one before it lost. Models that
+    were put beside the run's own are spoken of after those, and colour nothing.
     """
     own = of_run(evaluations)
     last = own[-1]
-    if collapse := next(iter(collapses(last)), None):
-        found = Verdict(f"Not a success, whatever the averages say: {collapse}.", "loss")
+    if ruin := next(iter(collapses(last) + endless(own)), None):
+        found = Verdict(f"Not a success, whatever the averages say: {ruin}.", "loss")
     elif len(own) < 2:
         alone = f"Only {last.model} has been evaluated, on {len(last.rows)} prompts."
         found = Verdict(alone if len(evaluations) == 1 else "", "")
     else:
         found = against(own[-2], last)
+        if lost := _clear(own[0], last)["loss"] if len(own) > 2 else []:
+            lead = f"Not a success: {last.model} is worse than {own[0].model} in {', '.join(lost)}."
+            found = Verdict(f"{lead} {found.sentence}", "loss")
     beside = [against(last, other).sentence for other in evaluations if other not in own]
     return Verdict(" ".join(filter(None, [found.sentence, *beside])), found.style)
 
@@ -53,13 +58,7 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
 def against(before: Column, last: Column) -> Verdict:
     """How `last` does against `before`, over prompts, and over seeds where there are several."""
     prompts = len(runs_of(last)[0].rows)
-    differences, titles = difference(before, last), shown_by(runs_of(last))
-    found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
-    for metric in (metric for metric in QUALITY if metric in differences):
-        shown, found_here = titles[metric], differences[metric]
-        style = verdict(shown, found_here)
-        told = f"{shown.title} {interval(shown, found_here)}" if style else shown.title
-        found[style].append(told.replace("*", ""))
+    found = _clear(before, last)
     parts = [
         f"{words} in {', '.join(found[style])}"
         for style, words in (
@@ -73,6 +72,18 @@ def against(before: Column, last: Column) -> Verdict:
     sentence = f"{last.model} against {before.model} on {prompts} held-out prompts{few}: "
     style = "gain" if found["gain"] and not found["loss"] else "loss" if found["loss"] else ""
     return Verdict(sentence + ("; ".join(parts) or "nothing to compare") + ".", style)
+
+
+def _clear(before: Column, last: Column) -> dict[str, list[str]]:
+    """The qualities in which `last` is clearly better (`gain`), worse (`loss`) and neither (``)."""
+    differences, titles = difference(before, last), shown_by(runs_of(last))
+    found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
+    for metric in (metric for metric in QUALITY if metric in differences):
+        shown, found_here = titles[metric], differences[metric]
+        style = verdict(shown, found_here)
+        told = f"{shown.title} {interval(shown, found_here)}" if style else shown.title
+        found[style].append(told.replace("*", ""))
+    return found
 
 
 def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> list[str]:
@@ -200,7 +211,9 @@ def _parts(evaluation: Evaluation) -> list[tuple[str, tuple[Row, ...]]]:
 
 
 def _most_frequent(texts: Sequence[str]) -> tuple[str, int]:
-    return Counter(map(_plain, texts)).most_common(1)[0]
+    """What is said most often, as it was said first, and how often; letters' case is one."""
+    plain, count = Counter(map(_plain, texts)).most_common(1)[0]
+    return next(text for text in texts if _plain(text) == plain), count
 
 
 def _plain(answer: str) -> str:
@@ -210,4 +223,5 @@ def _plain(answer: str) -> str:
 def _quoted(answer: str) -> str:
     if blank(answer):
         return "nothing that can be seen"
-    return f"“{answer[:60]}{'…' if len(answer) > 60 else ''}”"
+    shown = printable(answer, 61)
+    return f"“{shown[:60]}{'…' if len(shown) > 60 else ''}”"

@@ -32,7 +32,7 @@ def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its
     after = evaluation("aligned", ["I'm sorry, but I can't."] * 40, rouge=0.9)
     found = findings.verdict_on([before, after])
     assert found.style == "loss"
-    assert "says the same to 40 of 40 prompts, “i'm sorry, but i can't.”" in found.sentence
+    assert "says the same to 40 of 40 prompts, “I'm sorry, but I can't.”" in found.sentence
     assert "(1 distinct answer; the teacher's most frequent one is to 1)" in found.sentence
     assert any("read the answers" in told for told in findings.warnings([before, after]))
 
@@ -98,6 +98,33 @@ def test_the_verdict_says_what_is_better_and_what_is_not_clear():
     )
     assert found.style == "loss"
     assert "worse in anchor ROUGE-L" in found.sentence
+
+
+def test_a_run_that_ends_worse_than_it_began_is_no_success_though_its_last_stage_gains():
+    def with_exact(model, logp, exact):
+        found = different(model, 40, logp=logp)
+        rows = [replace(r, values=dict(r.values) | {"exact": exact}) for r in found.rows]
+        return Evaluation(model, tuple(rows))
+
+    base, sft, aligned = (
+        with_exact(*one) for one in (("base", -2.0, 1.0), ("sft", -2.0, 0.0), ("aligned", -1.0, 0.0))
+    )
+    found = findings.verdict_on([base, sft, aligned])
+    assert found.style == "loss"
+    assert found.sentence.startswith(
+        "Not a success: aligned is worse than base in exact answer -1.000 [-1.000, -1.000]. "
+        "aligned against sft on 40 held-out prompts: better in anchor log-prob"
+    )
+    assert findings.verdict_on([base, sft]).style == "loss"
+    won_back = with_exact("aligned", -1.0, 1.0)
+    assert findings.verdict_on([base, sft, won_back]).style == "gain"
+
+
+def test_what_a_model_said_reaches_no_terminal_as_a_control_character():
+    (told,) = findings.collapses(evaluation("m", ["\x1b[31mRED \u202eevil"] * 6))
+    assert told.startswith(r"m says the same to 6 of 6 prompts, “\x1b[31mRED \u202eevil” (1 dist")
+    (told,) = findings.repetitions(evaluation("m", ["x"] * 6, anchors=["Ab " * 40] * 6))
+    assert told.endswith("“" + "Ab " * 20 + "…”")
 
 
 def test_few_prompts_decide_nothing_and_are_warned_of():
@@ -179,6 +206,8 @@ def test_a_model_that_no_longer_stops_by_itself_is_warned_of():
     (told,) = findings.endless([base, sft, ending("aligned", [1, 0, 0, 0])])
     assert told.startswith("aligned ends 25% of its answers by itself, sft 100%: ")
     assert told in findings.warnings([base, sft, ending("aligned", [1, 0, 0, 0])])
+    found = findings.verdict_on([base, sft, ending("aligned", [1, 0, 0, 0])])
+    assert (found.style, told in found.sentence) == ("loss", True)
     assert findings.endless([base, sft, ending("aligned", [1, 1, 1, 0])]) == []
     assert findings.endless([ending("base", [0] * 4), ending("sft", [0] * 4)]) == []
     assert findings.endless([different("base", 4), different("sft", 4)]) == []  # not measured
