@@ -7,7 +7,7 @@ from pujax.config.commands import command, in_new_words
 from pujax.config.tool_settings import EvaluateConfig
 from pujax.errors import EvaluationError
 from pujax.files.locate import here
-from pujax.files.settings import kept_settings
+from pujax.files.settings import SETTINGS, flat, kept_settings
 from pujax.inference.finished import model_path, newest_runs, refuse_name
 from pujax.run.compilation import compile_once
 from pujax.teacher.prompts import refuse_missing
@@ -44,7 +44,8 @@ def run(settings: EvaluateConfig) -> None:
     if len(folders) == 1:
         columns = evaluations_of(folders[0])
         console.print(table(columns))
-        for line in remarks(columns):
+        own = kept_settings(folders[0]) if (folders[0] / SETTINGS).is_file() else {}
+        for line in remarks(columns, chosen_by=flat(own).get("checkpoint.best")):
             console.print(line, markup=False, highlight=False)
         return
     compared, between = arms(directories, settings.names, folders)

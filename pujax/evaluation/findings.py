@@ -35,13 +35,13 @@ class Verdict:
 def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
     """How a run's last model does against the one before it.
 
-    Before any gain goes a collapse, that it no longer stops, and that it is clearly worse than what
+    Before any gain goes NaN, a collapse, that it no longer stops, and that it is clearly worse than what
     the run began with: a stage may win back only a part of what the one before it lost. Models that
     were put beside the run's own are spoken of after those, and colour nothing.
     """
     own = of_run(evaluations)
     last = own[-1]
-    if ruin := next(iter(collapses(last) + endless(own)), None):
+    if ruin := next(iter(broken(last) + collapses(last) + endless(own)), None):
         found = Verdict(f"Not a success, whatever the averages say: {ruin}.", "loss")
     elif len(own) < 2:
         alone = f"Only {last.model} has been evaluated, on {len(last.rows)} prompts."
@@ -86,10 +86,12 @@ def _clear(before: Column, last: Column) -> dict[str, list[str]]:
     return found
 
 
-def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> list[str]:
+def warnings(
+    evaluations: Sequence[Evaluation], control: Control = UNKNOWN, chosen_by: str | None = None
+) -> list[str]:
     """What speaks against taking the table at its word, each in a sentence with its remedy.
 
-    `control` is the score's that the run learnt from.
+    `control` is the score's that the run learnt from, `chosen_by` its `checkpoint.best`.
     """
     own = of_run(evaluations)
     first = evaluations[0]
@@ -98,6 +100,7 @@ def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> l
     found += [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
     found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
     found += endless(own)
+    found += [] if chosen_by is None else [selected(chosen_by)]
     if len(first.rows) < FEW:
         found.append(
             f"the table rests on {len(first.rows)} prompts: give at least {FEW}, better some "
@@ -117,10 +120,20 @@ def warnings(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> l
     return found
 
 
-def remarks(evaluations: Sequence[Evaluation], control: Control = UNKNOWN) -> list[str]:
+def selected(metric: str) -> str:
+    """What a table says too well of models that its own prompts chose by `metric`."""
+    return (
+        f"checkpoint.best={metric} chose each stage's state on these same prompts, which flatters "
+        "it: a claim needs others (pujax evaluate data.heldout=FILE)"
+    )
+
+
+def remarks(
+    evaluations: Sequence[Evaluation], control: Control = UNKNOWN, chosen_by: str | None = None
+) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
     lines = [verdict_on(evaluations).sentence]
-    lines += [f"warning: {warning}" for warning in warnings(evaluations, control)]
+    lines += [f"warning: {warning}" for warning in warnings(evaluations, control, chosen_by)]
     if ceiling := teacher(evaluations[0]):
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
         lines.append(f"the teacher's own answers: {scores}")
@@ -153,6 +166,20 @@ def collapses(evaluation: Evaluation) -> list[str]:
                 f"{_quoted(answer)} ({distinct}; {told})"
             )
     return found
+
+
+def broken(evaluation: Evaluation) -> list[str]:
+    """The metrics that are NaN on some prompts, which no mean or difference counts."""
+    counts = {
+        shown.title: sum(np.isnan(evaluation.values(metric)))
+        for metric, shown in evaluation.shown.items()
+    }
+    return [
+        f"{evaluation.model}'s {title} is not a number on {counted(int(count), 'prompt')} of "
+        f"{len(evaluation.rows)}"
+        for title, count in counts.items()
+        if count
+    ]
 
 
 def endless(evaluations: Sequence[Evaluation]) -> list[str]:

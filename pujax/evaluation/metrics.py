@@ -7,7 +7,7 @@ A metric is a function of a `Reading` to a number, or None where the prompt has 
 import inspect
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
-from math import comb, exp
+from math import comb, exp, inf, isnan, nan
 from typing import Any
 
 from pujax.errors import ConfigError, PujaxError, name_of, raised_in, require
@@ -86,8 +86,14 @@ def anchor_logp(reading: Reading) -> float:
 
 
 def perplexity(reading: Reading) -> float:
-    """exp of minus the anchor's mean log-prob: how many words the model was torn between."""
-    return exp(-reading.anchor_logp)
+    """exp of minus the anchor's mean log-prob: how many words the model was torn between.
+
+    Infinity where float64 can't hold that, beyond 709 nats.
+    """
+    try:
+        return exp(-reading.anchor_logp)
+    except OverflowError:
+        return inf
 
 
 def rouge_l(reading: Reading) -> float:
@@ -195,8 +201,9 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
     """Each metric's value on one reading.
 
     Raises `ConfigError` naming the metric and the prompt, for one that raises or gives no number.
+    NaN is none, but where the model's own log-prob is NaN that is no fault of a metric's.
     """
-    values = {}
+    values: dict[str, float | None] = {}
     for name, metric in metrics.items():
         at = f"on prompt {reading.prompt.id!r}"
         try:
@@ -206,7 +213,10 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
         except Exception as error:
             said = f"{raised_in(metric.function, error)}, {at}: mend it, or leave it out"
             raise ConfigError(f"eval.metrics.{name}: {said}") from error
-        values[name] = _number(f"eval.metrics.{name}", metric.function, made, at)
+        if isnan(reading.anchor_logp) and isinstance(made, float) and isnan(made):
+            values[name] = made
+        else:
+            values[name] = _number(f"eval.metrics.{name}", metric.function, made, at)
     return values
 
 
@@ -261,9 +271,18 @@ MADE_UP = Reading(
 
 
 def _number(key: str, function: MetricFn, made: Any, at: str) -> float | None:
-    """What a metric made, as a float or None. Raises `ConfigError`."""
-    if made is None or isinstance(made, float):
-        return made
-    if isinstance(made, int) or getattr(made, "shape", None) == ():  # numpy's have one
-        return float(made)
-    raise ConfigError(f"{key}: {name_of(function)} returned {made!r}, want a number or None, {at}")
+    """What a metric made, as a float or None. Raises `ConfigError`, as for NaN."""
+    if made is None:
+        return None
+    returned = f"{key}: {name_of(function)} returned"
+    if isinstance(made, int | float) or getattr(made, "shape", None) == ():  # numpy's have one
+        try:
+            value = float(made)
+        except OverflowError as error:
+            beyond = "a number that float64 can't hold, beyond 1.8e308"
+            raise ConfigError(f"{returned} {beyond}, {at}: scale it, or return None") from error
+        except (TypeError, ValueError):
+            value = nan
+        if not isnan(value):
+            return value
+    raise ConfigError(f"{returned} {made!r}, want a number or None, {at}")

@@ -123,7 +123,7 @@ def _page(
         name,
         [
             f"<h1>{escape(name)}</h1>",
-            _findings(evaluations, lines) if evaluations else "",
+            _findings(evaluations, lines, settings) if evaluations else "",
             _facts(settings, lines),
             _evaluation(evaluations) if evaluations else "",
             _suites(directory),
@@ -138,9 +138,12 @@ def _page(
     )
 
 
-def _findings(evaluations: Sequence[Evaluation], lines: Sequence[Line]) -> str:
+def _findings(
+    evaluations: Sequence[Evaluation], lines: Sequence[Line], settings: Mapping[str, Any]
+) -> str:
     verdict = findings.verdict_on(evaluations)
-    warnings = findings.warnings(evaluations, control_of(lines))
+    chosen_by = _select(settings, "checkpoint.best")
+    warnings = findings.warnings(evaluations, control_of(lines), chosen_by)
     told = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""

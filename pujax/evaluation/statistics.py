@@ -102,30 +102,39 @@ def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
     return Difference(found.mean, float(limits.low), float(limits.high), len(array))
 
 
-def same_prompts(first: Evaluation, second: Evaluation) -> None:
-    """Raise `EvaluationError` unless row by row prompt, truth and the teacher's words are equal."""
+def same_prompts(first: Evaluation, second: Evaluation, *, of: tuple[object, ...] = ()) -> None:
+    """Raise `EvaluationError` unless row by row prompt, truth and the teacher's words are equal.
+
+    `of` are the runs' directories, where models of one name may be of several.
+    """
+    if differing := differing_prompts(first.rows, second.rows):
+        one, other = first.model, second.model
+        if of:
+            one, other = f"{one} of {of[0]}", f"{other} of {of[1]}"
+        raise EvaluationError(
+            f"{one} and {other} were evaluated on different prompts ({differing}): "
+            "evaluate both again"
+        )
+
+
+def differing_prompts(first: Sequence[Row], second: Sequence[Row]) -> str | None:
+    """Where the prompts of two evaluations differ, the truth or the teacher's words; or None."""
 
     def asked(row: Row) -> tuple[str | None, ...]:
         return row.id, row.kind, row.prompt, row.answer, row.anchor
 
-    if len(first.rows) != len(second.rows):
-        differing = f"{len(first.rows)} and {len(second.rows)}"
-    else:
-        pairs = zip(first.rows, second.rows, strict=True)
-        different = [a.id for a, b in pairs if asked(a) != asked(b)]
-        if not different:
-            return
-        differing = f"the first is {different[0]}"
-    raise EvaluationError(
-        f"{first.model} and {second.model} were evaluated on different prompts ({differing}): "
-        "evaluate both again"
-    )
+    if len(first) != len(second):
+        return f"{len(first)} and {len(second)}"
+    different = [a.id for a, b in zip(first, second, strict=True) if asked(a) != asked(b)]
+    return f"the first is {different[0]}" if different else None
 
 
 def _paired(first: Evaluation, second: Evaluation, metric: str) -> np.ndarray:
     """The differences on the prompts where both have the metric."""
-    differences = np.subtract(_column(second, metric), _column(first, metric))
-    return differences[~np.isnan(differences)]
+    one, other = _column(first, metric), _column(second, metric)
+    known = ~(np.isnan(one) | np.isnan(other))
+    with np.errstate(invalid="ignore"):  # of two perplexities beyond float64: no number, and told so
+        return other[known] - one[known]
 
 
 def _column(evaluation: Evaluation, metric: str) -> np.ndarray:

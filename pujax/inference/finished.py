@@ -78,14 +78,18 @@ def finished_run(directory: Path) -> Finished:
 def newest_runs(runs: Sequence[str]) -> list[Path]:
     """Each directory, or where that is a folder of runs its newest one that is finished.
 
-    Raises `ConfigError` for what looks like several in one text, and is none, and `WeightsError`
-    for what is nowhere and a folder of runs of which none is finished: each of these may be given
-    by itself.
+    Raises `ConfigError` for what looks like several in one text, and is none, and for a run that is
+    named twice, which would count as two seeds; and `WeightsError` for what is nowhere and a folder
+    of runs of which none is finished: each of these may be given by itself.
     """
     for run in runs:
         one = "," not in run or at_home(run).exists()
         require(one, "run", run, "nothing there: several runs are a list, run=[A,B]")
-    return [_newest_run(at_home(run)) for run in runs]
+    found = [_newest_run(at_home(run)) for run in runs]
+    resolved = [directory.resolve() for directory in found]
+    twice = [str(one) for at, one in enumerate(found) if resolved[at] in resolved[:at]]
+    require(not twice, "run", list(runs), f"name each run once: {', '.join(twice)} is there twice")
+    return found
 
 
 def _newest_run(directory: Path) -> Path:

@@ -15,9 +15,11 @@ from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.errors import EvaluationError
 from pujax.evaluation.answering import Draws, evaluate
 from pujax.evaluation.metrics import Metric, missing
-from pujax.evaluation.results import Evaluation, load_all, of_run
+from pujax.evaluation.results import Evaluation, Row, load_all, of_run
+from pujax.evaluation.statistics import differing_prompts, same_prompts
 from pujax.evaluation.subjects import Subject
 from pujax.evaluation.tables import Arm
+from pujax.evaluation.text import shown
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.durable import refuse_unwritable
@@ -54,9 +56,13 @@ def arms(
     Runs of one name, or without names those whose settings differ in the seed alone, are an arm.
     Several arms stand side by side with the model that each ended with; of a single one each stage
     is a column. `folders` have each run's evaluations, where its own directory is not meant. Raises
-    `EvaluationError`, and `ConfigError` for settings that can't be read.
+    `EvaluationError`, as for runs that were asked different prompts, and `ConfigError` for settings
+    that can't be read.
     """
     kept = dict(zip(directories, folders or directories, strict=True))
+    first = final(kept[directories[0]])
+    for run in directories[1:]:
+        same_prompts(first, final(kept[run]), of=(directories[0], run))
     grouped = by_arm(directories, names)
     if len(grouped) > 1:
         columns = [
@@ -163,15 +169,33 @@ def evaluate_other(
     `path` may be a finished run's directory too. Raises what reading settings, prompts, anchors and
     weights raises, `DiskError` for a run that nothing can be written into, and `EvaluationError`
     for a `name` that the run has or keeps for its own models: going on, it would take another's
-    evaluation for its own.
+    evaluation for its own. So it does, before anything is answered, where the prompts are no longer
+    those that the run's own models were asked: nothing could be compared with such rows.
     """
     refuse_name(directory, path, name)
     refuse_unwritable(directory)
     config = run_config(directory, trusted)
     metrics = build_metrics(config.eval, config.trusted)
-    found = evaluate_subject(subject_of(config, path, print), config, metrics, name)
+    subject = subject_of(config, path, print)
+    _refuse_other_prompts(directory, config, subject)
+    found = evaluate_subject(subject, config, metrics, name)
     refuse_name(directory, path, name)  # another process may have taken it meanwhile
     return found
+
+
+def _refuse_other_prompts(directory: Path, config: TrainConfig, subject: Subject) -> None:
+    """Raise `EvaluationError` where a run's rows are of other prompts than `subject` would get."""
+    for kept in load_all(directory)[:1]:
+        now = [
+            Row(e.prompt.id, e.prompt.kind, shown(e.prompt), e.prompt.answer, e.anchor, "", {})
+            for e in subject.examples
+        ]
+        if differing := differing_prompts(kept.rows, now):
+            raise EvaluationError(
+                f"{directory}/eval-{kept.model}.jsonl is of other prompts or anchors than "
+                f"data.heldout={config.data.heldout} has now ({differing}): put back what was "
+                "there, or ask these in a table of their own: data.heldout=FILE"
+            )
 
 
 def evaluate_subject(

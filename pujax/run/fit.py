@@ -391,7 +391,9 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     told(lambda: export_hf(run.model.config, whole, run.chat, directory / EXPORT, card))
     run.pause("after the export")
     gates = [part.gate_note for part in run.data.parts.values() if part.gate_note]
-    note = "".join(f"\n\n{gate[0].upper()}{gate[1:]}." for gate in gates)
+    chosen_by = run.config.checkpoint.best
+    notes = gates if chosen_by is None else [*gates, findings.selected(chosen_by)]
+    note = "".join(f"\n\n{one[0].upper()}{one[1:]}." for one in notes)
 
     def report() -> None:
         write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
@@ -401,7 +403,7 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
 
     told(report)
     run.console.print(tables.table(made))
-    for line in findings.remarks(made, run.symptoms.control):
+    for line in findings.remarks(made, run.symptoms.control, chosen_by):
         run.say(line)
     run.pause("before it was marked as done")
     told(lambda: write_whole(directory / "done", b""))

@@ -7,6 +7,7 @@ that decided nothing (`pujax evaluate` on another run's, or a suite).
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isnan
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import one_of, require
@@ -29,14 +30,18 @@ class Criterion:
     patience: int | None = None
 
     def best(self, values: Values) -> int:
-        """The step with the best value, the first of several.
+        """The step with the best value, the first of several; NaN is none.
 
         >>> Criterion("exact", higher=True).best({0: 0.25, 10: 0.5, 20: 0.5, 30: None})
         10
         >>> Criterion("perplexity", higher=False).best({0: None, 10: 9.0, 20: 8.0})
         20
         """
-        known = {step: value for step, value in sorted(values.items()) if value is not None}
+        known = {
+            step: value
+            for step, value in sorted(values.items())
+            if value is not None and not isnan(value)
+        }
         if not known:
             return 0
         choose = max if self.higher else min  # each takes the first of several

@@ -577,6 +577,60 @@ def test_another_model_gets_no_name_of_the_runs_own(name, tmp_path, called, monk
     assert (tmp_path / f"eval-{name}.jsonl").exists() == (name == "aligned")  # its own model
 
 
+def test_a_model_is_asked_nothing_where_the_runs_held_out_prompts_have_changed(
+    tmp_path, called, monkeypatch
+):
+    save(evaluation("base", [0.1] * 2), tmp_path)
+    (tmp_path / "config.yaml").write_text("seed: 0")
+    rows = evaluation("base", [0.1] * 2).rows
+    asked = MagicMock(return_value=evaluation("q4", [0.1] * 2))
+    examples = [
+        Example(
+            Prompt(r.id, ({"role": "user", "content": r.prompt},), r.answer, r.kind),
+            *((1,), (1,), r.anchor, (1,), True),
+        )
+        for r in rows
+    ]
+    for name, now in (("evaluate", asked), ("run_config", lambda *_: config)):
+        monkeypatch.setattr(f"pujax.inference.heldout.{name}", now)
+    monkeypatch.setattr("pujax.inference.finished.here", lambda path: path, raising=False)
+    monkeypatch.setattr("pujax.evaluate.here", lambda path: path)
+    config = MagicMock(eval=EvalConfig())
+    config.data.heldout = "mine.jsonl"
+
+    def subject(*_):
+        return MagicMock(examples=examples)
+
+    monkeypatch.setattr("pujax.inference.heldout.subject_of", subject)
+    changed = examples[1]
+    examples[1] = replace(changed, anchor="another")
+    status, said = called(evaluate.main, f"run={tmp_path}", "model=m.gguf", "name=q4")
+    assert status == 1
+    assert f"{tmp_path}/eval-base.jsonl is of other prompts or anchors than" in said
+    assert f"data.heldout=mine.jsonl has now (the first is {changed.prompt.id}): put back" in said
+    assert not asked.called
+    assert not (tmp_path / "eval-q4.jsonl").exists()
+    examples[1] = changed
+    assert called(evaluate.main, f"run={tmp_path}", "model=m.gguf", "name=q4")[0] == 0
+
+
+def test_a_run_that_is_named_twice_is_no_second_seed(tmp_path, called):
+    runs_of(tmp_path, (0, "dpo", 0.2))
+    one = tmp_path / "dpo-0"
+    for twice in (one, f"{one}/../dpo-0"):
+        status, said = called(evaluate.main, f"run=[{one},{twice}]")
+        assert (status, "name each run once" in said) == (1, True)
+
+
+def test_runs_of_other_prompts_are_named(tmp_path, called):
+    runs = runs_of(tmp_path, (0, "dpo", 0.2), (1, "dpo", 0.2))
+    one, other = tmp_path / "dpo-0", tmp_path / "dpo-1"
+    save(evaluation("aligned", [0.2] * 39), other)
+    status, said = called(evaluate.main, runs)
+    assert status == 1
+    assert f"aligned of {one} and aligned of {other} were evaluated on different prompts" in said
+
+
 def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     for place, (time, ended) in enumerate([("1", True), ("2", True), ("3", False)]):

@@ -127,6 +127,23 @@ def test_what_a_model_said_reaches_no_terminal_as_a_control_character():
     assert told.endswith("“" + "Ab " * 20 + "…”")
 
 
+def test_a_value_that_is_no_number_is_no_success():
+    before, after = different("sft", 40, logp=-2.0), different("aligned", 40, logp=-1.0)
+    rows = list(after.rows)
+    rows[3] = replace(rows[3], values=dict(rows[3].values) | {"anchor_logp": float("nan")})
+    found = findings.verdict_on([before, Evaluation("aligned", tuple(rows))])
+    assert found.style == "loss"
+    assert "aligned's anchor log-prob is not a number on 1 prompt of 40" in found.sentence
+
+
+def test_that_the_tables_own_prompts_chose_the_model_is_said():
+    models = [different("base", 40), different("aligned", 40)]
+    assert findings.warnings(models) == []
+    (told,) = findings.warnings(models, chosen_by="exact")
+    assert told.startswith("checkpoint.best=exact chose each stage's state on these same prompts")
+    assert findings.remarks(models, chosen_by="exact")[1] == f"warning: {told}"
+
+
 def test_few_prompts_decide_nothing_and_are_warned_of():
     both = [different("sft", 12, rouge=0.1), different("aligned", 12, rouge=0.9)]
     found = findings.verdict_on(both)

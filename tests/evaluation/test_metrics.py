@@ -13,7 +13,7 @@ from pujax.config.functions import build, build_metrics
 from pujax.config.settings import EvalConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import metrics
-from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown, measure
+from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown, measure, perplexity
 from pujax.evaluation.results import Evaluation, Row, load, save
 from pujax.records import Prompt
 
@@ -154,6 +154,30 @@ def test_a_metric_that_fails_on_a_prompt_is_named_with_it(tmp_path, monkeypatch)
         measure(reading, own(tmp_path, monkeypatch, "divides"))
     with pytest.raises(ConfigError, match="returned 'high', want a number or None, on prompt"):
         measure(reading, {"x": Metric(cast(Any, lambda _: "high"), Shown("x"))})
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        (10**400, "returned a number that float64 can't hold, beyond 1.8e308, on prompt"),
+        (float("nan"), "returned nan, want a number or None, on prompt"),
+        (np.float32("nan"), "nan.*, want a number or None, on prompt"),
+        (np.array("x"), r"returned array\('x'.*, want a number or None, on prompt"),
+    ],
+)
+def test_what_no_mean_can_take_is_refused_with_metric_and_prompt(made, said):
+    mine = {"mine": Metric(cast(Any, lambda _: made), Shown("mine"))}
+    with pytest.raises(ConfigError, match=rf"^eval\.metrics\.mine: .*{said} '"):
+        measure(READING, mine)
+
+
+def test_a_model_whose_own_log_prob_is_no_number_is_not_blamed_on_a_metric():
+    found = measure(replace(READING, anchor_logp=float("nan")), METRICS)
+    assert np.isnan(found["anchor_logp"])
+
+
+def test_a_perplexity_beyond_float64_is_infinite():
+    assert perplexity(replace(READING, anchor_logp=-800.0)) == float("inf")
 
 
 @pytest.mark.parametrize(("name", "value"), [("counts", 3.0), ("known", 1.0)])

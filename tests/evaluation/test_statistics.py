@@ -121,6 +121,12 @@ def test_where_bca_is_not_defined_the_interval_is_of_percentiles():
     assert (two.low, two.mean, two.high) == (0.0, 0.5, 1.0)
 
 
+def test_a_difference_of_infinities_is_no_number_and_drops_no_prompt():
+    one = evaluation([float("inf")] + [0.0] * 39)
+    found = compare(one, one)["rouge_l"]
+    assert (np.isnan(found.mean), found.prompts, found.clear) == (True, 40, False)
+
+
 @pytest.mark.parametrize("field", ["prompt", "answer", "anchor", "kind"])
 def test_the_same_ids_of_other_prompts_are_not_compared(field):
     first = evaluation([0.1])

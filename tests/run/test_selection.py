@@ -22,6 +22,7 @@ def test_a_stage_that_only_gets_worse_hands_on_what_it_began_with():
     assert not criterion.spent({0: -1.0, 5: -1.5, 10: None})
     assert not Criterion("anchor_logp", higher=True).spent(values)
     assert criterion.best({0: None, 5: None}) == 0
+    assert criterion.best({0: float("nan"), 5: -1.5, 10: float("nan"), 15: -1.2}) == 15
 
 
 def chosen(best=None, patience=None, every=0):
