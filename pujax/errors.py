@@ -9,6 +9,7 @@ import termios
 import traceback
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 
@@ -160,6 +161,17 @@ def raised_in(function: Callable[..., Any], error: Exception) -> str:
         if module not in PASSED_THROUGH and module not in sys.stdlib_module_names:
             at = f" ({Path(frame.f_code.co_filename).name}, line {line})"
     return f"{name_of(function)} raised {type(error).__name__}: {said[:300]}{at}"
+
+
+def in_code(error: BaseException, *given: object) -> bool:
+    """Whether what a function of the user's own raised can't lie in the values it was `given`.
+
+    A name or a module that there is not; an attribute that a module or one of `given`, records and
+    texts that are always of one type, has not. Others may lie in what was said.
+    """
+    if isinstance(error, AttributeError):
+        return isinstance(error.obj, ModuleType) or any(error.obj is one for one in given)
+    return isinstance(error, NameError | ImportError) and not isinstance(error, UnboundLocalError)
 
 
 PASSED_THROUGH = frozenset({"beartype", "jax", "jaxlib", "jaxtyping", "numpy", "pujax"})

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from math import comb, exp, inf, isnan, nan
 from typing import Any
 
-from pujax.errors import ConfigError, PujaxError, name_of, raised_in, require
+from pujax.errors import ConfigError, PujaxError, in_code, name_of, raised_in, require
 from pujax.evaluation import text
 from pujax.records import Prompt
 
@@ -244,8 +244,8 @@ def try_metric(key: str, function: MetricFn, samples: int = 2) -> None:
     """Call a metric on a made-up reading of so many sampled answers.
 
     Raises `ConfigError` for what no reading can mend: a function that takes something else, returns
-    no number, or says itself that a setting doesn't fit. Whatever else it raises may lie in the
-    reading, and is left to `measure`.
+    no number, names what there is not, or says itself that a setting doesn't fit. Whatever else it
+    raises may lie in the reading, and is left to `measure`.
     """
     reading = replace(MADE_UP, samples=("4", "5", *("4",) * samples)[:samples])
     try:
@@ -259,8 +259,11 @@ def try_metric(key: str, function: MetricFn, samples: int = 2) -> None:
         made = function(reading)
     except ConfigError:
         raise
-    except Exception:
-        return
+    except Exception as error:
+        if not in_code(error, reading, reading.prompt, reading.response, reading.anchor):
+            return
+        said = f"{raised_in(function, error)}, on a made-up prompt: mend it, or leave it out"
+        raise ConfigError(f"{key}: {said}") from error
     _number(key, function, made, "on a made-up prompt")
 
 

@@ -123,6 +123,17 @@ def counts(reading):
     return len(reading.response)
 def known(reading):
     return reading.finished > 0
+def misnamed(reading):
+    return float(len(reading.answr))
+def forgot(reading):
+    return math.sqrt(reading.length)
+def lacks(reading):
+    import no_such_module_of_mine
+def of_a_text(reading):
+    return reading.response.lowered()
+def of_a_match(reading):
+    import re
+    return float(re.search("[$]([0-9]+)", reading.response).group(1))
 """
 
 
@@ -132,11 +143,20 @@ def known(reading):
         ("says", "my_metrics.says returned 'high', want a number or None, on a made-up prompt"),
         ("lists", r"my_metrics.lists returned \[1.0\], want a number or None"),
         ("two", "my_metrics.two: missing a required argument: 'other': a metric takes one reading"),
+        ("misnamed", "my_metrics.misnamed raised AttributeError: .*'answr' .*line 15.*made-up"),
+        ("forgot", "my_metrics.forgot raised NameError: name 'math' is not defined"),
+        ("lacks", "my_metrics.lacks raised ModuleNotFoundError: .*no_such_module_of_mine"),
+        ("of_a_text", "my_metrics.of_a_text raised AttributeError: 'str' object has no"),
     ],
 )
 def test_a_metric_of_ones_own_is_tried_when_it_is_built(tmp_path, monkeypatch, name, said):
     with pytest.raises(ConfigError, match=rf"^eval\.metrics\.mine: {said}"):
         own(tmp_path, monkeypatch, name)
+
+
+def test_what_may_lie_in_the_reading_is_left_to_the_readings(tmp_path, monkeypatch):
+    for name in ("of_a_match", "divides"):
+        assert own(tmp_path, monkeypatch, name)
 
 
 def own(tmp_path, monkeypatch, name):
