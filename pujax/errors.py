@@ -170,7 +170,8 @@ def in_code(error: BaseException, *given: object) -> bool:
     texts that are always of one type, has not. Others may lie in what was said.
     """
     if isinstance(error, AttributeError):
-        return isinstance(error.obj, ModuleType) or any(error.obj is one for one in given)
+        known = error.obj is not None and any(error.obj is one for one in given)
+        return known or isinstance(error.obj, ModuleType)
     return isinstance(error, NameError | ImportError) and not isinstance(error, UnboundLocalError)
 
 

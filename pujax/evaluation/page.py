@@ -22,7 +22,7 @@ from pujax.evaluation.curves import (
 )
 from pujax.evaluation.markup import compared, document, plain, table
 from pujax.evaluation.results import Evaluation, load_all, shown_by
-from pujax.evaluation.signal import control_of
+from pujax.evaluation.signal import control_of, failing
 from pujax.evaluation.statistics import Difference
 from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
@@ -144,6 +144,9 @@ def _findings(
     verdict = findings.verdict_on(evaluations)
     chosen_by = _select(settings, "checkpoint.best")
     warnings = findings.warnings(evaluations, control_of(lines), chosen_by)
+    shares = [line.get("score/failed") for line in lines]
+    if failed := failing([share for share in shares if share is not None]):
+        warnings = [failed, *warnings]
     told = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
     return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""

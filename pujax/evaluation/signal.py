@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from pujax.evaluation.statistics import FEW
+from pujax.text import counted
 
 SLIGHT = 0.05
 """Of all pairs, by how many more a score must put into the oracle's order than its control does.
@@ -14,6 +15,9 @@ SLIGHT = 0.05
 Over `FEW` groups of four the difference has a standard error of about as much, and less where both
 rank alike; what ranks by the anchor gets several times that.
 """
+
+FAILING = 0.1
+"""The share of a run's responses from which on a reward's failures are said at its end."""
 
 
 @dataclass(frozen=True)
@@ -140,3 +144,14 @@ def control_of(lines: Iterable[Mapping[str, Any]]) -> Control:
     for line in lines:
         found = found.and_of(line)
     return found
+
+
+def failing(shares: Sequence[float]) -> str | None:
+    """That a run's reward has failed on many responses, by each step's share (`score/failed`)."""
+    if not len(shares) or (share := float(np.mean(shares))) < FAILING:
+        return None
+    steps = counted(len(shares), "alignment step")
+    return (
+        f"the reward failed on {share:.0%} of the responses of {steps}, which so got the worst score "
+        "of their group, or none: the output names one a step with its error: mend the function"
+    )

@@ -19,6 +19,7 @@ from pujax.config.settings import TrainConfig
 from pujax.errors import forget_closed_terminal, require, stops
 from pujax.evaluation import costs, findings, page, tables
 from pujax.evaluation.results import Evaluation
+from pujax.evaluation.signal import failing
 from pujax.evaluation.subjects import keep_answer
 from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
@@ -54,7 +55,7 @@ from pujax.run.plan import fitting
 from pujax.run.processes import first, several, to_first, told, wish
 from pujax.run.provenance import provenance
 from pujax.run.reference import with_reference
-from pujax.run.rewarding import Rewards
+from pujax.run.rewarding import Rewards, try_rewards
 from pujax.run.selection import criterion_of
 from pujax.run.stages import Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
@@ -94,6 +95,9 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         say(line)
     train_data, heldout = told(lambda: load_data(config, chat, say, check, begun=begun))
     check(train_data)  # anchors may be refused, or not trusted
+    if config.align.steps:
+        asked = [example for example in train_data.examples if not example.given]
+        told(lambda: try_rewards(recipe.scorer, asked))
     for line in filling(config, mesh):
         say(line)
     with waited("reading the student", say):
@@ -405,6 +409,8 @@ def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
     run.console.print(tables.table(made))
     for line in findings.remarks(made, run.symptoms.control, chosen_by):
         run.say(line)
+    if failed := failing(run.symptoms.failed):
+        run.say(f"warning: {failed}")
     run.pause("before it was marked as done")
     told(lambda: write_whole(directory / "done", b""))
     for stage in STAGES:  # reference/ and export/ have what was chosen

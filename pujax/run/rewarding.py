@@ -14,13 +14,15 @@ from pujax.errors import ConfigError
 from pujax.evaluation import text
 from pujax.method.scoring import reward, rewards_of
 from pujax.records import Example, Prompt
-from pujax.run.workers import Outcome, Workers
+from pujax.run.workers import Outcome, PromptLine, Workers
 
 TAKEN = ("prompt", "response", "anchor", "answer", "row")
 """What a reward may take, by name."""
 
 AnchorCheck = Callable[[Sequence[Example]], list[Outcome]]
 """Examples to what is said of each one's anchor."""
+
+TRIED = 4  # prompts at most that a reward is tried on before a run
 
 HOPELESS = 3  # steps in a row in which a reward fails on every response, and the run ends
 
@@ -54,6 +56,21 @@ class Rewards:
 
     def __exit__(self, *_: object) -> None:
         self._stack.close()
+
+    def try_on(self, examples: Sequence[Example]) -> None:
+        """Raise `ConfigError` as `try_rewards` does."""
+        for each in self._rewards:
+            for example in examples:
+                ((outcome,),) = each.outcomes([example], [[example.anchor]])
+                if not outcome.ours:  # it works, or may yet
+                    break
+            else:
+                if examples:
+                    said = f"{each.name} failed on {outcome.failure}, on the teacher's answer to"
+                    raise ConfigError(
+                        f"scorer.score.function: {said} prompt {example.prompt.id!r}: mend it, or "
+                        "the prompts; return None where it has nothing to say"
+                    )
 
     def of(self, examples: Sequence[Example], responses: Sequence[Sequence[str]]) -> Rewarded:
         """The rewards of each example's anchor, at index 0, and of its `responses` [B K].
@@ -105,6 +122,16 @@ class Rewards:
             "time/reward_cpu_s": cpu_s,
         }
         return Rewarded(tuple(scores), metrics, tuple(failures))
+
+
+def try_rewards(scorer: Any, examples: Sequence[Example]) -> None:
+    """Call each reward of a scorer on the anchors of the first prompts, before the first step.
+
+    Raises `ConfigError` for one that fails on all of them by what can't lie in a response: a column
+    that their lines lack, or a name, a module or an attribute that there is not.
+    """
+    with Rewards(scorer) as rewards:
+        rewards.try_on(examples[:TRIED])
 
 
 def anchor_check(function: Callable[..., Any], *, seconds: float) -> AnchorCheck:
@@ -204,7 +231,7 @@ def _case(example: Example, response: str) -> dict[str, Any]:
         "response": response,
         "anchor": example.anchor,
         "answer": prompt.answer,
-        "row": line_of(prompt),
+        "row": PromptLine(line_of(prompt)),
     }
 
 

@@ -113,6 +113,7 @@ class Symptoms:
         self._anchors: list[tuple[str, float]] = []
         self._courses: dict[str, Course] = {}
         self.control = Control()
+        self.failed: list[float] = []  # the share of responses that a reward failed on, by step
 
     def of(self, line: Line) -> list[str]:
         """The warnings that this line brings, each a sentence with its remedy."""
@@ -125,6 +126,8 @@ class Symptoms:
             first.append(line)
         last.append(line)
         self.control = self.control.and_of(line)
+        if (failed := line.get("score/failed")) is not None:
+            self.failed.append(failed)
         found = {"control": self.control.warning}
         if line["stage"] == "align" and len(last) == WINDOW:
             found |= {name: rule(first, last) for name, rule in RULES.items()}

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
-from pujax.errors import ConfigError, PujaxError
+from pujax.errors import ConfigError, PujaxError, in_code
 
 STARTING = 120.0  # seconds that a worker may take to load the function's module
 
@@ -35,11 +35,28 @@ BOOT = (
 class Outcome:
     """A call's number or, where `failure` says in a line why there is none, NaN.
 
-    None is an answer too: the function has no number for what it was given.
+    None is an answer too: the function has no number for what it was given. `ours` says that the
+    failure lies in the function, or in the prompt's line, and not in the response.
     """
 
     value: float | None
     failure: str | None = None
+    ours: bool = False
+
+
+class PromptLine(dict[str, Any]):
+    """A prompt's line as a reward gets it: a column that it lacks is a `NoColumn`."""
+
+    def __missing__(self, column: str) -> Any:
+        raise NoColumn(f"the prompt's line has no {column!r}, but {', '.join(map(str, self))}")
+
+
+class NoColumn(KeyError):
+    """A column that a prompt's line lacks."""
+
+    def __str__(self) -> str:
+        """The message: that of a `KeyError` stands in quotes."""
+        return str(self.args[0])
 
 
 FAILED = float("nan")
@@ -227,7 +244,7 @@ def work(descriptor: int, parent: int) -> None:
 
 def answer(
     function: Callable[..., Any], batched: bool, call: Mapping[str, Any]
-) -> tuple[list[tuple[float | None, str | None]], float, str | None]:
+) -> tuple[list[tuple[Any, ...]], float, str | None]:
     """The outcomes of a call, its processor seconds, and the error of a wrong setting if it is one.
 
     >>> answer(lambda x: x / 2, False, {"x": 3})[0]
@@ -237,20 +254,24 @@ def answer(
     """
     begun, count = time.process_time(), len(next(iter(call.values()))) if batched else 1
 
-    def all_failed(why: str) -> list[tuple[float | None, str | None]]:
-        return [(FAILED, why)] * count
+    def all_failed(why: str, *ours: bool) -> list[tuple[Any, ...]]:
+        return [(FAILED, why, *ours)] * count
 
-    setting = None
+    setting, outcomes = None, list[tuple[Any, ...]]()
     try:
         value = function(**call)
         values = list(value) if batched else [value]
-        outcomes = [_number(value) for value in values]
+        outcomes += [_number(value) for value in values]
         if len(values) != count:
             outcomes = all_failed(f"returned {len(values)} numbers for {count} responses")
     except PujaxError as error:
-        outcomes, setting = [], str(error)
+        setting = str(error)
     except BaseException as error:  # SystemExit too: a function of the user's may raise anything
-        outcomes = all_failed(_told(error))
+        given = call.values()
+        if batched:
+            given = [*given, *(one for column in given for one in column)]
+        ours = isinstance(error, NoColumn) or in_code(error, *given)
+        outcomes = all_failed(_told(error), ours)
     return outcomes, time.process_time() - begun, setting
 
 

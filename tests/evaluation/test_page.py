@@ -239,3 +239,11 @@ def test_keys_reach_every_card_and_filters_show_theirs_alone(seen, width):
     assert told["kind"] == "1–4 of 15"
     assert set(told["both"]) == gained
     assert told["none"] == ["none", 0]
+
+
+def test_a_reward_that_failed_is_said_on_the_page(tmp_path):
+    with RunLog(tmp_path) as log:
+        log.step("align", 1, {"score/failed": 1.0}, seconds=1.0, tokens=1)
+    save(evaluation("aligned", 1), tmp_path)
+    told = write(tmp_path).read_text(encoding="utf-8")
+    assert "<li>the reward failed on 100% of the responses of 1 alignment step," in told

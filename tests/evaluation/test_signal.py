@@ -3,7 +3,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pujax.evaluation.signal import Control, control_of, kendall, pair_accuracy, signal_of
+from pujax.evaluation.signal import Control, control_of, failing, kendall, pair_accuracy, signal_of
 
 UNIFORM = [0.25] * 4
 
@@ -94,3 +94,12 @@ def test_a_control_is_the_mean_over_groups_and_warns_once_there_are_enough():
 def test_pairs_are_counted_by_hand():
     # Oracle 3 > 2 > 1: of three pairs one is tied, two are wrong.
     assert pair_accuracy(np.array([1.0, 1.0, 2.0]), np.array([3.0, 2.0, 1.0])) == 0.5 / 3
+
+
+def test_a_reward_that_fails_is_said_however_few_the_steps():
+    told = failing([1.0, 1.0])
+    assert told is not None
+    assert "failed on 100% of the responses of 2 alignment steps" in told
+    assert failing([0.0, 0.3]) is not None
+    assert failing([0.0, 0.1]) is None
+    assert failing([]) is None

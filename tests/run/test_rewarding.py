@@ -1,6 +1,9 @@
 import doctest
 import importlib
+import pickle
 import sys
+from contextlib import nullcontext
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -10,9 +13,13 @@ from pujax.errors import ConfigError
 from pujax.method import scoring
 from pujax.records import Example, Prompt
 from pujax.run import rewarding
-from pujax.run.rewarding import Rewards
+from pujax.run.rewarding import Rewards, try_rewards
+from pujax.run.workers import Outcome, Workers, answer
 
 CHECKS = """
+import json
+import re
+
 def graded(prompt, response, anchor, answer, row, *, bonus=0.0):
     if answer is None:
         return None
@@ -28,6 +35,24 @@ def unknown(text):
 
 def nothing(*, size=1):
     return 1.0
+
+def priced(response, row):
+    return float(str(row["price"]) in response)
+
+def priced_in_json(response):
+    return float(json.loads(response)["price"])
+
+def found(response, answer):
+    return float(re.search("[$]([0-9]+)", response).group(1))
+
+def misnamed(response):
+    return float(jsn.loads(response))
+
+def of_a_module(response):
+    return float(re.serach("a", response) is not None)
+
+def of_a_text(response, answer):
+    return float(response.lowered() == answer)
 
 def fussy(response, *, limit=0):
     return None if response == "" else 1.0
@@ -84,6 +109,47 @@ def test_a_reward_that_never_works_ends_the_run(checks):
             assert rewards.of(EXAMPLES, [["1"]] * 3).metrics["score/failed"] == 1
         with pytest.raises(ConfigError, match=r"never failed on 6 of 6 .*: down.*for 3 steps"):
             rewards.of(EXAMPLES, [["1"]] * 3)
+
+
+@pytest.fixture
+def in_this_process(monkeypatch):
+    """What a worker would answer, without the second that it takes to start one."""
+
+    def call(self, calls):
+        function, batched = pickle.loads(self._function)
+        return [[Outcome(*made) for made in answer(function, batched, call)[0]] for call in calls]
+
+    monkeypatch.setattr(Workers, "call", call)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("priced", "NoColumn: the prompt's line has no 'price', but weight, id, messages, answer"),
+        ("misnamed", "NameError: name 'jsn' is not defined"),
+        ("of_a_module", "AttributeError: module 're' has no attribute 'serach'"),
+        ("of_a_text", "AttributeError: 'str' object has no attribute 'lowered'"),
+        ("priced_in_json", None),
+        ("found", None),
+        ("never", None),
+    ],
+)
+def test_a_reward_is_refused_before_a_run_for_what_cannot_lie_in_a_response(
+    checks, in_this_process, name, said
+):
+    scorer = partial(scoring.reward, function=getattr(checks, name))
+    with pytest.raises(ConfigError, match=said) if said else nullcontext():
+        try_rewards(scorer, EXAMPLES)
+
+
+def test_a_line_that_lacks_a_column_is_refused_only_where_all_that_are_looked_at_lack_it(
+    checks, in_this_process
+):
+    priced = [replace(one, prompt=replace(one.prompt, rest={"price": 9})) for one in EXAMPLES]
+    scorer = partial(scoring.reward, function=checks.priced)
+    try_rewards(scorer, [EXAMPLES[0], priced[1]])
+    with pytest.raises(ConfigError, match=r"^scorer\.score\.function: priced failed on NoColumn"):
+        try_rewards(scorer, EXAMPLES)
 
 
 @pytest.mark.parametrize(

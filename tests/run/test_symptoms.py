@@ -124,3 +124,9 @@ def test_a_noisy_loss_a_falling_one_and_one_that_is_not_finite_are_not_astray():
     assert course_of({"loss": 0.3}, *[{"loss": 2.2}] * 20).astray == 0
     assert course_of({"loss": 2.6}, *[{"loss": 7.7}] * 9).astray == 0
     assert course_of({"loss": 2.6}, *[{"loss": 7.9}] * 9).astray == 9
+
+
+def test_how_often_a_reward_failed_is_kept_for_the_end():
+    symptoms = Symptoms()
+    told(symptoms, [*lines("score/failed", [1.0, 0.5]), *lines("loss", [1.0])])
+    assert symptoms.failed == [1.0, 0.5]
