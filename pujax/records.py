@@ -152,13 +152,38 @@ def canonical(value: Any) -> bytes:
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode("ascii")
 
 
+LEAST = 1e-6
+"""Of a temperature and a top_p: what float32 logits and shares can tell apart.
+
+Logits of the usual size lie as far apart as that, so that a lower temperature takes the likeliest
+token, as greed does; and near 1e-38 float32 has nothing left of either number, and no token is any
+likelier than another.
+"""
+
+
+def check_temperature(key: str, value: float, *, greedy: bool = False) -> None:
+    """Raise `ConfigError` for a temperature that can't be sampled at; 0 only where it is `greedy`.
+
+    At 0 nothing is sampled, and the likeliest token is taken.
+    """
+    fits = LEAST <= value < math.inf or (greedy and value == 0)
+    least = "0, which is greedy, or" if greedy else "must be"
+    require(fits, key, value, f"{least} positive and finite, {LEAST} at least")
+
+
+def check_top_p(key: str, value: Any) -> None:
+    """Raise `ConfigError` for a share of the likeliest tokens that is none."""
+    fits = isinstance(value, int | float) and LEAST <= value <= 1
+    require(fits, key, value, f"must lie in [{LEAST}, 1]: 1 is all tokens")
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How the student samples its candidates.
 
     Attributes:
         candidates: responses to each prompt, at least 2.
-        temperature: of the softmax, above 0.
+        temperature: of the softmax, at least 1e-6.
         top_k: sample from the k likeliest tokens; 0 is from all.
         top_p: sample from the likeliest tokens that make up this share; 1 is all.
     """
@@ -170,14 +195,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         require(self.candidates >= 2, "sampling.candidates", self.candidates, "needs at least 2")
-        require(
-            0 < self.temperature < math.inf,
-            "sampling.temperature",
-            self.temperature,
-            "must be positive and finite",
-        )
+        check_temperature("sampling.temperature", self.temperature)
         require(self.top_k >= 0, "sampling.top_k", self.top_k, "must be 0 (off) or positive")
-        require(0 < self.top_p <= 1, "sampling.top_p", self.top_p, "must lie in (0, 1]")
+        check_top_p("sampling.top_p", self.top_p)
 
 
 STAGES = ("sft", "align")

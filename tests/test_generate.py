@@ -174,6 +174,13 @@ def test_a_text_may_stand_in_a_file(tmp_path):
     assert generate.text_or_file("prompt", "a@b") == "a@b"
     assert generate.text_or_file("system", None) is None
     (tmp_path / "bytes").write_bytes(b"\xff")
+    for device in ("/dev/zero", "/dev/null"):
+        with pytest.raises(ConfigError, match=f"prompt=@{device}: a device: name a file of text"):
+            generate.text_or_file("prompt", f"@{device}")
+    with (tmp_path / "long").open("wb") as file:
+        file.truncate(2**24 + 1)
+    with pytest.raises(ConfigError, match="more than 16777216 characters: name a file of text"):
+        generate.text_or_file("prompt", f"@{tmp_path}/long")
     for place, why in (("nowhere", "No such file"), ("bytes", "not UTF-8"), ("", "Is a directory")):
         with pytest.raises(ConfigError, match=rf"prompt=@.*{why}.*: name a file of text, or write"):
             generate.text_or_file("prompt", f"@{tmp_path}/{place}")

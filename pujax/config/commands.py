@@ -127,8 +127,10 @@ def command(
                 if not sweeping():
                     sys.exit(status)
                 line = f"ended with status {status}"
-            called = title(swept())
-            print(f"pujax.{name}: {called}: {_sayable(line, argv)}", file=sys.stderr, flush=True)
+            called, line = title(swept()), _sayable(line, argv)
+            if not line.startswith(f"{called}: "):  # the setting that is wrong has said it
+                line = f"{called}: {line}"
+            print(f"pujax.{name}: {line}", file=sys.stderr, flush=True)
             note_failure(called)
 
         job.__module__ = f"pujax.{name}"  # Hydra names the application after it

@@ -9,7 +9,7 @@ from omegaconf import MISSING
 
 from pujax.config.model_settings import ModelConfig
 from pujax.errors import one_of, require
-from pujax.records import Sampling
+from pujax.records import Sampling, check_temperature
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
@@ -375,12 +375,7 @@ class EvalConfig:
             "must be positive, or null",
         )
         require(self.samples >= 0, "eval.samples", self.samples, "must not be negative")
-        require(
-            0 < self.temperature < math.inf,
-            "eval.temperature",
-            self.temperature,
-            "must be positive and finite",
-        )
+        check_temperature("eval.temperature", self.temperature)
 
 
 @dataclass(frozen=True)

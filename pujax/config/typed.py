@@ -7,6 +7,7 @@ from typing import Any
 
 from pujax.config.commands import one_source
 from pujax.errors import ConfigError, require
+from pujax.records import check_temperature, check_top_p
 from pujax.files.locate import at_home
 
 
@@ -40,14 +41,9 @@ class Answering:
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
         require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
-        require(
-            0 <= self.temperature < float("inf"),
-            "temperature",
-            self.temperature,
-            "0 is greedy, or positive and finite",
-        )
+        check_temperature("temperature", self.temperature, greedy=True)
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")
-        require(0 < self.top_p <= 1, "top_p", self.top_p, "must lie in (0, 1]")
+        check_top_p("top_p", self.top_p)
         require(0 <= self.seed < 2**32, "seed", self.seed, "must lie in [0, 2^32)")
 
     def drawing(self, number: int) -> dict[str, Any]:
@@ -61,6 +57,10 @@ class Answering:
         }
 
 
+LONGEST = 2**24
+"""Characters of a text in a file, more than any model reads: a pipe may never end."""
+
+
 def text_or_file(key: str, value: str | None) -> str | None:
     """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
 
@@ -72,9 +72,15 @@ def text_or_file(key: str, value: str | None) -> str | None:
         return value[1:]
     file = at_home(value[1:])
     try:
-        return file.read_text(encoding="utf-8-sig").removesuffix("\n")
+        with file.open(encoding="utf-8-sig") as opened:
+            device = file.is_char_device() or file.is_block_device()  # some never end
+            text = "" if device else opened.read(LONGEST + 1)
+        if device or len(text) > LONGEST:
+            raise ValueError("a device" if device else f"more than {LONGEST} characters")
+        return text.removesuffix("\n")
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or f"not UTF-8: {error}"
+        told = f"not UTF-8: {error}" if isinstance(error, UnicodeError) else str(error)
+        reason = getattr(error, "strerror", None) or told
         raise ConfigError(
             f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
         ) from error

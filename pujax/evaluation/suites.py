@@ -27,7 +27,7 @@ from pujax.evaluation.text import shown
 from pujax.method.sampling import sample
 from pujax.method.scoring import ScoringContext
 from pujax.models.logps import response_logps
-from pujax.records import Example
+from pujax.records import Example, check_temperature
 from pujax.types import Batch, LabelRule, Params, Scorer, Tokens, right_padded
 
 SHUFFLED = ", shuffled anchor"
@@ -84,7 +84,7 @@ def signal(
         seed: of what is drawn.
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
-    require(temperature > 0, "suite.temperature", temperature, "must be positive")
+    check_temperature("suite.temperature", temperature)
     records = Records() if records is None else records
     functions = {name: s["score"] if isinstance(s, Mapping) else s for name, s in scorers.items()}
 
@@ -415,7 +415,7 @@ def ranking(
         seed: of what is drawn.
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
-    require(temperature > 0, "suite.temperature", temperature, "must be positive")
+    check_temperature("suite.temperature", temperature)
     require(beta > 0, "suite.beta", beta, "must be positive")
     require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
     records = Records() if records is None else records

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pujax.errors import PujaxError, require
+from pujax.records import check_temperature, check_top_p
 from pujax.files.locate import at_home
 from pujax.inference.finished import finished_run
 from pujax.inference.generator import Generator, compiled
@@ -201,7 +202,10 @@ class PujaxLM(_harness.TemplateLM):
             temperature = 0.0
         if told.get("do_sample") and not temperature:
             temperature = 1.0
-        return size, temperature, int(told.get("top_k") or 0), float(told.get("top_p") or 1.0)
+        top_p = float(told.get("top_p") or 1.0)
+        check_temperature("temperature", temperature, greedy=True)
+        check_top_p("top_p", top_p)
+        return size, temperature, int(told.get("top_k") or 0), top_p
 
 
 def _until(text: str, told: dict[str, Any]) -> str:

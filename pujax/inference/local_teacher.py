@@ -7,7 +7,7 @@ from typing import Any
 
 from pujax.errors import ConfigError, TeacherError
 from pujax.evaluation.judging import LETTERS
-from pujax.records import Messages
+from pujax.records import Messages, check_temperature, check_top_p
 from pujax.run.compilation import compile_once
 from pujax.teacher.protocols import Answer, asked_turns
 from pujax.teacher.settings import CollectConfig, TeacherConfig
@@ -46,6 +46,8 @@ class LocalTeacher:
                 f"teacher.path: a local teacher needs teacher.max_tokens={settings.max_tokens} to "
                 f"be a number and takes top_k, top_p and seed alone in extra_body, not {unknown}"
             )
+        check_temperature("teacher.temperature", settings.temperature or 0.0, greedy=True)
+        check_top_p("teacher.extra_body.top_p", settings.extra_body.get("top_p", 1.0))
         compile_once()
         from pujax.inference.generator import Generator
 

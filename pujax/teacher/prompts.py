@@ -202,6 +202,8 @@ def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
         torn = not raw.endswith(b"\n")
         why = "the file is cut off here: write it again" if torn else "mend this line"
+        if b"\r" in raw.strip():
+            why = "its lines end in a carriage return alone: end them in a line feed"
         raise PromptError(f"{place}: not JSON ({error}): {why}") from error
     if not isinstance(row, dict):
         raise PromptError(f'{place}: {type(row).__name__}, need an object: {{"prompt": ...}}')

@@ -3,7 +3,7 @@
 import csv
 import json
 import string
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,21 +23,21 @@ def csv_rows(path: Path) -> Rows:
 
     Raises `PromptError`.
     """
-    tabs = path.suffix.lower() == ".tsv"
+    read = _tabbed if path.suffix.lower() == ".tsv" else _separated
     line = 0
     csv.field_size_limit(LONGEST)
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = csv.DictReader(file, delimiter="\t" if tabs else ",", strict=not tabs)
-            _check_columns(list(rows.fieldnames or ()), f"{path}:1")
-            for row in rows:
-                line = rows.line_num
+            rows = read(file)
+            line, names = next(rows, (1, []))
+            _check_columns(names, f"{path}:{line}")
+            for line, cells in rows:
                 place = f"{path}:{line}"
-                if None in row or None in row.values():
+                if len(cells) != len(names):
                     raise PromptError(
                         f"{place}: not as many cells as the header has: quote cells with separators"
                     )
-                filled = {name: cell for name, cell in row.items() if cell}
+                filled = {name: cell for name, cell in zip(names, cells, strict=True) if cell}
                 for name in ("messages", "conversations", "responses", "ratings"):
                     if name in filled:
                         filled[name] = _json(filled[name], name, place)
@@ -46,6 +46,42 @@ def csv_rows(path: Path) -> Rows:
         raise PromptError(f"{_not_utf8(path)}: save it as UTF-8") from error
     except csv.Error as error:
         raise PromptError(f"{path}:{line + 1}: not a table ({error}): mend it") from error
+
+
+def _separated(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The rows of a CSV file, no empty ones, with the number of each one's last line."""
+    rows = csv.reader(file, strict=True)
+    return ((rows.line_num, cells) for cells in rows if cells)
+
+
+def _tabbed(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
+    """The same of a TSV file, whoever wrote it: a spreadsheet quotes cells, others never do.
+
+    A row in which a cell begins with a quote is read as quoted where that is well formed and makes
+    as many cells as the header has, else a quote is a character like others. Raises `csv.Error`
+    for lines that are one row by the one reading and several by the other.
+    """
+    lines, at, width = list(file), 0, 0
+    while at < len(lines):
+        first, cells = at, lines[at].rstrip("\r\n").split("\t")
+        at += 1
+        if any(cell.startswith('"') for cell in cells):
+            rest = (lines[line] for line in range(first, len(lines)))
+            rows = csv.reader(rest, delimiter="\t", strict=True)
+            try:
+                quoted = next(rows)
+            except csv.Error:
+                quoted = []
+            if quoted and len(quoted) == (width or len(quoted)):
+                if rows.line_num > 1 and len(cells) == width > 1:
+                    raise csv.Error(
+                        "a quoted cell of several lines, or a quote in the text? a .csv tells them"
+                    )
+                at, cells = first + rows.line_num, quoted
+        if cells == [""]:
+            continue
+        width = width or len(cells)
+        yield at, cells
 
 
 def _not_utf8(path: Path) -> str:
@@ -181,6 +217,12 @@ def _fill(template: str, row: Mapping[str, Any], place: str) -> str:
 def _check_columns(names: list[str], place: str) -> None:
     if len(names) == 1 and ";" in names[0] and set(COLUMNS) & set(names[0].split(";")):
         raise PromptError(f"{place}: separated by semicolons: separate by commas, or use a .tsv")
+    spaced = [name for name in names if name != name.strip() and name.strip() in MAPPED + COLUMNS]
+    if spaced:
+        raise PromptError(
+            f"{place}: the column {spaced[0]!r} has spaces around its name: take them out, as after "
+            "every other separator"
+        )
     twice = sorted({name for name in names if names.count(name) > 1 and name in MAPPED + COLUMNS})
     if twice:
         raise PromptError(f"{place}: two columns are called {twice[0]!r}: rename one of them")

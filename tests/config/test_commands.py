@@ -65,6 +65,9 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("model.path=${oc.env:PUJAX_NONE}", "Environment variable 'PUJAX_NONE' not found: set it"),
         ("align.steps=-1", "align.steps=-1: must not be negative"),
         ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),
+        ("sampling.temperature=1e-40", "sampling.temperature=1e-40: must be positive and finite"),
+        ("eval.temperature=1e-7", "eval.temperature=1e-07: must be positive and finite, 1e-06 at l"),
+        ("sampling.top_p=1e-40", "sampling.top_p=1e-40: must lie in [1e-06, 1]: 1 is all tokens"),
         ("eval.temperature=inf", "eval.temperature=inf: must be positive and finite"),
     ],
 )
@@ -674,6 +677,12 @@ def test_a_job_that_fails_says_so_and_costs_a_sweep_no_other_job(monkeypatch, ca
         "pujax.train: 2 jobs of the sweep failed (seed=0, seed=1): mend it, and give the same "
         "command again"
     )
+
+
+def test_a_setting_that_sets_a_job_apart_and_is_wrong_is_said_once(monkeypatch, capsys):
+    assert called(monkeypatch, lambda _: None, "-m", "+experiment=smoke", "seed=0,-1") == 1
+    first, *_ = capsys.readouterr().err.splitlines()
+    assert first == "pujax.train: seed=-1: must lie in [0, 2**63)"
 
 
 def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):

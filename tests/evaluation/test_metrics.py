@@ -184,6 +184,7 @@ def test_a_metric_that_fails_on_a_prompt_is_named_with_it(tmp_path, monkeypatch)
         (np.float32("nan"), "nan.*, want a number or None, on prompt"),
         (np.array("x"), r"returned array\('x'.*, want a number or None, on prompt"),
     ],
+    ids=["beyond float64", "NaN", "NumPy's NaN", "a text in an array"],
 )
 def test_what_no_mean_can_take_is_refused_with_metric_and_prompt(made, said):
     mine = {"mine": Metric(cast(Any, lambda _: made), Shown("mine"))}

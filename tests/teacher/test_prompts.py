@@ -240,6 +240,29 @@ def test_a_table_has_columns(tmp_path, name, cut):
     ]
 
 
+TSV = [
+    (['"Tis a season\tx', 'Two\ty 5"'], [('"Tis a season', "x"), ("Two", 'y 5"')]),
+    (['"Tis\tx', '"Twas\ty'], [('"Tis', "x"), ('"Twas', "y")]),
+    (['"Hello" he said\tx'], [('"Hello" he said', "x")]),
+    (['"Tis\tsize 5"'], [('"Tis', 'size 5"')]),
+    (['"a ""b"""\t"c\td"', '"e\nf"\tg'], [('a "b"', "c\td"), ("e\nf", "g")]),
+    (['"Paris"\tx', "", "Rome\ty"], [("Paris", "x"), ("Rome", "y")]),
+]
+
+
+@pytest.mark.parametrize(("rows", "found"), TSV)
+def test_a_tsv_is_read_whether_or_not_its_writer_quotes(tmp_path, rows, found):
+    source = write(tmp_path / "p.tsv", "prompt\tanswer", *rows)
+    read = [(p.messages[0]["content"], p.answer) for p in load_prompts(source)]
+    assert read == found
+
+
+def test_lines_of_a_tsv_that_may_be_one_row_or_two_are_refused(tmp_path):
+    source = write(tmp_path / "p.tsv", "prompt\tanswer", "A\tb", '"Tis\tx', 'size 5"\ty')
+    with pytest.raises(PromptError, match=r"p\.tsv:3: not a table .a quoted cell of several lines, or a quote"):
+        list(load_prompts(source))
+
+
 def test_parquet_is_a_table_too(tmp_path):
     parquet = pytest.importorskip("pyarrow.parquet")
     import pyarrow
@@ -334,6 +357,8 @@ def test_a_system_message_or_history_that_is_none_is_refused(tmp_path, row, said
         ("p.csv", ["prompt;answer", "Hi;x"], r"p\.csv:1: separated by semicolons"),
         ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
         ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
+        ("p.csv", ["prompt, answer", "Hi, x"], r"p\.csv:1: the column ' answer' has spaces around"),
+        ("p.jsonl", ['{"prompt": "a"}\r{"prompt": "b"}\r'], r"p\.jsonl:1: .* end in a carriage ret"),
         ("p.csv", ["prompt,answer,prompt", "a,b,c"], r"p\.csv:1: two columns are called 'prompt'"),
         ("p.txt", ["\u200b", " \ufeff "], r"no prompts in it"),
         (
