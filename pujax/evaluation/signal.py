@@ -152,6 +152,6 @@ def failing(shares: Sequence[float]) -> str | None:
         return None
     steps = counted(len(shares), "alignment step")
     return (
-        f"the reward failed on {share:.0%} of the responses of {steps}, which so got the worst score "
-        "of their group, or none: the output names one a step with its error: mend the function"
+        f"the reward failed on {share:.0%} of the responses of {steps}, which so got the worst "
+        "score of their group, or none: the output names one a step with its error: mend the function"
     )

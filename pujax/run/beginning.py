@@ -58,6 +58,7 @@ def work(
         f"{data.response_size}",
         *(f"the teacher's answers: {name} {words}" for name, words in told.items()),
         f"sft: {_steps(sft.steps, sft.batch, len(data.with_anchors.examples))}",
+        *_too_often(sft.steps, sft.batch, len(data.with_anchors.examples)),
         f"align: {_steps(align.steps, align.prompts, trained)}"
         + (f", {candidates} candidates each{given}, {loss}" if align.steps else ""),
         f"evaluation: {counted(len(asked), 'held-out prompt')}, of the base and after each stage",
@@ -96,6 +97,20 @@ def _steps(steps: int, batch: int, prompts: int) -> str:
         return "none"
     through = f", {steps * batch / prompts:.2g} times through {prompts}" if prompts else ""
     return f"{counted(steps, 'step')} of {counted(batch, 'prompt')}{through}"
+
+
+MANY, SOME = 10, 4  # passes of SFT over the prompts from which on it is said, and advised instead
+
+
+def _too_often(steps: int, batch: int, prompts: int) -> list[str]:
+    """A warning where SFT goes through so few prompts so often that it learns them by heart."""
+    if not prompts or steps * batch <= MANY * prompts:
+        return []
+    return [
+        f"warning: {steps * batch / prompts:.0f} passes of SFT learn "
+        f"{counted(prompts, 'prompt')} by heart: sft.steps={max(1, round(SOME * prompts / batch))} "
+        f"makes about {SOME}; docs/how-many.md says which settings fit how many prompts"
+    ]
 
 
 def _whose(config: TrainConfig) -> str:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pujax.config.compose import shipped
 from pujax.config.functions import build, with_protocol
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import DataError, PujaxError
@@ -158,7 +159,7 @@ def load_data(
                 config.collect,
                 say=say,
                 tick=tick,
-                remedy=f"the run {_HAD_ALL}" if begun else COLLECT,
+                remedy=f"the run {_HAD_ALL}" if begun else _to_collect(data),
                 place=place,
             )
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
@@ -302,6 +303,21 @@ _HAD_ALL = (
     "had them all when it began: put back the prompts or the answers that it had, or begin another "
     "run"
 )
+
+
+def _to_collect(config: DataConfig) -> str:
+    """What to do about answers that a store lacks; an experiment's own is for its own prompts."""
+    if not (_of_experiment(config.anchors) and not _of_experiment(config.prompts)):
+        return COLLECT
+    return (
+        f"data.anchors={config.anchors} is the experiment's: set data.anchors=YOUR STORE, which "
+        "`python -m pujax.collect` makes"
+    )
+
+
+def _of_experiment(source: Any) -> bool:
+    """Whether it is one of the files that come with pujax."""
+    return isinstance(source, str) and source == shipped("/".join(Path(source).parts[-2:]))
 
 
 def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:

@@ -42,6 +42,8 @@ def collect(
             "collect.budget.money needs teacher.price.input and teacher.price.output (a million "
             "tokens)"
         )
+    if plan.again:
+        say(plan.again)
     book = AnchorStore(store, contents)
     for repair in book.repairs:
         say(repair)

@@ -185,14 +185,15 @@ class Collection:
         """Ask until an answer is on the disk, the patience ends, or the run stops."""
         tally = self._tally
         tally.asked += 1
-        busy = 0
+        busy, again = 0, False
 
         def wait(state: tenacity.RetryCallState) -> float:
             """Doubled while nobody is answered, and each time that the server has too much to do.
 
             A fault amid answers is one request's own, and all may be asked again soon.
             """
-            nonlocal busy
+            nonlocal busy, again
+            again = True
             error = state.outcome.exception() if state.outcome else None
             assert isinstance(error, Retryable)
             busy += error.busy
@@ -229,6 +230,7 @@ class Collection:
         except TeacherError as error:
             raise TeacherError(f"{error} (asked for {printable(prompt.id)})") from error
         if answer is None:
+            tally.asked -= not again  # the run stopped before its first request
             return
         self._failing = 0
         self._alike.clear()

@@ -27,7 +27,7 @@ def describe_plan(plan: Plan, teacher: TeacherConfig) -> str:
             f"cached      {plan.cached:>10,}",
             f"failed      {plan.failed:>10,}   asked again with collect.retry_failed=true alone",
             f"duplicates  {plan.duplicates:>10,}",
-            f"to ask      {plan.to_ask:>10,}",
+            f"to ask      {plan.to_ask:>10,}" + (f"   {plan.again}" if plan.again else ""),
             f"tokens in   {plan.prompt_tokens:>10,}   about, by a count of characters",
             f"tokens out  {plan.completion_tokens:>10,}   {bound} of all answers",
             f"cost        {money}",

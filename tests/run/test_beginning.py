@@ -60,6 +60,16 @@ def test_a_run_says_how_much_it_will_do(student):
     assert "align: none" in beginning.work(rest, student, recipe(), dataset(8), dataset(3))
 
 
+def test_a_run_that_goes_through_few_prompts_many_times_says_which_steps_would_do(student):
+    def told(steps):
+        config = dataclasses.replace(CONFIG, sft=SftConfig(steps=steps, batch=2))
+        return beginning.work(config, student, recipe(), dataset(8), dataset(3))
+
+    assert not any("warning" in line for line in told(40))  # ten passes
+    (line,) = [line for line in told(188) if "warning" in line]
+    assert line.startswith("warning: 47 passes of SFT learn 8 prompts by heart: sft.steps=16 makes")
+
+
 def test_a_rough_time_reads_as_one():
     assert beginning._span(20.0).startswith("about a minute or two")
     assert beginning._span(600.0).startswith("about 10 min where nothing else runs, and ")

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as trials
 from hypothesis import strategies as st
 
+from pujax.config.compose import shipped
 from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import ConfigError, DataError, PromptError, StoreError
@@ -408,6 +409,15 @@ def test_an_edited_prompt_without_an_anchor_is_quoted_and_a_begun_run_is_not_tol
     lacks = f"no anchor (“t” in {data.prompts}, “h” in {data.heldout}): "
     assert refused(False).endswith(lacks + COLLECT)
     assert f"{lacks}the run had them all when it began: put back the prompts" in refused(True)
+
+
+def test_an_experiments_store_is_not_taken_for_that_of_ones_own_prompts(tmp_path):
+    anchors = shipped("quickstart/anchors.jsonl")
+    data = replace(of_one_prompt(tmp_path), anchors=anchors)
+    with pytest.raises(StoreError) as said:
+        load_data(TrainConfig(data=data), cast(Any, Letters()), [].append)
+    wanted = f"data.anchors={anchors} is the experiment's: set data.anchors=YOUR STORE"
+    assert wanted in str(said.value)
 
 
 def test_no_minute_is_silent_while_the_teacher_is_asked_and_its_answers_are_checked(

@@ -13,6 +13,7 @@ from pujax.errors import ConfigError, TeacherError
 from pujax.records import Prompt, messages_key
 from pujax.teacher import asking
 from pujax.teacher.anchors import anchors_for, collect
+from pujax.teacher.describing import describe_plan
 from pujax.teacher.endpoint import open_endpoint
 from pujax.teacher.plan import make_plan
 from pujax.teacher.protocols import Retryable
@@ -281,6 +282,22 @@ def test_the_plan_counts_what_there_is_to_do(server, store):
     assert make_plan(user("b"), teacher, Contents(store), retry_failed=True).to_ask == 1
 
 
+def test_answers_under_other_settings_are_told_with_what_differs(server, store):
+    run(user("a", "b"), server, store)
+    run(user("a"), server, store, teacher=at(server, system="Be brief.", max_tokens=8))
+    other = at(server, system="Be brief.", max_tokens=9)
+    plan = make_plan(user("a", "b", "c"), other, Contents(store), retry_failed=False)
+    assert (plan.to_ask, plan.otherwise, plan.differing) == (3, 2, ("max_tokens", "system"))
+    said = "2 of these have answers under other settings (teacher.max_tokens, teacher.system)"
+    assert said in describe_plan(plan, other)
+    told = []
+    run(user("a", "b", "c"), server, store, told, teacher=other)
+    assert told[0].startswith(said)
+    told = []
+    run(user("a", "b", "d"), server, store, told, teacher=other)
+    assert "other settings" not in told[0]  # none of those that are asked
+
+
 @pytest.mark.parametrize(
     ("budget", "answered"),
     [
@@ -301,6 +318,8 @@ def test_a_budget_is_reached_but_never_exceeded(server, store, budget, answered)
         "same command to go on, with a larger budget to get further"
     )
     assert tally.left == 30 - answered
+    # What no request was made for was not asked.
+    assert (tally.asked, tally.unanswered, tally.requests) == (answered, 0, answered)
     assert run(prompts, server, store, teacher=teacher).asked == 30 - answered
 
 
