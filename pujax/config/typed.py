@@ -7,8 +7,8 @@ from typing import Any
 
 from pujax.config.commands import one_source
 from pujax.errors import ConfigError, require
-from pujax.records import check_temperature, check_top_p
 from pujax.files.locate import at_home
+from pujax.records import check_temperature, check_top_p
 
 
 @dataclass(frozen=True)

@@ -35,9 +35,9 @@ class Verdict:
 def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
     """How a run's last model does against the one before it.
 
-    Before any gain goes NaN, a collapse, that it no longer stops, and that it is clearly worse than what
-    the run began with: a stage may win back only a part of what the one before it lost. Models that
-    were put beside the run's own are spoken of after those, and colour nothing.
+    Before any gain goes NaN, a collapse, that it no longer stops, and that it is clearly worse than
+    what the run began with: a stage may win back only a part of what the one before it lost. Models
+    that were put beside the run's own are spoken of after those, and colour nothing.
     """
     own = of_run(evaluations)
     last = own[-1]

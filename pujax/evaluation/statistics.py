@@ -133,7 +133,7 @@ def _paired(first: Evaluation, second: Evaluation, metric: str) -> np.ndarray:
     """The differences on the prompts where both have the metric."""
     one, other = _column(first, metric), _column(second, metric)
     known = ~(np.isnan(one) | np.isnan(other))
-    with np.errstate(invalid="ignore"):  # of two perplexities beyond float64: no number, and told so
+    with np.errstate(invalid="ignore"):  # of two infinities, which is told as NaN
         return other[known] - one[known]
 
 

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from pujax.errors import PujaxError, require
-from pujax.records import check_temperature, check_top_p
 from pujax.files.locate import at_home
 from pujax.inference.finished import finished_run
 from pujax.inference.generator import Generator, compiled
 from pujax.models.decoder import LanguageModel
+from pujax.records import check_temperature, check_top_p
 from pujax.run.data import with_system
 from pujax.types import Params, Tokens, right_padded
 

@@ -72,6 +72,7 @@ def telling(config: TrainConfig, directory: Path, say: Callable[[str], None]) ->
         settings=settings,
     )
     told: dict[str, Tracker] = {}
+    furthest = 0
 
     def tried(name: str, act: Callable[[], Any]) -> None:
         try:
@@ -85,7 +86,11 @@ def telling(config: TrainConfig, directory: Path, say: Callable[[str], None]) ->
         told[name] = OPENERS[name](importlib.import_module(name), run)
 
     def tell(place: str, step: int, metrics: Mapping[str, Any]) -> None:
+        nonlocal furthest
         at = step + (config.sft.steps if place in ("align", "eval-aligned") else 0)
+        # An earlier state that is handed on is told of where its stage ended: wandb drops what goes
+        # back.
+        at = furthest = max(at, furthest)
         prefix = "" if place.startswith("eval-") else f"{place}/"
         values = {f"{prefix}{name}": float(value) for name, value in metrics.items()}
         for name, tracker in list(told.items()):

@@ -220,8 +220,8 @@ def _check_columns(names: list[str], place: str) -> None:
     spaced = [name for name in names if name != name.strip() and name.strip() in MAPPED + COLUMNS]
     if spaced:
         raise PromptError(
-            f"{place}: the column {spaced[0]!r} has spaces around its name: take them out, as after "
-            "every other separator"
+            f"{place}: the column {spaced[0]!r} has spaces around its name: take them out, as "
+            "after every other separator"
         )
     twice = sorted({name for name in names if names.count(name) > 1 and name in MAPPED + COLUMNS})
     if twice:

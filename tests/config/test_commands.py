@@ -66,7 +66,10 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("align.steps=-1", "align.steps=-1: must not be negative"),
         ("sampling.temperature=inf", "sampling.temperature=inf: must be positive and finite"),
         ("sampling.temperature=1e-40", "sampling.temperature=1e-40: must be positive and finite"),
-        ("eval.temperature=1e-7", "eval.temperature=1e-07: must be positive and finite, 1e-06 at l"),
+        (
+            "eval.temperature=1e-7",
+            "eval.temperature=1e-07: must be positive and finite, 1e-06",
+        ),
         ("sampling.top_p=1e-40", "sampling.top_p=1e-40: must lie in [1e-06, 1]: 1 is all tokens"),
         ("eval.temperature=inf", "eval.temperature=inf: must be positive and finite"),
     ],

@@ -107,7 +107,8 @@ def test_a_run_that_ends_worse_than_it_began_is_no_success_though_its_last_stage
         return Evaluation(model, tuple(rows))
 
     base, sft, aligned = (
-        with_exact(*one) for one in (("base", -2.0, 1.0), ("sft", -2.0, 0.0), ("aligned", -1.0, 0.0))
+        with_exact(*one)
+        for one in (("base", -2.0, 1.0), ("sft", -2.0, 0.0), ("aligned", -1.0, 0.0))
     )
     found = findings.verdict_on([base, sft, aligned])
     assert found.style == "loss"

@@ -194,7 +194,7 @@ def test_what_no_mean_can_take_is_refused_with_metric_and_prompt(made, said):
 
 def test_a_model_whose_own_log_prob_is_no_number_is_not_blamed_on_a_metric():
     found = measure(replace(READING, anchor_logp=float("nan")), METRICS)
-    assert np.isnan(found["anchor_logp"])
+    assert str(found["anchor_logp"]) == "nan"
 
 
 def test_a_perplexity_beyond_float64_is_infinite():

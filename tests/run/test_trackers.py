@@ -62,6 +62,16 @@ def config(*names):
     )
 
 
+def test_an_earlier_state_that_is_handed_on_is_told_of_after_the_last_step(tmp_path, monkeypatch):
+    fake = Fake()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    with telling(config("wandb"), tmp_path, print) as tell:
+        tell("sft", 3, {"loss": 1})
+        tell("eval-sft", 0, {"eval/exact": 0.5})
+        tell("align", 1, {"loss": 1})
+    assert [step for step, _ in fake.told[:-1]] == [3, 3, 4]
+
+
 @pytest.mark.parametrize("name", OPENERS)
 def test_a_tracker_is_told_what_the_run_writes_by_steps_of_the_whole(name, tmp_path, monkeypatch):
     fake = Fake()

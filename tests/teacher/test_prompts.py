@@ -259,7 +259,7 @@ def test_a_tsv_is_read_whether_or_not_its_writer_quotes(tmp_path, rows, found):
 
 def test_lines_of_a_tsv_that_may_be_one_row_or_two_are_refused(tmp_path):
     source = write(tmp_path / "p.tsv", "prompt\tanswer", "A\tb", '"Tis\tx', 'size 5"\ty')
-    with pytest.raises(PromptError, match=r"p\.tsv:3: not a table .a quoted cell of several lines, or a quote"):
+    with pytest.raises(PromptError, match=r"p\.tsv:3: not a table .a quoted cell of several lines"):
         list(load_prompts(source))
 
 
@@ -358,7 +358,11 @@ def test_a_system_message_or_history_that_is_none_is_refused(tmp_path, row, said
         ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
         ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
         ("p.csv", ["prompt, answer", "Hi, x"], r"p\.csv:1: the column ' answer' has spaces around"),
-        ("p.jsonl", ['{"prompt": "a"}\r{"prompt": "b"}\r'], r"p\.jsonl:1: .* end in a carriage ret"),
+        (
+            "p.jsonl",
+            ['{"prompt": "a"}\r{"prompt": "b"}\r'],
+            r"p\.jsonl:1: .* end in a carriage",
+        ),
         ("p.csv", ["prompt,answer,prompt", "a,b,c"], r"p\.csv:1: two columns are called 'prompt'"),
         ("p.txt", ["\u200b", " \ufeff "], r"no prompts in it"),
         (
