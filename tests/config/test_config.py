@@ -91,6 +91,16 @@ def test_a_missing_value_is_named():
         (Sampling, {"temperature": 0.0}, "sampling.temperature=0.0"),
         (Sampling, {"candidates": 1}, "sampling.candidates=1"),
         (Sampling, {"top_p": 1.5}, "sampling.top_p=1.5"),
+        (
+            GenerateConfig,
+            {"model": "m", "prompt": "x", "temperature": 1e-40},
+            "0, which is greedy",
+        ),
+        (
+            GenerateConfig,
+            {"model": "m", "prompt": "x", "top_p": 1e-40},
+            r"top_p=1e-40: must lie in",
+        ),
         (AlignConfig, {"prompts": 4, "microbatch": 3}, "align.microbatch=3.*align.prompts=4"),
         (DataConfig, {"on_too_long": "cut"}, "data.on_too_long='cut'.*error, drop or truncate"),
         (ModelConfig, {"dtype": "fp8"}, "model.dtype='fp8'"),

@@ -622,6 +622,16 @@ def test_a_run_that_is_named_twice_is_no_second_seed(tmp_path, called):
         assert (status, "name each run once" in said) == (1, True)
 
 
+def test_a_run_that_its_own_prompts_chose_says_so(tmp_path, called):
+    runs_of(tmp_path, (0, "dpo", 0.2))
+    one = tmp_path / "dpo-0"
+    assert "checkpoint.best" not in called(evaluate.main, f"run={one}")[1]
+    (one / "config.yaml").write_text(json.dumps({"checkpoint": {"best": "exact"}}))
+    status, said = called(evaluate.main, f"run={one}")
+    assert status == 0
+    assert "warning: checkpoint.best=exact chose each stage's state on these same" in said
+
+
 def test_runs_of_other_prompts_are_named(tmp_path, called):
     runs = runs_of(tmp_path, (0, "dpo", 0.2), (1, "dpo", 0.2))
     one, other = tmp_path / "dpo-0", tmp_path / "dpo-1"
