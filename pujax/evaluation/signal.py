@@ -153,5 +153,6 @@ def failing(shares: Sequence[float]) -> str | None:
     steps = counted(len(shares), "alignment step")
     return (
         f"the reward failed on {share:.0%} of the responses of {steps}, which so got the worst "
-        "score of their group, or none: the output names one a step with its error: mend the function"
+        "score of their group, or none: the output names one a step with its error: mend the "
+        "function"
     )
