@@ -241,6 +241,10 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
         unknown, said = [], str(error)
     else:
         said = f"no option {' '.join(unknown)}" if unknown else ""
+        key, sign, value = unknown[0].lstrip("-").partition("=") if unknown else ("", "", "")
+        if unknown and unknown[0].startswith("--") and not key.startswith("experimental"):
+            value = value if sign else next(iter(overrides), "VALUE")
+            said += f": a setting is written {key.replace('-', '_')}={value}"
         if len(does) > 1:
             said = said or f"{' and '.join(does)}: one at a time"
     if said:

@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from typing import get_args
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -141,6 +142,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         if group == "hydra/launcher" and choice in LAUNCHERS:
             return f"{group}={choice}: not installed: pip install 'pujax[{LAUNCHERS[choice]}]'"
         listed = f" ({group} has {', '.join(choices)})" if choices else ""
+        if group == "model":
+            listed += f"; a folder, a file or a hub's name is model.path={choice}"
         return f"{group}={choice}: no such choice{_nearest(choice, choices)}{listed}"
     if found := re.search(r"full_key: (\S+)", cause or text):
         lines = (cause or text).splitlines()
@@ -158,6 +161,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         return f"{given[-1] if given else found[1]}: {why}"  # of several the last one counts
     if "Ambiguous value" in text:
         key, _, value = text.split("'")[1].partition("=")
+        if re.fullmatch(r"-?\d+,\d+", value) and _type_is_float(schema, key):
+            return f"{key}={value}: a number has a point: write {key}={value.replace(',', '.')}"
         return (
             f"{key}: a value with a comma: write '{key}=\"{value}\"' for a text, "
             f"'{key}=[{value}]' for a list, or add -m to run one after the other"
@@ -217,7 +222,14 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     node = getattr(error.__cause__, "parent_node", None)
     if isinstance(node, DictConfig):  # inside of a function's node, which no schema describes
         known += [f"{key.rpartition('.')[0]}.{name}" for name in node if "_target_" in node]
-    near = _nearest(key, [other for other in known if other != key])
+    others = [other for other in known if other != key]
+    last = key.rpartition(".")[2]
+    alike = [other for other in others if other.rpartition(".")[2] == last and "." in other]
+    near = _nearest(key, others)
+    if alike:  # of another section
+        near = f", did you mean {' or '.join(alike[:3])}?"
+    if key.startswith("scorer.score.function"):
+        near = ": only a reward has a function: add scorer=reward"
     if key == "prompt":  # of chat, say, which is for several
         near = ", `pujax generate` takes one"
     return f"{key}: no such setting{near or ': take it out'}"
@@ -228,6 +240,16 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
     for name, field in getattr(schema, "__dataclass_fields__", {}).items():
         yield prefix + name
         yield from _keys(field.type, f"{prefix}{name}.")
+
+
+def _type_is_float(schema: type, key: str) -> bool:
+    """Whether a setting is a number that may have a fraction."""
+    *sections, name = key.lstrip("+").split(".")
+    for section in sections:
+        field = getattr(schema, "__dataclass_fields__", {}).get(section)
+        schema = field.type if field else type(None)
+    field = getattr(schema, "__dataclass_fields__", {}).get(name)
+    return field is not None and float in (field.type, *get_args(field.type))
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

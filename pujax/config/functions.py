@@ -58,7 +58,10 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
 def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
     """The function that `node` names, in full: one of pujax, or of a package in `trusted`."""
     if not isinstance(node, Mapping) or not isinstance(node.get("_target_"), str):
-        raise ConfigError(f"{key}={node!r}: name a function by _target_, with _partial_: true")
+        whole = f": '{key}={{_target_: {node}, _partial_: true}}'" if isinstance(node, str) else ""
+        raise ConfigError(
+            f"{key}={node!r}: name a function by _target_, with _partial_: true{whole}"
+        )
     target: str = named_now(node)["_target_"]
     if not target.rpartition(".")[0]:
         raise ConfigError(

@@ -53,6 +53,11 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("align.stepz=3", "align.stepz: no such setting, did you mean align.steps?"),
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
+        ("teacher.retries=3", "teacher.retries: no such setting, did you mean collect.retries?"),
+        ("scorer.score.function._target_=mine.f", "_target_: no such setting: only a reward has a"),
+        ("eval=nosuch", "no such choice (eval has anchor_logp, contains,"),
+        ("model=my-model", "; a folder, a file or a hub's name is model.path=my-model"),
+        ("teacher.price.output=1,5", "write teacher.price.output=1.5"),
         ("+align.speed=1", "align.speed: no such setting: take it out"),
         ("loss=gpro", "loss=gpro: no such choice, did you mean grpo? (loss has cdpo, "),
         ("experiment=quikstart", "experiment=quikstart: no such choice, did you mean quickstart?"),
@@ -84,6 +89,15 @@ def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
     assert line.startswith("pujax.train: ")
     assert said in line
     assert "ydra" not in line
+
+
+def test_a_setting_that_is_written_as_an_option_is_told_as_one(monkeypatch, capsys):
+    for words, said in (
+        (("--seed", "3"), "no option --seed: a setting is written seed=3: --hydra-help"),
+        (("--max-steps=3",), "a setting is written max_steps=3"),
+    ):
+        assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 2
+        assert said in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -192,6 +192,7 @@ def test_build_refuses_unknown_functions_and_keywords(bad, message):
         ({"_target_": "pujax.method.none.x", "_partial_": True}, "cannot build"),
         (None, "name a function by _target_"),
         ("sft", "name a function by _target_"),
+        ("pujax.rewards.number", "_partial_: true: 'loss={_target_: pujax.rewards.number, _part"),
         (
             node("pair_losses.dpo", pairs={"_target_": "os.getcwd", "_partial_": True}),
             r"loss\.pairs: os",
