@@ -6,8 +6,9 @@ diffusion planner to a few preferences; virtual tokens before a language model's
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -44,6 +45,7 @@ from pujax.models.logps import response_logps
 from pujax.models.sharding import fetched, make_mesh, put, put_batch, tree_shardings
 from pujax.models.soft_prompt import SoftPrompt, init_soft_prompt, led
 from pujax.records import Sampling
+from pujax.run.agreement import check_part
 from pujax.run.batches import batch_at, collate
 from pujax.run.data import Dataset, check_apart, make_preferences
 from pujax.run.student import new_state
@@ -99,6 +101,8 @@ def adapt(
     if config.preferences is not None:
         datasets = _datasets(config, chat, system)
         recipe = _recipe(loss_fn, said, datasets[0], chat)
+        with _own_names():
+            check_part(datasets[0], recipe, loss_fn, "preferences", ("batch", config.batch))
     mesh = make_mesh(1, 1, 1)
     with waited("reading the model", say):
         settings, read = weights.load(source)
@@ -214,6 +218,11 @@ def _others(paths: Sequence[str]) -> list[Other]:
                 f"fitted: {path} has {_sizes(vectors)}, {others[0].path} has "
                 f"{_sizes(others[0].vectors)}: take some that are alike"
             )
+        alike = [each.path for each in others if np.array_equal(each.vectors, vectors)]
+        if alike:
+            raise ConfigError(
+                f"fitted: {path} is the same soft prompt as {alike[0]}: take one of them out"
+            )
         others.append(Other(path, vectors, about))
     return others
 
@@ -316,10 +325,18 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
 
 def _read(source: Any, chat: Chat, settings: DataConfig) -> Dataset:
     """Preference data; what is wrong with it is told by this command's settings."""
-    try:
+    with _own_names():
         return make_preferences(source, chat, settings)
+
+
+@contextmanager
+def _own_names() -> Iterator[None]:
+    """Tells what is wrong by this command's settings, which are a run's without `data.`."""
+    try:
+        yield
     except PujaxError as error:
-        said = re.sub(rf"\bdata\.({'|'.join(vars(settings))})\b", r"\1", str(error))
+        names = "|".join(each.name for each in fields(DataConfig))
+        said = re.sub(rf"\bdata\.({names})\b", r"\1", str(error))
         raise type(error)(said) from error
 
 

@@ -76,24 +76,38 @@ def check_given(config: TrainConfig, recipe: Recipe, loss_fn: LossFn, data: Data
             continue
         if part.candidates == 1:  # pairs need two
             needs_of(loss_fn, recipe.labels, 1)
-        if not align.steps:
-            continue
-        _check_members(recipe, loss_fn, len(part.dimensions), key)
-        if not part.prefers(by_dimension=takes_members(recipe.labels) or recipe.needs.members) and (
-            recipe.needs.kl or not learns_from_ties(loss_fn, recipe.labels, part.candidates)
-        ):
-            raise ConfigError(
-                f"{key}: no response is preferred to another, so {_name(loss_fn)} has nothing to "
-                "learn: look at the ratings or labels, and at how data.dimensions weighs them (of "
-                "good responses alone SFT learns: align.steps=0)"
-            )
-        require(
-            not recipe.needs.kl or align.prompts > 1,
-            "align.prompts",
-            align.prompts,
-            f"{_name(loss_fn)} takes its reference point from other prompts' responses: at least "
-            "2, or loss.reference_point._target_=pujax.method.pair_losses.no_kl",
+        if align.steps:
+            said = " (of good responses alone SFT learns: align.steps=0)"
+            check_part(part, recipe, loss_fn, key, ("align.prompts", align.prompts), said)
+
+
+def check_part(
+    part: Dataset,
+    recipe: Recipe,
+    loss_fn: LossFn,
+    key: str,
+    prompts: tuple[str, int],
+    said: str = "",
+) -> None:
+    """Refuse given candidates that lack what the loss learns from.
+
+    `key` is the setting that names them, `prompts` the one of how many a step has, and its value.
+    `said` follows what is said of candidates that prefer nothing. Raises `ConfigError`.
+    """
+    _check_members(recipe, loss_fn, len(part.dimensions), key)
+    if not part.prefers(by_dimension=takes_members(recipe.labels) or recipe.needs.members) and (
+        recipe.needs.kl or not learns_from_ties(loss_fn, recipe.labels, part.candidates)
+    ):
+        raise ConfigError(
+            f"{key}: no response is preferred to another, so {_name(loss_fn)} has nothing to "
+            f"learn: look at the ratings or labels, and at how data.dimensions weighs them{said}"
         )
+    require(
+        not recipe.needs.kl or prompts[1] > 1,
+        *prompts,
+        f"{_name(loss_fn)} takes its reference point from other prompts' responses: at least "
+        "2, or loss.reference_point._target_=pujax.method.pair_losses.no_kl",
+    )
 
 
 def _check_members(recipe: Recipe, loss_fn: LossFn, several: int, source: str) -> None:

@@ -153,6 +153,22 @@ def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_li
         (("model={student}", "fitted=[{one},{two}]", "task=t", "out={one}"), "is one of `fitted`"),
         (("model={student}", "fitted=[{one},{big}]", "task=t", "out=a.safetensors"), "not finite"),
         (("model={student}", "fitted=[{one},{off}]", "task=t", "out=a.safetensors"), "take some"),
+        (
+            ("model={student}", "fitted=[{one},{one}]", "task=t", "out=a.safetensors"),
+            "fitted: one.safetensors is the same soft prompt as one.safetensors: take one",
+        ),
+        (
+            ("model={student}", "preferences={fits}", "loss=e_dpo", "out=a.safetensors"),
+            "loss: e_dpo learns from several scores of a response, and preferences gives one",
+        ),
+        (
+            (
+                *("model={student}", "preferences={good}", "out=a.safetensors", "loss=kto"),
+                "loss.sides._target_=pujax.method.labels.flags",
+            ),
+            "preferences: no response is preferred to another, so kto has nothing to learn: look "
+            "at the ratings or labels, and at how dimensions weighs them",
+        ),
     ],
 )
 def test_what_cannot_be_fitted_is_refused_in_a_line(
@@ -161,7 +177,9 @@ def test_what_cannot_be_fitted_is_refused_in_a_line(
     fits = prefers(tmp_path / "fits.jsonl", "Yes!", "No.")
     alike = tmp_path / "alike.jsonl"
     alike.write_text('{"prompt": "a", "responses": ["b", "c"], "ratings": [1, 1]}\n' * 4)
-    named = {"long": "n" * 240 + ".safetensors"}
+    named = {"long": "n" * 240 + ".safetensors", "good": "good.jsonl"}
+    good = [{"prompt": text, "completion": "b", "label": True} for text in TEXTS]
+    (tmp_path / "good.jsonl").write_text("".join(json.dumps(row) + "\n" for row in good))
     for name, vectors in {
         "one": np.ones((2, 32)), "two": np.zeros((2, 32)), "big": np.full((2, 32), 3e38),
         "off": np.ones((3, 32)),
