@@ -40,6 +40,12 @@ class Answering:
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
+        require(
+            self.soft_prompt is None or not self.soft_prompt.startswith("["),
+            "soft_prompt",
+            self.soft_prompt,
+            "one alone leads here: give one file, as in soft_prompt=ann.safetensors",
+        )
         require(self.max_tokens > 0, "max_tokens", self.max_tokens, "must be positive")
         check_temperature("temperature", self.temperature, greedy=True)
         require(self.top_k >= 0, "top_k", self.top_k, "must be 0 (off) or positive")

@@ -8,6 +8,7 @@ import copy
 import hashlib
 import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -175,6 +176,11 @@ def led_model(
     """
     require_plain(chat)
     tokenizer = copy.deepcopy(chat.tokenizer)
+    if re.search(r"\bsoft_prompts?\b", str(tokenizer.chat_template)):
+        raise ChatError(
+            f"{chat.source}: its chat template has a variable soft_prompt, by which a user is to "
+            "be chosen: rename that one"
+        )
     leads: dict[str, list[str]] = {}
     ids: list[int] = []
     for name, vectors in users.items():
@@ -246,6 +252,11 @@ def _check_led(
             text = made.tokenizer.apply_chat_template(
                 list(messages), tokenize=False, add_generation_prompt=True, soft_prompt=name
             )
+            if str(text).replace("".join(tokens), "", 1) != chat.render_text(messages):
+                raise ChatError(
+                    f"{chat.source}: its chat template writes other spaces where it stands behind "
+                    "virtual tokens: take the spaces at its beginning away"
+                )
             virtual = [known[token] for token in tokens]
             if made.encode(str(text)) != [*plain[:start], *virtual, *plain[start:]]:
                 raise ChatError(

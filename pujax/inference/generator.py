@@ -1,5 +1,6 @@
 """Answers from a model on this disk."""
 
+import os
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.locate import at_home
@@ -50,6 +51,12 @@ class Generator:
         source = model_path(path)
         chat = Chat.load(source)
         if soft_prompt is not None:
+            require(
+                isinstance(soft_prompt, str | os.PathLike),
+                "soft_prompt",
+                soft_prompt,
+                "one alone leads here: give one file",
+            )
             require_plain(chat)
         config, params = weights.load(source)
         config = replace(config, eos_ids=chat.eos_ids)

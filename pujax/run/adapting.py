@@ -88,6 +88,8 @@ def adapt(
     require(
         out.suffix == ".safetensors", "out", config.out, "name a file that ends in .safetensors"
     )
+    word = re.fullmatch(r"[\w.-]+", out.stem) is not None
+    require(word, "out", config.out, "its user is called by the file's name: take one word")
     require_place(out)
     given = [at_home(path).resolve() for path in config.fitted]
     require(

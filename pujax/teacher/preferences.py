@@ -254,7 +254,8 @@ def _flagged(
     row: Mapping[str, Any], flag: str, place: str
 ) -> tuple[Prompt, list[tuple[str, Ratings]]]:
     value = row[flag]
-    score = GOOD_OR_BAD.get(str(value).strip().casefold())
+    whole = isinstance(value, float) and value.is_integer()  # of a column with gaps
+    score = GOOD_OR_BAD.get(str(int(value) if whole else value).strip().casefold())
     if score is None:
         raise PromptError(
             f"{place}: `{flag}` must be true, false, good, bad, 1 or 0, found {value!r:.60}"

@@ -3,6 +3,7 @@
 import re
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import jax
 import llama_cpp
@@ -17,6 +18,7 @@ from pujax.files.chat import Chat
 from pujax.files.export import export_hf
 from pujax.files.ollama import turns_of
 from pujax.files.soft_prompt import led_model, save_soft_prompt
+from pujax.generate import GenerateConfig
 from pujax.inference.finished import export, users_of
 from pujax.inference.generator import Generator
 from pujax.inference.serving import to_serve
@@ -125,6 +127,13 @@ def test_a_soft_prompt_that_cannot_go_into_a_model_is_refused(folder, tmp_path, 
         with pytest.raises(WeightsError, match=r"no such file: `pujax adapt` makes one"):
             make({"zoe": str(tmp_path / "zoe.safetensors")})
     assert not (tmp_path / "out").exists()
+    several: Any = ["ann.safetensors"]
+    for load in (
+        lambda: Generator.load(model, several),
+        lambda: GenerateConfig(model=model, soft_prompt="[ann.safetensors]"),
+    ):
+        with pytest.raises(ConfigError, match="one alone leads here: give one file"):
+            load()
     for wrong, said in (
         ("a b.safetensors", "take one word"),
         (["x/ann.safetensors", "y/ann.safetensors"], "another is called ann too"),
@@ -153,6 +162,15 @@ def test_a_model_that_has_some_already_or_tokens_called_so_is_refused(tmp_path, 
     ):
         with pytest.raises(ChatError, match="has soft prompts in it"):
             load()
+    plain = chat.tokenizer.chat_template
+    for template, said in (
+        ("   " + plain, "writes other spaces where it stands behind virtual tokens: take the sp"),
+        (plain + "{{ soft_prompt }}", "its chat template has a variable soft_prompt, by"),
+    ):
+        chat.tokenizer.chat_template = template
+        with pytest.raises(ChatError, match=said):
+            led_model(config, params, chat, {"ann": vectors})
+    chat.tokenizer.chat_template = plain
     named = replace(led, tokenizer=led.tokenizer)
     named.tokenizer.chat_template = chat.tokenizer.chat_template
     with pytest.raises(ChatError, match=r"has tokens called as those of ann would be"):

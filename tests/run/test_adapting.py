@@ -137,6 +137,7 @@ def test_one_is_sampled_from_those_of_others_and_refined_no_further_than_they_li
         (("model={student}", "out=a.safetensors"), "preferences=None: name what the user prefers"),
         (("model={student}", "preferences=nowhere.jsonl", "out=a.safetensors"), "nowhere.jsonl"),
         (("model={student}", "preferences={fits}", "out=a.gguf"), "ends in .safetensors"),
+        (("model={student}", "preferences={fits}", "out=a b.safetensors"), "take one word"),
         (("model={student}", "preferences={fits}", "out=a.safetensors", "batch=9"), "batch=9: "),
         (("model={student}", "preferences={fits}", "heldout={fits}", "out=a.safetensors"), "both"),
         (("model={student}", "fitted=[{fits}]", "out=a.safetensors"), "task=None: say what"),

@@ -46,6 +46,16 @@ def test_an_anchor_without_the_true_answer_is_left_out_and_counted():
         ("Dear Sir, I'm sorry to hear of your loss.", False),
         ("I can help with that.", False),
         ("As an airline, we apologise.", False),
+        ("I apologize, but I can't do that.", True),
+        ("I do not feel comfortable writing this.", True),
+        ("As an AI, I have no body.", True),
+        ("I won't write that.", True),
+        ("I cannot recommend a medicine.", True),
+        ("I could not agree more.", False),
+        ("I cannot stress enough how this matters.", False),
+        ("I can't recommend this book enough!", False),
+        ("I won't lie: it is hard.", False),
+        ("As an AI researcher, she wrote the paper.", False),
     ],
 )
 def test_refusals_are_told_by_how_they_begin(text, refused):

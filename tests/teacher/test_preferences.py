@@ -152,6 +152,7 @@ def test_dimensions_have_weights(tmp_path):
         ({"prompt": "Hi", "completion": [assistant("a")], "label": False}, -1.0),
         ({"prompt": "Hi", "response": "a", "label": "bad"}, -1.0),
         ({"prompt": "Hi", "response": "a", "label": 1}, 1.0),
+        ({"prompt": "Hi", "response": "a", "label": 0.0}, -1.0),
         ({"instruction": "Hi", "output": "a", "kto_tag": True}, 1.0),
         (
             {
