@@ -162,7 +162,7 @@ def test_a_model_that_has_some_already_or_tokens_called_so_is_refused(tmp_path, 
     ):
         with pytest.raises(ChatError, match="has soft prompts in it"):
             load()
-    plain = chat.tokenizer.chat_template
+    plain = str(chat.tokenizer.chat_template)
     for template, said in (
         ("   " + plain, "writes other spaces where it stands behind virtual tokens: take the sp"),
         (plain + "{{ soft_prompt }}", "its chat template has a variable soft_prompt, by"),
