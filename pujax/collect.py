@@ -112,11 +112,12 @@ def run(settings: CollectRun) -> int:
         return 0
     if settings.collect.dry_run:
         retry_failed = settings.collect.retry_failed
-        plan = make_plan(prompts(), teacher, Contents(store), retry_failed=retry_failed)
+        contents = Contents(store, asked=teacher.asked)
+        plan = make_plan(prompts(), teacher, contents, retry_failed=retry_failed)
         print(describe_plan(plan, teacher))
         return 0
     refuse_pipes(settings.data.prompts)  # they are read twice
-    contents = Contents(store)
+    contents = Contents(store, asked=teacher.asked)
     with progress() as show:
         tally = collect(prompts, teacher, store, settings.collect, tick=show, contents=contents)
     if tally.stopped and tally.stopped in signal.Signals.__members__:

@@ -56,7 +56,8 @@ def run(config: TrainConfig) -> None:
             with (directory / OUTPUT).open("a", encoding="utf-8") as output:
                 rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
                 fit(config, directory, console=rich.get_console())
-        print(f"{title(apart)}: done in {directory}", flush=True)
+        table = f"; pujax report sweep={directory.parent} compares what is done"
+        print(f"{title(apart)}: done in {directory}{table}", flush=True)
 
 
 def require_sources(config: TrainConfig) -> None:

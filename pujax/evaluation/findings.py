@@ -21,6 +21,8 @@ BEYOND = 0.25  # by which that share exceeds the teacher's own, so that it isn't
 
 ONE = 0.9  # share of one answer from which a model says one thing, whatever its teacher repeats
 
+READ = ": read the answers"  # what to do about a collapse
+
 LEAST = 4  # prompts below which answers may well be equal by chance
 
 
@@ -97,7 +99,7 @@ def warnings(
     first = evaluations[0]
     looked_at = [own[-1], *(other for other in evaluations if other not in own)]
     found = [] if control.warning is None else [control.warning]
-    found += [f"{collapse}: read the answers" for one in looked_at for collapse in collapses(one)]
+    found += [f"{collapse}{READ}" for one in looked_at for collapse in collapses(one)]
     found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
     found += endless(own)
     found += [] if chosen_by is None else [selected(chosen_by)]
@@ -133,7 +135,9 @@ def remarks(
 ) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
     lines = [verdict_on(evaluations).sentence]
-    lines += [f"warning: {warning}" for warning in warnings(evaluations, control, chosen_by)]
+    for warning in warnings(evaluations, control, chosen_by):
+        if warning.removesuffix(READ) not in lines[0]:  # which is said once
+            lines.append(f"warning: {warning}")
     if ceiling := teacher(evaluations[0]):
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
         lines.append(f"the teacher's own answers: {scores}")

@@ -8,10 +8,11 @@ STATES = ("checkpoints", "damaged")
 """Its folders of checkpoints, sound and damaged: a run that is done needs neither."""
 
 
-def ending(directory: Path, *, clean: bool) -> str:
+def ending(directory: Path, *, clean: bool, success: bool = True) -> str:
     """What to say of a run that is done; its checkpoints go where they are to be `clean`ed up.
 
-    What alignment started from, reference/, stays: suites ask it.
+    What alignment started from, reference/, stays: suites ask it. A model that is no `success` is
+    to be looked at before it is used.
     """
     states = [directory / name for name in STATES]
     if clean:
@@ -25,13 +26,16 @@ def ending(directory: Path, *, clean: bool) -> str:
                 f", {amount(size)} of it {folder}, which is needed no more: remove it, or set "
                 "checkpoint.clean=true"
             )
+    then = f"pujax chat run={directory}, or serve, export, evaluate"
+    if not success:
+        then = f"read the answers in {directory / 'report.html'} before anybody uses this model"
     return "\n".join(
         [
             f"run: {directory}",
             f"report: {directory / 'report.html'}",
             f"model: {directory / 'export'}",
             disk,
-            f"next: pujax chat run={directory}, or serve, export, evaluate",
+            f"next: {then}",
         ]
     )
 

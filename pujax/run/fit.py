@@ -181,7 +181,8 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made.append(run.evaluated("aligned", step, params, same=None if step else made[-1]))
         with waited("writing the model and the report", say):
             finish(run, params, made)
-    told(lambda: say(ending(directory, clean=config.checkpoint.clean)))
+    success = findings.verdict_on(made).style != "loss"
+    told(lambda: say(ending(directory, clean=config.checkpoint.clean, success=success)))
 
 
 def _begun(directory: Path) -> bool:

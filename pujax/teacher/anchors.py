@@ -30,7 +30,7 @@ def collect(
     `contents` is what has been read of the store already. Raises what stopped the run early;
     everything that was answered by then is in the store.
     """
-    contents = contents or Contents(store)
+    contents = contents or Contents(store, asked=teacher.asked)
     take_up(store, contents, say)
     plan = make_plan(prompts(), teacher, contents, retry_failed=settings.retry_failed)
     if not plan.to_ask:
@@ -44,6 +44,8 @@ def collect(
         )
     if plan.again:
         say(plan.again)
+    if not store.parent.exists():
+        say(f"{store.parent}: a new folder, for the store")
     book = AnchorStore(store, contents)
     for repair in book.repairs:
         say(repair)
@@ -121,7 +123,7 @@ def anchors_for(
     anchors = Anchors(store, teacher, prompts)
     if not teacher.asks:
         require_store(store, remedy)
-    contents = Contents(store, anchors.take)
+    contents = Contents(store, anchors.take, asked=teacher.asked if teacher.asks else None)
     found = anchors.found
     if teacher.asks:
         tally = collect(

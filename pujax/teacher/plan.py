@@ -7,7 +7,7 @@ from typing import NamedTuple
 from pujax.records import Messages, Prompt, messages_key
 from pujax.teacher.protocols import asked_turns
 from pujax.teacher.settings import BudgetConfig, PriceConfig, TeacherConfig
-from pujax.teacher.store import Contents, digest, read_records
+from pujax.teacher.store import Contents, digest
 
 CHARS_PER_TOKEN = 4  # to estimate what a black box's tokenizer will count
 
@@ -71,7 +71,7 @@ def make_plan(
     """What asking `teacher` for the anchors that `store` lacks takes; reads every prompt once."""
     count = dict.fromkeys(("prompts", "cached", "failed", "duplicates", "to_ask"), 0)
     asked = teacher.asked
-    planned, questions = set[bytes](), set[bytes]()
+    planned, otherwise, differing = set[bytes](), 0, set[str]()
     prompt_tokens = completion_tokens = 0
     for prompt in prompts:
         count["prompts"] += 1
@@ -85,43 +85,22 @@ def make_plan(
         else:
             count["to_ask"] += 1
             planned.add(key)
-            if store.answered:
-                questions.add(digest(messages_key(prompt.messages)))
+            if store.otherwise and (
+                names := store.otherwise.get(digest(messages_key(prompt.messages)))
+            ):
+                otherwise += 1
+                differing |= names
             taken, longest = estimate_tokens(teacher, prompt.messages)
             prompt_tokens += taken
             completion_tokens += longest
-    otherwise, differing = _otherwise(questions, teacher, store)
     return Plan(
         **count,
         otherwise=otherwise,
-        differing=differing,
+        differing=tuple(sorted(differing)),
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         cost=cost(teacher.price, prompt_tokens, completion_tokens),
     )
-
-
-def _otherwise(
-    questions: set[bytes], teacher: TeacherConfig, store: Contents
-) -> tuple[int, tuple[str, ...]]:
-    """How many of the questions have answers in the store, and the settings in which those differ.
-
-    Of several answers to a question the one counts that differs in the fewest.
-    """
-    found: dict[bytes, set[str]] = {}
-    for _, record in read_records(store.path, failed=False) if questions else ():
-        question = digest(messages_key(record["messages"]))
-        if question not in questions:
-            continue
-        given = record.get("sampling")
-        before = {"model": record["model"], **(given if isinstance(given, dict) else {})}
-        now = {"model": teacher.model, **teacher.sampling}
-        differing = {
-            name for name in before.keys() | now.keys() if before.get(name) != now.get(name)
-        }
-        if question not in found or len(differing) < len(found[question]):
-            found[question] = differing
-    return len(found), tuple(sorted(set[str]().union(*found.values())))
 
 
 def estimate_tokens(teacher: TeacherConfig, messages: Messages) -> tuple[int, int]:

@@ -12,7 +12,7 @@ import math
 import os
 import re
 import stat
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,9 @@ TAIL = 256  # bytes at the end of what is known of a file, to see whether they a
 COLLECT = "collect them with `python -m pujax.collect`"
 """What to do about answers that a store lacks."""
 
+TABLES = (".csv", ".tsv", ".parquet", ".json", ".txt")
+"""What prompts may be in and a store is not."""
+
 OPENED = re.compile("<think(?:ing)?>", re.IGNORECASE)
 CLOSED = re.compile("</think(?:ing)?>", re.IGNORECASE)
 """Around a thought. One expression of both and the space between takes quadratic time."""
@@ -40,13 +43,20 @@ def failures_path(store: Path) -> Path:
     """Where the answers of `store` that can't be anchors are kept. Raises `StoreError`."""
     if not store.name:
         raise StoreError(f"{store}: is a folder: name a file in it with `store`")
+    if store.suffix.lower() in TABLES:
+        raise StoreError(
+            f"{store}: a {store.suffix} is not a store: name the .jsonl file that answers are kept "
+            "in; prompts are named by data.prompts"
+        )
     return store.with_name(f"{store.stem}.failed{store.suffix}")
 
 
 def require_store(store: Path, remedy: str = COLLECT) -> None:
     """Raise `StoreError` where there is no store, with what to do about it."""
+    failures_path(store)  # refuses what is none by its name
     if not store.is_file():
-        raise StoreError(f"{store}: no such store: {remedy}")
+        folder = "" if store.parent.is_dir() else f", and no folder {store.parent}"
+        raise StoreError(f"{store}: no such store{folder}: {remedy}")
 
 
 def read_failures(
@@ -241,16 +251,24 @@ class Contents:
     """What a store and its failures hold, read once and then from where the reading ended.
 
     `answered` and `failed` have the first half of each key; `take` is called with each record and
-    whether it is a failure. Reading makes no file.
+    whether it is a failure. `otherwise` has the questions that were answered under other settings
+    than `asked` (of a teacher), by the first half of their `messages_key`, with the names of those
+    settings: of several answers the ones that differ in the fewest. Reading makes no file.
     """
 
     def __init__(
-        self, path: Path, take: Callable[[dict[str, Any], bool], None] = lambda record, failed: None
+        self,
+        path: Path,
+        take: Callable[[dict[str, Any], bool], None] = lambda record, failed: None,
+        *,
+        asked: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = path
         self.answered: set[bytes] = set()
         self.failed: set[bytes] = set()
+        self.otherwise: dict[bytes, frozenset[str]] = {}
         self.take = take
+        self._asked = asked
         self._marks = {path: Mark(), failures_path(path): Mark()}
         self.refresh()
 
@@ -295,7 +313,25 @@ class Contents:
                 mark.passed(raw)
                 known.add(digest(record["key"]))
                 self.take(record, failed)
+                if not failed:
+                    self._compare(record)
         return True
+
+    def _compare(self, record: dict[str, Any]) -> None:
+        """Keep in which settings an answer differs, where it does."""
+        asked, sampling = self._asked, record.get("sampling")
+        if asked is None or not isinstance(sampling, dict):
+            return
+        before = {**sampling, "model": record["model"]}
+        now = {**asked["sampling"], "model": asked["model"]}
+        if before == now:
+            return
+        names = before.keys() | now.keys()
+        differing = frozenset(name for name in names if before.get(name) != now.get(name))
+        question = digest(messages_key(record["messages"]))
+        known = self.otherwise.get(question)
+        if known is None or len(differing) < len(known):
+            self.otherwise[question] = differing
 
 
 def digest(key: str) -> bytes:

@@ -4,6 +4,7 @@ import csv
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,18 @@ def csv_rows(path: Path) -> Rows:
 
 
 def _separated(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
-    """The rows of a CSV file, no empty ones, with the number of each one's last line."""
-    rows = csv.reader(file, strict=True)
+    """The rows of a CSV file, no empty ones, with the number of each one's last line.
+
+    Where a decimal has a comma, spreadsheets separate cells by semicolons: by those, where a header
+    has one of `COLUMNS` by them alone.
+    """
+    lines = iter(file)
+    header = next(lines, "")
+    by = {mark: next(csv.reader([header], delimiter=mark), []) for mark in ",;"}
+    semicolons = (
+        not set(COLUMNS) & set(by[","]) and len(by[";"]) > 1 and set(COLUMNS) & set(by[";"])
+    )
+    rows = csv.reader(chain([header], lines), delimiter=";" if semicolons else ",", strict=True)
     return ((rows.line_num, cells) for cells in rows if cells)
 
 
@@ -215,8 +226,6 @@ def _fill(template: str, row: Mapping[str, Any], place: str) -> str:
 
 
 def _check_columns(names: list[str], place: str) -> None:
-    if len(names) == 1 and ";" in names[0] and set(COLUMNS) & set(names[0].split(";")):
-        raise PromptError(f"{place}: separated by semicolons: separate by commas, or use a .tsv")
     spaced = [name for name in names if name != name.strip() and name.strip() in MAPPED + COLUMNS]
     if spaced:
         raise PromptError(

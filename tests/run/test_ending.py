@@ -34,3 +34,8 @@ def test_a_run_that_cleans_up_keeps_its_reference(tmp_path):
     assert not (run / "damaged").exists()
     assert size_of(run / "reference") == 2 << 20
     assert amount(3 << 29) == "1.5 GiB"
+
+
+def test_a_model_that_is_no_success_is_read_before_it_is_used(tmp_path):
+    (*_, last) = ending(tmp_path, clean=False, success=False).splitlines()
+    assert last.startswith(f"next: read the answers in {tmp_path}/report.html")

@@ -77,6 +77,26 @@ def test_a_store_that_is_not_there_is_named(tmp_path):
         read_anchors(tmp_path / "no.jsonl")
 
 
+@pytest.mark.parametrize("name", ["tickets.csv", "a.JSON", "p.parquet"])
+def test_a_table_is_no_store_and_nobody_is_asked(tmp_path, server, name):
+    table = tmp_path / name
+    table.write_text("prompt\nHi\n")
+    for ask in (REPLAY, at(server)):
+        with pytest.raises(StoreError, match=r"is not a store: name the \.jsonl file"):
+            anchors_for(user("a"), ask, table, CollectConfig(), say=[].append)
+    assert not server.seen
+    assert list(tmp_path.iterdir()) == [table]
+
+
+def test_a_folder_that_is_not_there_is_named_or_said_to_be_made(tmp_path, server):
+    store = tmp_path / "new" / "store.jsonl"
+    with pytest.raises(StoreError, match=r"no such store, and no folder .*new: collect"):
+        anchors_for(user("a"), REPLAY, store, CollectConfig(), say=[].append)
+    said = []
+    anchors_for(user("a"), at(server), store, CollectConfig(), say=said.append)
+    assert said[0] == f"{store.parent}: a new folder, for the store"
+
+
 def test_a_stored_line_is_json_alone(stored):
     for line in stored.read_text().splitlines():
         assert set(json.loads(line)) >= {"key", "messages", "response", "finish_reason", "usage"}

@@ -286,7 +286,8 @@ def test_answers_under_other_settings_are_told_with_what_differs(server, store):
     run(user("a", "b"), server, store)
     run(user("a"), server, store, teacher=at(server, system="Be brief.", max_tokens=8))
     other = at(server, system="Be brief.", max_tokens=9)
-    plan = make_plan(user("a", "b", "c"), other, Contents(store), retry_failed=False)
+    held = Contents(store, asked=other.asked)
+    plan = make_plan(user("a", "b", "c"), other, held, retry_failed=False)
     assert (plan.to_ask, plan.otherwise, plan.differing) == (3, 2, ("max_tokens", "system"))
     said = "2 of these have answers under other settings (teacher.max_tokens, teacher.system)"
     assert said in describe_plan(plan, other)

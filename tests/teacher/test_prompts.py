@@ -226,7 +226,7 @@ def test_a_json_file_is_a_list_of_rows(tmp_path):
             list(load_prompts(str(path)))
 
 
-@pytest.mark.parametrize(("name", "cut"), [("p.csv", ","), ("p.TSV", "\t")])
+@pytest.mark.parametrize(("name", "cut"), [("p.csv", ","), ("p.csv", ";"), ("p.TSV", "\t")])
 def test_a_table_has_columns(tmp_path, name, cut):
     rows = (
         ("prompt", "answer", "id"),
@@ -238,6 +238,14 @@ def test_a_table_has_columns(tmp_path, name, cut):
         Prompt("7", user("Capital of France?"), "Paris, of\ncourse"),
         Prompt("8", user("Two")),
     ]
+
+
+def test_a_table_of_a_spreadsheet_whose_decimals_have_commas_is_read(tmp_path):
+    source = write(tmp_path / "p.csv", "\ufeffprompt;answer", '"Was; und, was?";1,5')
+    (prompt,) = load_prompts(source)
+    assert (prompt.messages, prompt.answer) == (user("Was; und, was?"), "1,5")
+    (prompt,) = load_prompts(write(tmp_path / "q.csv", "prompt", "a;b"))
+    assert prompt.messages == user("a;b")
 
 
 TSV = [
@@ -354,7 +362,6 @@ def test_a_system_message_or_history_that_is_none_is_refused(tmp_path, row, said
             ["question,gold", "Why?,so"],
             r"p\.csv:1: the columns are \['question', 'gold'\]",
         ),
-        ("p.csv", ["prompt;answer", "Hi;x"], r"p\.csv:1: separated by semicolons"),
         ("p.csv", ["prompt,answer", "Hello, world,x"], r"p\.csv:2: not as many cells"),
         ("p.csv", ["prompt", '"torn'], r"p\.csv:.: not a table"),
         ("p.csv", ["prompt, answer", "Hi, x"], r"p\.csv:1: the column ' answer' has spaces around"),
