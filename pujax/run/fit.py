@@ -181,7 +181,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
             made.append(run.evaluated("aligned", step, params, same=None if step else made[-1]))
         with waited("writing the model and the report", say):
             finish(run, params, made)
-    success = findings.verdict_on(made).style != "loss"
+    success = not findings.verdict_on(made).sentence.startswith("Not a success")
     told(lambda: say(ending(directory, clean=config.checkpoint.clean, success=success)))
 
 

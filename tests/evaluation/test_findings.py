@@ -77,6 +77,8 @@ def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itsel
         "loss",
         "Not a success, whatever the averages say",
     )
+    said = " ".join(findings.remarks([different("sft", 40, rouge=0.1), one]))
+    assert said.count("aligned says the same to 40 of 40 prompts") == 1
     # Nine in ten tickets are about billing indeed, and the model tells some others apart.
     rare = ["billing"] * 37 + ["account"] * 3
     assert findings.collapses(evaluation("m", rare, anchors=rare, truths=rare)) == []
