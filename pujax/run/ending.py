@@ -28,7 +28,7 @@ def ending(directory: Path, *, clean: bool, success: bool = True) -> str:
             )
     then = f"pujax chat run={directory}, or serve, export, evaluate"
     if not success:
-        then = f"read the answers in {directory / 'report.html'} before anybody uses this model"
+        then = f"pujax chat run={directory}, or the report, to see why: not yet serve or export"
     return "\n".join(
         [
             f"run: {directory}",

@@ -38,4 +38,6 @@ def test_a_run_that_cleans_up_keeps_its_reference(tmp_path):
 
 def test_a_model_that_is_no_success_is_read_before_it_is_used(tmp_path):
     (*_, last) = ending(tmp_path, clean=False, success=False).splitlines()
-    assert last.startswith(f"next: read the answers in {tmp_path}/report.html")
+    assert last == (
+        f"next: pujax chat run={tmp_path}, or the report, to see why: not yet serve or export"
+    )
