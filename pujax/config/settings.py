@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -498,6 +499,25 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
+        best, measured = self.checkpoint.best, self.eval.metrics
+        require(
+            self.eval.patience is None or best is not None,
+            "eval.patience",
+            self.eval.patience,
+            "by which metric? set checkpoint.best too",
+        )
+        if best is None:
+            return
+        if measured:  # else those that a run has when none are named
+            nodes = {name: node for name, node in measured.items() if isinstance(node, Mapping)}
+            directed = [name for name, node in nodes.items() if node.get("better")]
+            one_of("checkpoint.best", best, directed)
+        require(
+            self.eval.every > 0,
+            "checkpoint.best",
+            best,
+            "it is measured every eval.every steps, which is 0: set that too",
+        )
 
 
 def check_seed(seed: int) -> None:

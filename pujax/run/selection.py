@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from math import isnan
 
 from pujax.config.settings import TrainConfig
-from pujax.errors import one_of, require
+from pujax.errors import one_of
 from pujax.evaluation.metrics import Metric
 
 Values = Mapping[int, float | None]
@@ -61,23 +61,10 @@ class Criterion:
 def criterion_of(config: TrainConfig, metrics: Mapping[str, Metric]) -> Criterion | None:
     """What `checkpoint.best` and `eval.patience` say; None where the last state is handed on.
 
-    Raises `ConfigError` for a metric that is not measured or has no better end, and for settings
-    that need others.
+    Raises `ConfigError` for a metric that is not measured or has no better end.
     """
-    name, patience = config.checkpoint.best, config.eval.patience
-    require(
-        patience is None or name is not None,
-        "eval.patience",
-        patience,
-        "by which metric? set checkpoint.best too",
-    )
+    name = config.checkpoint.best
     if name is None:
         return None
     one_of("checkpoint.best", name, [key for key, one in metrics.items() if one.shown.better])
-    require(
-        config.eval.every > 0,
-        "checkpoint.best",
-        name,
-        "it is measured every eval.every steps, which is 0: set that too",
-    )
-    return Criterion(name, metrics[name].shown.better == "higher", patience)
+    return Criterion(name, metrics[name].shown.better == "higher", config.eval.patience)

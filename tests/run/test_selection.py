@@ -51,6 +51,15 @@ def test_what_cannot_choose_is_refused(settings, message):
         chosen(**settings)
 
 
+def test_a_metric_that_settings_lack_is_refused_before_any_is_built():
+    metrics = {"mine": {"better": "lower"}, "length": {"better": None}}
+    for best in ("exact", "length"):
+        with pytest.raises(ConfigError, match=rf"checkpoint\.best='{best}': choose mine"):
+            TrainConfig(
+                checkpoint=CheckpointConfig(best=best), eval=EvalConfig(every=1, metrics=metrics)
+            )
+
+
 def test_patience_is_positive():
     with pytest.raises(ConfigError, match=r"eval\.patience=0"):
         EvalConfig(patience=0)
