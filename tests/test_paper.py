@@ -393,14 +393,15 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
 
 
 def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
-    method = plan.Arm("ipo", "IPO", "methods", like="grpo", suite="ranking")
+    method = plan.Arm("ipo", "IPO", "methods", seeds=2, like="grpo", suite="ranking")
     continued = replace(profile.arms["sft_continued"], seeds=1)
     arms = {**profile.arms, "sft_continued": continued, "ipo": method}
     profile, stub = replace(profile, arms=arms), Stub()
     assert reproduce.work(profile, (["sft_continued", "ipo"], None), stub.call) == 0
     found = raw.read_all(profile.results)
     assert [split for name, _, split in found if name.startswith("ipo")] == [
-        "ranking",
+        "ranking",  # of the first seed alone
+        "validation",
         "validation",
     ]
     assert not (profile.runs / "ipo-lr1e-05" / "0" / "export").exists()  # nothing more needs it
@@ -411,6 +412,13 @@ def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
     again = Stub()
     assert reproduce.work(profile, (["ipo"], None), again.call) == 0
     assert again.called == []
+
+
+def test_an_arm_has_its_own_setting_and_not_what_was_chosen_for_the_one_that_it_is_like(profile):
+    own = plan.Arm("own", "own", "others", like="grpo", settings={"align.lr": 2e-5})
+    profile = replace(profile, arms={**profile.arms, "own": own})
+    run = plan.way_to(profile, reproduce.look(profile), "own", 0)[1]
+    assert (run.name, run.settings["align.lr"]) == ("own", 2e-5)
 
 
 def test_a_run_that_failed_once_is_tried_again_and_what_has_no_way_to_it_fails(profile, capsys):

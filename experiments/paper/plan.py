@@ -245,7 +245,7 @@ def tasks_of(
                     some = [Task(each, "validation") for each in (*before, run)]
                     if found.tests and arm.group != "methods":
                         some.append(Task(run, "test"))
-                    if arm.suite:
+                    if arm.suite and seed == 0:
                         some.append(Task(run, arm.suite))
                     for task in some:  # a run that was chosen is there as one to choose from
                         tasks.setdefault(task.key, task)
@@ -296,6 +296,7 @@ def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[s
     """
     arm = profile.arms[name]
     tried, point = choice(profile, found, arm.like) if arm.like else ([], {})
+    point = {key: value for key, value in point.items() if key not in arm.settings}
     point |= {key: values[0] for key, values in arm.choose.items()}
     for key, values in arm.choose.items():
         decided, scores = tried, []

@@ -394,10 +394,13 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on a machine of one's own."
         )
     if asked := [line for line in chosen if (line.first["name"], 0, "ranking") in results]:
+        best = best_of_arms(chosen)
+        others = {best[arm].title for line in asked if (arm := line.first["against"]) in best}
         yield (
-            "## Methods\n\nOn the validation split, seed 0: how far each is above SFT continued, "
-            "and of the pairs of candidates that the oracle orders the share that the model ranks "
-            "rightly (`suite=ranking`).\n\n" + methods(asked, best_of_arms(chosen), results)
+            f"## Methods\n\nOn the validation split, seed 0: how far each is above "
+            f"{' or '.join(sorted(others))}, and of the pairs of candidates that the oracle orders "
+            "the share that the model ranks rightly (`suite=ranking`).\n\n"
+            + methods(asked, best, results)
         )
     chosen = [line for line in chosen if line.first["group"] != "methods"]
     if chosen:
