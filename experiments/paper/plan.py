@@ -21,7 +21,7 @@ GROUPS = ("main", "fresh", "others", "anchors", "ablations", "methods")
 PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
-FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep")
+FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep", "checkpoint.clean")
 
 
 @dataclass(frozen=True)
