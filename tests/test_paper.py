@@ -323,6 +323,8 @@ class Stub:
         if "suite" in told:
             found = {"header": ["", ""], "rows": [["the model", "0.6", "0.7"]] * 3, "note": "n"}
             directory = reproduce.ROOT / told["run"]
+            if not (directory / "reference").is_dir():
+                return 1
             (directory / f"suite-{told['suite']}.json").write_text(json.dumps(found))
         elif "out" in told:
             self.answers(reproduce.ROOT / told["out"], told["data.heldout"])
@@ -336,8 +338,8 @@ class Stub:
                 {"stage": "eval", "model": "aligned", "step": 1, "eval/sampled_exact": 0.5},
             ]
             (directory / "metrics.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
-            (directory / "checkpoints").mkdir()
-            (directory / "export").mkdir()
+            for name in ("checkpoints", "reference", "export"):
+                (directory / name).mkdir()
             (directory / "done").touch()
         return 0
 
@@ -405,10 +407,12 @@ def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
         "validation",
     ]
     assert not (profile.runs / "ipo-lr1e-05" / "0" / "export").exists()  # nothing more needs it
+    assert not (profile.runs / "ipo-lr1e-05" / "0" / "reference").exists()
     lines = tables.lines_of(found, "validation")
-    text = tables.methods(lines[-1:], tables.best_of_arms(lines), found)
     zero = "+0.000 [0.000, 0.000]"
-    assert f"| IPO | {zero} | {zero} | 0.6 | 0.7 | 0.6 |" in text
+    told = f"| IPO | 0.500 | {zero} | {zero} | {zero} | "
+    assert told + "0.6 | 0.7 | 0.6 |" in tables.methods(lines[-1:], lines, found)
+    assert told + "– | – | – |" in tables.methods(lines[-1:], lines, {})
     again = Stub()
     assert reproduce.work(profile, (["ipo"], None), again.call) == 0
     assert again.called == []

@@ -373,7 +373,9 @@ def make_room(profile: Profile, found: Found) -> None:
     for run in (task.run for task in tasks if task.split == "validation"):
         if found.of(run) is None:
             continue
-        spare = ["checkpoints", "reference"]
+        spare = ["checkpoints"]
+        if run.key[:2] not in unread:  # a suite may compare with what the run started from
+            spare.append("reference")
         lost = run.key[:2] not in final and run.arm.name in settled
         kept = run.arm.group == "main" or run.arm.name in origins
         if lost or (run.key[:2] in final - unread and not kept):

@@ -186,22 +186,40 @@ def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
 
 
 def methods(
-    lines: Sequence[Line], by_arm: Mapping[str, Line], results: Mapping[raw.Key, raw.Raw]
+    lines: Sequence[Line], chosen: Sequence[Line], results: Mapping[raw.Key, raw.Raw]
 ) -> str:
-    """Each method against SFT continued on validation, and how it ranks the candidates."""
-    shown = lines[0].shown
+    """Each method on validation, seed 0, against what it starts from and what it is held against.
+
+    And how it ranks the candidates, a dash where that was not asked.
+    """
+    shown, best = lines[0].shown, best_of_arms(chosen)
     metrics = [metric for metric in COMPARED if metric in shown]
+    named = {line.first["name"]: line for line in chosen}
+    first = metrics[0]
+
+    def above(line: Line, other: Line | None, matched: bool) -> Mapping[str, Difference]:
+        if other is None:
+            return {}
+        pair = [Line("", each.runs[:1]).evaluations() for each in (other, line)]
+        return compare_runs(*pair, matched=matched)
+
     rows = []
     for line in lines:
-        first = Line(line.title, line.runs[:1])
-        found = {}
-        if (other := by_arm.get(line.first["against"])) is not None:
-            found = compare_runs(Line("", other.runs[:1]).evaluations(), first.evaluations())
-        model, _, optimum = results[line.first["name"], 0, "ranking"]["rows"]
+        begun = above(line, named.get(line.first["origin"] or ""), True)
+        found = above(line, best.get(line.first["against"]), False)
+        ranking = results.get((line.first["name"], 0, "ranking"))
+        ranked = ["–"] * 3
+        if ranking is not None:
+            model, _, optimum = ranking["rows"]
+            ranked = [*model[1:], optimum[1]]
         cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
-        rows.append([line.title, *cells, *model[1:], optimum[1]])
+        start = interval(shown[first], begun.get(first))
+        value = number(shown[first], line.means(first)[0])
+        rows.append([line.title, value, start, *cells, *ranked])
+    header = ["method", shown[first].title, "above its start"]
     ranked = ["by log-prob", "by log-prob a token", "DPO's optimum by log-prob"]
-    return grid(["method", *(shown[metric].title for metric in metrics), *ranked], rows)
+    over = [f"{shown[metric].title}: over the other" for metric in metrics]
+    return grid([*header, *over, *ranked], rows)
 
 
 def best_of_arms(lines: Sequence[Line]) -> dict[str, Line]:
@@ -393,14 +411,20 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"people are paid {HOUR:g} an hour and take {PAIR_S:g} s a pair; a reward model is "
             f"trained on {REWARD_PAIRS:,} pairs. The teacher here ran on a machine of one's own."
         )
-    if asked := [line for line in chosen if (line.first["name"], 0, "ranking") in results]:
+    if asked := [
+        line
+        for line in chosen
+        if line.first["group"] in ("methods", "others")
+        or (line.first["name"], 0, "ranking") in results
+    ]:
         best = best_of_arms(chosen)
         others = {best[arm].title for line in asked if (arm := line.first["against"]) in best}
         yield (
-            f"## Methods\n\nOn the validation split, seed 0: how far each is above "
-            f"{' or '.join(sorted(others))}, and of the pairs of candidates that the oracle orders "
-            "the share that the model ranks rightly (`suite=ranking`).\n\n"
-            + methods(asked, best, results)
+            "## Methods\n\nOn the validation split, seed 0: the metric that decides, how far it is "
+            "above the model that the method starts from, and how far each metric is above "
+            f"{' or '.join(sorted(others)) or 'what it is held against'}; then of the pairs of "
+            "candidates that the oracle orders the share that the model ranks rightly "
+            "(`suite=ranking`; a dash: not asked).\n\n" + methods(asked, chosen, results)
         )
     chosen = [line for line in chosen if line.first["group"] != "methods"]
     if chosen:
