@@ -1,5 +1,6 @@
 # Each target does its own set-up. `make train` runs the main job, `make test` the tests,
-# `make reproduce` the experiments of experiments/paper (PROFILE=cpu|gpu|paper, ONLY=arm, JOBS=1, PLAN=1).
+# `make reproduce` the experiments of experiments/paper (PROFILE=cpu|gpu|paper, ONLY=arm, JOBS=1,
+# TOGETHER=1, PLAN=1).
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -30,7 +31,8 @@ test: setup
 
 reproduce: setup
 	$(BIN)/python -m experiments.paper.reproduce --profile $(PROFILE) \
-		$(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) $(if $(PLAN),--plan)
+		$(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
+		$(if $(TOGETHER),--together $(TOGETHER)) $(if $(PLAN),--plan)
 
 # The oracles of the parity tests, and what finds key words; without them those tests skip.
 torch: setup $(TORCH_READY)

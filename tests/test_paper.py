@@ -9,12 +9,16 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import jax.numpy as jnp
 import pytest
 
-from experiments.paper import figures, judge, plan, raw, reproduce, tables
-from experiments.paper.plan import Found, load_profile, next_task, tasks_of
+from experiments.paper import figures, judge, plan, raw, reproduce, tables, together
+from experiments.paper.plan import Found, load_profile, next_tasks, tasks_of
 from pujax.errors import ConfigError
+from pujax.files.durable import read_jsonl
 from pujax.records import messages_key
+from pujax.run.fit import stop_signals
+from pujax.run.plan import fitting
 
 ARMS = """
 data:
@@ -112,7 +116,8 @@ def known(profile, results=None, prompts=10_000, tests=True):
 def walked(profile, score, failing=(), only=()):
     """The tasks in the order in which they are done, with the results that `score` gives."""
     found, order = known(profile), []
-    while (task := next_task(tasks_of(profile, found, only), found)) is not None:
+    while some := next_tasks(tasks_of(profile, found, only), found):
+        [task] = some
         order.append(task)
         if task.run.name in failing:
             found.failed.add(task.key)
@@ -219,18 +224,18 @@ def test_a_model_that_is_not_here_is_made_again_where_something_needs_it(profile
     found = known(profile, {task.key: result_of(task) for task in order})
     here = {"sft-lr0.0001-steps400"}
     found = replace(found, kept=lambda run: run.name in here)
-    assert next_task(tasks_of(profile, found), found) is None  # all has its result
+    assert next_tasks(tasks_of(profile, found), found) == []  # all has its result
     del found.results["random-lr1e-05", 0, "test"]
-    random = next_task(tasks_of(profile, found), found)
+    [random] = next_tasks(tasks_of(profile, found), found)
     assert named([random]) == ["random-lr1e-05 0 validation"]
     here.clear()  # nor is what it starts from
-    first = next_task(tasks_of(profile, found), found)
+    [first] = next_tasks(tasks_of(profile, found), found)
     assert first is not None
     assert named([first]) == ["sft-lr0.0001-steps400 0 validation"]
-    assert next_task(tasks_of(profile, found), found, {first.key}) is None
+    assert next_tasks(tasks_of(profile, found), found, {first.key}) == []
     assert "1 to make again: no model here" in "\n".join(plan.told(profile, found))
     found.failed.add(first.key)
-    assert next_task(tasks_of(profile, found), found) is None
+    assert next_tasks(tasks_of(profile, found), found) == []
 
 
 def test_a_step_that_compiled_is_no_measure_of_a_step():
@@ -246,12 +251,12 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
     found = known(profile)
     tasks = tasks_of(profile, found)
     found.results[tasks[0].key] = result_of(tasks[0])
-    assert next_task(tasks_of(profile, found), found) == tasks[1]
+    assert next_tasks(tasks_of(profile, found), found) == tasks[1:2]
     found.results[tasks[0].key]["settings"]["eval.every"] = 7  # touches no number
-    assert next_task(tasks_of(profile, found), found) == tasks[1]
+    assert next_tasks(tasks_of(profile, found), found) == tasks[1:2]
     found.results[tasks[0].key]["settings"]["data.max_prompt_tokens"] = 96
     with pytest.raises(ConfigError, match=r"data\.max_prompt_tokens.*away"):
-        next_task(tasks_of(profile, found), found)
+        next_tasks(tasks_of(profile, found), found)
 
 
 def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
@@ -464,7 +469,8 @@ def test_several_runs_at_a_time_begin_when_what_they_need_is_there(profile):
 
     before = {}
 
-    def begun(task):
+    def begun(tasks):
+        [task] = tasks
         found = reproduce.look(profile)
         before[task.key] = task.run.before <= found.results.keys()
 
@@ -477,6 +483,101 @@ def test_several_runs_at_a_time_begin_when_what_they_need_is_there(profile):
     one = {key: result["chosen"] for key, result in raw.read_all(profile.results).items()}
     assert {result["device"] for result in raw.read_all(profile.results).values()} == {"some chip"}
     assert one == {task.key: task.run.point for task in tasks_of(profile, reproduce.look(profile))}
+
+
+def test_seeds_of_a_run_are_done_in_one_program_and_by_themselves_where_that_fails(profile):
+    arms = {name: replace(arm, seeds=4) for name, arm in profile.arms.items()}
+    profile, groups = replace(profile, arms=arms), []
+    stub = Stub()
+
+    def call(words):
+        if not words[1].endswith("together"):
+            return stub.call(words)
+        parts = [[]]
+        for word in words[2:]:
+            parts.append([]) if word == "--" else parts[-1].append(word)
+        parts = [part for part in parts if part]
+        groups.append([next(w for w in part if w.startswith("run.dir")) for part in parts])
+        for part in parts[: 2 if "random" in groups[-1][0] else None]:  # one has failed, say
+            assert stub.call(["-m", "pujax.train", *part]) == 0
+        return 0
+
+    assert reproduce.work(profile, (["random"], None), call, together=3) == 0
+    found = raw.read_all(profile.results)
+    # Seed 0 chooses; the other three of each of the run's three models go together.
+    assert [len(group) for group in groups] == [3, 3]
+    seeds = {key[1]: found[key].get("together", 1) for key in found if key[0] == "random-lr1e-05"}
+    assert seeds == {0: 1, 1: 3, 2: 3, 3: 1}
+
+
+def test_runs_that_one_program_cannot_do_are_refused(tmp_path, capsys):
+    one = ["+experiment=smoke", "run.dir=" + str(tmp_path / "a")]
+    other = ["+experiment=smoke", "run.dir=" + str(tmp_path / "b"), "seed=1"]
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "config.yaml").touch()
+    for words, said in (
+        (one, "runs=1: give two or more"),
+        ([*one, "--", *other, "sft.lr=0.5"], "sft.lr=0.5: 0.001 in another run"),
+        ([*one, "--", *one, "seed=1"], "a': give each run one of its own"),
+        ([*one, "--", *one[:1], "seed=1", f"run.dir={tmp_path / 'c'}"], "c': begun before"),
+    ):
+        assert together.main(words) == 1
+        assert said in capsys.readouterr().err
+    assert not (tmp_path / "a").exists()
+
+
+def test_one_meeting_does_the_steps_of_all_and_ends_when_one_run_fails():
+    meeting, made = together.Meeting(3), {}
+
+    def go(place):
+        for step in range(1, 4):
+            if (place, step) == (2, 3):
+                meeting.leave()
+                return
+            made[place, step] = meeting.step(place, double, {"x": jnp.float32(place + step)})
+
+    def double(tree):
+        traced.append(tree)
+        return {"x": 2 * tree["x"]}, tree["x"] > 0
+
+    traced, errors = [], []
+
+    def guarded(place):
+        try:
+            go(place)
+        except threading.BrokenBarrierError:
+            errors.append(place)
+
+    threads = [threading.Thread(target=guarded, args=(place,)) for place in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    told = {key: float(value["x"]) for key, (value, _) in made.items()}
+    assert told == {(place, step): 2.0 * (place + step) for place, step in told}
+    assert {(place, 1) for place in range(3)} <= told.keys()
+    assert (len(traced), sorted(errors)) == (1, [0, 1])
+
+
+@pytest.mark.long
+def test_runs_in_one_program_learn_what_each_learns_alone(tmp_path):
+    words = ["+experiment=smoke", "mesh=single", "sft.steps=1", "align.steps=1"]
+    words += ["sampling.candidates=2", "data.max_response_tokens=8", "checkpoint.every=1"]
+    words += ["eval.prompts=2", "eval.batch=2"]
+
+    def run(place, seed):
+        return [*words, f"run.dir={tmp_path / place}", f"seed={seed}"]
+
+    assert together.main([*run("a", 0), "--", *run("b", 1)]) == 0
+    [config] = together.read(run("alone", 1))
+    together.train(config, fitting, stop_signals)
+    alone, beside = (read_jsonl(tmp_path / name / "metrics.jsonl") for name in ("alone", "b"))
+    assert [line["stage"] for line in beside] == ["eval", "sft", "eval", "align", "eval"]
+    shown = ("loss", "grad_norm", "score/mean", "eval/anchor_logp", "eval/rouge_l")
+    for one, other in zip(alone, beside, strict=True):
+        same = [[line[key] for key in shown if key in line] for line in (one, other)]
+        assert same[1] == pytest.approx(same[0], rel=1e-3, abs=1e-4)
+    assert (tmp_path / "a" / "done").exists()
 
 
 def test_what_has_no_answer_yet_is_left_out(profile):

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from experiments.paper import raw
 from pujax.errors import ConfigError, one_of, require
 from pujax.files.durable import read_jsonl
+from pujax.files.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -389,19 +390,33 @@ def shown(path: Path) -> Path:
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
-def next_task(tasks: list[Task], found: Found, at_work: Collection[raw.Key] = ()) -> Task | None:
-    """The first task that isn't done or `at_work` and can be.
+def next_tasks(
+    tasks: list[Task], found: Found, at_work: Collection[raw.Key] = (), together: int = 1
+) -> list[Task]:
+    """The first task that isn't done or `at_work` and can be; nothing where there is none.
 
-    Raises `ConfigError` for a result before it that was made with other settings than now.
+    With it come other seeds of the same run that can be too, at most `together` in all, where none
+    of them was begun before. Raises `ConfigError` for a result before it that was made with other
+    settings than now.
     """
     again = to_make_again(tasks, found)
-    for task in tasks:
+
+    def waits(task: Task) -> bool:
+        known = task.key in found.results and task.key not in again
+        return not known and task.key not in at_work and found.ready(task)
+
+    def fresh(task: Task) -> bool:
+        return task.split == "validation" and not (task.run.directory / SETTINGS).exists()
+
+    for place, task in enumerate(tasks):
         result = found.results.get(task.key)
         if result is not None:
             _refuse_stale(task, result)
-        if (result is None or task.key in again) and task.key not in at_work and found.ready(task):
-            return task
-    return None
+        if waits(task):
+            others = [other for other in tasks[place + 1 :] if other.run.name == task.run.name]
+            seeds = [other for other in others if fresh(other) and waits(other)]
+            return [task, *(seeds if fresh(task) else [])][:together]
+    return []
 
 
 def to_make_again(tasks: Iterable[Task], found: Found) -> set[raw.Key]:

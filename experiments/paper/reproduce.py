@@ -33,7 +33,7 @@ from experiments.paper.plan import (
     Run,
     Task,
     load_profile,
-    next_task,
+    next_tasks,
     shown,
     tasks_of,
     told,
@@ -105,11 +105,19 @@ def main(words: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", metavar="N", type=int, default=1, help="that many runs at a time, on one machine"
     )
+    parser.add_argument(
+        "--together",
+        metavar="N",
+        type=int,
+        default=1,
+        help="up to N seeds of an arm in one program: on an accelerator hardly slower than one",
+    )
     parser.add_argument("--plan", action="store_true", help="say what there is to do, and end")
     parser.add_argument("--arms", type=Path, default=HERE / "arms.yaml")
     options = parser.parse_args(words)
     try:
         require(options.jobs > 0, "--jobs", options.jobs, "give one or more")
+        require(options.together > 0, "--together", options.together, "give one or more")
         require(options.seeds is None or options.seeds > 0, "--seeds", options.seeds, "give some")
         some = options.only, options.seeds
         profile = load_profile(options.arms.resolve(), options.profile)
@@ -123,7 +131,7 @@ def main(words: list[str] | None = None) -> int:
             os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         with locked(profile.runs) as held:
             call = Children(held.fileno()).call
-            return work(profile, some, call, options.jobs, device)
+            return work(profile, some, call, options.jobs, device, options.together)
     except (PujaxError, OSError) as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 1
@@ -217,33 +225,36 @@ def work(
     call: Call,
     jobs: int = 1,
     device: str = "",
+    together: int = 1,
 ) -> int:
     """Do one task after another, `jobs` of them at a time: of `some` arms, so many seeds of each.
 
+    Up to `together` seeds of a run are one of these, done in one program.
     What failed, and what needs it, is left out and told of.
     """
     require_validation(profile)
     failed: set[raw.Key] = set()
-    at_work: dict[Future[bool], Task] = {}
+    at_work: dict[Future[list[bool]], list[Task]] = {}
     with ThreadPoolExecutor(jobs) as pool:
         while True:
             found = replace(look(profile), failed=failed)
             tasks = tasks_of(profile, found, *some)
-            busy = {task.key for task in at_work.values()}
-            task = next_task(tasks, found, busy) if len(at_work) < jobs else None
-            if task is not None:
+            busy = {task.key for some in at_work.values() for task in some}
+            begun = next_tasks(tasks, found, busy, together) if len(at_work) < jobs else []
+            if begun:
                 left = sum(other.key not in found.results for other in tasks)
-                title = f"{task.run.name}, seed {task.run.seed}, {task.split}"
+                seeds = ", ".join(str(task.run.seed) for task in begun)
+                title = f"{begun[0].run.name}, seed {seeds}, {begun[0].split}"
                 print(f"\n== {title}: {left} left", flush=True)
-                at_work[pool.submit(done, profile, task, call, device)] = task
+                at_work[pool.submit(done, profile, begun, call, device)] = begun
                 continue
             if not at_work:
                 break
             for future in wait(at_work, return_when=FIRST_COMPLETED).done:
-                task = at_work.pop(future)
-                if not future.result():
-                    failed.add(task.key)
-                    print(f"failed: the others go on without {task.run.name}", flush=True)
+                for task, well in zip(at_work.pop(future), future.result(), strict=True):
+                    if not well:
+                        failed.add(task.key)
+                        print(f"failed: the others go on without {task.run.name}", flush=True)
             make_room(profile, look(profile))
             # Tables take as long as many a run on an accelerator, so several don't wait for them.
             if not at_work or jobs == 1:
@@ -293,28 +304,48 @@ def write_prompts(profile: Profile, run: Run) -> None:
     write_whole(path, b"".join(lines.splitlines(keepends=True)[run.after : run.prompts]))
 
 
-def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
-    """Do a task and keep its result, made on `device`; False when its command failed.
+def done(profile: Profile, tasks: list[Task], call: Call, device: str = "") -> list[bool]:
+    """Do tasks and keep their results, made on `device`; False where a command failed.
 
-    A result that is there stays, and the task is done for its model alone.
+    Several are seeds of one run, done in one program; what that leaves undone each does by itself.
+    A result that is there stays, and its task is done for the model alone.
     """
-    run, words = task.run, command_of(profile, task)
+    for task in tasks:
+        prepare(profile, task)
+    if len(tasks) > 1:
+        words = ["-m", "experiments.paper.together"]
+        for task in tasks:
+            words += ["--", *command_of(profile, task)[2:]]
+        call(words)
+    return [kept(profile, task, call, device, len(tasks)) for task in tasks]
+
+
+def prepare(profile: Profile, task: Task) -> None:
+    """Lay out what a task reads, and remove a run whose result is there and whose model isn't."""
+    run = task.run
     again = (profile.results / "raw" / raw.file_name(task.key)).exists()
     if again and (run.directory / "done").exists():
         shutil.rmtree(run.directory)
-    end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
-    if task.split not in ("validation", "test"):
-        end = run.directory / f"suite-{task.split}.json"
-    elif task.split == "test":
-        end = answers = run.directory / "test" / "eval-aligned.jsonl"
-    elif not (run.directory / "eval-base.jsonl").exists():
+    if task.split == "validation" and not (run.directory / "eval-base.jsonl").exists():
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
         origin = profile.runs / "base" / "0" if run.origin is None else run.origin.directory
         if (origin / "eval-aligned.jsonl").exists():
             run.directory.mkdir(parents=True, exist_ok=True)
             shutil.copy(origin / "eval-aligned.jsonl", run.directory / "eval-base.jsonl")
     write_prompts(profile, run)
+
+
+def kept(profile: Profile, task: Task, call: Call, device: str, together: int) -> bool:
+    """Do a task, unless it was done `together` with others, and keep its result."""
+    run, words = task.run, command_of(profile, task)
+    again = (profile.results / "raw" / raw.file_name(task.key)).exists()
+    end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
+    if task.split not in ("validation", "test"):
+        end = run.directory / f"suite-{task.split}.json"
+    elif task.split == "test":
+        end = answers = run.directory / "test" / "eval-aligned.jsonl"
     if not end.exists():
+        together = 1
         begun = time.monotonic()
         if call(words):
             # A device or a lack of memory may have failed it, which shall choose no setting.
@@ -338,6 +369,7 @@ def done(profile: Profile, task: Task, call: Call, device: str = "") -> bool:
         "commit": raw.commit(ROOT),
         "command": " ".join(["python", *words]),
         **({"device": device} if device else {}),
+        **({"together": together} if together > 1 else {}),
     }
     if task.split not in ("validation", "test"):
         asked = {"training": run.prompts - run.after}

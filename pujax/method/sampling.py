@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from pujax.models.decoder import LanguageModel, Prefix
+from pujax.models.packing import for_all
 from pujax.types import Completions, Params
 
 Chooser = Callable[[Array, Float[Array, "B K V"]], Int[Array, "B K"]]
@@ -148,7 +149,7 @@ def _generate(
 
     def unfinished(carry):
         t, drawn, _ = carry
-        return (t < size - 1) & ~jnp.all(drawn.finished)
+        return (t < size - 1) & ~for_all(jnp.all(drawn.finished))
 
     def advance(carry):
         t, drawn, cache = carry

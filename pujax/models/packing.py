@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 import jax
 import jax.numpy as jnp
+from jax.custom_batching import custom_vmap
 from jaxtyping import Array, Bool, Float, Int
 
 
@@ -24,15 +25,32 @@ class TokenBudget:
         """Whether a batch's real tokens, or those of each of its parts, are no more than that."""
         mask = through_last(mask)
         if self.ways == 1:
-            return (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
+            fit = (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
+            return for_all(fit)
         prompts, responses = (x.reshape(self.ways, -1).sum(axis=1) for x in (prompt_lengths, mask))
-        return jnp.all(prompts <= self.prompts) & jnp.all(responses <= self.responses)
+        return for_all(jnp.all(prompts <= self.prompts) & jnp.all(responses <= self.responses))
 
     def share(self, part: int, whole: int) -> "TokenBudget":
         """The budget of `part` of `whole` prompts, rounded up."""
         part, whole = (-(-count // self.ways) for count in (part, whole))
         prompts, responses = (-(-n * part // whole) for n in (self.prompts, self.responses))
         return replace(self, prompts=prompts, responses=responses)
+
+
+@custom_vmap
+def for_all(holds: Bool[Array, ""]) -> Bool[Array, ""]:
+    """The same; under `jax.vmap`, as of several runs in one program, whether it holds for all.
+
+    A branch or a loop that goes by it is then one for all of them: each for itself, `vmap` would
+    compute both branches, and copy what a loop carries each time round.
+    """
+    return holds
+
+
+@for_all.def_vmap
+def _(size: int, batched: list[bool], holds: Bool[Array, " runs"]) -> tuple[Array, bool]:
+    del size, batched
+    return for_all(jnp.all(holds)), False
 
 
 def through_last(mask: Bool[Array, "*N T"]) -> Bool[Array, "*N T"]:

@@ -3,7 +3,7 @@
 import dataclasses
 import signal
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,7 +57,7 @@ from pujax.run.provenance import provenance
 from pujax.run.reference import with_reference
 from pujax.run.rewarding import Rewards, try_rewards
 from pujax.run.selection import criterion_of
-from pujax.run.stages import Run, Stage
+from pujax.run.stages import Fitting, Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
 from pujax.run.trial import try_recipe
@@ -68,8 +68,18 @@ from pujax.types import Batch, Group, Head, LossFn, Params, TrainState
 EXPORT = "export"  # in a run's directory
 
 
-def fit(config: TrainConfig, directory: Path, *, console: Console | None = None) -> None:
+def fit(
+    config: TrainConfig,
+    directory: Path,
+    *,
+    console: Console | None = None,
+    fitting: Fitting = fitting,
+    signals: Callable[[], AbstractContextManager[Callable[[], int]]] | None = None,
+) -> None:
     """Do the run in `directory`, or go on with it from its newest checkpoint.
+
+    `fitting` makes of each stage's jitted functions what is called, and `signals` tells who asks to
+    stop, by default a signal to this process: for a caller that does several runs at once.
 
     Raises `ConfigError`, `DataError`, `CheckpointError` or `NonFiniteError`; `StopRequested` after
     SIGTERM, Ctrl-C or a closed terminal, with the state saved.
@@ -124,7 +134,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
         mark=mark,
         say=say,
     )
-    with closing(checkpoints), stop_signals() as stopping:
+    with closing(checkpoints), (signals or stop_signals)() as stopping:
         head = new_head(recipe.scorer, shape.width)
         like = like_state(student.trainable, optimizer_for(config, 0.0, 1), mesh, head)
         with waited("reading the newest checkpoint", say):
@@ -153,6 +163,7 @@ def fit(config: TrainConfig, directory: Path, *, console: Console | None = None)
                 say,
                 stopping,
                 criterion,
+                fitting=fitting,
                 forecast=forecast(config, student.model, recipe, train_data, asked),
             )
             if log.lost:
@@ -205,7 +216,7 @@ def supervised(
         state = new_state(trainable, optimizer, run.mesh, head)
     data = run.data.with_anchors
     model, shardings = run.budgeted(data, config.sft.batch, 1), tree_shardings(run.mesh, state)
-    step = fitting("sft", make_sft_step(model, losses.sft, optimizer, shardings), run.mesh)
+    step = run.fitting("sft", make_sft_step(model, losses.sft, optimizer, shardings), run.mesh)
 
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]
@@ -259,7 +270,7 @@ def aligned(
     def step_on(part: Dataset) -> TrainStep:
         model, size = model_for(part), align.microbatch
         step = make_train_step(model, recipe, loss_fn, optimizer, shardings, microbatch=size)
-        return fitting("align", step, run.mesh)
+        return run.fitting("align", step, run.mesh)
 
     steps = {part.candidates > 0: step_on(part) for part in data.parts.values()}
     root = jax.random.key(config.seed)
@@ -272,7 +283,8 @@ def aligned(
         decode=run.chat.decode,
         seed=config.seed,
     )
-    sample, rewards = make_sampler(model_for(data), recipe), Rewards(recipe.scorer)
+    rewards = Rewards(recipe.scorer)
+    sample = run.fitting("align", make_sampler(model_for(data), recipe), run.mesh)
 
     def advance(
         state: TrainState, batch: Batch, examples: Sequence[Example]

@@ -36,11 +36,15 @@ from pujax.run.control import LOOKED, Controlled
 from pujax.run.data import Dataset
 from pujax.run.forecast import PACED, Forecast
 from pujax.run.logs import RunLog, SampleGroup, progress
+from pujax.run.plan import fitting
 from pujax.run.processes import told
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import Criterion
 from pujax.run.symptoms import Symptoms, group_notes
 from pujax.types import Batch, Completions, Group, Params, TrainState
+
+Fitting = Callable[[str, Callable[..., Any], Mesh], Callable[..., Any]]
+"""What makes of a stage's jitted function what the stage calls."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,7 @@ class Run:
     # What was measured of the state that a stage would hand on, and its step, by model.
     leading: dict[str, tuple[int, Evaluation]] = field(default_factory=dict)
     forecast: Forecast | None = None
+    fitting: Fitting = fitting
 
     def budgeted(self, data: Dataset, prompts: int, responses: int) -> LanguageModel:
         """The model with a budget of real tokens for batches of that size."""

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.extend.core import jaxprs_in_params
 
 from pujax.method.sampling import greedy, sample, sample_token
 from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
+from pujax.models.packing import for_all
 from pujax.types import Tokens
 
 
@@ -115,6 +117,36 @@ def test_decoding_stops_as_soon_as_every_response_has_ended(params, model, promp
     jax.effects_barrier()
     assert made.finished.all()
     assert len(steps) == int(made.mask.sum(axis=-1).max()) - 1
+
+
+def loops(jaxpr):
+    """The while loops in a jaxpr and in what it calls."""
+    found = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "while"]
+    for eqn in jaxpr.eqns:
+        found += [loop for part in jaxprs_in_params(eqn.params) for loop in loops(part)]
+    return found
+
+
+def test_runs_in_one_program_sample_what_each_samples_alone_and_share_its_loop(
+    params, model, prompts
+):
+    loud = params | {"embed": params["embed"].at[5].set(100 * params["final_norm"])}  # ends at once
+    both = jax.tree.map(lambda *each: jnp.stack(each), params, loud)
+    keys = jax.random.split(jax.random.key(3))
+
+    def run(params, key):
+        return sampled(model, params, *prompts, key)
+
+    made = jax.vmap(run)(both, keys)
+    for i, alone in enumerate((params, loud)):
+        one = run(alone, keys[i])
+        np.testing.assert_array_equal(made.tokens[i], one.tokens)
+        np.testing.assert_array_equal(made.mask[i], one.mask)
+        np.testing.assert_allclose(made.logps[i], one.logps, atol=2e-5)
+    # By a condition of each run's own, the loop would choose anew what it carries each time round.
+    [loop] = loops(jax.make_jaxpr(jax.vmap(run))(both, keys).jaxpr)
+    assert [aval.shape for aval in loop.params["cond_jaxpr"].out_avals] == [()]
+    np.testing.assert_array_equal(jax.vmap(for_all)(jnp.array([True, False])), [False, False])
 
 
 def test_token_frequencies_match_the_softmax():

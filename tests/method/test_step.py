@@ -10,6 +10,7 @@ import optax
 import pytest
 from recipes import recipe
 
+from experiments.paper.together import at_once
 from pujax.config.model_settings import LoraConfig
 from pujax.method import labels, losses, pair_losses, scoring
 from pujax.method import step as step_module
@@ -620,6 +621,29 @@ def test_each_step_samples_anew_and_compiles_once(model, params, batch):
         tokens.append(np.asarray(group.tokens))
     assert (tokens[0] != tokens[1]).any()
     assert step._cache_size() == sft._cache_size() == 1
+
+
+def test_steps_of_two_runs_in_one_program_are_those_of_each_alone(model, params, batch):
+    model = model.clone(budget=TokenBudget(prompts=128, responses=256))
+    optimizer, loss = optax.adam(1e-2), partial(losses.ldl_grpo, kl_coef=0.1)
+    one = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+
+    def arguments(params, seed):
+        return (state_of(params, optimizer), params, None, batch, jax.random.key(seed))
+
+    runs = [arguments(params, 5), arguments(jax.tree.map(lambda x: 1.01 * x, params), 6)]
+    shardings = jax.tree.map(lambda _: one, runs[0][0])
+    step = make_train_step(model, recipe(), loss, optimizer, shardings)
+    made = jax.device_get(at_once(step)(*runs))
+    for run, (state, group, metrics) in zip(runs, made, strict=True):
+        alone, alone_group, alone_metrics = jax.device_get(step(*run))
+        np.testing.assert_array_equal(group.tokens, alone_group.tokens)
+        for name in ("loss", "grad_norm", "score/mean", "kl/ref"):
+            np.testing.assert_allclose(metrics[name], alone_metrics[name], rtol=1e-4, atol=1e-5)
+        assert metrics["samples/packed"] == 1
+        leaves = map(jax.tree.leaves, (state.params, alone.params))
+        for changed, expected in zip(*leaves, strict=True):
+            np.testing.assert_allclose(changed, expected, atol=2e-4)
 
 
 def test_supervised_training_makes_the_anchors_the_likeliest_answers(model, params, batch):
