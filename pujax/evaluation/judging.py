@@ -108,7 +108,7 @@ def winrate(
     rows = [asked[place][:2] for place in kept] + ties
     lengths = np.array([[len(a.response), len(b.response)] for a, b in rows], dtype=float)
     found = win_rate(taken[:, 0], taken[:, 1], lengths[:, 0], lengths[:, 1])
-    limits = interval_of_mean(found.wins.tolist())
+    limits, ahead = (interval_of_mean(x.tolist()) for x in (found.wins, found.preferred))
     low, high = controlled_interval(found.wins, lengths[:, 0], lengths[:, 1])
     judged = taken[: len(kept)]
     agree = np.mean((judged[:, 0] > 0.5) == (judged[:, 1] < 0.5))
@@ -127,6 +127,10 @@ def winrate(
         (
             ("win rate", f"{limits.mean:.3f} [{limits.low:.3f}, {limits.high:.3f}]"),
             ("win rate at equal length", f"{found.controlled:.3f} [{low:.3f}, {high:.3f}]"),
+            (
+                "preferred, the lean taken out",
+                f"{ahead.mean:.3f} [{ahead.low:.3f}, {ahead.high:.3f}]",
+            ),
             ("lean to the answer shown first", f"{lean:+.3f}"),
             ("same verdict in both orders", f"{agree:.3f}"),
             ("mean length", f"{lengths[:, 0].mean():.0f} against {lengths[:, 1].mean():.0f}"),

@@ -16,13 +16,15 @@ RIDGE = 1e-4  # on the slope alone: without it one that separates the wins has n
 class WinRate:
     """`rate` and `controlled` are shares in [0, 1]; `bias` is the judge's lean to the first place.
 
-    `wins` has the rate of each prompt, for an interval.
+    `wins` has the rate of each prompt, for an interval, and `preferred` whether A is ahead there
+    once the lean is taken out: 1, 0, or a half where it can't be told.
     """
 
     rate: float
     controlled: float
     bias: float
     wins: PerPrompt
+    preferred: PerPrompt
 
 
 def win_rate(
@@ -35,11 +37,14 @@ def win_rate(
 
     Each entry is in [0, 1], a half for a tie. Averaging both orders cancels a lean to a place
     (Zheng et al., 2023): a judge that always takes the first gives one half, and `bias` one half.
+    A judge that leans more than it tells answers apart has a rate near one half for all that it
+    sees: then `preferred` says it, by whether the first place is taken more surely with A in it.
     """
     wins = (first_when_a_first + 1 - first_when_b_first) / 2
     bias = (first_when_a_first + first_when_b_first).mean() / 2 - 0.5
     controlled = length_controlled(wins, lengths_a, lengths_b)
-    return WinRate(float(wins.mean()), controlled, float(bias), wins)
+    preferred = (1 + np.sign(first_when_a_first - first_when_b_first)) / 2
+    return WinRate(float(wins.mean()), controlled, float(bias), wins, preferred)
 
 
 def length_controlled(wins: PerPrompt, lengths_a: PerPrompt, lengths_b: PerPrompt) -> float:

@@ -26,6 +26,13 @@ def test_both_orders_are_averaged_prompt_by_prompt():
     assert found.bias == pytest.approx(2.4 / 4 - 0.5)
 
 
+def test_a_judge_that_leans_more_than_it_sees_prefers_what_it_takes_more_surely():
+    # It always takes the first, and A there more surely in two of four pairs, less in one.
+    found = win_rate(np.array([0.7, 0.9, 0.6, 0.8]), np.array([0.6, 0.8, 0.65, 0.8]), TEN, TEN)
+    np.testing.assert_array_equal(found.preferred, [1.0, 1.0, 0.0, 0.5])
+    assert abs(found.rate - 0.5) < 0.03
+
+
 def test_wins_that_length_has_nothing_to_do_with_stay_as_they_are():
     # At either length three of four wins.
     wins = np.array([1.0, 1.0, 1.0, 0.0] * 2)
