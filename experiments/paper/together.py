@@ -4,7 +4,7 @@ python -m experiments.paper.together SETTINGS -- SETTINGS [-- SETTINGS ...]
 
 Each part is the settings of one `python -m pujax.train`, which differ in nothing that decides what
 is compiled: seeds and the models that they start from may differ, sizes and rates may not. Each run
-is pujax's own `fit`, in a thread and a directory of its own, and says there in output.txt how it
+is pujax's own `fit`, in a thread and a directory of its own, and says there in output.log how it
 goes. What they share is the steps: when all have come to theirs, one program does them all
 (`jax.vmap`). A GPU spends most of a small student's step on starting kernels, and so starts them
 once for all runs.
