@@ -1,8 +1,10 @@
 """Text from outside: what UTF-8 holds, what a terminal may get, and what must not be shown."""
 
+import codecs
 import os
 import re
 import unicodedata
+from pathlib import Path
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 MASKED = "***"
@@ -55,6 +57,42 @@ def surrogate_at(text: str) -> int | None:
 def well_formed(text: str) -> str:
     """`text` with U+FFFD for each half of a surrogate pair."""
     return _SURROGATES.sub("\ufffd", text)
+
+
+_MARKS = {
+    codecs.BOM_UTF32_LE: "utf-32",  # first: it begins as the next one does
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+    codecs.BOM_UTF32_BE: "utf-32",
+}
+"""What a file in another encoding than UTF-8 begins with, where it says so itself."""
+
+
+def encoding_of(beginning: bytes) -> str:
+    """The encoding that a file's first four bytes say it has; of one that says nothing, UTF-8."""
+    marked = (name for mark, name in _MARKS.items() if beginning.startswith(mark))
+    return next(marked, "utf-8-sig")
+
+
+def not_utf8(line: bytes, error: UnicodeDecodeError, file: object) -> str:
+    """Where a line of a file is not UTF-8, what it likely is, and what to do.
+
+    Likely is Windows' encoding of Western Europe, which Excel writes into a .csv. A guess is shown
+    and not read: the text that it makes may look right and be another.
+    """
+    at = error.start
+    told = f"not UTF-8 (byte {at + 1} is 0x{line[at]:02x})"
+    try:
+        read = line.decode("cp1252")
+    except UnicodeDecodeError:
+        return f"{told}: save it as UTF-8, or convert it with iconv from what it is in"
+    before = max(0, at - 20)
+    name = Path(str(file))
+    return (
+        f"{told}, likely CP1252, in which it reads {printable(read[before : at + 20])!r}: save it "
+        f'as UTF-8 (Excel: "CSV UTF-8"), or convert it: iconv -f CP1252 -t UTF-8 {name} > '
+        f"{name.with_stem(name.stem + '-utf8')}"
+    )
 
 
 def blank(text: str) -> bool:

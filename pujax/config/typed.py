@@ -9,6 +9,7 @@ from pujax.config.commands import one_source
 from pujax.errors import ConfigError, require
 from pujax.files.locate import at_home
 from pujax.records import check_temperature, check_top_p
+from pujax.text import encoding_of, not_utf8
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class Answering:
 
 
 LONGEST = 2**24
-"""Characters of a text in a file, more than any model reads: a pipe may never end."""
+"""Bytes of a text in a file, more than any model reads: a pipe may never end."""
 
 
 def text_or_file(key: str, value: str | None) -> str | None:
@@ -78,14 +79,17 @@ def text_or_file(key: str, value: str | None) -> str | None:
         return value[1:]
     file = at_home(value[1:])
     try:
-        with file.open(encoding="utf-8-sig") as opened:
+        with file.open("rb") as opened:
             device = file.is_char_device() or file.is_block_device()  # some never end
-            text = "" if device else opened.read(LONGEST + 1)
-        if device or len(text) > LONGEST:
-            raise ValueError("a device" if device else f"more than {LONGEST} characters")
-        return text.removesuffix("\n")
+            whole = b"" if device else opened.read(LONGEST + 1)
+        if device or len(whole) > LONGEST:
+            raise ValueError("a device" if device else f"more than {LONGEST} bytes")
+        text = whole.decode(encoding_of(whole[:4]))
+        return text.replace("\r\n", "\n").removesuffix("\n")
     except (OSError, ValueError) as error:
-        told = f"not UTF-8: {error}" if isinstance(error, UnicodeError) else str(error)
+        told = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            told = not_utf8(whole, error, file)
         reason = getattr(error, "strerror", None) or told
         raise ConfigError(
             f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"

@@ -6,13 +6,14 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
 
 from pujax.errors import PromptError
 from pujax.records import Prompt, canonical, messages_key
 from pujax.teacher import tables
-from pujax.text import blank, printable, surrogate_at
+from pujax.text import blank, encoding_of, not_utf8, printable, surrogate_at
 
 ROLES = ("system", "user", "assistant")
 
@@ -87,8 +88,19 @@ def refuse_missing(source: str | Sequence[str] | Mapping[str, Any], key: str) ->
     """
     for path in [] if isinstance(source, Mapping) else _paths(source):
         _reader(path)
-        if not path.exists():
-            raise _unread(path, "No such file or directory", key)
+        if not path.exists() or path.is_dir():
+            raise _unread(path, "a folder" if path.exists() else "No such file or directory", key)
+
+
+def refuse_bad_prompts(source: str | Sequence[str] | Mapping[str, Any]) -> None:
+    """Raise `PromptError` for what `load_prompts` can't use of files.
+
+    For who is about to load jax and a model, and tells of doubts then. A dataset isn't read for
+    that, nor is a pipe, which gives what it has but once.
+    """
+    if not isinstance(source, Mapping) and all(path.is_file() for path in _paths(source)):
+        for _ in load_prompts(source, say=lambda _: None):
+            pass
 
 
 def _unread(path: Path, reason: object, key: str = "data.prompts or data.heldout") -> PromptError:
@@ -154,12 +166,13 @@ def _text_lines(path: Path) -> Rows:
 
 def _jsonl(path: Path) -> Rows:
     for place, line, raw in _lines(path):
-        yield place, _object(line, place, raw)
+        if line.strip():
+            yield place, _object(line, place, raw)
 
 
 def _json_list(path: Path) -> Rows:
     """The rows of a file that is one list of objects, as Alpaca's and ShareGPT's are given away."""
-    text = _decode(path.read_bytes(), str(path), first=True)
+    text = "".join(line for _, line, _ in _lines(path))
     if not text.strip():
         return
     try:
@@ -181,19 +194,24 @@ def _json_list(path: Path) -> Rows:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str, bytes]]:
-    with path.open("rb") as lines:
-        for number, raw in enumerate(lines, 1):
-            place = f"{path}:{number}"
-            line = _decode(raw, place, first=number == 1)
-            if line.strip():
-                yield place, line, raw
-
-
-def _decode(raw: bytes, place: str, *, first: bool) -> str:
-    try:
-        return raw.decode("utf-8-sig" if first else "utf-8")
-    except UnicodeDecodeError as error:
-        raise PromptError(f"{place}: not UTF-8 (byte {error.start}): save it as UTF-8") from error
+    """The lines of a file with their places, and as UTF-8 in bytes, whatever they were in."""
+    number = 0
+    with path.open("rb") as file:
+        if (encoding := encoding_of(file.peek(4)[:4])) != "utf-8-sig":
+            with TextIOWrapper(file, encoding, newline="\n") as text:
+                try:
+                    for number, line in enumerate(text, 1):
+                        yield f"{path}:{number}", line, line.encode()
+                except UnicodeDecodeError as error:
+                    why = f"not {encoding} ({error.reason}): save it as UTF-8"
+                    raise PromptError(f"{path}:{number + 1}: {why}") from error
+            return
+        for number, raw in enumerate(file, 1):
+            try:
+                line = raw.decode("utf-8-sig" if number == 1 else "utf-8")
+            except UnicodeDecodeError as error:
+                raise PromptError(f"{path}:{number}: {not_utf8(raw, error, path)}") from error
+            yield f"{path}:{number}", line, raw
 
 
 def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:

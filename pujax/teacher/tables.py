@@ -4,12 +4,15 @@ import csv
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pujax.errors import ConfigError, PromptError
 from pujax.teacher.settings import MAPPED, DatasetConfig
+from pujax.text import encoding_of, not_utf8
 
 COLUMNS = ("prompt", "messages", "instruction", "conversations", "chosen")
 """A table has one of them, or what is asked would be its header."""
@@ -28,7 +31,7 @@ def csv_rows(path: Path) -> Rows:
     line = 0
     csv.field_size_limit(LONGEST)
     try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
+        with opened(path, newline="") as file:
             rows = read(file)
             line, names = next(rows, (1, []))
             _check_columns(names, f"{path}:{line}")
@@ -44,7 +47,7 @@ def csv_rows(path: Path) -> Rows:
                         filled[name] = _json(filled[name], name, place)
                 yield place, filled
     except UnicodeDecodeError as error:
-        raise PromptError(f"{_not_utf8(path)}: save it as UTF-8") from error
+        raise PromptError(_undecoded(path, error)) from error
     except csv.Error as error:
         raise PromptError(f"{path}:{line + 1}: not a table ({error}): mend it") from error
 
@@ -95,15 +98,25 @@ def _tabbed(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
         yield at, cells
 
 
-def _not_utf8(path: Path) -> str:
-    """Where a file is not UTF-8: what reads it by blocks says no line."""
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                line.decode()
-            except UnicodeDecodeError as error:
-                return f"{path}:{number}: not UTF-8 (byte {error.start})"
-    return f"{path}: not UTF-8"
+@contextmanager
+def opened(path: Path, *, newline: str) -> Iterator[IO[str]]:
+    """A file of text in UTF-8, or in UTF-16 or UTF-32 where it begins with the mark of these."""
+    with path.open("rb") as file:
+        encoding = encoding_of(file.peek(4)[:4])
+        with TextIOWrapper(file, encoding, newline=newline) as text:
+            yield text
+
+
+def _undecoded(path: Path, error: UnicodeDecodeError) -> str:
+    """Where a file is not of its encoding: what reads it by blocks says no line."""
+    if error.encoding in ("utf-8", "utf-8-sig") and path.is_file():
+        with path.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    return f"{path}:{number}: {not_utf8(line, error, path)}"
+    return f"{path}: not {error.encoding} ({error.reason}): save it as UTF-8"
 
 
 def parquet_rows(path: Path) -> Rows:

@@ -103,13 +103,45 @@ def test_a_file_that_is_cut_off_is_told_from_a_line_that_is_wrong(tmp_path):
 
 
 def test_bytes_that_are_not_utf8_are_named_with_their_line(tmp_path):
-    (tmp_path / "p.txt").write_bytes(b"One\n\xff\n")
-    with pytest.raises(PromptError, match=r"p\.txt:2: not UTF-8"):
-        list(load_prompts(str(tmp_path / "p.txt")))
     # Not the line that had been reached when a whole block could not be decoded.
     (tmp_path / "p.csv").write_bytes(b"prompt\n" + b"caf\xc3\xa9\n" * 5000 + b"caf\xe9\n")
-    with pytest.raises(PromptError, match=r"p\.csv:5002: not UTF-8 \(byte 3\): save it as UTF-8"):
+    with pytest.raises(PromptError, match=r"p\.csv:5002: not UTF-8 \(byte 4 is 0xe9\), likely"):
         list(load_prompts(str(tmp_path / "p.csv")))
+
+
+FORMS = {
+    "csv": "prompt,answer\nCafé?,ja\n",
+    "tsv": "prompt\tanswer\nCafé?\tja\n",
+    "jsonl": '\n{"prompt": "Café?"}\n',
+    "json": '[\n{"prompt": "Café?"}]',
+    "txt": "\nCafé?\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_file_in_another_encoding_is_read_where_it_says_so_and_else_refused(tmp_path, form):
+    file = tmp_path / f"p.{form}"
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # the last two with their mark
+        file.write_text(FORMS[form], encoding=encoding)
+        (prompt,) = load_prompts(str(file))
+        assert prompt.messages == user("Café?")
+    file.write_bytes("\ufeff".encode("utf-16-be") + FORMS[form].encode("utf-16-be"))
+    (prompt,) = load_prompts(str(file))
+    assert prompt.messages == user("Café?")
+    file.write_bytes(file.read_bytes() + b"\0")
+    with pytest.raises(PromptError, match=r"p\.\w+(:\d)?: not utf-16.* \(truncated data\): save"):
+        list(load_prompts(str(file)))
+    file.write_text(FORMS[form], encoding="cp1252")  # as Excel on Windows has it
+    with pytest.raises(PromptError) as refused:
+        list(load_prompts(str(file)))
+    said = str(refused.value)
+    assert f"p.{form}:2: not UTF-8 (byte " in said
+    assert "is 0xe9), likely CP1252, in which it reads" in said
+    assert "Café?" in said
+    assert f"iconv -f CP1252 -t UTF-8 {file} > {tmp_path}/p-utf8.{form}" in said
+    file.write_bytes(b"\x81\n" + FORMS[form].encode())
+    with pytest.raises(PromptError, match=r"not UTF-8 .*convert it with iconv from what it is in"):
+        list(load_prompts(str(file)))
 
 
 def test_a_collection_reads_its_prompts_twice_and_says_so_of_a_pipe(tmp_path):
