@@ -3,8 +3,8 @@
 Hydra reads a value by a grammar of its own, in which commas, colons, quotes, brackets and letters
 with accents mean something or are not allowed, and 1e3 is a number. Which settings are texts, their
 records say: what was typed for those is quoted here. What Hydra has words for is left to it: null,
-a value in quotes of its own, `${...}` of a setting or of the environment, and with -m a list of
-values to go through.
+a value in quotes of its own, and with -m a list of values to go through; and `${...}` of a setting
+or of the environment, but in what a model reads, where any may be meant as it stands.
 """
 
 import re
@@ -17,8 +17,12 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 _TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
 _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
+_PART = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _LIST = re.compile(r"\[([^][{}'\"]+)\]", re.DOTALL)
 _SEVERAL = re.compile(r"[^'\"]*,.*|(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
+
+READ = frozenset({"prompt", "system", "start", "task"})
+"""What keys are called, after their last point, whose text a model reads."""
 
 
 def in_hydra_words(
@@ -50,25 +54,40 @@ def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bo
     kind = _type_of(schema, key.lstrip("+"))
     if value.lower() == "null" or _QUOTED.fullmatch(value) or (sweep and _SEVERAL.fullmatch(value)):
         return given
-    references = _references(schema)
+    names = None if key.rpartition(".")[2] in READ else _references(schema)
     listed = _LIST.fullmatch(value)
     if listed and kind in (Any, list[str]):
-        each = (_quoted(text.strip(), references) for text in listed[1].split(","))
+        each = (_quoted(text.strip(), names) for text in listed[1].split(","))
         return f"{key}=[{','.join(each)}]"
     if kind is str or (kind is Any and not value.startswith(("[", "{"))):
-        return f"{key}={_quoted(value, references)}"
+        return f"{key}={_quoted(value, names)}"
+    if kind is Any:  # a mapping, or a list of more than words
+        parts = re.sub(_PART, lambda found: _literal(found[0], names), value)
+        return f"{key}={parts}"
     return given
 
 
-def _quoted(text: str, references: re.Pattern[str]) -> str:
-    """`text` as a quoted value; `${` in it is two characters, unless it begins a reference."""
-    return QuotedString(references.sub(r"\\${", text), Quote.single).with_quotes()
+def _quoted(text: str, names: re.Pattern[str] | None) -> str:
+    """`text` as a quoted value; `${` in it is two characters, unless `names` says what it names."""
+    return QuotedString(_literal(text, names), Quote.single).with_quotes()
+
+
+def _literal(text: str, names: re.Pattern[str] | None) -> str:
+    r"""`text` with every `${` escaped that begins no reference, and the backslashes before it."""
+
+    def escaped(found: re.Match[str]) -> str:
+        refers = names is not None and names.match(text, found.end())
+        return found[0] if refers else found[1] * 2 + r"\${"
+
+    return re.sub(r"(\\*)\$\{", escaped, text)
 
 
 def _references(schema: type) -> re.Pattern[str]:
-    """Every `${` that refers to nothing: neither a setting, the environment nor Hydra."""
-    names = "|".join(map(re.escape, [*get_type_hints(schema), "hydra", "now", "oc"]))
-    return re.compile(rf"(?<!\\)\$\{{(?!\s*({names})\b)")
+    """What follows `${` where that refers to something: a setting, the environment or Hydra."""
+    names = "|".join(map(re.escape, get_type_hints(schema)))
+    return re.compile(
+        rf"\s*(({names})\s*(?=[.\[}}])|(oc\.\w+|hydra|now|shipped):|hydra\.)[^}}]*\}}"
+    )
 
 
 def _type_of(schema: Any, key: str) -> Any:

@@ -157,7 +157,11 @@ def test_every_path_is_led_home_by_the_one_function():
 @pytest.mark.parametrize("option", [["--cfg", "job", "--resolve"], ["--cfg", "all"], ["-i"]])
 def test_settings_that_are_shown_hide_what_is_secret(monkeypatch, capsys, option):
     monkeypatch.setenv("ONCE_TOKEN", "out-of-the-env")
-    words = ["data.system=${oc.env:ONCE_TOKEN}", "run.name=shown", "+run.password=typed-in"]
+    words = [
+        "data.reference_cache=${oc.env:ONCE_TOKEN}",
+        "run.name=shown",
+        "+run.password=typed-in",
+    ]
     assert called(monkeypatch, print, "experiment=smoke", *option, *words) == 0
     said = capsys.readouterr().out
     assert "shown" in said

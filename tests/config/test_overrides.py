@@ -32,6 +32,17 @@ def arrived(text, key="prompt", schema: type = GenerateConfig, *, sweep=False):
         *("Hello, my screen is broken", "It's me", "Is a=b?", "What is 2+2 (in words)?", "#1"),
         *("two\nlines", "{x}", "[x", "[a,b]", "café", "a: b", "${HOME} and ${", 'say "hi"'),
         *(
+            "${a}${a}",
+            "${a.b} costs $5",
+            "\\${a}",
+            "\\\\${a}\\",
+            "${oc}",
+            "${x:1}",
+            "$${",
+            "$ {x}",
+            "${seed",
+        ),
+        *(
             "\\",
             "a\\'",
             "a\\",
@@ -48,14 +59,22 @@ def arrived(text, key="prompt", schema: type = GenerateConfig, *, sweep=False):
 )
 def test_a_text_arrives_as_it_was_typed(text):
     assert arrived(text) == text
-    assert arrived(text, "data.system", TrainConfig) == text
+    assert arrived(text, "run.root", TrainConfig) == text
+
+
+@pytest.mark.parametrize("key", ["prompt", "system"])
+def test_what_a_model_reads_refers_to_nothing(key, monkeypatch):
+    """A text about settings, or with a shell's variables, which nobody would want replaced."""
+    monkeypatch.setenv("PLACE", "here")
+    for text in ("${oc.env:PLACE}", "What is ${model} of ${seed}?", "\\${seed}", "${now:%Y}"):
+        assert arrived(text, key) == text
+        assert arrived(text, "teacher.system", EvaluateConfig) == text
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.text("ab'\"\\,=:[]{}()$ é\n\t@#~😀", min_size=1))
 def test_any_text_arrives_as_it_was_typed(text):
-    whole = text[0] in "'\"" and text[0] == text[-1] and len(text) > 1
-    if not (whole or "\\${" in text):
+    if not (text[0] in "'\"" and text[0] == text[-1] and len(text) > 1):
         assert arrived(text) == text
 
 
@@ -67,8 +86,13 @@ def test_what_has_quotes_of_its_own_loses_them_and_null_is_none():
 
 def test_references_to_settings_and_the_environment_are_resolved(monkeypatch):
     monkeypatch.setenv("PLACE", "here, now")
-    assert arrived("${oc.env:PLACE}/x") == "here, now/x"
-    assert arrived("of ${max_tokens}") == "of 128"
+    assert arrived("${oc.env:PLACE}/x", "run") == "here, now/x"
+    assert arrived("${oc.env:NONE,${oc.env:PLACE}}", "run") == "here, now"
+    assert arrived("of ${max_tokens}", "run") == "of 128"
+    assert arrived("\\${max_tokens}", "run") == "${max_tokens}"
+    settings = "{dataset: d, template: 'For ${price} in ${run.root}: {x}'}"
+    read = arrived(settings, "data.prompts", TrainConfig)
+    assert read["template"] == "For ${price} in runs: {x}"
 
 
 @pytest.mark.parametrize(
