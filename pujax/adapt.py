@@ -1,10 +1,12 @@
 """`pujax adapt`: a soft prompt fitted to one user's preferences, with all weights frozen."""
 
 from pujax.config.commands import command
-from pujax.config.tool_settings import AdaptConfig
-from pujax.files.locate import at_home
+from pujax.config.functions import build_loss, foresee
+from pujax.config.tool_settings import AdaptConfig, own_names
+from pujax.files.locate import at_home, soft_prompt_file
 from pujax.inference.finished import refuse_run, source_of
 from pujax.run.compilation import compile_once
+from pujax.teacher.preferences import refuse_bad_rows
 from pujax.teacher.prompts import refuse_missing
 from pujax.text import counted
 
@@ -13,9 +15,15 @@ def run(settings: AdaptConfig) -> None:
     """Fit it, write it, and say how the model ranks its user's pairs before and after."""
     source, of_run = source_of(settings.run, settings.model)
     refuse_run(at_home(settings.out))
+    for path in settings.fitted:
+        soft_prompt_file(path)
+    build_loss(settings.loss, settings.trusted, make=foresee)
     for key in ("preferences", "heldout"):
         if (given := getattr(settings, key)) is not None:
             refuse_missing(given, key)
+            if settings.on_bad_row == "error":
+                with own_names():
+                    refuse_bad_rows(given, weights=settings.dimensions or None)
     compile_once()
     from pujax.run.adapting import adapt  # jax with it: --help does not need that
 

@@ -9,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from pujax.config.commands import command
+from pujax.config.functions import build_loss, foresee
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.evaluation.waiting import waited
 from pujax.files.durable import refuse_unwritable, sweep_files
@@ -17,8 +18,12 @@ from pujax.files.locate import here
 
 def run(settings: BenchmarkConfig) -> None:
     """Measure or plan, show a table, and print one JSON object as the last line."""
+    # Refused before jax is imported.
+    foresee(settings.labels, "labels", settings.trusted)
+    foresee(settings.scorer.score, "scorer.score", settings.trusted)
+    build_loss(settings.loss, settings.trusted, make=foresee)
     if not settings.benchmark.sweep:  # whose place is looked at first
-        here(settings.model.path)  # refused before jax is imported
+        here(settings.model.path)
     if settings.plan:
         planned(settings)
         return

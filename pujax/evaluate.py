@@ -4,13 +4,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pujax.config.commands import command, in_new_words
+from pujax.config.functions import foresee, foresee_metrics
+from pujax.config.settings import EvalConfig
 from pujax.config.tool_settings import EvaluateConfig
 from pujax.errors import EvaluationError
 from pujax.files.locate import here
 from pujax.files.settings import SETTINGS, flat, kept_settings
 from pujax.inference.finished import model_path, newest_runs, refuse_name
 from pujax.run.compilation import compile_once
-from pujax.teacher.prompts import refuse_missing
+from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
 from pujax.teacher.store import require_store
 
 
@@ -54,6 +56,14 @@ def run(settings: EvaluateConfig) -> None:
 
 def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> None:
     """Refuse runs, models, prompts and a store that are not there, before jax is imported."""
+    measured = settings.eval
+    if measured.metrics:
+        drawn = EvalConfig(metrics=measured.metrics, samples=measured.samples or 0)
+        foresee_metrics(drawn, settings.trusted)
+    if settings.suite is not None:
+        foresee(settings.suite, "suite", settings.trusted)
+    if settings.teacher.protocol is not None:
+        foresee(settings.teacher.protocol, "teacher.protocol", settings.trusted)
     anew = settings.splits or settings.suite is not None
     if settings.models and not anew:
         (directory,) = directories
@@ -68,6 +78,8 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
         here(model_path(path))
     if settings.data.heldout is not None:
         refuse_missing(settings.data.heldout, "data.heldout")
+        if settings.data.anchors is not None:  # else they are preferences
+            refuse_bad_prompts(settings.data.heldout)
     if settings.data.anchors is not None:
         require_store(Path(settings.data.anchors))
 

@@ -8,7 +8,8 @@ from omegaconf import MISSING
 
 from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
-from pujax.files.locate import at_home
+from pujax.files.hub import require_hub
+from pujax.files.locate import at_home, soft_prompt_file
 from pujax.inference.finished import require_kind, source_of, users_of
 from pujax.run.compilation import compile_once
 
@@ -71,8 +72,13 @@ class ExportConfig:
 
 def run(settings: ExportConfig) -> None:
     """Export as told, print where to, and say how near that is to the run."""
-    place = at_home(settings.out)
-    source_of(settings.run, settings.model)  # refuses what is nowhere before jax is imported
+    place, users = at_home(settings.out), users_of(settings.soft_prompt)
+    # What is nowhere, or no name for the hub, is refused before jax is imported.
+    source_of(settings.run, settings.model)
+    for path in users.values():
+        soft_prompt_file(path)
+    if settings.push is not None:
+        require_hub(settings.push)
     compile_once()
     from pujax.inference.finished import export
 
@@ -88,7 +94,7 @@ def run(settings: ExportConfig) -> None:
         kind=settings.kind,
         dtype=settings.dtype,
         push=settings.push,
-        users=users_of(settings.soft_prompt),
+        users=users,
         say=say,
     )
     print(out, flush=True)

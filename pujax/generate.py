@@ -7,6 +7,7 @@ from itertools import chain, islice
 from pujax.config.commands import command
 from pujax.config.typed import Answering, lines, text_or_file
 from pujax.errors import ConfigError
+from pujax.files.locate import soft_prompt_file
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
 
@@ -28,6 +29,8 @@ class GenerateConfig(Answering):
 def run(settings: GenerateConfig) -> None:
     """Print an answer to `prompt`, or one to each line of standard input, in their order."""
     source, of_run = source_of(settings.run, settings.model)
+    if settings.soft_prompt is not None:
+        soft_prompt_file(settings.soft_prompt)
     system = text_or_file("system", settings.system)
     prompt = text_or_file("prompt", settings.prompt)
     system = of_run if system is None else system

@@ -83,7 +83,12 @@ def number(response: str, answer: str | None, *, tolerance: float = 0.0) -> floa
     >>> number("41.7 or 42", "41.7"), number("no idea", "-3"), number("7", "seven")
     (0.0, 0.0, None)
     """
-    require(tolerance >= 0, "scorer.score.function.tolerance", tolerance, "must not be negative")
+    require(
+        0 <= tolerance < math.inf,
+        "scorer.score.function.tolerance",
+        tolerance,
+        "must be finite and not negative",
+    )
     wanted = _last_number(answer or "")
     if wanted is None:
         return None
@@ -105,8 +110,13 @@ def regex(response: str, *, pattern: str) -> float:
     >>> regex("Dear Ann, ... Yours, Bob", pattern=r"^Dear .*Yours")
     1.0
     """
+    _check_pattern(pattern)
+    return float(re.search(pattern, response) is not None)
+
+
+def _check_pattern(pattern: str) -> None:
     try:
-        return float(re.search(pattern, response) is not None)
+        re.compile(pattern)
     except re.error as error:
         raise ConfigError(
             f"scorer.score.function.pattern={pattern!r}: no regular expression ({error})"

@@ -6,6 +6,7 @@ from typing import Any
 
 from pujax.config.commands import command, one_source
 from pujax.errors import require
+from pujax.files.locate import soft_prompt_file
 from pujax.inference.finished import require_kind, users_of
 
 
@@ -38,6 +39,7 @@ class ServeConfig:
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
+        require(self.host.strip() != "", "host", self.host, "give an address; 0.0.0.0 is every one")
         require(0 <= self.port < 2**16, "port", self.port, "must lie in [0, 65536)")
         require_kind(self.kind)
         for key in ("parallel", "context"):
@@ -54,6 +56,8 @@ def run(settings: ServeConfig) -> None:
     require_server()
     require_free(settings.host, settings.port)
     users = users_of(settings.soft_prompt)
+    for path in users.values():
+        soft_prompt_file(path)
 
     def say(text: str) -> None:
         print(f"pujax.serve: {text}", file=sys.stderr, flush=True)

@@ -4,7 +4,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from pujax.config.commands import command, swept
-from pujax.config.functions import require_named
+from pujax.config.functions import build_loss, foresee, foresee_metrics
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, title
 from pujax.errors import require
@@ -15,7 +15,7 @@ from pujax.run.directory import OUTPUT, finished, run_directory
 from pujax.run.processes import first, opened, require_same, several, together, told
 from pujax.run.trackers import require_trackers
 from pujax.teacher.preferences import refuse_bad_rows
-from pujax.teacher.prompts import refuse_missing
+from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
 from pujax.teacher.store import require_store
 
 
@@ -66,10 +66,14 @@ def require_sources(config: TrainConfig) -> None:
     Raises `WeightsError`, `ConfigError`, `PromptError` and `StoreError`.
     """
     data = config.data
-    named = {"labels": config.labels, "scorer.score": config.scorer.score, "loss": config.loss}
-    named |= {"data.gate.check": data.gate.check, "eval.metrics": config.eval.metrics}
-    for key, value in named.items():
-        require_named(value, key, config.trusted)
+    foresee(config.labels, "labels", config.trusted)
+    foresee(config.scorer.score, "scorer.score", config.trusted)
+    build_loss(config.loss, config.trusted, make=foresee)
+    foresee_metrics(config.eval, config.trusted)
+    optional = {"data.gate.check": data.gate.check, "teacher.protocol": config.teacher.protocol}
+    for key, value in optional.items():
+        if value is not None:
+            foresee(value, key, config.trusted)
     here(config.model.path)
     for key in ("prompts", "heldout", "preferences"):
         if (source := getattr(data, key)) is not None:
@@ -78,6 +82,9 @@ def require_sources(config: TrainConfig) -> None:
     for source in rated if data.on_bad_row == "error" else ():
         if source is not None:
             refuse_bad_rows(source, weights=data.dimensions or None)
+    for source in (data.prompts, data.heldout if data.anchors is not None else None):
+        if source is not None:
+            refuse_bad_prompts(source)
     if data.anchors is not None and not config.teacher.asks:
         require_store(Path(data.anchors))
 

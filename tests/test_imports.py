@@ -117,25 +117,68 @@ def test_a_run_that_is_not_there_is_refused_without_jax(command):
     assert loads(f"{call}\ntry: told.main()\nexcept SystemExit: pass\nimport sys", "jax") == []
 
 
-@pytest.mark.parametrize(
-    ("setting", "said", "heavy"),
-    [
-        (
-            "loss._target_=pujax.method.losses.ldl_grop",
-            "no ldl_grop, did you mean ldl_grpo?",
-            "jax",
-        ),
-        ("scorer.score._target_=foo.bar", "scorer.score: foo.bar is neither pujax's nor", "jax"),
-        ("labels.tau=-1", "labels.tau=-1: must be positive", "transformers"),
-        ("mesh.fsdp=7", "is not the number of devices", "transformers"),
-    ],
-)
-def test_a_wrong_function_or_value_is_refused_before_what_takes_seconds(setting, said, heavy):
-    call = f"import sys, pujax.train as told; sys.argv = ['x', '+experiment=smoke', {setting!r}]"
-    code = f"{call}\ntry: told.main()\nexcept SystemExit: pass\nassert {heavy!r} not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert said in done.stderr
+WRONG = {
+    "train +experiment=smoke labels.tau=-1": "labels.tau=-1: must be positive",
+    "train +experiment=smoke eval.samples=2": "eval.samples=2: pass@4 needs at least 4",
+    "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
+    "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
+    "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
+    "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
+    "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
+    "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
+    "generate model=m.gguf soft_prompt=none": "none: no such file: `pujax adapt` makes one",
+    "chat model=m.gguf system=@none": "system=@none: No such file",
+    "serve model=m.gguf host=": "host='': give an address",
+}
+"""What a command says; each takes a third of a second, so functions' settings are in `UNFIT`."""
+
+UNFIT = [
+    ("losses.ldl_grop", {}, "no ldl_grop, did you mean ldl_grpo?"),
+    ("losses.grpo", {"nosuch": 1}, "grpo has no ['nosuch']; it takes ['advantage'"),
+    ("losses.grpo", {"clip": "token_clip"}, "mine.clip='token_clip': write a function"),
+    ("losses.grpo", {"clip_low": "abc"}, "mine.clip_low='abc': write a number"),
+    ("losses.grpo", {"clip_low": 2}, "loss.clip_low=2: must lie in (0, 1]"),
+    ("losses.nnpu", {"prior": float("nan")}, "loss.prior=nan: must lie in (0, 1)"),
+    ("pair_losses.kto", {"desirable_weight": -1}, "loss.desirable_weight=-1: must be finite"),
+    ("labels.mixed_labels", {"weights": [0.5, -1]}, "labels.weights=[0.5, -1]: none may be neg"),
+    ("labels.softmax_labels", {"anchor_mass": 1}, "labels.anchor_mass=1: must lie in [0, 1)"),
+    ("scoring.blend", {"scores": []}, "mine: blend also needs ['weights']"),
+    ("scoring.blend", {"scores": [], "weights": []}, "scorer.score.scores=[]: give one"),
+    ("scoring.embedding", {"depth": 66}, "scorer.score.depth=66: must lie in (0, 1]"),
+    ("discriminator.discriminator", {"lr": 1}, "scorer.score.lr=1: must lie in (0, 1)"),
+    ("latent.latent", {"heads": 0}, "mine: latent also needs ['score']"),
+]
+
+
+def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
+    (tmp_path / "m.gguf").touch()
+    (tmp_path / "x.csv").write_text("question\nWhy?\n")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
+    heavy = {"jax", "flax", "optax", "transformers", "matplotlib", "rouge_score"}
+    code = f"""if True:
+        import importlib, sys
+        def refused():
+            print(*{heavy!r} & set(sys.modules), file=sys.stderr)
+        for words in {list(WRONG)!r}:
+            command, *words = words.split()
+            sys.argv = [command, *words]
+            try: importlib.import_module(f"pujax.{{command}}").main()
+            except SystemExit: refused()
+        from pujax.config.functions import foresee
+        from pujax.errors import ConfigError
+        nan = float("nan")
+        for name, settings, _ in {UNFIT!r}:
+            named = {{"_target_": f"pujax.method.{{name}}", "_partial_": True}}
+            try: foresee(named | settings, "mine")
+            except ConfigError as error: print(error, file=sys.stderr); refused()
+    """
+    called = [sys.executable, "-c", code]
+    done = subprocess.run(called, capture_output=True, text=True, cwd=tmp_path)
+    told = done.stderr.splitlines()
+    assert told[1::2] == [""] * (len(WRONG) + len(UNFIT))
+    for said, line in zip([*WRONG.values(), *(u[2] for u in UNFIT)], told[::2], strict=True):
+        assert said in line
 
 
 def test_the_front_door_is_quick():

@@ -7,14 +7,14 @@ import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pujax.config.settings import EvalConfig
+from pujax.config.stand_ins import source_of, stand_in
 from pujax.errors import ConfigError, require
 from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
-from pujax.files.settings import named_now
+from pujax.files.settings import leaves, named_now
 from pujax.teacher.settings import TeacherConfig
 
 OURS = (
@@ -25,6 +25,10 @@ OURS = (
     "pujax.inference.local_teacher.",
 )
 """Where the functions live that settings may name, beside the packages in `trusted`."""
+
+
+Make = Callable[[Any, str, Sequence[str]], Callable[..., Any]]
+"""What makes a function of the node that names it: `build`, or `foresee`."""
 
 
 def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
@@ -46,13 +50,38 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
         raise ConfigError(f"{key}: cannot build {target!r}: {error}{hint}") from error
     if not (inspect.isfunction(inspect.unwrap(function)) or inspect.isclass(function)):
         raise ConfigError(f"{key}: {target} is a {type(function).__name__}, not a function")
-    keywords = {
-        str(name): _built(value, f"{key}.{name}", trusted)
-        for name, value in node.items()
-        if name not in ("_target_", "_partial_")
-    }
-    _check_bound(target, function, keywords, key)
-    return functools.partial(function, **keywords)
+    return _bound(target, function, node, key, trusted, build)
+
+
+def foresee(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any]:
+    """Refuse what `build` would refuse, and a value that the function would, nothing imported.
+
+    As far as that can be seen: of pujax's own functions, by their files. What those of a user's own
+    packages take, shows when they are imported. Returns the `stand_in`, as `build` the function.
+    Raises `ConfigError`.
+    """
+    target = _named(node, key, trusted)
+    module, _, name = target.rpartition(".")
+    if not target.startswith(OURS):
+        for part, value in node.items():
+            _built(value, f"{key}.{part}", trusted, foresee)
+        return _anything
+    function = stand_in(target)
+    if function is None:
+        source = source_of(module)
+        if re.search(rf"\b{re.escape(name)}\b", source):  # a class, or a name of another file's
+            return _anything
+        near = difflib.get_close_matches(name, re.findall(r"(?m)^(?:def|class) (\w+)", source))
+        meant = f", did you mean {near[0]}?" if near else ": take another, see --help"
+        raise ConfigError(f"{key}: {module} has no {name}{meant}")
+    bound = _bound(target, function, node, key, trusted, foresee)
+    taken = inspect.signature(function).parameters.values()
+    bound(*(None for each in taken if each.kind is not inspect.Parameter.KEYWORD_ONLY))
+    return bound
+
+
+def _anything(*_: Any, **__: Any) -> None:
+    """What stands in for a function of which nothing is known yet."""
 
 
 def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
@@ -77,49 +106,44 @@ def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
     return target
 
 
-def require_named(value: Any, key: str, trusted: Sequence[str] = ()) -> None:
-    """Refuse what `build` would refuse of the functions named in `value`, nothing imported.
-
-    As far as that can be seen: one of pujax's must be spoken of in the file that it is said to be
-    in. What a user's own packages have shows when they are imported. Raises `ConfigError`.
-    """
-    if isinstance(value, Sequence) and not isinstance(value, str):
-        for i, part in enumerate(value):
-            require_named(part, f"{key}[{i}]", trusted)
-    if not isinstance(value, Mapping):
-        return
-    if "_target_" in value:
-        target = _named(value, key, trusted)
-        module, _, name = target.rpartition(".")
-        file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
-        source = file.read_text(encoding="utf-8") if file.is_file() else ""
-        if target.startswith(OURS) and not re.search(rf"\b{re.escape(name)}\b", source):
-            near = difflib.get_close_matches(name, re.findall(r"(?m)^(?:def|class) (\w+)", source))
-            meant = f", did you mean {near[0]}?" if near else ": take another, see --help"
-            raise ConfigError(f"{key}: {module} has no {name}{meant}")
-    for name, part in value.items():
-        require_named(part, f"{key}.{name}", trusted)
+def _bound(
+    target: str,
+    function: Callable[..., Any],
+    node: Any,
+    key: str,
+    trusted: Sequence[str],
+    make: Make,
+) -> functools.partial[Any]:
+    """`function` with the settings of `node` bound, checked; those that name others by `make`."""
+    keywords = {
+        str(name): _built(value, f"{key}.{name}", trusted, make)
+        for name, value in node.items()
+        if name not in ("_target_", "_partial_")
+    }
+    _check_bound(target, function, keywords, key)
+    return functools.partial(function, **keywords)
 
 
-def _built(value: Any, key: str, trusted: Sequence[str]) -> Any:
+def _built(value: Any, key: str, trusted: Sequence[str], make: Make) -> Any:
     """A keyword's value: a node as the function it names, alone or in a list."""
     if isinstance(value, Sequence) and not isinstance(value, str):
-        return [_built(part, f"{key}[{i}]", trusted) for i, part in enumerate(value)]
+        return [_built(part, f"{key}[{i}]", trusted, make) for i, part in enumerate(value)]
     if isinstance(value, Mapping):
         if "_target_" in value:
-            return build(value, key, trusted)
-        return {str(name): _built(part, f"{key}.{name}", trusted) for name, part in value.items()}
+            return make(value, key, trusted)
+        return {str(n): _built(part, f"{key}.{n}", trusted, make) for n, part in value.items()}
     return value
 
 
 def build_loss(
-    node: Any, trusted: Sequence[str] = ()
+    node: Any, trusted: Sequence[str] = (), *, make: Make = build
 ) -> tuple[Callable[..., Any], dict[str, bool]]:
     """The loss that `node` names, and what its `needs` says (see `needs_of`).
 
-    Raises `ConfigError` as `build` does, and for `needs` of another form.
+    Raises `ConfigError` as `make` does, which is `build` or `foresee`, and for `needs` of another
+    form.
     """
-    entries = dict(node)
+    entries = dict(node) if isinstance(node, Mapping) else {"_target_": node}
     needs = dict(entries.pop("needs", None) or {})
     for name, said in needs.items():
         require(
@@ -128,7 +152,7 @@ def build_loss(
             said,
             "say `needs: {anchor: true}`, {reference: true} or both",
         )
-    return build(entries, "loss", trusted), needs
+    return make(entries if isinstance(node, Mapping) else node, "loss", trusted), needs
 
 
 def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:
@@ -136,23 +160,45 @@ def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[st
 
     Each is called once, on a made-up prompt. Raises `ConfigError`, as `build` and `try_metric` do.
     """
-    metrics = {}
-    for name, node in config.metrics.items():
-        key = f"eval.metrics.{name}"
-        try:
-            function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
-            built = build(function, f"{key}.function", trusted)
-            try_metric(key, built, config.samples)
-            try:
-                metrics[name] = Metric(built, Shown(**shown))
-            except ConfigError as error:
-                raise ConfigError(f"{key}: {error}") from error
-        except (KeyError, TypeError) as error:
-            raise ConfigError(
-                f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
-                "and better, as in conf/eval/"
-            ) from error
+    metrics = {
+        name: _metric(name, node, trusted, build, tried=config.samples)
+        for name, node in config.metrics.items()
+    }
     return metrics or METRICS
+
+
+def foresee_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> None:
+    """Refuse what `build_metrics` would refuse of pujax's own, as `foresee` does."""
+    for name, node in config.metrics.items():
+        named = [str(value) for key, value in leaves(node) if key.endswith("_target_")]
+        # ROUGE takes seconds to import, and no other metric of pujax's has anything to.
+        quick = all(
+            each.startswith("pujax.evaluation.metrics.") and not each.endswith(".rouge_l")
+            for each in named
+        )
+        make, tried = (build, config.samples) if quick else (foresee, None)
+        _metric(name, node, trusted, make, tried=tried)
+
+
+def _metric(
+    name: str, node: Any, trusted: Sequence[str], make: Make, *, tried: int | None
+) -> Metric:
+    """The metric that a node of eval.metrics is, called on so many made-up answers unless None."""
+    key = f"eval.metrics.{name}"
+    try:
+        function, shown = node["function"], {k: v for k, v in node.items() if k != "function"}
+        made = make(function, f"{key}.function", trusted)
+        if tried is not None:
+            try_metric(key, made, tried)
+        try:
+            return Metric(made, Shown(**shown))
+        except ConfigError as error:
+            raise ConfigError(f"{key}: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ConfigError(
+            f"{key}={node!r}: {error}: it needs a function and a title, and may have digits "
+            "and better, as in conf/eval/"
+        ) from error
 
 
 def with_protocol(teacher: TeacherConfig, trusted: Sequence[str] = ()) -> TeacherConfig:
@@ -215,6 +261,8 @@ def _fits(value: Any, wanted: Any) -> bool:
         return callable(value)
     if origin in (Sequence, list):
         return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
+    if origin is Mapping:
+        return isinstance(value, Mapping)
     if wanted in (int, float):
         numbers = int if wanted is int else int | float
         return isinstance(value, numbers) and not isinstance(value, bool)
@@ -230,4 +278,6 @@ def _described(wanted: Any) -> str:
         return "a function, by _target_ with _partial_: true"
     if origin in (Sequence, list):
         return f"a list, each {_described(parts[0])}"
+    if origin is Mapping:
+        return "a mapping, as in {name: value}"
     return TYPES.get(wanted, str(wanted))

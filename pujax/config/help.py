@@ -17,6 +17,7 @@ import yaml
 from omegaconf import MISSING, OmegaConf
 
 from pujax.config.compose import conf_dir
+from pujax.config.stand_ins import source_of
 from pujax.files.settings import named_now
 
 WIDTH, COLUMN = 100, 40  # of the whole, and where meanings begin
@@ -82,10 +83,7 @@ def said_of(target: str) -> tuple[str, dict[str, str]]:
     from elsewhere.
     """
     module, _, name = str(named_now({"_target_": target})["_target_"]).rpartition(".")
-    file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
-    if not module.startswith("pujax.") or not file.is_file():
-        return "", {}
-    source = file.read_text(encoding="utf-8")
+    source = source_of(module)
     found = re.search(rf'^(?:def|class) {name}\b.*?"""(.*?)"""', source, re.MULTILINE | re.DOTALL)
     text = inspect.cleandoc(found[1]) if found else ""
     return text.partition("\n")[0], _entries(text)

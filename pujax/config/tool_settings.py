@@ -1,17 +1,22 @@
 """Settings of the commands that don't train, as far as more than their own file reads them."""
 
 import re
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import MISSING
 
 from pujax.config.commands import listed, one_source
 from pujax.config.model_settings import ModelConfig
-from pujax.config.settings import MeshConfig, ScorerConfig, check_seed
-from pujax.errors import ConfigError, require
+from pujax.config.settings import DataConfig, EvalConfig, MeshConfig, ScorerConfig, check_seed
+from pujax.errors import ConfigError, PujaxError, require
+from pujax.files.locate import at_home
 from pujax.teacher.settings import CollectConfig, TeacherConfig
+
+T = TypeVar("T", DataConfig, EvalConfig)
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,9 @@ class HeldoutConfig:
     max_response_tokens: int | None = None
     on_too_long: str | None = None
 
+    def __post_init__(self) -> None:
+        over(DataConfig(), self)  # which checks itself
+
 
 @dataclass(frozen=True)
 class MeasureConfig:
@@ -124,6 +132,14 @@ class MeasureConfig:
     samples: int | None = None
     temperature: float | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        over(EvalConfig(), self)  # which checks itself
+
+
+def over(record: T, told: Any) -> T:
+    """`record` with what `told` has of it that is not null. Raises what such a record raises."""
+    return replace(record, **{key: v for key, v in vars(told).items() if v is not None})
 
 
 @dataclass(frozen=True)
@@ -211,6 +227,17 @@ class EvaluateConfig:
         return changed or not self.runs
 
 
+@contextmanager
+def own_names() -> Iterator[None]:
+    """Tells what is wrong by this command's settings, which are a run's without `data.`."""
+    try:
+        yield
+    except PujaxError as error:
+        names = "|".join(each.name for each in fields(DataConfig))
+        said = re.sub(rf"\bdata\.({names})\b", r"\1", str(error))
+        raise type(error)(said) from error
+
+
 @dataclass(frozen=True)
 class AdaptConfig:
     """Everything `pujax adapt` is told.
@@ -269,6 +296,14 @@ class AdaptConfig:
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
         check_seed(self.seed)
+        out = at_home(self.out)
+        suffix = out.suffix == ".safetensors"
+        require(suffix, "out", self.out, "name a file that ends in .safetensors")
+        word = re.fullmatch(r"[\w.-]+", out.stem) is not None
+        require(word, "out", self.out, "its user is called by the file's name: take one word")
+        given = [at_home(path).resolve() for path in self.fitted]
+        another = "is one of `fitted`: choose another name"
+        require(out.resolve() not in given, "out", self.out, another)
         for key, most in (("tokens", 1024), ("steps", 1_000_000), ("batch", 4096)):
             value = getattr(self, key)
             require(0 < value <= most, key, value, f"must lie in [1, {most}]")
@@ -296,3 +331,21 @@ class AdaptConfig:
         require(
             len(self.fitted) != 1, "fitted", self.fitted, "a diffusion model needs two at the least"
         )
+        if self.preferences is not None:
+            self.laid_out(None)
+
+    def laid_out(self, system: str | None) -> DataConfig:
+        """The preferences as those of a run with that `system` message. Raises `ConfigError`."""
+        with own_names():
+            return DataConfig(
+                prompts=None,
+                anchors=None,
+                heldout=self.heldout,
+                preferences=self.preferences,
+                dimensions=self.dimensions,
+                on_bad_row=self.on_bad_row,
+                on_too_long=self.on_too_long,
+                system=system,
+                max_prompt_tokens=self.max_prompt_tokens,
+                max_response_tokens=self.max_response_tokens,
+            )

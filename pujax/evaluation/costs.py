@@ -1,5 +1,6 @@
 """A card of costs: what the student's answers are worth and take, beside the teacher's."""
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -44,6 +45,11 @@ class _Taken:
     unpriced: str = UNKNOWN
 
 
+def _check_known(key: str, value: float | None) -> None:
+    known = value is None or 0 <= value < math.inf
+    require(known, key, value, "must be finite and not negative, or null")
+
+
 def costs(
     subject: Subject,
     *,
@@ -70,8 +76,7 @@ def costs(
     """
     require(prompts > 0, "suite.prompts", prompts, "must be positive")
     for key, value in (("hour", hour), ("input", input), ("output", output), ("latency", latency)):
-        known = value is None or 0 <= value < float("inf")
-        require(known, f"suite.{key}", value, "must be finite and not negative, or null")
+        _check_known(f"suite.{key}", value)
     examples = subject.examples[:prompts]
 
     @partial(jax.jit, static_argnames="size")

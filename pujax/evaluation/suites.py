@@ -6,6 +6,7 @@ with its prompts; `reference`, what a run's alignment started from; `answers`, t
 there are; `judge`; and `records`, in which a long one keeps what it has.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -85,6 +86,8 @@ def signal(
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
     check_temperature("suite.temperature", temperature)
+    require(0 <= margin < math.inf, "suite.margin", margin, "must be finite and not negative")
+    require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
     records = Records() if records is None else records
     functions = {name: s["score"] if isinstance(s, Mapping) else s for name, s in scorers.items()}
 
@@ -416,8 +419,9 @@ def ranking(
     """
     require(samples >= 2, "suite.samples", samples, "needs at least 2")
     check_temperature("suite.temperature", temperature)
-    require(beta > 0, "suite.beta", beta, "must be positive")
+    require(0 < beta < math.inf, "suite.beta", beta, "must be positive and finite")
     require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
+    require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
     records = Records() if records is None else records
 
     def regard(example: Example, text: str) -> float | None:

@@ -8,10 +8,10 @@ from pujax.errors import ConfigError
 
 def require_hub(name: str) -> None:
     """Raise `ConfigError` unless `name` can name a repository and there is a token to push with."""
-    from huggingface_hub import get_token
-
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         raise ConfigError(f"push={name!r}: write OWNER/NAME, as the hub calls a model")
+    from huggingface_hub import get_token
+
     if get_token() is None:
         raise ConfigError(f"push={name}: no token for the hub: `hf auth login`, or set HF_TOKEN")
 

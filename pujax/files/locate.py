@@ -67,6 +67,14 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
         ) from error
 
 
+def soft_prompt_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a soft prompt. Raises `WeightsError` where none is."""
+    file = at_home(path)
+    if not file.is_file():
+        raise WeightsError(f"{path}: no such file: `pujax adapt` makes one")
+    return file
+
+
 def package_file(path: str) -> Path:
     """The file that `package://NAME/FILE` names, found without importing the package.
 

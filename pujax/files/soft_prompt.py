@@ -23,7 +23,7 @@ from transformers import AddedToken
 from pujax.errors import ChatError, ConfigError, WeightsError
 from pujax.files.chat import Chat, Message
 from pujax.files.durable import name_beside, on_disk
-from pujax.files.locate import at_home, here
+from pujax.files.locate import at_home, here, soft_prompt_file
 from pujax.files.safetensors import write_tensors
 from pujax.models.parameters import DecoderConfig
 from pujax.models.soft_prompt import with_rows
@@ -68,8 +68,7 @@ def load_soft_prompt(path: Path) -> tuple[Float[np.ndarray, "N D"], dict[str, An
 
     Raises `WeightsError` for a file that is missing, damaged, or holds anything else.
     """
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file: `pujax adapt` makes one")
+    soft_prompt_file(path)
     try:
         with safe_open(path, "np") as file:
             names, told = list(file.keys()), (file.metadata() or {}).get(ABOUT, "{}")

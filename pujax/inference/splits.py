@@ -16,7 +16,7 @@ from omegaconf import MISSING
 
 from pujax.config.functions import build_metrics
 from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
-from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
+from pujax.config.tool_settings import HeldoutConfig, MeasureConfig, over
 from pujax.errors import ConfigError, EvaluationError, PujaxError
 from pujax.evaluation.metrics import Metric
 from pujax.evaluation.results import Evaluation, load, save
@@ -65,8 +65,8 @@ def split_of(
     own = TrainConfig(eval=EvalConfig(), trusted=list(trusted))
     if directory is not None:
         own = run_config(directory, trusted)
-    of_data = _over(DataConfig() if directory is None else own.data, data)
-    of_eval = _over(own.eval, replace(measured, metrics={}))
+    of_data = over(DataConfig() if directory is None else own.data, data)
+    of_eval = over(own.eval, replace(measured, metrics={}))
     nodes = {**own.eval.metrics, **measured.metrics}
     metrics = {
         **build_metrics(own.eval, own.trusted),
@@ -91,11 +91,6 @@ def split_of(
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out={out!r}: is a run's directory, which has a table of its own")
     return Split(config, metrics, folder)
-
-
-def _over(record: Any, told: Any) -> Any:
-    """`record` with what `told` has that is not null."""
-    return replace(record, **{key: v for key, v in vars(told).items() if v is not None})
 
 
 def _stem(source: Any) -> str:

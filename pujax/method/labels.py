@@ -4,6 +4,7 @@ The abstract of arXiv 2601.20687 fixes that preferences are pairwise or listwise
 and concentrated on near-optimal candidates. How scores become labels or pairs is ours.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -88,8 +89,7 @@ def softmax_labels(
     >>> print(labels.round(3))  # 0.8 / (1 + exp(4)) and the rest of 0.8: z is -1 and 1, tau 0.5
     [[0.2   0.014 0.786]]
     """
-    require(tau > 0, "labels.tau", tau, "must be positive")
-    require(0 <= anchor_mass < 1, "labels.anchor_mass", anchor_mass, "must lie in [0, 1)")
+    _check_labels(tau, anchor_mass)
     candidate = candidates(scores)
     z = standardize(scores, candidate) if standardized else scores.astype(jnp.float32)
     shares = jax.nn.softmax(jnp.where(candidate, z / tau, -jnp.inf), axis=-1)
@@ -129,6 +129,8 @@ def mixed_labels(
         drawn: draw lambda for each batch, from the Dirichlet distribution of `weights`.
         anchor_mass: the anchor's share, in [0, 1); 0 leaves it out.
     """
+    _check_labels(tau, anchor_mass)
+    _check_weights(weights, drawn)
     if members is None:
         raise ConfigError(
             "labels: mixed_labels weighs several scores of a response, and here is one: take "
@@ -138,12 +140,6 @@ def mixed_labels(
     if mix is None:
         given = list(weights or [1.0] * M)
         require(len(given) == M, "labels.weights", given, f"there are {M} dimensions: one for each")
-        require(
-            min(given) > 0 if drawn else min(given) >= 0 and sum(given) > 0,
-            "labels.weights",
-            given,
-            "all must be positive to be drawn" if drawn else "none may be negative, nor all 0",
-        )
         one = jnp.asarray(given, jnp.float32)
         one = jax.random.dirichlet(key, one) if drawn else one / one.sum()
         mix = jnp.broadcast_to(one, (B, M))
@@ -153,6 +149,24 @@ def mixed_labels(
     ]
     labels = jnp.stack([each for each, _ in made], axis=1)
     return jnp.sum(mix[:, :, None] * labels, axis=1), made[0][1]
+
+
+def _check_labels(tau: float, anchor_mass: float) -> None:
+    require(0 < tau < math.inf, "labels.tau", tau, "must be positive and finite")
+    require(0 <= anchor_mass < 1, "labels.anchor_mass", anchor_mass, "must lie in [0, 1)")
+
+
+def _check_weights(weights: Sequence[float] | None, drawn: bool) -> None:
+    """Null is as many as there are dimensions, and so is none at all."""
+    given = list(weights or [1.0])
+    require(
+        all(0 < each < math.inf for each in given)
+        if drawn
+        else all(0 <= each < math.inf for each in given) and any(given),
+        "labels.weights",
+        given,
+        "all must be positive to be drawn" if drawn else "none may be negative, nor all 0",
+    )
 
 
 def takes_members(rule: LabelRule) -> bool:

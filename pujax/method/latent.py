@@ -12,6 +12,8 @@ of like candidates of the others. So there is nothing to keep between steps. No 
 the student.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -46,7 +48,7 @@ def latent(
     """
     for key, value in (("heads", heads), ("latents", latents), ("steps", steps)):
         require(value > 0, f"scorer.score.{key}", value, "must be positive")
-    require(phi >= 0, "scorer.score.phi", phi, "must not be negative")
+    require(0 <= phi < math.inf, "scorer.score.phi", phi, "must be finite and not negative")
     require(0 < lr < 1, "scorer.score.lr", lr, "must lie in (0, 1)")
     states = context.last_states()
     pairs = every_pair(score(context))

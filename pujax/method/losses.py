@@ -30,6 +30,7 @@ A group of one prompt, its anchor and two candidates of two tokens; the policy i
 [0.1308]
 """
 
+import math
 from collections.abc import Callable
 
 import jax
@@ -147,7 +148,7 @@ def nnpu(
         prior: the share of the candidates that is as good as the anchor, in (0, 1).
         surrogate: l, the loss of a classifier's output.
     """
-    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(0 < beta < math.inf, "loss.beta", beta, "must be positive and finite")
     require(0 < prior < 1, "loss.prior", prior, "must lie in (0, 1)")
     rewards_BG = beta * deltas(logps, group)
     anchor_B = rewards_BG[:, 0]
@@ -178,7 +179,7 @@ def listwise(
             the policy goes.
         length_normalized: divide each response's log-ratio by its length.
     """
-    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(0 < beta < math.inf, "loss.beta", beta, "must be positive and finite")
     rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
     terms_BG = xlogy(group.labels, group.labels) - group.labels * log_p(rewards_BG, group.valid)
     loss_B = jnp.sum(terms_BG, axis=-1, where=group.valid)
@@ -253,6 +254,7 @@ def constant(
     >>> print(constant(jnp.array([[[1.0, 2.0, 3.0], [10.0, 0.0, 0.0]]]), mask, length=2.0))
     [4.]
     """
+    require(0 < length < math.inf, "loss.aggregate.length", length, "must be positive and finite")
     each = sums(masked(terms, mask))
     return (each.mean(axis=-1) if count is None else sums(each) / jnp.maximum(count, 1)) / length
 
@@ -266,7 +268,6 @@ def token_clip(
     clip_high: float,
 ) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
     """-min(r A, clip(r) A), r the ratio of each token (PPO, Schulman et al., 2017, eq. 7)."""
-    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
     ratio = jnp.exp(masked(logps - old_logps, mask))
     return _pessimistic(ratio, advantages, mask, clip_low, clip_high)
 
@@ -284,7 +285,6 @@ def sequence_clip(
     s = (policy(y) / old(y))^(1 / |y|), the response's own ratio, length-normalised. Aggregated by
     `sequence_mean` it is the paper's objective.
     """
-    require(0 < clip_low < 1, "loss.clip_low", clip_low, "must lie in (0, 1)")
     log_ratio = means(masked(logps - old_logps, mask), mask)
     ratio = jnp.broadcast_to(jnp.exp(log_ratio)[:, :, None], mask.shape)
     return _pessimistic(ratio, advantages, mask, clip_low, clip_high)
@@ -300,10 +300,8 @@ def weight_clip(
 ) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
     """-clip(r) A log policy, no gradient through clip(r) (CISPO, MiniMax, 2025, section 3.1).
 
-    Every token keeps a gradient: the clip bounds its weight alone. `clip_low` 1 is no lower bound.
+    Every token keeps a gradient: the clip bounds its weight alone.
     """
-    require(0 < clip_low <= 1, "loss.clip_low", clip_low, "must lie in (0, 1]")
-    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
     ratio = jnp.exp(masked(stop_gradient(logps) - old_logps, mask))
     weight = jnp.clip(ratio, 1 - clip_low, 1 + clip_high)
     terms = -weight * advantages[:, :, None] * masked(logps, mask)
@@ -318,7 +316,6 @@ def _pessimistic(
     clip_high: float,
 ) -> tuple[Float[Array, "B n T"], Bool[Array, "B n T"]]:
     """The worse of the free and the clipped surrogate, and where that is the clipped one."""
-    require(clip_high > 0, "loss.clip_high", clip_high, "must be positive")
     advantages = advantages[:, :, None]
     free = ratio * advantages
     bound = jnp.clip(ratio, 1 - clip_low, 1 + clip_high) * advantages
@@ -350,12 +347,13 @@ def grpo(
         advantage: from a group's scores or labels to each candidate's advantage.
         aggregate: from the terms of a prompt's tokens to its loss.
         clip: which ratio of policy to old policy is bounded, and how.
-        clip_low: how far that ratio may fall below 1.
+        clip_low: how far that ratio may fall below 1, in (0, 1]; 1 is no lower bound.
         clip_high: how far it may rise above 1.
         kl_coef: the weight of the KL to the reference; 0 is none.
         mask_unfinished: drop the tokens of responses that were cut off; their scores stay in the
             baseline (as in DAPO).
     """
+    _check_surrogate(clip_low, clip_high, kl_coef)
     mask = _candidate_mask(group, mask_unfinished)
     advantages = stop_gradient(advantage(group))
     surrogate, clipped = clip(
@@ -393,12 +391,14 @@ def ldl_grpo(
     Settings:
         beta: the implied reward for a nat of log-ratio to the reference: the smaller, the further
             the policy goes.
-        clip_low: how far a token's ratio of policy to old policy may fall below 1.
+        clip_low: how far a token's ratio of policy to old policy may fall below 1, in (0, 1]; 1 is
+            no lower bound.
         clip_high: how far it may rise above 1.
         kl_coef: the weight of the KL to the reference, of a candidate; 0 is none.
         mask_unfinished: drop the tokens of responses that were cut off; they stay in q and p.
     """
-    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(0 < beta < math.inf, "loss.beta", beta, "must be positive and finite")
+    _check_surrogate(clip_low, clip_high, kl_coef)
     valid = group.valid
     candidate_mask = _candidate_mask(group, mask_unfinished)
     anchor_mask = group.mask[:, :1] & valid[:, :1, None]
@@ -430,10 +430,16 @@ def beside_anchor(
         loss: the other loss.
         weight: of the anchor's mean negative log-prob.
     """
-    require(weight > 0, "loss.weight", weight, "must be positive")
+    require(0 < weight < math.inf, "loss.weight", weight, "must be positive and finite")
     loss_B, metrics = loss(logps, group)
     nll_B, _ = sft(logps, group)
     return loss_B + weight * nll_B, metrics | {"loss/anchor": stop_gradient(nll_B).mean()}
+
+
+def _check_surrogate(clip_low: float, clip_high: float, kl_coef: float) -> None:
+    require(0 < clip_low <= 1, "loss.clip_low", clip_low, "must lie in (0, 1]: 1 is no bound")
+    require(0 < clip_high < math.inf, "loss.clip_high", clip_high, "must be positive and finite")
+    require(0 <= kl_coef < math.inf, "loss.kl_coef", kl_coef, "must be finite and not negative")
 
 
 def kl_terms(

@@ -25,6 +25,7 @@ A group of one prompt, its anchor and two candidates of two tokens; the policy i
 [0.1269]
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -76,6 +77,7 @@ def dpo(
         label_smoothing,
         "must lie in [0, 0.5)",
     )
+    _check_weight("nll_weight", nll_weight)
     weights_BGG = pairs(group.scores)
     rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
     margins_BGG = gaps(rewards_BG)
@@ -131,6 +133,7 @@ def slic(
             target.
     """
     _check_beta(beta)
+    _check_weight("nll_weight", nll_weight)
     weights_BGG = pairs(group.scores)
     rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
     losses_BGG = jax.nn.relu(1 - gaps(rewards_BG)) + nll_weight * nll(logps, group)[:, :, None]
@@ -157,7 +160,7 @@ def simpo(
         gamma: how far the chosen's reward is to be ahead.
     """
     _check_beta(beta)
-    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    _check_weight("gamma", gamma)
     weights_BGG = pairs(group.scores)
     rewards_BG = -beta * nll(logps, group)
     loss_B = jnp.sum(weights_BGG * jax.nn.softplus(gamma - gaps(rewards_BG)), axis=(1, 2))
@@ -179,7 +182,7 @@ def orpo(
         pairs: which of a group's responses are preferred to which.
         odds_weight: of the odds beside the chosen's likelihood, the paper's lambda.
     """
-    require(odds_weight >= 0, "loss.odds_weight", odds_weight, "must not be negative")
+    _check_weight("odds_weight", odds_weight)
     weights_BGG = pairs(group.scores)
     nll_BG = nll(logps, group)
     mean_BG = jnp.minimum(-nll_BG, _CERTAIN)
@@ -212,7 +215,7 @@ def gamma_dpo(
         length_normalized: divide each response's D by its length.
     """
     _check_beta(beta)
-    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    _check_weight("gamma", gamma)
     weights_BGG = pairs(group.scores)
     terms = masked(logps, group.mask) - gamma * masked(group.ref_logps, group.mask)
     rewards_BG = beta * (means(terms, group.mask) if length_normalized else sums(terms))
@@ -244,7 +247,8 @@ def spo(
         gamma: the weight of the degrees' order beside the pairs.
         length_normalized: divide each response's log-ratio by its length.
     """
-    require(gamma >= 0, "loss.gamma", gamma, "must not be negative")
+    _check_beta(beta)
+    _check_weight("gamma", gamma)
     loss_B, metrics = dpo(logps, group, pairs=pairs, beta=beta, length_normalized=length_normalized)
     rewards_BG = beta * deltas(logps, group, length_normalized=length_normalized)
     there, scores = candidates(group.scores), group.scores
@@ -315,7 +319,8 @@ def e_dpo(
         pessimism: the weight of KL(ref || policy), which draws to the scorer that asks for least.
         length_normalized: divide each response's log-ratio by its length.
     """
-    require(pessimism >= 0, "loss.pessimism", pessimism, "must not be negative")
+    _check_beta(beta)
+    _check_weight("pessimism", pessimism)
     family_BMG = group.scores[:, None] if group.members is None else group.members
     settings = {"beta": beta, "length_normalized": length_normalized}
     made = [
@@ -379,8 +384,8 @@ def kto(
         reference_point: z, the log-ratio from which gains and losses are measured.
     """
     _check_beta(beta)
-    require(desirable_weight >= 0, "loss.desirable_weight", desirable_weight, "be 0 or more")
-    require(undesirable_weight >= 0, "loss.undesirable_weight", undesirable_weight, "be 0 or more")
+    _check_weight("desirable_weight", desirable_weight)
+    _check_weight("undesirable_weight", undesirable_weight)
     sides_BG = sides(group.scores)
     delta_BG = deltas(logps, group)
     point_BG = stop_gradient(reference_point(stop_gradient(delta_BG), group))
@@ -406,4 +411,8 @@ def _mean_of(x: Float[Array, "B G"], weights: Float[Array, "B G"]) -> Float[Arra
 
 
 def _check_beta(beta: float) -> None:
-    require(beta > 0, "loss.beta", beta, "must be positive")
+    require(0 < beta < math.inf, "loss.beta", beta, "must be positive and finite")
+
+
+def _check_weight(name: str, value: float) -> None:
+    require(0 <= value < math.inf, f"loss.{name}", value, "must be finite and not negative")

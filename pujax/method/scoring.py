@@ -5,6 +5,7 @@ of the G responses; higher is better. The abstract of arXiv 2601.20687 fixes *th
 ranks its candidates with the anchor in view; every score below is our instantiation.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -142,8 +143,9 @@ def embedding(context: ScoringContext, *, depth: float = 0.6667) -> Float[Array,
     Two thirds of them, to the digits that settings have: rounded to a layer it is the same.
 
     Settings:
-        depth: the share of the layers that responses are read through.
+        depth: the share of the layers that responses are read through, in (0, 1].
     """
+    require(0 < depth <= 1, "scorer.score.depth", depth, "must lie in (0, 1]")
     layers = max(1, round(depth * context.model.config.layers))
     hidden = context.hidden(layers).astype(jnp.float32)
     count = jnp.maximum(context.mask.sum(axis=-1), 1)[..., None]
@@ -329,8 +331,7 @@ def blend(
         scores: the scores, each a function by `_target_`.
         weights: of each.
     """
-    if len(scores) != len(weights):
-        raise ValueError(f"blend: {len(scores)} scores but {len(weights)} weights: give one each")
+    _check_weights(scores, weights)
     candidates = _candidates(context)
     total = mean = jnp.zeros(())
     for score, weight in zip(scores, weights, strict=True):
@@ -341,6 +342,18 @@ def blend(
         total += weight * standardize(raw, candidates)
     context.notes["score/mean"] = mean
     return total
+
+
+def _check_weights(scores: Sequence[Any], weights: Sequence[float]) -> None:
+    count = len(scores)
+    require(count > 0, "scorer.score.scores", scores, "give one at least")
+    remedy = f"there are {count} scores: give each a finite number, and not 0 to all"
+    fits = len(weights) == count and all(map(math.isfinite, weights)) and any(weights)
+    require(fits, "scorer.score.weights", weights, remedy)
+
+
+def _check_tau(tau: float) -> None:
+    require(0 < tau < math.inf, "scorer.score.tau", tau, "must be positive and finite")
 
 
 def _candidates(context: ScoringContext) -> Bool[Array, "B G"]:
@@ -376,8 +389,14 @@ def mixture(
         tau: temperature of each score's softmax.
         drawn: draw lambda for each batch, from the Dirichlet distribution of `weights`.
     """
-    if len(scores) != len(weights) or min(weights, default=0) <= 0:
-        raise ValueError(f"mixture: {len(scores)} scores need as many positive weights: {weights}")
+    _check_weights(scores, weights)
+    require(
+        all(weight > 0 for weight in weights),
+        "scorer.score.weights",
+        weights,
+        "all must be positive",
+    )
+    _check_tau(tau)
     candidates = _candidates(context)
     mix = jnp.asarray(weights, jnp.float32)
     mix = jax.random.dirichlet(context.key, mix) if drawn else mix / mix.sum()
@@ -403,6 +422,7 @@ def confident(
         scores: the scores, each a function by `_target_`.
         tau: temperature of the soft labels that tell how sure a score is.
     """
+    _check_tau(tau)
     candidates = _candidates(context)
     total, said = jnp.zeros(candidates.shape), jnp.zeros((candidates.shape[0], 1))
     for score in scores:

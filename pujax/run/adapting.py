@@ -5,10 +5,8 @@ diffusion planner to a few preferences; virtual tokens before a language model's
 (Lester et al., 2021), and DPO as what is fitted, are ours.
 """
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
 from typing import Any, NamedTuple
@@ -22,7 +20,7 @@ from jaxtyping import Float
 from pujax.config.functions import build_loss
 from pujax.config.settings import DataConfig
 from pujax.config.tool_settings import AdaptConfig
-from pujax.errors import ConfigError, DataError, NonFiniteError, PujaxError, require
+from pujax.errors import ConfigError, DataError, NonFiniteError, require
 from pujax.evaluation.ranking import accuracy, normalized_accuracy
 from pujax.evaluation.waiting import waited
 from pujax.files import weights
@@ -85,16 +83,7 @@ def adapt(
     `PromptError`, `NonFiniteError` and `DiskError`.
     """
     out = at_home(config.out)
-    require(
-        out.suffix == ".safetensors", "out", config.out, "name a file that ends in .safetensors"
-    )
-    word = re.fullmatch(r"[\w.-]+", out.stem) is not None
-    require(word, "out", config.out, "its user is called by the file's name: take one word")
     require_place(out)
-    given = [at_home(path).resolve() for path in config.fitted]
-    require(
-        out.resolve() not in given, "out", config.out, "is one of `fitted`: choose another name"
-    )
     others = _others(config.fitted)
     chat = Chat.load(source)
     require_plain(chat)
@@ -103,7 +92,7 @@ def adapt(
     if config.preferences is not None:
         datasets = _datasets(config, chat, system)
         recipe = _recipe(loss_fn, said, datasets[0], chat)
-        with _own_names():
+        with own_names():
             check_part(datasets[0], recipe, loss_fn, "preferences", ("batch", config.batch))
     mesh = make_mesh(1, 1, 1)
     with waited("reading the model", say):
@@ -296,18 +285,7 @@ def _logps(model: LanguageModel, params: Params, batch: Batch) -> jax.Array:
 
 def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Dataset, Dataset]:
     """What is fitted, and what is ranked before and after: the same where nothing is held out."""
-    settings = DataConfig(
-        prompts=None,
-        anchors=None,
-        heldout=config.heldout,
-        preferences=config.preferences,
-        dimensions=config.dimensions,
-        on_bad_row=config.on_bad_row,
-        on_too_long=config.on_too_long,
-        system=system,
-        max_prompt_tokens=config.max_prompt_tokens,
-        max_response_tokens=config.max_response_tokens,
-    )
+    settings = config.laid_out(system)
     data = _read(config.preferences, chat, settings)
     count = len(data.examples)
     remedy = f"there are {counted(count, 'prompt')}: lower it"
@@ -327,19 +305,8 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
 
 def _read(source: Any, chat: Chat, settings: DataConfig) -> Dataset:
     """Preference data; what is wrong with it is told by this command's settings."""
-    with _own_names():
+    with own_names():
         return make_preferences(source, chat, settings)
-
-
-@contextmanager
-def _own_names() -> Iterator[None]:
-    """Tells what is wrong by this command's settings, which are a run's without `data.`."""
-    try:
-        yield
-    except PujaxError as error:
-        names = "|".join(each.name for each in fields(DataConfig))
-        said = re.sub(rf"\bdata\.({names})\b", r"\1", str(error))
-        raise type(error)(said) from error
 
 
 def _led(data: Dataset, count: int, settings: DecoderConfig) -> Dataset:

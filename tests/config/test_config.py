@@ -1,7 +1,13 @@
+import ast
+import builtins
+import inspect
+import itertools
 import re
 from dataclasses import dataclass
 from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -9,7 +15,7 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from pujax.config.compose import conf_dir, from_hydra, register
-from pujax.config.functions import build
+from pujax.config.functions import _fits, build
 from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.config.settings import (
     AlignConfig,
@@ -20,6 +26,7 @@ from pujax.config.settings import (
     SftConfig,
     TrainConfig,
 )
+from pujax.config.stand_ins import _is_check, source_of, stand_in
 from pujax.errors import ConfigError
 from pujax.files.locate import package_file
 from pujax.files.settings import PAIR_LOSSES
@@ -315,3 +322,46 @@ def test_frozen_settings_compose():
 def test_a_package_file_that_is_missing_is_named(path, message):
     with pytest.raises(ConfigError, match=message):
         package_file(path)
+
+
+# ---------------------------------------------------------------------- functions, not imported
+
+
+def functions_of(group):
+    """What the files of a group of conf/ name by `_target_`, anywhere in them."""
+    for path in sorted(Path(conf_dir(), group).glob("*.yaml")):
+        yield from re.findall(r"_target_: (pujax\.[\w.]+)", path.read_text(encoding="utf-8"))
+
+
+GROUPS = ("loss", "labels", "scorer", "eval", "tools/suite")
+
+
+@pytest.mark.parametrize("target", sorted({t for g in GROUPS for t in functions_of(g)}))
+def test_a_function_that_is_not_imported_takes_what_it_takes(target):
+    module, _, name = target.rpartition(".")
+    real, stand = getattr(import_module(module), name), stand_in(target)
+    assert stand is not None
+    told, known = (inspect.signature(each).parameters for each in (stand, real))
+    assert list(told) == list(known)
+    for one, other in zip(told.values(), known.values(), strict=True):
+        assert one.kind == other.kind
+        assert (one.default is inspect.Parameter.empty) == (other.default is one.empty)
+        assert one.default in (one.empty, ..., other.default)
+    own = [p.name for p in known.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    wanted = get_type_hints(real)
+    for given in (1, 0.5, True, "a", None, [0.5], [len], len, {"a": 1}):
+        for each in own:
+            assert _fits(given, stand.__annotations__[each]) == _fits(given, wanted[each])
+
+
+def test_what_a_function_checks_of_its_settings_alone_stands_first():
+    """Else `foresee` would not see it, and the error come seconds later."""
+    for target in {t for g in GROUPS for t in functions_of(g)}:
+        module, _, name = target.rpartition(".")
+        tree = ast.parse(source_of(module))
+        (function,) = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == name]
+        known = {each.arg for each in function.args.kwonlyargs} | {"math", *vars(builtins)}
+        rest = itertools.dropwhile(_is_check, function.body[1:])  # after the docstring
+        for call in (node for node in rest if _is_check(node)):
+            names = [n.id for n in ast.walk(call) if isinstance(n, ast.Name)]
+            assert not set(names[1:]) <= known, f"{target}: {ast.unparse(call)}"

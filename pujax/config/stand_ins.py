@@ -1,0 +1,134 @@
+"""pujax's own functions as their files have them: importing one brings jax, which takes seconds."""
+
+import ast
+import builtins
+import functools
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+_LIGHT = frozenset({"pujax.errors", "pujax.records"})
+"""Modules of pujax by whose functions settings are checked, and which import nothing."""
+
+_CHECK = re.compile(r"_?check_\w+|require|one_of")
+"""What a check is called: one of those modules', or of the same file, with an underscore."""
+
+
+def source_of(module: str) -> str:
+    """The text of a module of pujax; nothing of one that there is not, or from elsewhere."""
+    file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+    known = module.startswith("pujax.") and file.is_file()
+    return file.read_text(encoding="utf-8") if known else ""
+
+
+def stand_in(target: str) -> Callable[..., None] | None:
+    """A function that takes what the function `target` takes, and does nothing but its checks.
+
+    Those are what stands at its beginning and holds its settings alone, those after the `*`,
+    against what they may be; it raises what they raise. A setting is annotated as there, by
+    `Callable` where that is an alias of pujax's. None where the file has no such function.
+    """
+    module, _, name = target.rpartition(".")
+    tree = _parsed(module)
+    function = next((each for each in tree.body if _is_function(each, re.escape(name))), None)
+    if not isinstance(function, ast.FunctionDef):
+        return None
+    light = [each for each in tree.body if _is_light(each) or _is_function(each, "_check_.*")]
+    whole = ast.Module([*light, _cut(function, light)], [])
+    known: dict[str, Any] = {}
+    exec(compile(whole, f"the checks of {target}", "exec", dont_inherit=True), known)
+    made = known[name]
+    names = _Names(known)
+    for each in function.args.kwonlyargs:
+        if each.annotation is not None:
+            said = compile(ast.Expression(each.annotation), target, "eval")
+            made.__annotations__[each.arg] = eval(said, {}, names)
+    return made
+
+
+class _Names(dict[str, Any]):
+    """What annotations name; what is not known here are aliases of function types."""
+
+    def __missing__(self, name: str) -> Any:
+        return getattr(builtins, name, Callable[..., Any])
+
+
+@functools.cache
+def _parsed(module: str) -> ast.Module:
+    return ast.parse(source_of(module))
+
+
+def _is_function(node: ast.stmt, name: str) -> bool:
+    return isinstance(node, ast.FunctionDef) and re.fullmatch(name, node.name) is not None
+
+
+def _is_light(node: ast.stmt) -> bool:
+    """Whether a statement of a file imports Python's own or such a module, or sets constants."""
+    if isinstance(node, ast.Import):
+        return all(each.name.partition(".")[0] in sys.stdlib_module_names for each in node.names)
+    if isinstance(node, ast.ImportFrom):
+        module = node.module or ""
+        return module in _LIGHT or module.partition(".")[0] in sys.stdlib_module_names
+    if isinstance(node, ast.Assign):
+        return _is_constant(node.value)
+    return False
+
+
+def _is_constant(node: ast.expr) -> bool:
+    try:
+        ast.literal_eval(node)
+    except ValueError:
+        return False
+    return True
+
+
+def _cut(function: ast.FunctionDef, light: list[ast.stmt]) -> ast.FunctionDef:
+    """The function without annotations, with its checks alone; a default beyond those is `...`."""
+    given = function.args
+    known = {target.id for each in light for target in ast.walk(each) if _is_set(target)}
+    first = {each.arg for each in (*given.posonlyargs, *given.args)}
+
+    def default(value: ast.expr | None) -> Any:
+        plain = value is None or _is_constant(value)
+        return value if plain or (isinstance(value, ast.Name) and value.id in known) else _UNKNOWN
+
+    arguments = ast.arguments(
+        posonlyargs=[ast.arg(each.arg) for each in given.posonlyargs],
+        args=[ast.arg(each.arg) for each in given.args],
+        kwonlyargs=[ast.arg(each.arg) for each in given.kwonlyargs],
+        kw_defaults=[default(value) for value in given.kw_defaults],
+        defaults=[_UNKNOWN for _ in given.defaults],
+    )
+    body = [*_checks(function.body, first), ast.Pass()]
+    made = ast.FunctionDef(function.name, arguments, body, [])
+    return ast.fix_missing_locations(made)
+
+
+_UNKNOWN = ast.Constant(...)
+
+
+def _is_set(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+
+
+def _checks(body: list[ast.stmt], first: set[str]) -> Iterator[ast.stmt]:
+    """The checks that a function begins with, none of which looks at its `first` arguments."""
+    for each in body:
+        if isinstance(each, ast.Expr) and isinstance(each.value, ast.Constant):
+            continue  # the docstring
+        if not _is_check(each) or first & {n.id for n in ast.walk(each) if isinstance(n, ast.Name)}:
+            return
+        yield each
+
+
+def _is_check(node: ast.stmt) -> bool:
+    if isinstance(node, ast.For):
+        return all(map(_is_check, node.body))
+    call = node.value if isinstance(node, ast.Expr) else None
+    return (
+        isinstance(call, ast.Call)
+        and isinstance(call.func, ast.Name)
+        and _CHECK.fullmatch(call.func.id) is not None
+    )
