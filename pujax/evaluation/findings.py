@@ -1,7 +1,7 @@
 """What a reader must know before the numbers: a verdict in a sentence, and warnings."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -122,6 +122,12 @@ def warnings(
     return found
 
 
+def chosen(steps: Mapping[str, int], of: Mapping[str, int]) -> str:
+    """Of which step of each stage, of so many in all, the model is that a run ends with."""
+    told = [f"{stage} step {step} of {of[stage]}" for stage, step in steps.items()]
+    return f"the model is that of {', begun from that of '.join(reversed(told))}"
+
+
 def selected(metric: str) -> str:
     """What a table says too well of models that its own prompts chose by `metric`."""
     return (
@@ -134,25 +140,33 @@ def remarks(
     evaluations: Sequence[Evaluation], control: Control = UNKNOWN, chosen_by: str | None = None
 ) -> list[str]:
     """The verdict, the warnings and the ceiling as lines of text."""
-    lines = [verdict_on(evaluations).sentence]
-    for warning in warnings(evaluations, control, chosen_by):
-        if warning.removesuffix(READ) not in lines[0]:  # which is said once
-            lines.append(f"warning: {warning}")
+    found = verdict_on(evaluations)
+    lines = [found.sentence]
+    told = unsaid(found, warnings(evaluations, control, chosen_by))
+    lines += [f"warning: {warning}" for warning in told]
     if ceiling := teacher(evaluations[0]):
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
         lines.append(f"the teacher's own answers: {scores}")
     return lines
 
 
+def unsaid(found: Verdict, told: Sequence[str]) -> list[str]:
+    """The warnings that the verdict has not said: each thing is said once."""
+    return [warning for warning in told if warning.removesuffix(READ) not in found.sentence]
+
+
 def collapses(evaluation: Evaluation) -> list[str]:
     """Where a model says the same to most prompts, of a kind or of all, and its teacher doesn't.
 
     A teacher that repeats itself excuses that, but not from `ONE` on where the prompts want
-    different answers, by the teacher's or by the true ones.
+    different answers, by the teacher's or by the true ones. Of a kind nothing is told that is told
+    of all.
     """
-    found = []
+    found, of_all = [], None
     for kind, rows in _parts(evaluation):
         answer, count = _most_frequent([row.response for row in rows])
+        if of_all == answer:
+            continue
         _, of_teacher = _most_frequent([row.anchor for row in rows])
         truths = [row.answer for row in rows if row.answer is not None]
         _, of_truth = _most_frequent(truths or [""])
@@ -164,6 +178,7 @@ def collapses(evaluation: Evaluation) -> list[str]:
         share = count / len(rows)
         more = share >= SAME and share - of_teacher / len(rows) >= BEYOND
         if more or share >= ONE > wanted:
+            of_all = of_all if kind else answer
             distinct = counted(len({_plain(row.response) for row in rows}), "distinct answer")
             found.append(
                 f"{evaluation.model} says the same to {count} of {len(rows)} prompts{kind}, "

@@ -23,7 +23,7 @@ from pujax.evaluation.curves import (
 from pujax.evaluation.markup import compared, document, plain, table
 from pujax.evaluation.results import Evaluation, load_all, shown_by
 from pujax.evaluation.signal import control_of, failing
-from pujax.evaluation.statistics import Difference
+from pujax.evaluation.statistics import FEW, Difference
 from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
@@ -147,8 +147,12 @@ def _findings(
     shares = [line.get("score/failed") for line in lines]
     if failed := failing([share for share in shares if share is not None]):
         warnings = [failed, *warnings]
-    told = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    return f'<p class="verdict {verdict.style}">{escape(verdict.sentence)}</p>' + (
+    unsaid = findings.unsaid(verdict, warnings)
+    told = "".join(f"<li>{escape(warning)}</li>" for warning in unsaid)
+    sentence = escape(verdict.sentence)
+    if len(unsaid) < len(warnings):
+        sentence += ' <a href="#answers">Read the answers.</a>'
+    return f'<p class="verdict {verdict.style}" id="verdict">{sentence}</p>' + (
         f'<ul class="warnings">{told}</ul>' if told else ""
     )
 
@@ -210,10 +214,13 @@ def _evaluation(evaluations: Sequence[Evaluation]) -> str:
     kinds_header, kinds = tables.kind_cells(evaluations)
     by_kind = [(kind, map(plain, cells)) for kind, *cells in kinds]
     models_in_order = escape(" → ".join(evaluation.model for evaluation in evaluations))
+    few = ""
+    if len(evaluations) > 1 and len(evaluations[0].rows) < FEW:
+        few = ' None is called clear, <a href="#verdict">as said above</a>.'
     return (
         "<h2>Held-out evaluation</h2>"
         + table(["", *header], body)
-        + f"<p>{escape(tables.note(evaluations))}</p>"
+        + f"<p>{escape(tables.note(evaluations, few=False))}{few}</p>"
         + (
             f"<h3>By kind of prompt: {models_in_order}</h3>" + table(kinds_header, by_kind)
             if kinds

@@ -99,8 +99,8 @@ def interval(shown: Shown, difference: Difference) -> str:
     return f"{mean}{'*' if difference.clear else ''} [{low}, {high}]"
 
 
-def note(columns: Sequence[Column]) -> str:
-    """What a reader of the tables must know."""
+def note(columns: Sequence[Column], *, few: bool = True) -> str:
+    """What a reader of the tables must know; not that prompts are `few` where that is said."""
     first = runs_of(columns[0])[0]
     rows = len(first.rows)
     answers = sum(row.answer is not None for row in first.rows)
@@ -111,7 +111,7 @@ def note(columns: Sequence[Column]) -> str:
     if len(columns) > 1:
         over = "seeds and prompts" if max(seeds) > 1 else "prompts"
         text += f" Differences with 95 % intervals (paired bootstrap over {over}); * excludes 0."
-        if rows < FEW:
+        if few and rows < FEW:
             text += f" Under {FEW} prompts none is called clear."
     return text
 

@@ -37,6 +37,19 @@ def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its
     assert any("read the answers" in told for told in findings.warnings([before, after]))
 
 
+def test_a_collapse_in_all_is_not_said_again_of_a_kind_that_has_no_other():
+    rows = [
+        evaluation("m", [said] * 6, anchors=list("abcdef"), kind=said) for said in ("yes", "no")
+    ]
+    more = evaluation("m", ["yes"] * 6, anchors=list("abcdef"), kind="more")
+    whole = Evaluation("m", tuple(row for one in (*rows, more) for row in one.rows))
+    told = [said.partition(", “")[0] for said in findings.collapses(whole)]
+    assert told == [
+        "m says the same to 12 of 18 prompts",
+        "m says the same to 6 of 6 prompts of kind no",
+    ]
+
+
 def test_an_answer_of_white_space_is_not_quoted():
     (told,) = findings.collapses(evaluation("m", ["\n\n \n"] * 6, anchors=["a", "b"] * 3))
     assert told.startswith("m says the same to 6 of 6 prompts, nothing that can be seen (1 dist")
@@ -231,3 +244,8 @@ def test_a_model_that_no_longer_stops_by_itself_is_warned_of():
     assert findings.endless([base, sft, ending("aligned", [1, 1, 1, 0])]) == []
     assert findings.endless([ending("base", [0] * 4), ending("sft", [0] * 4)]) == []
     assert findings.endless([different("base", 4), different("sft", 4)]) == []  # not measured
+
+
+def test_of_which_steps_a_chosen_model_is_is_said_from_the_end():
+    told = findings.chosen({"sft": 4, "align": 0}, {"sft": 9, "align": 24})
+    assert told == "the model is that of align step 0 of 24, begun from that of sft step 4 of 9"

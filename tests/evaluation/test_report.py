@@ -180,12 +180,13 @@ def test_the_page_begins_with_the_verdict_and_what_speaks_against_it(run, tmp_pa
     begun = re.findall(r"<(h1|h2|p|ul|dl|table|section|picture)\b([^>]*)>", body)[:4]
     assert begun == [
         ("h1", ""),
-        ("p", ' class="verdict loss"'),  # though ROUGE-L has gained
+        ("p", ' class="verdict loss" id="verdict"'),  # though ROUGE-L has gained
         ("ul", ' class="warnings"'),
         ("dl", ' class="facts"'),
     ]
-    assert re.search(r'<p class="verdict loss">Not a success[^<]*“billing”', body)
-    assert body.index("aligned says the same to 30 of 30 prompts") < body.index('class="facts"')
+    assert re.search(r'id="verdict">Not a success[^<]*“billing”[^<]*<a href="#answers">Read', body)
+    assert body.count("aligned says the same") == 1  # above all else
+    assert '<section class="browser" id="answers"' in body
 
 
 def test_an_answer_of_white_space_takes_no_room_and_says_what_it_is():
@@ -445,8 +446,9 @@ def test_a_page_begins_with_the_red_verdict_on_a_model_that_says_one_thing(tmp_p
         save(Evaluation(model, tuple(rows)), tmp_path)
     main = re.sub(r"\s+", " ", page(tmp_path).partition("<main>")[2])
     assert re.match(
-        r" <h1>[^<]*</h1> <p class=\"verdict loss\">Not a success, whatever the averages say: "
-        r"aligned says the same to 30 of 30 prompts, “billing”[^<]*</p>"
-        r"<ul class=\"warnings\"><li>aligned says the same",
+        r" <h1>[^<]*</h1> <p class=\"verdict loss\" id=\"verdict\">Not a success, whatever the "
+        r"averages say: aligned says the same to 30 of 30 prompts, “billing”[^<]*"
+        r"<a href=\"#answers\">Read the answers.</a></p>"
+        r"<ul class=\"warnings\"><li>the teacher says the same",
         main,
     )
