@@ -6,7 +6,7 @@ from pathlib import Path
 from pujax.config.commands import command, swept
 from pujax.config.functions import build_loss, foresee, foresee_metrics
 from pujax.config.settings import TrainConfig
-from pujax.config.sweeps import beside_others, title
+from pujax.config.sweeps import beside_others, note_done, title
 from pujax.errors import require
 from pujax.files.locate import here
 from pujax.files.settings import flat
@@ -37,6 +37,7 @@ def run(config: TrainConfig) -> None:
         )
         if apart and config.resume == "auto" and (done := told(lambda: finished(config, apart))):
             if first():
+                note_done(done)
                 print(f"{title(apart)}: done in {done}: not run again (resume=never begins anew)")
             return
         told(lambda: require_sources(config))
@@ -51,13 +52,15 @@ def run(config: TrainConfig) -> None:
 
             if not beside_others():
                 fit(config, directory)
+                if apart and first():
+                    note_done(directory)
                 return
             print(f"{title(apart)}: begun, see {directory / OUTPUT}", flush=True)
             with (directory / OUTPUT).open("a", encoding="utf-8") as output:
                 rich.reconfigure(file=output)  # of this process, which has no other job meanwhile
                 fit(config, directory, console=rich.get_console())
-        table = f"; pujax report sweep={directory.parent} compares what is done"
-        print(f"{title(apart)}: done in {directory}{table}", flush=True)
+        note_done(directory)
+        print(f"{title(apart)}: done in {directory}", flush=True)
 
 
 def require_sources(config: TrainConfig) -> None:

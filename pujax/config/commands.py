@@ -25,6 +25,7 @@ from pujax.config.overrides import in_hydra_words
 from pujax.config.streams import escape, hold
 from pujax.config.sweeps import (
     beside_others,
+    comparing,
     hold_failures,
     note_failure,
     overrides_apart,
@@ -160,6 +161,8 @@ def command(
                     return
                 main()
                 if aside:
+                    if table := comparing(aside):
+                        print(f"{table}  compares the runs that are done", flush=True)
                     hold_failures(aside)
         except (KeyboardInterrupt, Exception, _Ended) as error:
             cause = error.__cause__ if isinstance(error, _Ended) else error

@@ -4,12 +4,14 @@ Jobs run one after the other in this process, or where a launcher starts them in
 own, several at once.
 """
 
+import os
 import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from shlex import quote
 from tempfile import TemporaryDirectory, mkdtemp
 
 from hydra.core.hydra_config import HydraConfig
@@ -20,6 +22,7 @@ from pujax.errors import ConfigError
 from pujax.text import counted
 
 _FAILED = "failed-"  # and a job's number: what sets it apart, in the sweep's folder
+_DONE = "done-"  # and a job's number: the directory of its run
 _SUBMITIT = ".submitit"  # where submitit keeps what its jobs print, in the sweep's folder
 
 LAUNCHERS = {"joblib": "joblib", "submitit_local": "submitit", "submitit_slurm": "submitit"}
@@ -62,6 +65,23 @@ def failures(folder: Path) -> list[str]:
     """The names of the jobs that failed, in their order."""
     found = sorted(folder.glob(f"{_FAILED}*"), key=lambda path: int(path.name[len(_FAILED) :]))
     return [path.read_text(encoding="utf-8") for path in found]
+
+
+def note_done(directory: Path) -> None:
+    """Have the sweep know, in whichever process it is, that this job's run is done, and where."""
+    config = HydraConfig.get()
+    note = Path(config.sweep.dir, f"{_DONE}{config.job.num}")
+    note.write_bytes(os.fsencode(directory.absolute()))
+
+
+def comparing(folder: Path) -> str | None:
+    """The command that puts the finished runs of the sweep side by side; None where none is."""
+    runs = [os.fsdecode(note.read_bytes()) for note in folder.glob(f"{_DONE}*")]
+    if not runs:
+        return None
+    shared = Path(os.path.commonpath([Path(run).parent for run in runs]))
+    near = shared.relative_to(Path.cwd()) if shared.is_relative_to(Path.cwd()) else shared
+    return f"pujax report {quote(f'sweep={near}')}"
 
 
 def hold_failures(folder: Path) -> None:

@@ -25,6 +25,7 @@ from pujax.config import commands, endings
 from pujax.config.commands import command, secrets_hidden, swept
 from pujax.config.compose import SILENT, WaryLoader, refuse_calls
 from pujax.config.settings import TrainConfig
+from pujax.config.sweeps import note_done
 from pujax.config.typed import text_or_file
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
@@ -698,6 +699,25 @@ def test_a_job_that_fails_says_so_and_costs_a_sweep_no_other_job(monkeypatch, ca
         "pujax.train: 2 jobs of the sweep failed (seed=0, seed=1): mend it, and give the same "
         "command again"
     )
+
+
+def test_a_sweep_ends_with_the_command_that_compares_its_runs(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def act(config):
+        if config.seed == 1:
+            raise DataError("no")
+        note_done(Path("runs", f"it's {config.run.name}", "seed"))
+
+    sweep = ("-m", "+experiment=smoke", "seed=0,1")
+    assert called(monkeypatch, act, *sweep, "run.name=a") == 1  # of which a part failed
+    said, error = capsys.readouterr()
+    assert said == """pujax report 'sweep=runs/it'"'"'s a'  compares the runs that are done\n"""
+    assert "failed (seed=1)" in error
+    assert called(monkeypatch, act, "-m", "+experiment=smoke", "seed=0", "run.name=a,b") == 0
+    assert capsys.readouterr().out == "pujax report sweep=runs  compares the runs that are done\n"
+    assert called(monkeypatch, act, "-m", "+experiment=smoke", "seed=1,1") == 1
+    assert capsys.readouterr().out == ""
 
 
 def test_a_setting_that_sets_a_job_apart_and_is_wrong_is_said_once(monkeypatch, capsys):
