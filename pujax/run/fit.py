@@ -2,7 +2,7 @@
 
 import dataclasses
 import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from functools import partial
 from pathlib import Path
@@ -170,7 +170,7 @@ def fit(
                 say(log.lost)
             for line in log.earlier:  # what was said of them is not said again
                 run.symptoms.of(line)
-            made = [run.evaluated("base", 0, student.trainable)]
+            made, handed_on = [run.evaluated("base", 0, student.trainable)], dict[str, int]()
             if place.stage == "sft":
                 reference, step = supervised(run, student.trainable, state, place.step, head)
                 with waited("keeping what alignment starts from", say):
@@ -184,14 +184,14 @@ def fit(
             before = ("base", 0)
             if config.sft.steps:
                 made.append(run.evaluated("sft", step, reference, same=None if step else made[0]))
-                before = ("sft", step)
+                before, handed_on = ("sft", step), {"sft": step}
             done = place.step if place.stage == "align" else 0
             params, step = aligned(run, recipe, loss_fn, reference, before, state, done)
             # A stage of no steps leaves what it began with, which has been evaluated; so does one
             # whose best state is that.
             made.append(run.evaluated("aligned", step, params, same=None if step else made[-1]))
         with waited("writing the model and the report", say):
-            finish(run, params, made)
+            finish(run, params, made, handed_on | {"align": step})
     success = not findings.verdict_on(made).sentence.startswith("Not a success")
     told(lambda: say(ending(directory, clean=config.checkpoint.clean, success=success)))
 
@@ -397,23 +397,31 @@ def optimizer_for(config: TrainConfig, lr: float, updates: int) -> optax.Gradien
     )
 
 
-def finish(run: Run, params: Params, made: Sequence[Evaluation]) -> None:
-    """Export the aligned model, draw the report, print the table, and mark the run as done."""
+def finish(
+    run: Run, params: Params, made: Sequence[Evaluation], handed_on: Mapping[str, int]
+) -> None:
+    """Export the aligned model, draw the report, print the table, and mark the run as done.
+
+    `handed_on` has the step, by stage, whose state went on from there.
+    """
     directory, config = run.directory, dataclasses.asdict(run.config)
     for key in ("teacher", "collect", "distributed"):  # no business of whoever gets the model
         del config[key]
     card = {"student": run.config.model.path} | config
-    card |= provenance(run.config.model.path, run.config, tables.markdown(made))
+    notes = [part.gate_note for part in run.data.parts.values() if part.gate_note]
+    chosen_by = run.config.checkpoint.best
+    if chosen_by is not None:
+        whole_steps = {stage: getattr(run.config, stage).steps for stage in handed_on}
+        notes += [findings.chosen(handed_on, whole_steps), findings.selected(chosen_by)]
+    note = "".join(f"\n\n{one[0].upper()}{one[1:]}." for one in notes)
+    results = tables.markdown(made) + note
+    card |= provenance(run.config.model.path, run.config, results)
     whole = to_first(assemble(run.base, params))
     told(lambda: export_hf(run.model.config, whole, run.chat, directory / EXPORT, card))
     run.pause("after the export")
-    gates = [part.gate_note for part in run.data.parts.values() if part.gate_note]
-    chosen_by = run.config.checkpoint.best
-    notes = gates if chosen_by is None else [*gates, findings.selected(chosen_by)]
-    note = "".join(f"\n\n{one[0].upper()}{one[1:]}." for one in notes)
 
     def report() -> None:
-        write_whole(directory / "table.md", (tables.markdown(made) + note + "\n").encode())
+        write_whole(directory / "table.md", f"{results}\n".encode())
         known = costs.measured_anyway(made[-1], run.heldout.examples, whole)
         keep_answer(known, "costs", directory)
         page.write(directory)
