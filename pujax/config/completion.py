@@ -56,8 +56,8 @@ _pujax() {
         known=$(_pujax_values "$command ${key#"$added"}")
         if [[ $known ]]; then
             found=$(compgen -W "$known" -S "$end" -- "$begun")
-        elif [[ $start ]]; then  # which bash would take for a part of the file's name
-            found=$(compgen -f -- "$begun")
+        elif [[ $start || $COMP_WORDBREAKS != *=* ]]; then  # bash takes it for part of the name
+            found=$(compgen -f -- "$begun" | while IFS= read -r i; do printf '%q\\n' "$i"; done)
         fi
         # What bash takes for the word begins after the sign, unless it was told otherwise.
         [[ $COMP_WORDBREAKS == *=* ]] || start=$key=$start

@@ -172,6 +172,7 @@ def pass_at_k(reading: Reading, *, k: int = 4, metric: MetricFn = exact) -> floa
         k: answers that one has; eval.samples, n, must be as many or more.
         metric: 1 for a right answer, 0 for a wrong one.
     """
+    require(k > 0, "eval.metrics.pass_at_k.function.k", k, "must be positive")
     n = len(reading.samples)
     share = sampled(reading, metric=metric)
     if share is None:

@@ -84,13 +84,14 @@ def test_where_bash_does_not_break_words_at_the_sign_the_key_stays(made):
 @pytest.mark.skipif(BASH is None, reason="bash, which is asked, is not installed")
 def test_bash_completes_added_keys_and_what_stands_in_lists_and_after_an_at_sign(made, tmp_path):
     (tmp_path / "runs" / "long").mkdir(parents=True)
-    for name in ("heldout.csv", "question.txt"):
+    for name in ("heldout.csv", "question.txt", "two words.csv"):
         (tmp_path / name).touch()
-    added, twice, files, folders, chosen, quoted, options, secret = completed(
+    added, twice, files, spaced, folders, chosen, quoted, options, secret = completed(
         made,
         "pujax train +exp",
         "pujax train ++sft.l",
         "pujax train data.prompts=[mine.csv,held",
+        "pujax train data.prompts=[mine.csv,two",
         "pujax evaluate run=[runs/lo",
         "pujax evaluate eval=[exact,con",
         "pujax generate prompt=@q",
@@ -101,11 +102,14 @@ def test_bash_completes_added_keys_and_what_stands_in_lists_and_after_an_at_sign
     assert added == ["+experiment="]
     assert twice == ["++sft.lr="]
     assert files == ["[mine.csv,heldout.csv"]
+    assert spaced == [r"[mine.csv,two\ words.csv"]
     assert folders == ["[runs/long/"]
     assert chosen == ["[exact,contains"]
     assert quoted == ["@question.txt"]
     assert options == ["--help", "--hydra-help"]
     assert secret == ["teacher.api_key_env="]  # a key is never typed as a setting
+    whole = completed(made, "pujax train data.prompts=held", breaks=" ", folder=tmp_path)
+    assert whole == [["data.prompts=heldout.csv"]]
 
 
 def test_the_words_to_complete_are_those_that_the_settings_take():
