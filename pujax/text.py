@@ -82,16 +82,18 @@ def not_utf8(line: bytes, error: UnicodeDecodeError, file: object) -> str:
     """
     at = error.start
     told = f"not UTF-8 (byte {at + 1} is 0x{line[at]:02x})"
+    name = Path(str(file))
+    new = name.with_stem(name.stem + "-utf8")
+    if b"\0" in line:
+        return f"{told}, likely UTF-16: convert it: iconv -f UTF-16LE -t UTF-8 {name} > {new}"
     try:
         read = line.decode("cp1252")
     except UnicodeDecodeError:
         return f"{told}: save it as UTF-8, or convert it with iconv from what it is in"
-    before = max(0, at - 20)
-    name = Path(str(file))
+    shown = printable(read[max(0, at - 20) : at + 20])
     return (
-        f"{told}, likely CP1252, in which it reads {printable(read[before : at + 20])!r}: save it "
-        f'as UTF-8 (Excel: "CSV UTF-8"), or convert it: iconv -f CP1252 -t UTF-8 {name} > '
-        f"{name.with_stem(name.stem + '-utf8')}"
+        f"{told}, likely CP1252, in which it reads “{shown}”: save it as UTF-8 (Excel: “CSV "
+        f"UTF-8”), or convert it: iconv -f CP1252 -t UTF-8 {name} > {new}"
     )
 
 

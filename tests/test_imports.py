@@ -132,21 +132,23 @@ WRONG = {
 }
 """What a command says; each takes a third of a second, so functions' settings are in `UNFIT`."""
 
+PRIOR = {"_target_": "pujax.method.losses.nnpu", "_partial_": True, "prior": 2}
 UNFIT = [
     ("losses.ldl_grop", {}, "no ldl_grop, did you mean ldl_grpo?"),
     ("losses.grpo", {"nosuch": 1}, "grpo has no ['nosuch']; it takes ['advantage'"),
     ("losses.grpo", {"clip": "token_clip"}, "mine.clip='token_clip': write a function"),
     ("losses.grpo", {"clip_low": "abc"}, "mine.clip_low='abc': write a number"),
-    ("losses.grpo", {"clip_low": 2}, "loss.clip_low=2: must lie in (0, 1]"),
-    ("losses.nnpu", {"prior": float("nan")}, "loss.prior=nan: must lie in (0, 1)"),
-    ("pair_losses.kto", {"desirable_weight": -1}, "loss.desirable_weight=-1: must be finite"),
-    ("labels.mixed_labels", {"weights": [0.5, -1]}, "labels.weights=[0.5, -1]: none may be neg"),
-    ("labels.softmax_labels", {"anchor_mass": 1}, "labels.anchor_mass=1: must lie in [0, 1)"),
+    ("losses.grpo", {"clip_low": 2}, "mine.clip_low=2: must lie in (0, 1]"),
+    ("losses.nnpu", {"prior": float("nan")}, "mine.prior=nan: must lie in (0, 1)"),
+    ("pair_losses.kto", {"desirable_weight": -1}, "mine.desirable_weight=-1: must be finite"),
+    ("labels.mixed_labels", {"weights": [0.5, -1]}, "mine.weights=[0.5, -1]: none may be neg"),
+    ("labels.softmax_labels", {"anchor_mass": 1}, "mine.anchor_mass=1: must lie in [0, 1)"),
     ("scoring.blend", {"scores": []}, "mine: blend also needs ['weights']"),
-    ("scoring.blend", {"scores": [], "weights": []}, "scorer.score.scores=[]: give one"),
-    ("scoring.embedding", {"depth": 66}, "scorer.score.depth=66: must lie in (0, 1]"),
-    ("discriminator.discriminator", {"lr": 1}, "scorer.score.lr=1: must lie in (0, 1)"),
+    ("scoring.blend", {"scores": [], "weights": []}, "mine.scores=[]: give one"),
+    ("scoring.embedding", {"depth": 66}, "mine.depth=66: must lie in (0, 1]"),
+    ("discriminator.discriminator", {"lr": 1}, "mine.lr=1: must lie in (0, 1)"),
     ("latent.latent", {"heads": 0}, "mine: latent also needs ['score']"),
+    ("losses.beside_anchor", {"loss": PRIOR}, "mine.loss.prior=2: must lie in (0, 1)"),
 ]
 
 

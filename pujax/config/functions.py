@@ -76,7 +76,14 @@ def foresee(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., A
         raise ConfigError(f"{key}: {module} has no {name}{meant}")
     bound = _bound(target, function, node, key, trusted, foresee)
     taken = inspect.signature(function).parameters.values()
-    bound(*(None for each in taken if each.kind is not inspect.Parameter.KEYWORD_ONLY))
+    try:
+        bound(*(None for each in taken if each.kind is not inspect.Parameter.KEYWORD_ONLY))
+    except ConfigError as error:  # by a key of where such functions mostly are
+        said = str(error)
+        own = re.match(r"[\w.]+\.(\w+)=", said)
+        if own is None or own[1] not in bound.keywords:
+            raise
+        raise ConfigError(f"{key}.{own[1]}={said[own.end() :]}") from error
     return bound
 
 

@@ -87,7 +87,7 @@ def _is_constant(node: ast.expr) -> bool:
 def _cut(function: ast.FunctionDef, light: list[ast.stmt]) -> ast.FunctionDef:
     """The function without annotations, with its checks alone; a default beyond those is `...`."""
     given = function.args
-    known = {target.id for each in light for target in ast.walk(each) if _is_set(target)}
+    known = {name for each in light for node in ast.walk(each) for name in _set(node)}
     first = {each.arg for each in (*given.posonlyargs, *given.args)}
 
     def default(value: ast.expr | None) -> Any:
@@ -109,8 +109,9 @@ def _cut(function: ast.FunctionDef, light: list[ast.stmt]) -> ast.FunctionDef:
 _UNKNOWN = ast.Constant(...)
 
 
-def _is_set(node: ast.AST) -> bool:
-    return isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)
+def _set(node: ast.AST) -> set[str]:
+    """The name that a node of an assignment's sets, if it does."""
+    return {node.id} if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store) else set()
 
 
 def _checks(body: list[ast.stmt], first: set[str]) -> Iterator[ast.stmt]:

@@ -30,6 +30,8 @@ def here(path: str | os.PathLike[str]) -> Path | None:
     `ConfigError` for a missing package or home.
     """
     text = os.fspath(path)
+    if not text:
+        raise WeightsError("a model's path is empty: name a directory, a GGUF file or a hub id")
     if text.startswith("package://"):
         return package_file(text)
     local = at_home(text)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 
 from pujax.config.functions import build_loss
 from pujax.config.settings import DataConfig
-from pujax.config.tool_settings import AdaptConfig
+from pujax.config.tool_settings import AdaptConfig, own_names
 from pujax.errors import ConfigError, DataError, NonFiniteError, require
 from pujax.evaluation.ranking import accuracy, normalized_accuracy
 from pujax.evaluation.waiting import waited

@@ -340,6 +340,11 @@ def checked_text(value: Any, name: str, place: str) -> str:
     """`value`, a text that isn't empty and that UTF-8 can hold. Raises `PromptError`."""
     if not isinstance(value, str) or blank(value):
         raise PromptError(f"{place}: `{name}` must be a text that isn't empty, found {value!r:.60}")
+    if "\0" in value:
+        raise PromptError(
+            f"{place}: `{name}` has a NUL character, which is no text: take it out (or is the file "
+            "UTF-16? convert it: iconv -f UTF-16LE -t UTF-8)"
+        )
     at = surrogate_at(value)
     if at is not None:
         raise PromptError(

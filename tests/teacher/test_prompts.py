@@ -74,6 +74,7 @@ def test_prompts_come_one_at_a_time(tmp_path):
         ([{"prompt": "One", "messages": []}], r"p\.jsonl:1: .* found both"),
         ([{"prompt": 3}], r"p\.jsonl:1: `prompt` must be a text that isn't empty, found 3"),
         ([{"prompt": " "}], r"p\.jsonl:1: `prompt` must be a text"),
+        ([{"prompt": "a\0b"}], r"p\.jsonl:1: `prompt` has a NUL character, .*is the file UTF-16\?"),
         ([{"prompt": "One", "id": True}], r"p\.jsonl:1: `id` must be a text"),
         ([{"prompt": "One", "answer": ["x"]}], r"p\.jsonl:1: `answer` must be a text"),
         ([{"messages": []}], r"p\.jsonl:1: `messages` must be a list of turns"),
@@ -139,6 +140,9 @@ def test_a_file_in_another_encoding_is_read_where_it_says_so_and_else_refused(tm
     assert "is 0xe9), likely CP1252, in which it reads" in said
     assert "Café?" in said
     assert f"iconv -f CP1252 -t UTF-8 {file} > {tmp_path}/p-utf8.{form}" in said
+    file.write_text(FORMS[form], encoding="utf-16-le")  # without its mark
+    with pytest.raises(PromptError, match=r"not UTF-8 .*likely UTF-16: convert it: iconv -f UTF-1"):
+        list(load_prompts(str(file)))
     file.write_bytes(b"\x81\n" + FORMS[form].encode())
     with pytest.raises(PromptError, match=r"not UTF-8 .*convert it with iconv from what it is in"):
         list(load_prompts(str(file)))
