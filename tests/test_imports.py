@@ -135,6 +135,7 @@ WRONG = {
 PRIOR = {"_target_": "pujax.method.losses.nnpu", "_partial_": True, "prior": 2}
 UNFIT = [
     ("losses.ldl_grop", {}, "no ldl_grop, did you mean ldl_grpo?"),
+    ("labels.softmax", {}, "no softmax, did you mean "),  # it speaks of jax.nn's
     ("losses.grpo", {"nosuch": 1}, "grpo has no ['nosuch']; it takes ['advantage'"),
     ("losses.grpo", {"clip": "token_clip"}, "mine.clip='token_clip': write a function"),
     ("losses.grpo", {"clip_low": "abc"}, "mine.clip_low='abc': write a number"),

@@ -11,7 +11,7 @@ from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from pujax.config.settings import EvalConfig
-from pujax.config.stand_ins import source_of, stand_in
+from pujax.config.stand_ins import names_in, stand_in
 from pujax.errors import ConfigError, require
 from pujax.evaluation.metrics import METRICS, Metric, Shown, try_metric
 from pujax.files.settings import leaves, named_now
@@ -68,10 +68,10 @@ def foresee(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., A
         return _anything
     function = stand_in(target)
     if function is None:
-        source = source_of(module)
-        if re.search(rf"\b{re.escape(name)}\b", source):  # a class, or a name of another file's
+        names = names_in(module)
+        if name in names:  # a class, or what another file has
             return _anything
-        near = difflib.get_close_matches(name, re.findall(r"(?m)^(?:def|class) (\w+)", source))
+        near = difflib.get_close_matches(name, names)
         meant = f", did you mean {near[0]}?" if near else ": take another, see --help"
         raise ConfigError(f"{key}: {module} has no {name}{meant}")
     bound = _bound(target, function, node, key, trusted, foresee)

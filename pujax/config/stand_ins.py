@@ -23,6 +23,18 @@ def source_of(module: str) -> str:
     return file.read_text(encoding="utf-8") if known else ""
 
 
+def names_in(module: str) -> list[str]:
+    """What a module of pujax defines or imports, as its file says; its own functions first."""
+    body = _parsed(module).body
+    made = [each.name for each in body if isinstance(each, ast.FunctionDef | ast.ClassDef)]
+    for each in body:
+        if isinstance(each, ast.Import | ast.ImportFrom):
+            made += [(name.asname or name.name).partition(".")[0] for name in each.names]
+        elif isinstance(each, ast.Assign | ast.AnnAssign):
+            made += sorted(set().union(*map(_set, ast.walk(each))))
+    return made
+
+
 def stand_in(target: str) -> Callable[..., None] | None:
     """A function that takes what the function `target` takes, and does nothing but its checks.
 
