@@ -45,6 +45,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         one_source(self.run, self.model)
+        require(self.out.strip() != "", "out", self.out, "name a directory, or a GGUF file")
         one_of("format", self.format, ("hf", "gguf", "peft"))
         require(
             self.format == "gguf" or not self.out.endswith(".gguf"),

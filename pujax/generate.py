@@ -6,10 +6,11 @@ from itertools import chain, islice
 
 from pujax.config.commands import command
 from pujax.config.typed import Answering, lines, text_or_file
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, require
 from pujax.files.locate import soft_prompt_file
 from pujax.inference.finished import source_of
 from pujax.run.compilation import compile_once
+from pujax.text import blank
 
 BATCH = 8  # prompts of standard input that are answered at once
 
@@ -35,6 +36,7 @@ def run(settings: GenerateConfig) -> None:
     prompt = text_or_file("prompt", settings.prompt)
     system = of_run if system is None else system
     if prompt is not None:
+        require(not blank(prompt), "prompt", settings.prompt, "is empty: write what to answer")
         prompts, size = iter([prompt]), 1
     else:
         # Who types waits for the answer; a file is answered by the batch.

@@ -126,6 +126,8 @@ WRONG = {
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
+    "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
+    "generate model=m.gguf prompt=": "prompt='': is empty: write what to answer",
     "generate model=m.gguf soft_prompt=none": "none: no such file: `pujax adapt` makes one",
     "chat model=m.gguf system=@none": "system=@none: No such file",
     "serve model=m.gguf host=": "host='': give an address",

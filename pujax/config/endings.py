@@ -260,4 +260,4 @@ def _nearest(word: str, known: Sequence[str]) -> str:
 
 
 def _plain(text: str) -> str:
-    return text.replace(" of type 'str'", "").strip()
+    return re.sub(r" of type '(str|float|int|bool)'", "", text).strip()

@@ -35,6 +35,9 @@ class RunConfig:
             self.name,
             "it names one folder in run.root: no slashes, not .. (run.dir takes any path)",
         )
+        for key in ("root", "dir"):
+            remedy = "name a folder: . is the one that you are in"
+            require(getattr(self, key) != "", f"run.{key}", "", remedy)
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,8 @@ def called(monkeypatch, act, *arguments, name="train"):
     [
         ("data.dimensions={x: [}", "data.dimensions: can't read its value: quote it twice, as in"),
         ("data.dimensions={x: two}", "data.dimensions.x: Value '***' could not be converted to F"),
+        ("align.steps=2.5", "align.steps=2.5: Value '2.5' could not be converted to Integer"),
+        ("run.dir=", "run.dir='': name a folder"),
         ("align.stepz=3", "align.stepz: no such setting, did you mean align.steps?"),
         ("modle=smollm2_135m", "modle: no such setting, did you mean model?"),
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),

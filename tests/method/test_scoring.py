@@ -295,7 +295,7 @@ def test_a_ranker_that_finds_all_alike_has_no_say(context):
 
 
 def test_blend_refuses_scores_without_a_weight(context):
-    with pytest.raises(ValueError, match="2 scores but 1 weights"):
+    with pytest.raises(ValueError, match="there are 2 scores: give each"):
         scoring.blend(context, scores=[scoring.length, scoring.rouge], weights=[1.0])
 
 
