@@ -140,6 +140,11 @@ def side_by_side(root: Path, cache: Path, killer: Killer) -> int:
     return killed
 
 
+def uninterrupted(run: Path, cache: Path) -> str:
+    """Train in the directory `run` to the end; what the command said."""
+    return finished(command("pujax.train", *SMALL, f"run.dir={run}", cache=cache))
+
+
 def killed_at_random(arguments: Sequence[str], cache: Path, killer: Killer, longest: float) -> None:
     """Run a command and kill it at a moment drawn by chance."""
     process = command(*arguments, cache=cache)
@@ -186,12 +191,12 @@ def assert_same_run(run: Path, whole: Path) -> None:
     assert not left, left
 
 
-def campaign(folder: Path, cache: Path, *, kills: int, seed: int) -> None:
-    """`kills` times SIGKILL under `folder`. Raises AssertionError for what differs afterwards."""
-    killer = Killer(seed, kills)
-    whole = folder / "whole" / "smoke" / "whole"
-    finished(command("pujax.train", *SMALL, f"run.dir={whole}", cache=cache))
+def campaign(folder: Path, whole: Path, cache: Path, *, kills: int, seed: int) -> None:
+    """`kills` times SIGKILL under `folder`, beside a `whole` run that nothing interrupted.
 
+    Raises AssertionError for what differs from it afterwards.
+    """
+    killer = Killer(seed, kills)
     root = folder / "runs"
     beside = root / "smoke" / "0000-of-another"  # a run of the same name that is done
     beside.mkdir(parents=True)
@@ -245,4 +250,6 @@ def campaign(folder: Path, cache: Path, *, kills: int, seed: int) -> None:
 if __name__ == "__main__":
     with TemporaryDirectory() as name:
         kills, seed = [*map(int, sys.argv[1:]), *(20, 0)[len(sys.argv) - 1 :]]
-        campaign(Path(name), Path(name) / "xla", kills=kills, seed=seed)
+        whole, cache = Path(name) / "whole", Path(name) / "xla"
+        uninterrupted(whole, cache)
+        campaign(Path(name), whole, cache, kills=kills, seed=seed)

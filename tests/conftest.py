@@ -1,3 +1,4 @@
+import fcntl
 import os
 import signal
 import sys
@@ -21,6 +22,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from campaign import CACHE as OF_COMMANDS
+from campaign import uninterrupted
 
 from pujax.method import labels
 from pujax.models.decoder import DecoderConfig, LanguageModel
@@ -60,6 +63,23 @@ def nothing_is_left_behind(request):
             os.environ[name] = environment[name]
     assert jax.config.values == settings
     assert not labels._absent.get()
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> tuple[Path, str]:
+    """A run of campaign.py's that nothing interrupted, to be read alone, and what it said.
+
+    The processes of one session share it: the first to need it trains, and another waits.
+    """
+    folder = tmp_path_factory.getbasetemp()
+    folder = folder.parent if "PYTEST_XDIST_WORKER" in os.environ else folder
+    run, said = folder / "whole" / "run", folder / "whole" / "said"
+    said.parent.mkdir(exist_ok=True)
+    with (folder / "whole" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not said.exists():
+            said.write_text(uninterrupted(run, OF_COMMANDS))
+    return run, said.read_text()
 
 
 @pytest.fixture(scope="session")

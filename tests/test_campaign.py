@@ -4,9 +4,10 @@ from campaign import CACHE, campaign
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
-def test_kills_change_nothing_double_nothing_and_touch_nothing_else(tmp_path, kills):
+def test_kills_change_nothing_double_nothing_and_touch_nothing_else(whole, tmp_path, kills):
     """One in training and two elsewhere; `python tests/campaign.py 200` takes an hour or so.
 
     Of many some come while a program is compiled, so they begin with none.
     """
-    campaign(tmp_path, CACHE if kills == 1 else tmp_path / "xla", kills=kills, seed=kills)
+    cache = CACHE if kills == 1 else tmp_path / "xla"
+    campaign(tmp_path, whole[0], cache, kills=kills, seed=kills)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from campaign import CACHE, environment
+from campaign import CACHE, SMALL, environment
 from safetensors.numpy import load_file
 
 from pujax.config.functions import build_metrics
@@ -15,15 +15,6 @@ from pujax.evaluation.results import load
 from pujax.inference.heldout import evaluate_subject, reference_for, run_config
 
 ROOT = Path(__file__).parents[1]
-SMALL = [
-    "+experiment=smoke",
-    "sft.steps=3",
-    "align.steps=4",
-    "checkpoint.every=2",
-    "eval.prompts=2",
-    "eval.batch=2",
-    "data.max_response_tokens=6",
-]
 
 
 def command(*overrides):
@@ -50,16 +41,6 @@ def lines(directory):
     ]
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing interrupted."""
-    directory = tmp_path_factory.mktemp("whole") / "run"
-    process = train(f"run.dir={directory}")
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    return directory, output
-
-
 @pytest.mark.slow
 def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
     directory, output = whole
@@ -83,7 +64,11 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
         *(("sft", step) for step in (1, 2, 3)),
         *(("align", step) for step in (1, 2, 3, 4)),
     ]
-    assert [row["model"] for row in rows if row["stage"] == "eval"] == ["base", "sft", "aligned"]
+    assert [(row["model"], row["step"]) for row in rows if row["stage"] == "eval"] == [
+        ("base", 0),
+        *(("sft", step) for step in (1, 2, 3)),
+        *(("aligned", step) for step in (1, 2, 3, 4)),
+    ]
     steps = [json.loads(row) for row in (directory / "metrics.jsonl").read_text().splitlines()]
     assert all(row["time/cpu_s"] > 0 for row in steps if row["stage"] != "eval")
     samples = (directory / "samples.jsonl").read_text().splitlines()
