@@ -17,6 +17,8 @@ os.environ["XLA_FLAGS"] = (
 # core, as is the default, eight devices on two cores run out of them and wait for ever.
 os.environ.setdefault("PJRT_NPROC", "64")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Torch's threads spin while they wait for each other; here each core has a process of its own.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import jax
 import jax.numpy as jnp

@@ -95,6 +95,14 @@ def _greedy(config: Any, params: Any, prompts: list[list[int]], size: int) -> li
     return texts
 
 
+@pytest.fixture(scope="module")
+def smollm2(chat):
+    """SmolLM2, the questions as its chat renders them, and its greedy answers of 16 tokens."""
+    config, params = weights.load(SMOLLM2)
+    prompts = [chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
+    return config, params, prompts, _greedy(config, params, prompts, 16)
+
+
 # ---------------------------------------------------------------------- Hugging Face
 
 
@@ -162,15 +170,13 @@ def test_transformers_loads_an_export_with_the_same_logits(name, chat, tmp_path)
 
 
 @pytest.mark.slow
-def test_transformers_generates_the_same_greedy_text(chat, tmp_path):
+def test_transformers_generates_the_same_greedy_text(smollm2, chat, tmp_path):
     torch = pytest.importorskip("torch", reason=TORCH)
     from transformers import AutoModelForCausalLM
 
-    config, params = weights.load(SMOLLM2)
+    config, params, prompts, ours = smollm2
     export_hf(config, params, chat, tmp_path, {})
     reference: Any = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
-    prompts = [chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
-    ours = _greedy(config, params, prompts, 16)
     for prompt, response in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = reference.generate(
@@ -250,12 +256,10 @@ def _overlap(ours: list[list[int]], theirs: list[list[int]]) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("kind", "texts_alike"), [("F16", 10), ("Q8_0", 5)])
-def test_llama_cpp_answers_with_the_same_greedy_text(kind, texts_alike, chat, tmp_path):
-    config, params = weights.load(SMOLLM2)
+def test_llama_cpp_answers_with_the_same_greedy_text(kind, texts_alike, smollm2, chat, tmp_path):
+    config, params, prompts, ours = smollm2
     path = tmp_path / "model.gguf"
     export_gguf(config, params, chat, path, kind=kind)
-    prompts = [chat.render([{"role": "user", "content": question}]) for question in QUESTIONS]
-    ours = _greedy(config, params, prompts, 16)
     theirs = []
     with llama_cpp.serve(path) as ask:
         for prompt in prompts:
