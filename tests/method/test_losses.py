@@ -30,7 +30,7 @@ from pujax.config.functions import build
 from pujax.errors import ConfigError
 from pujax.method import labels, losses, pair_losses
 
-quick = settings(deadline=None, max_examples=40)
+quick = settings(deadline=None, max_examples=15)
 
 VARIANTS: dict[str, Callable] = {
     "sft": losses.sft,

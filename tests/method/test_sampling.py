@@ -96,7 +96,7 @@ def test_greedy_is_the_argmax_of_a_whole_forward(model, params, prompts):
     for b, length in enumerate(lengths):
         seen = list(tokens[b, :length])
         for t in range(int(made.mask[b, 0].sum())):
-            seen.append(int(jnp.argmax(model.forward(params, np.array([seen]))[0, -1])))
+            seen.append(int(jnp.argmax(logits_after(model, params, seen)[len(seen) - 1])))
             assert seen[-1] == made.tokens[b, 0, t]
 
 

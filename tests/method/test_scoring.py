@@ -102,14 +102,17 @@ def test_the_shared_prompt_gives_the_gradient_of_every_response_with_its_own_cop
         return response_logps(model, params, context.after, context.tokens, context.mask).sum()
 
     def naive(params):
-        total = 0.0
-        for b, prompt in enumerate([[70, 71, 72], [73]]):
-            for response in RESPONSES[b]:
-                whole = jnp.array([[*prompt, *response, *[0] * (10 - len(prompt + response))]])
-                logps = jax.nn.log_softmax(model.forward(params, whole))[0]
-                at = len(prompt) - 1 + np.arange(len(response))
-                total += logps[at, np.array(response)].sum()
-        return total
+        each = [
+            (prompt, response)
+            for b, prompt in enumerate([[70, 71, 72], [73]])
+            for response in RESPONSES[b]
+        ]
+        whole = [[*p, *response, *[0] * (10 - len(p + response))] for p, response in each]
+        logps = jax.nn.log_softmax(model.forward(params, jnp.array(whole)))
+        return sum(
+            logps[row, len(prompt) - 1 + np.arange(len(response)), np.array(response)].sum()
+            for row, (prompt, response) in enumerate(each)
+        )
 
     ours, theirs = (
         jax.jit(jax.grad(shared))(context.params),

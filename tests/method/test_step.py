@@ -238,8 +238,23 @@ def test_a_family_of_scores_reaches_the_loss_one_by_one(model, params, batch):
 @pytest.fixture(scope="module")
 def group(model, params, batch):
     # A group to be learnt from twice: its anchors' old log-probs are known too.
-    make = jax.jit(partial(rollout, model, recipe(inner_epochs=2)))
-    return make(params, params, batch, jax.random.key(9))[0]
+    return rolled_out(model, 2, params, batch, jax.random.key(9))[0]
+
+
+SGD = optax.sgd(1.0)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def rolled_out(model, inner_epochs, params, batch, key):
+    """The group, ranked by the policy's own start, and its metrics."""
+    return rollout(model, recipe(inner_epochs=inner_epochs), params, params, batch, key)
+
+
+@partial(jax.jit, static_argnums=(0, 1), static_argnames=("microbatch", "on_policy"))
+def learnt_by(model, loss, params, group, microbatch=None, on_policy=False):
+    """The state after one step of SGD, and its metrics; one program for all tests that take it."""
+    state = state_of(params, SGD)
+    return update(model, loss, SGD, state, None, group, microbatch=microbatch, on_policy=on_policy)
 
 
 def read_again(model, params, group):
@@ -281,11 +296,8 @@ def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     ],
 )
 def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, group, loss):
-    optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, loss, optimizer), static_argnames="microbatch")
-    state = state_of(params, optimizer)
-    whole, whole_metrics = run(state, None, group)
-    parts, parts_metrics = run(state, None, group, microbatch=1)
+    whole, whole_metrics = learnt_by(model, loss, params, group)
+    parts, parts_metrics = learnt_by(model, loss, params, group, microbatch=1)
     for name in whole_metrics:
         # A sign, which rounding decides at the reference; the gap is rounding alone.
         if name not in ("sampler/logp_gap", "reward/accuracy"):
@@ -302,39 +314,32 @@ def test_microbatches_of_one_make_the_update_of_the_whole_batch(model, params, g
 def test_the_largest_gap_of_microbatches_is_the_largest_of_all(model, params, group):
     b, k = (int(i[0]) for i in np.nonzero(group.mask[:, 1:, 0]))
     wrong = group.replace(old_logps=group.old_logps.at[b, 1 + k, 0].add(0.5))
-    optimizer = optax.sgd(1.0)
-    run = jax.jit(partial(update, model, losses.grpo, optimizer), static_argnames="microbatch")
-    _, metrics = run(state_of(params, optimizer), None, wrong, microbatch=1)
+    _, metrics = learnt_by(model, losses.grpo, params, wrong, microbatch=1)
     np.testing.assert_allclose(metrics["sampler/logp_gap"], 0.5, atol=1e-4)
 
 
 def test_given_candidates_make_the_group_that_sampled_ones_do(model, params, batch):
     """The second door: with log-probs nothing differs; without, the policy's own are taken."""
-    make = jax.jit(partial(rollout, model, recipe()))
-    sampled, metrics = make(params, params, batch, jax.random.key(9))
+    make = partial(rolled_out, model, 1, params)
+    sampled, metrics = make(batch, jax.random.key(9))
     known = Completions(
         tokens=sampled.tokens[:, 1:],
         mask=sampled.mask[:, 1:],
         finished=sampled.finished[:, 1:],
         logps=sampled.old_logps[:, 1:],
     )
-    same, same_metrics = make(
-        params, params, dataclasses.replace(batch, given=known), jax.random.key(9)
-    )
+    same, same_metrics = make(dataclasses.replace(batch, given=known), jax.random.key(9))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), same, sampled)
     assert set(same_metrics) == set(metrics)
 
-    bare, _ = make(
-        params,
-        params,
-        dataclasses.replace(batch, given=dataclasses.replace(known, logps=None)),
-        jax.random.key(9),
-    )
+    unread = dataclasses.replace(known, logps=None)
+    bare, _ = make(dataclasses.replace(batch, given=unread), jax.random.key(9))
     assert (same.has_old_logps, bare.has_old_logps) == (True, False)
     np.testing.assert_array_equal(bare.labels, same.labels)
-    optimizer = optax.sgd(1.0)
-    learn = jax.jit(partial(update, model, losses.ldl_grpo, optimizer, on_policy=True))
-    one, other = (learn(state_of(params, optimizer), None, group)[0] for group in (same, bare))
+    one, other = (
+        learnt_by(model, losses.ldl_grpo, params, group, on_policy=True)[0]
+        for group in (same, bare)
+    )
     for a, b, start in zip(*map(jax.tree.leaves, (one.params, other.params, params)), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6 + 1e-4 * np.abs(b - start).max())
 
@@ -390,13 +395,8 @@ def test_sft_weighs_anchors_as_the_batch_says(model, params, batch):
 def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, batch, group):
     budget = TokenBudget(int(batch.prompts.lengths.sum()), int(group.mask.sum()) + 3)
     lean = model.clone(budget=budget)
-    optimizer = optax.sgd(1.0)
-    run = jax.jit(
-        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
-    )
-    state = state_of(params, optimizer)
-    full, full_metrics = run(model, state, None, group)
-    packed, metrics = run(lean, state, None, group)
+    full, full_metrics = learnt_by(model, losses.ldl_grpo, params, group)
+    packed, metrics = learnt_by(lean, losses.ldl_grpo, params, group)
     assert metrics["samples/packed"] == 1
     assert "samples/packed" not in full_metrics
     np.testing.assert_allclose(metrics["loss"], full_metrics["loss"], rtol=1e-5)
@@ -411,14 +411,9 @@ def test_leaving_padding_out_changes_neither_gradient_nor_scores(model, params, 
 
 
 def test_a_batch_that_does_not_fit_the_budget_is_computed_whole(model, params, group):
-    optimizer = optax.sgd(1.0)
-    run = jax.jit(
-        lambda model, *given: update(model, losses.ldl_grpo, optimizer, *given), static_argnums=0
-    )
-    state = state_of(params, optimizer)
-    full, _ = run(model, state, None, group)
+    full, _ = learnt_by(model, losses.ldl_grpo, params, group)
     for small in (TokenBudget(4, 400), TokenBudget(400, 4)):
-        same, metrics = run(model.clone(budget=small), state, None, group)
+        same, metrics = learnt_by(model.clone(budget=small), losses.ldl_grpo, params, group)
         assert metrics["samples/packed"] == 0
         for ours, theirs in zip(
             jax.tree.leaves(same.params), jax.tree.leaves(full.params), strict=True
@@ -432,16 +427,8 @@ def test_microbatches_have_their_share_of_the_budget(model, params, group):
     halves = [int(group.mask[part].sum()) for part in (slice(0, 4), slice(4, 8))]
     assert halves[0] > halves[1]
     lean = model.clone(budget=TokenBudget(400, 2 * halves[1]))
-    optimizer = optax.sgd(1.0)
-    run = jax.jit(
-        lambda model, microbatch, *given: update(
-            model, losses.ldl_grpo, optimizer, *given, microbatch=microbatch
-        ),
-        static_argnums=(0, 1),
-    )
-    state = state_of(params, optimizer)
-    full, _ = run(model, None, state, None, group)
-    parts, metrics = run(lean, 4, state, None, group)
+    full, _ = learnt_by(model, losses.ldl_grpo, params, group)
+    parts, metrics = learnt_by(lean, losses.ldl_grpo, params, group, microbatch=4)
     assert metrics["samples/packed"] == 0.5
     for ours, theirs, start in zip(
         *map(jax.tree.leaves, (parts.params, full.params, params)), strict=True
@@ -472,14 +459,18 @@ def test_a_non_finite_loss_leaves_the_state_and_is_counted(model, params, group)
     assert (after.skipped, after.step) == (0, 3)
 
 
+@partial(jax.jit, static_argnums=(0, 1))
+def sft_update(model, in_place, lr, state, group):
+    """Compiled once for every rate."""
+    return update(model, losses.sft, optax.adamw(lr), state, None, group, in_place=in_place)
+
+
 @pytest.mark.parametrize("lr", [np.nan, np.inf, 1e38])
 @pytest.mark.parametrize("in_place", [False, True])
 def test_an_update_that_is_not_finite_does_not_pass(model, params, batch, lr, in_place):
     """Loss and gradient are finite; the new parameters would not be."""
-    optimizer = optax.adamw(lr)
-    run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
-    state = state_of(params, optimizer)
-    after, metrics = run(state, None, anchor_group(batch))
+    state = state_of(params, optax.adamw(lr))
+    after, metrics = sft_update(model, in_place, lr, state, anchor_group(batch))
     assert np.isfinite([metrics["loss"], metrics["grad_norm"]]).all()
     assert metrics["skipped"] == after.skipped == 1
     for ours, theirs in zip(
@@ -501,12 +492,10 @@ def test_one_value_that_would_not_stay_finite_is_kept_in_place():
 
 
 def test_in_place_makes_the_same_update(model, params, batch):
-    optimizer = optax.adamw(1e-2)
-    state = state_of(params, optimizer)
+    state = state_of(params, optax.adamw(1e-2))
     moved = []
     for in_place in (False, True):
-        run = jax.jit(partial(update, model, losses.sft, optimizer, in_place=in_place))
-        after, metrics = run(state, None, anchor_group(batch))
+        after, metrics = sft_update(model, in_place, 1e-2, state, anchor_group(batch))
         assert metrics["skipped"] == 0
         moved.append((after.params, after.opt_state))
     for ours, theirs in zip(*map(jax.tree.leaves, moved), strict=True):
@@ -579,9 +568,9 @@ def test_a_step_needs_little_more_memory_than_its_gradient(model, batch):
 
 def test_inner_epochs_learn_from_the_same_group_again(model, params, batch):
     loss = partial(losses.grpo, kl_coef=0.0)
-    mesh = ()
-    once, group, _ = step_on(mesh, model, params, batch, loss)
-    twice, same, metrics = step_on(mesh, model, params, batch, loss, inner_epochs=2)
+    one = (1, 1, 1)
+    once, group, _ = step_on(one, model, params, batch, loss)
+    twice, same, metrics = step_on(one, model, params, batch, loss, inner_epochs=2)
     np.testing.assert_array_equal(group.tokens, same.tokens)
     optimizer = optax.adam(1e-2)
     again, _ = jax.jit(partial(update, model, loss, optimizer))(
@@ -711,17 +700,16 @@ def test_leaving_out_what_a_loss_does_not_need_leaves_its_gradient(
 
 def test_on_policy_the_anchors_old_log_probs_are_the_updates_own(model, params, batch):
     """A group learnt from once skips the pass that reads the anchor; the update is the same."""
-    loss, optimizer = partial(losses.ldl_grpo, kl_coef=0.1), optax.sgd(1.0)
+    loss = partial(losses.ldl_grpo, kl_coef=0.1)
     moved = []
     for inner_epochs in (1, 2):
-        make = jax.jit(partial(rollout, model, recipe(inner_epochs=inner_epochs)))
-        group, _ = make(params, params, batch, jax.random.key(3))
+        group, _ = rolled_out(model, inner_epochs, params, batch, jax.random.key(3))
         if inner_epochs == 2:
             own = jax.jit(partial(read_again, model))(params, group)[:, 0]
             np.testing.assert_allclose(group.old_logps[:, 0], own, atol=1e-5)
             assert jnp.abs(own).max() > 1
-        learn = jax.jit(partial(update, model, loss, optimizer, on_policy=inner_epochs == 1))
-        moved.append(learn(state_of(params, optimizer), None, group)[0].params)
+        learnt, _ = learnt_by(model, loss, params, group, on_policy=inner_epochs == 1)
+        moved.append(learnt.params)
     for once, twice, start in zip(*map(jax.tree.leaves, (*moved, params)), strict=True):
         scale = np.abs(twice - start).max()
         np.testing.assert_allclose(once, twice, atol=1e-6 + 1e-4 * scale)
