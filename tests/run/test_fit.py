@@ -323,6 +323,7 @@ def test_losses_that_stay_non_finite_stop_the_run_with_their_batches_saved(tmp_p
     monkeypatch.setattr(
         "pujax.method.losses.sft", lambda logps, group: (logps.sum((1, 2)) / 0.0, {})
     )
+    on_one_device(monkeypatch)
     config = config_of("optim.max_skipped=2", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
     with pytest.raises(NonFiniteError, match=r"2 updates in a row.*sft step 2.*lower sft\.lr"):
         fit(config, tmp_path, console=Console(quiet=True))
@@ -337,6 +338,7 @@ def test_a_stage_that_ends_on_skipped_updates_fails_and_exports_nothing(tmp_path
     monkeypatch.setattr(
         "pujax.method.losses.sft", lambda logps, group: (logps.sum((1, 2)) / 0.0, {})
     )
+    on_one_device(monkeypatch)
     config = config_of("sft.steps=2", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
     for _ in range(2):  # and again on going on
         with pytest.raises(NonFiniteError, match=r"sft ended on 2 updates .* a lower sft\.lr"):
@@ -353,6 +355,7 @@ def test_parameters_that_are_not_finite_are_named_and_not_the_learning_rate(tmp_
         return dataclasses.replace(student, trainable=broken)
 
     monkeypatch.setattr("pujax.run.fit.load_student", damaged)
+    on_one_device(monkeypatch)
     config = config_of("optim.max_skipped=1", "eval.prompts=2", "eval.batch=8", "sft.batch=8")
     with pytest.raises(NonFiniteError, match=r"it began with are not finite .*embed") as caught:
         fit(config, tmp_path, console=Console(quiet=True))
@@ -436,6 +439,7 @@ def test_a_stage_of_no_steps_is_not_evaluated_again(tmp_path, monkeypatch):
         return evaluate(*given, name=name, **settings)
 
     monkeypatch.setattr("pujax.run.stages.evaluate", counted)
+    on_one_device(monkeypatch)
     config = config_of("sft.steps=0", "align.steps=0", "eval.prompts=2", "eval.batch=8")
     fit(config, tmp_path, console=Console(file=io.StringIO()))
     assert asked == ["base"]
