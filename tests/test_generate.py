@@ -92,22 +92,12 @@ def test_the_command_wants_a_run_or_a_model():
     assert "set either run=DIRECTORY or model=PATH" in done.stderr
 
 
-def test_the_command_answers_a_prompt_from_a_model(tiny):
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "pujax.generate",
-            f"model={tiny}",
-            "prompt='What, then?'",
-            "max_tokens=4",
-        ],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+def test_the_command_answers_a_prompt_from_a_model(tiny, monkeypatch, capsys):
+    words = [f"model={tiny}", "prompt='What, then?'", "max_tokens=4"]
+    monkeypatch.setattr("sys.argv", ["pujax generate", *words])
+    generate.main()
     expected = Generator.load(str(tiny)).answer([ask("What, then?")], max_tokens=4)
-    assert done.stdout == expected[0].text + "\n"
+    assert capsys.readouterr().out == expected[0].text + "\n"
 
 
 @pytest.mark.slow
@@ -272,12 +262,18 @@ def test_an_empty_standard_input_is_an_error(tiny):
     ]
 
 
-def test_a_line_that_is_not_utf8_is_named_after_those_before_it_are_answered(tiny):
+def test_a_line_that_is_not_utf8_is_named_after_those_before_it_are_answered(
+    tiny, monkeypatch, capsys
+):
     lines = [b"fine\n"] * 9 + [b"caf\xe9\n"]
-    done = command(f"model={tiny}", "max_tokens=2", input=b"".join(lines))
-    assert done.returncode == 1
-    assert b"standard input, line 10: not UTF-8 (" in done.stderr
-    assert b"Traceback" not in done.stderr
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b"".join(lines))))
+    monkeypatch.setattr("sys.argv", ["pujax generate", f"model={tiny}", "max_tokens=2"])
+    with pytest.raises(SystemExit) as ended:
+        generate.main()
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) >= 8  # an answer may hold line ends
+    assert "standard input, line 10: not UTF-8 (" in said.err
 
 
 def test_an_ascii_terminal_gets_escapes(tiny):

@@ -1,13 +1,12 @@
 """What docs/extending.md shows is taken as it stands, from outside the package."""
 
 import importlib
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from pujax import train
 
 DOCS = Path(__file__).parents[2] / "docs" / "extending.md"
 
@@ -27,21 +26,18 @@ def outside(tmp_path):
     return tmp_path
 
 
-@pytest.mark.slow
-def test_the_pages_loss_scorer_and_metric_are_tried_and_taken(outside):
+def test_the_pages_loss_scorer_and_metric_are_tried_and_taken(outside, monkeypatch, capsys):
     """All are tried before prompts are read: that these are missed says that they were taken."""
     (outside / "nowhere.jsonl").touch()
     words = ["+experiment=smoke", "loss=hinge", "loss.margin=2", "scorer=close_in_length"]
     words += ["+eval=shouting", "trusted=[mine]", "data.prompts=nowhere.jsonl"]
-    done = subprocess.run(
-        [sys.executable, "-m", "pujax.train", "--config-dir", "my-conf", *words],
-        cwd=outside,
-        env=os.environ | {"PYTHONPATH": f"{outside}{os.pathsep}{DOCS.parents[1]}"},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1
-    assert done.stderr.startswith("pujax.train: nowhere.jsonl: "), done.stderr
+    monkeypatch.chdir(outside)
+    monkeypatch.syspath_prepend(outside)
+    monkeypatch.setattr("sys.argv", ["pujax train", "--config-dir", "my-conf", *words])
+    with pytest.raises(SystemExit) as ended:
+        train.main()
+    assert ended.value.code == 1
+    assert capsys.readouterr().err.startswith("pujax.train: nowhere.jsonl: ")
     assert not (outside / "runs").exists()
 
 
