@@ -28,7 +28,7 @@ from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.records import STAGES
-from pujax.text import mask
+from pujax.text import counted, mask
 
 
 @np.errstate(over="ignore", invalid="ignore")  # a sum beyond float64 is shown as inf or nan
@@ -177,7 +177,7 @@ def _facts(settings: Mapping[str, Any], lines: Sequence[Line]) -> str:
     for stage in STAGES:
         seconds = [line.get("time/step_s") or 0.0 for line in lines if line["stage"] == stage]
         if seconds:
-            facts[STAGE_TITLES[stage]] = f"{len(seconds)} steps, {_minutes(sum(seconds))}"
+            facts[STAGE_TITLES[stage]] = f"{counted(len(seconds), 'step')}, {_minutes(sum(seconds))}"
     items = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(str(value))}</dd></div>"
         for title, value in facts.items()

@@ -248,7 +248,7 @@ def test_a_run_that_has_only_begun_has_a_report(tmp_path):
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"stage": "sft", "st')
     html = page(tmp_path)
-    assert "<dd>1 steps, 1 s</dd>" in html
+    assert "<dd>1 step, 1 s</dd>" in html
     assert "Held-out" not in html
 
 
