@@ -177,7 +177,9 @@ def _facts(settings: Mapping[str, Any], lines: Sequence[Line]) -> str:
     for stage in STAGES:
         seconds = [line.get("time/step_s") or 0.0 for line in lines if line["stage"] == stage]
         if seconds:
-            facts[STAGE_TITLES[stage]] = f"{counted(len(seconds), 'step')}, {_minutes(sum(seconds))}"
+            facts[STAGE_TITLES[stage]] = (
+                f"{counted(len(seconds), 'step')}, {_minutes(sum(seconds))}"
+            )
     items = "".join(
         f"<div><dt>{escape(title)}</dt><dd>{escape(str(value))}</dd></div>"
         for title, value in facts.items()
