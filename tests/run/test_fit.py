@@ -423,7 +423,8 @@ def test_a_run_that_says_one_thing_to_everything_ends_in_a_red_verdict(tmp_path,
     assert red in out.getvalue()
     base, *_, aligned = results.load_all(tmp_path / "run")
     assert aligned.means()["eval/rouge_l"] > base.means()["eval/rouge_l"] + 0.5
-    assert f'<p class="verdict loss">{escape(red)}' in (tmp_path / "run/report.html").read_text()
+    page = (tmp_path / "run/report.html").read_text()
+    assert f'<p class="verdict loss" id="verdict">{escape(red)}' in page
     # A terminal is told too: there is no bar where a state is handed over.
     assert [what for what, say in waiting if say is None] == []
     assert {"keeping what alignment starts from", "writing the model and the report"} <= {
@@ -540,7 +541,7 @@ def test_a_run_with_a_reward_that_was_killed_ends_bit_for_bit_as_one_that_was_no
     ended: dict[str, Any] = {}
     step = RunLog.step
     monkeypatch.setattr(  # the export, the report and the table have tests of their own
-        "pujax.run.fit.finish", lambda run, params, made: ended.update({"params": params})
+        "pujax.run.fit.finish", lambda run, params, *_: ended.update({"params": params})
     )
 
     def run(name):
