@@ -10,6 +10,8 @@ from dataclasses import replace
 from types import NoneType, UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
+from omegaconf import MISSING
+
 from pujax.config.settings import EvalConfig
 from pujax.config.stand_ins import names_in, stand_in
 from pujax.errors import ConfigError, require
@@ -60,6 +62,8 @@ def foresee(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., A
     packages take, shows when they are imported. Returns the `stand_in`, as `build` the function.
     Raises `ConfigError`.
     """
+    if node == MISSING:  # as in a record made by hand, of which another part is asked for first
+        return _anything
     target = _named(node, key, trusted)
     module, _, name = target.rpartition(".")
     if not target.startswith(OURS):
