@@ -239,7 +239,7 @@ def work(
         while True:
             found = replace(look(profile), failed=failed)
             tasks = tasks_of(profile, found, *some)
-            busy = {task.key for some in at_work.values() for task in some}
+            busy = {task.key for group in at_work.values() for task in group}
             begun = next_tasks(tasks, found, busy, together) if len(at_work) < jobs else []
             if begun:
                 left = sum(other.key not in found.results for other in tasks)
@@ -320,11 +320,15 @@ def done(profile: Profile, tasks: list[Task], call: Call, device: str = "") -> l
     return [kept(profile, task, call, device, len(tasks)) for task in tasks]
 
 
+def has_result(profile: Profile, task: Task) -> bool:
+    """Whether a task's result is there, so that it is done for its model alone."""
+    return (profile.results / "raw" / raw.file_name(task.key)).exists()
+
+
 def prepare(profile: Profile, task: Task) -> None:
     """Lay out what a task reads, and remove a run whose result is there and whose model isn't."""
     run = task.run
-    again = (profile.results / "raw" / raw.file_name(task.key)).exists()
-    if again and (run.directory / "done").exists():
+    if has_result(profile, task) and (run.directory / "done").exists():
         shutil.rmtree(run.directory)
     if task.split == "validation" and not (run.directory / "eval-base.jsonl").exists():
         # What it starts from has been evaluated, and a run reads what it finds on the disk.
@@ -338,7 +342,7 @@ def prepare(profile: Profile, task: Task) -> None:
 def kept(profile: Profile, task: Task, call: Call, device: str, together: int) -> bool:
     """Do a task, unless it was done `together` with others, and keep its result."""
     run, words = task.run, command_of(profile, task)
-    again = (profile.results / "raw" / raw.file_name(task.key)).exists()
+    again = has_result(profile, task)
     end, answers, seconds = run.directory / "done", run.directory / "eval-aligned.jsonl", None
     if task.split not in ("validation", "test"):
         end = run.directory / f"suite-{task.split}.json"

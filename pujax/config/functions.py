@@ -154,7 +154,9 @@ def build_loss(
     Raises `ConfigError` as `make` does, which is `build` or `foresee`, and for `needs` of another
     form.
     """
-    entries = dict(node) if isinstance(node, Mapping) else {"_target_": node}
+    if not isinstance(node, Mapping):
+        return make(node, "loss", trusted), {}
+    entries = dict(node)
     needs = dict(entries.pop("needs", None) or {})
     for name, said in needs.items():
         require(
@@ -163,7 +165,7 @@ def build_loss(
             said,
             "say `needs: {anchor: true}`, {reference: true} or both",
         )
-    return make(entries if isinstance(node, Mapping) else node, "loss", trusted), needs
+    return make(entries, "loss", trusted), needs
 
 
 def build_metrics(config: EvalConfig, trusted: Sequence[str] = ()) -> Mapping[str, Metric]:

@@ -17,7 +17,6 @@ from hydra.core.override_parser.types import Quote, QuotedString
 
 _TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
 _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
-_PART = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", re.DOTALL)
 _LIST = re.compile(r"\[([^][{}'\"]+)\]", re.DOTALL)
 _SEVERAL = re.compile(r"[^'\"]*,.*|(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
 
@@ -62,7 +61,7 @@ def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bo
     if kind is str or (kind is Any and not value.startswith(("[", "{"))):
         return f"{key}={_quoted(value, names)}"
     if kind is Any:  # a mapping, or a list of more than words
-        parts = re.sub(_PART, lambda found: _literal(found[0], names), value)
+        parts = _QUOTED.sub(lambda found: _literal(found[0], names), value)
         return f"{key}={parts}"
     return given
 
