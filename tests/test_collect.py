@@ -277,6 +277,7 @@ def test_a_wrong_setting_is_one_line(server, prompts, tmp_path, settings, said):
     assert said in line
     assert KEY not in line
     assert server.seen == 0
+    assert not (tmp_path / "anchors.jsonl").exists()
 
 
 def test_a_protocol_of_a_trusted_package_is_taken(server, prompts, tmp_path):

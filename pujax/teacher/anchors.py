@@ -7,7 +7,9 @@ from pathlib import Path
 from pujax.errors import ConfigError, StopRequested, StoreError, TeacherError
 from pujax.records import Anchor, Prompt, messages_key
 from pujax.teacher.asking import OVER_BUDGET, Tally, ask_all
+from pujax.teacher.endpoint import headers_of
 from pujax.teacher.plan import Plan, make_plan
+from pujax.teacher.secrets import Secrets
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT, Anchors, Contents, failures_path, require_store
 from pujax.teacher.writer import AnchorStore, kept_beside, take_up
@@ -42,6 +44,7 @@ def collect(
             "collect.budget.money needs teacher.price.input and teacher.price.output (a million "
             "tokens)"
         )
+    headers_of(teacher, Secrets())  # a key that isn't there is told before a store is made
     if plan.again:
         say(plan.again)
     if not store.parent.exists():

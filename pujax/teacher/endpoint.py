@@ -121,10 +121,7 @@ class HttpTeacher:
         self._timeout = timeout
         self._request, self._answer = request, answer
         self._secrets = Secrets()
-        headers = httpx.Headers({"Accept-Encoding": "gzip"})  # in which authorization is one name
-        headers.update(self._secrets.headers(settings.headers))
-        if settings.api_key_env is not None:
-            headers["Authorization"] = f"Bearer {self._secrets.read(settings.api_key_env)}"
+        headers = headers_of(settings, self._secrets)
         address = urlsplit(str(settings.base_url))
         self._url = urlunsplit(address)
         variable, proxy = _proxy(address)
@@ -463,6 +460,15 @@ def on_device(teacher: TeacherConfig) -> bool:
     """Whether the teacher says that it computes on this process's devices."""
     opener = getattr(teacher.protocol, "func", teacher.protocol)
     return getattr(opener, "on_device", False)
+
+
+def headers_of(teacher: TeacherConfig, secrets: Secrets) -> httpx.Headers:
+    """What is sent with every request. Raises `ConfigError` for a key that is not there."""
+    headers = httpx.Headers({"Accept-Encoding": "gzip"})  # in which authorization is one name
+    headers.update(secrets.headers(teacher.headers))
+    if teacher.api_key_env is not None:
+        headers["Authorization"] = f"Bearer {secrets.read(teacher.api_key_env)}"
+    return headers
 
 
 def open_endpoint(
