@@ -20,6 +20,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from event_files import shown
+from quick import XLA_FLAGS
 
 from pujax.evaluation.results import load_all
 from pujax.evaluation.tables import markdown
@@ -58,11 +59,11 @@ CACHE = ROOT / ".pytest_cache" / "commands"
 
 
 def environment(cache: Path) -> dict[str, str]:
-    """For a command on one device: much is compiled and little computed, as in conftest.py."""
+    """For a command on one device: compiled as in quick.py."""
     return os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": XLA_FLAGS,
     }
 
 

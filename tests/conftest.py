@@ -4,14 +4,11 @@ import signal
 import sys
 from pathlib import Path
 
-# Eight devices, so that meshes are tested; set before jax starts. Tests compile much and compute
-# little, so LLVM's passes are left out, and XLA's older emitters of fused loops taken: each halves
-# the compilation. XLA's own passes are as ever; a user's emitters make the run that goes on with an
-# old one, and the plans.
+from quick import XLA_FLAGS
+
+# Eight devices, so that meshes are tested; set before jax starts.
 os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "")
-    + " --xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    + " --xla_cpu_use_fusion_emitters=false"
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 {XLA_FLAGS}"
 )
 # A collective blocks its thread, and a device may wait in several at once: with a thread or two a
 # core, as is the default, eight devices on two cores run out of them and wait for ever.

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from matplotlib.figure import Figure
+from quick import XLA_FLAGS
 from recipes import recipe
 
 from pujax.benchmark import planned, run
@@ -138,9 +139,7 @@ def test_the_command_ends_in_one_json_object(tmp_path):
         "benchmark.response_tokens=4",
         "benchmark.steps=3",
     ]
-    # On one device; see conftest.py.
-    flags = "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
-    alone = os.environ | {"TMPDIR": str(tmp_path), "XLA_FLAGS": flags}
+    alone = os.environ | {"TMPDIR": str(tmp_path), "XLA_FLAGS": XLA_FLAGS}  # on one device
     done = subprocess.run(
         command, capture_output=True, text=True, cwd=tmp_path, env=alone, timeout=900
     )

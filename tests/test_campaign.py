@@ -2,8 +2,8 @@ import pytest
 from campaign import CACHE, campaign
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [1, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [1, 20])
 def test_kills_change_nothing_double_nothing_and_touch_nothing_else(whole, tmp_path, kills):
     """One in training and two elsewhere; `python tests/campaign.py 200` takes an hour or so.
 

@@ -9,6 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from quick import XLA_FLAGS
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "experiments" / "journey.py"
@@ -22,7 +23,7 @@ def journey(tmp_path_factory):
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(CACHE),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false",
+        "XLA_FLAGS": XLA_FLAGS,
     }
     words = [sys.executable, str(SCRIPT), str(page)]
     done = subprocess.run(words, env=environment, capture_output=True, text=True)

@@ -75,7 +75,7 @@ def test_the_same_command_goes_on_with_it_and_takes_the_same_steps(landed, tmp_p
         [sys.executable, "-m", "pujax.train", *COMMAND],
         env=os.environ
         | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # on one device; see conftest.py
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # on one device; see quick.py
             "PYTHONPATH": str(Path(__file__).parents[2]),
         },
         capture_output=True,

@@ -15,6 +15,7 @@ import jax
 import numpy as np
 import pytest
 from hydra import compose, initialize_config_dir
+from quick import XLA_FLAGS
 from rich.console import Console
 from safetensors.numpy import load_file
 from split_step import begun, laid, steps
@@ -42,12 +43,8 @@ SMALL = [
 
 def start(*words, port, index, count):
     """One of `count` processes with two devices each."""
-    flags = (
-        "--xla_force_host_platform_device_count=2 --xla_backend_optimization_level=0"
-        " --xla_cpu_use_fusion_emitters=false"
-    )
     environment = os.environ | {
-        "XLA_FLAGS": flags,
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count=2 {XLA_FLAGS}",
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".pytest_cache" / "xla"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
         "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}",
