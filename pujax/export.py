@@ -54,8 +54,13 @@ class ExportConfig:
             "names a GGUF file: choose format=gguf, or a directory",
         )
         require_kind(self.kind)
-        require(self.compare >= 0, "compare", self.compare, "must not be negative")
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
+        # What is left out of an export unsaid is found on the disk, or by who downloads it.
+        for key, form, unset in (("kind", "gguf", "F16"), ("dtype", "hf", "float32")):
+            value = getattr(self, key)
+            fits = self.format == form or value == unset
+            require(fits, key, value, f"is of format={form}: set that, or leave it out")
+        require(self.compare >= 0, "compare", self.compare, "must not be negative")
         require(
             self.format != "peft" or self.run is not None,
             "format",

@@ -282,9 +282,10 @@ def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None
     )
     other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
     if held and (other in held or not ours):
+        more = f" and {len(held) - 1} more" if held[1:] else ""
         raise ConfigError(
-            f"out={directory}: holds files that no such export wrote ({held[0]} and "
-            f"{len(held) - 1} more): move them away, or choose an empty or a new directory"
+            f"out={directory}: holds files that no such export wrote ({held[0]}{more}): move them "
+            "away, or choose an empty or a new directory"
         )
     refuse_theirs(directory, touched(directory, last))
 

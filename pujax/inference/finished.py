@@ -252,11 +252,10 @@ def export(
         copy_adapter(Path(source), out)
         return _pushed(push, out, say)
     # The exports ask this too; here it is asked before gigabytes are read.
-    beside, told = out.with_suffix(".Modelfile"), out.with_suffix(".md")
     if format == "gguf":
         refuse_foreign_file(out)
-        refuse_foreign_modelfile(beside)
-        refuse_foreign_card(told)
+        refuse_foreign_modelfile(out.with_suffix(".Modelfile"))
+        refuse_foreign_card(out.with_suffix(".md"))
         refuse_unwritable(out.parent)
     else:
         refuse_foreign_directory(out)
@@ -267,6 +266,7 @@ def export(
     if vectors:
         config, params, chat = led_model(config, params, chat, vectors)
     if format == "gguf":
+        beside, told = out.with_suffix(".Modelfile"), out.with_suffix(".md")
         export_gguf(config, params, chat, out, kind=kind)
         write_whole(beside, modelfile(chat, out.name, system).encode())
         write_whole(told, model_card(config, card, library="gguf").encode())

@@ -297,6 +297,34 @@ def test_a_gguf_files_name_for_another_form_is_refused_with_the_settings(format)
 
 
 @pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"kind": "Q4_1"}, "kind='Q4_1': is of format=gguf: set that, or leave it out"),
+        ({"kind": "Q8_0", "format": "peft"}, "kind='Q8_0': is of format=gguf"),
+        ({"dtype": "bfloat16", "format": "gguf"}, "dtype='bfloat16': is of format=hf"),
+    ],
+)
+def test_a_setting_of_another_form_is_refused_and_not_left_out(settings, said):
+    with pytest.raises(ConfigError, match=said):
+        ExportConfig(run="runs/mine", out="x", **settings)
+
+
+def test_a_place_without_a_name_of_its_own_is_a_place(chat, model, tmp_path, monkeypatch):
+    export_hf(model[0], model[1], chat, tmp_path / "model", {})
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")
+    for place, said in (("/", r"\S+ and \d+ more"), ("..", "empty and 1 more")):
+        with pytest.raises(ConfigError, match=f"holds files that no such export wrote .{said}"):
+            export(model=str(tmp_path / "model"), out=Path(place))
+    export(model=str(tmp_path / "model"), out=Path())
+    assert weights.read_config(tmp_path / "empty").width == model[0].width
+    (tmp_path / "one").mkdir()
+    fill(tmp_path / "one", "theirs")
+    with pytest.raises(ConfigError, match=r"wrote \(theirs\): move"):
+        export(model=str(tmp_path / "model"), out=tmp_path / "one")
+
+
+@pytest.mark.parametrize(
     ("format", "out", "message"),
     [
         ("hf", "x.gguf", r"x\.gguf: names a GGUF file: choose format=gguf"),
