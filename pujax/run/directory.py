@@ -17,7 +17,7 @@ from omegaconf import MISSING
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, InUse, PujaxError
-from pujax.files.durable import write_whole
+from pujax.files.durable import on_disk, write_whole
 from pujax.files.settings import (
     DONE,
     SETTINGS,
@@ -69,7 +69,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there, for a `run.dir` with files that no run wrote where this one
-    would write, for a place with * ? or [ in its path, and for a secret among the settings. A job
+    would write, or with runs in it, for a place with * ? or [ in its path, and for a secret among the settings. A job
     of a sweep that somebody does at this moment is in use, and not begun again.
     """
     settings, theirs = named_now(asdict(config)), False
@@ -77,18 +77,21 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     refuse_secrets(settings)
     place = Path(config.run.dir or Path(config.run.root) / config.run.name)
     _refuse_pattern(place if config.resume in ("auto", "never") else Path(config.resume))
-    made = [folder for folder in (place, *place.parents) if not folder.exists()]
+    with on_disk(place):
+        made = [folder for folder in (place, *place.parents) if not folder.exists()]
     if config.resume not in ("auto", "never"):
         directory = Path(config.resume)
         if not (directory / SETTINGS).is_file():
             raise ConfigError(
-                f"resume={config.resume!r}: no run there (no {SETTINGS}){_runs_in(directory)}"
+                f"resume={config.resume!r}: no run there (no {SETTINGS})"
+                f"{_runs_in(directory) or ': choose auto, never or the directory of a run'}"
             )
         lock = _lock(directory, remedy)
     elif config.run.dir is not None:
         directory = Path(config.run.dir)
         theirs = directory.is_dir()
-        directory.mkdir(parents=True, exist_ok=True)
+        with on_disk(directory):
+            directory.mkdir(parents=True, exist_ok=True)
         _refuse_foreign(directory)
         lock = _lock(directory, remedy)
     else:
@@ -167,10 +170,19 @@ def _refuse_pattern(place: Path) -> None:
 
 
 def _refuse_foreign(directory: Path) -> None:
-    """Raise `ConfigError` where files without a run's settings lie where a run would write."""
+    """Raise `ConfigError` where files without a run's settings lie where a run would write.
+
+    And for a folder of runs: `run=FOLDER` would mean the new one from then on, and no longer its
+    newest.
+    """
     lock, found = directory / LOCK, traces(directory)
     if (directory / SETTINGS).exists():
         return  # which are held against those of the run to do
+    if inner := sorted(directory.glob(f"*/{SETTINGS}")):
+        raise ConfigError(
+            f"run.dir={directory}: is a folder of runs, {inner[-1].parent.name} one of them, which "
+            "nobody would find below a run: choose a folder in it, or of its own"
+        )
     if os.path.lexists(lock) and not _is_ours(lock):
         found.append(LOCK)
     if found:
@@ -303,7 +315,8 @@ def _unfinished(
 
 def _fresh(parent: Path, label: str, remedy: str) -> tuple[Path, _Lock]:
     """A new directory named by time and label, locked; no other process gets the same."""
-    parent.mkdir(parents=True, exist_ok=True)
+    with on_disk(parent):
+        parent.mkdir(parents=True, exist_ok=True)
     name = datetime.now().strftime("%Y-%m-%d_%H-%M-%S")
     if label:
         plain = re.sub(r"[^\w.=+-]+", "-", label)

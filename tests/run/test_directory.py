@@ -17,7 +17,7 @@ from hydra import compose, initialize_config_dir
 
 from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.settings import TrainConfig
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, DiskError
 from pujax.files.settings import keep_settings, kept_settings
 from pujax.run.directory import finished, run_directory, traces
 
@@ -129,7 +129,7 @@ def test_who_set_no_directory_is_not_told_to_choose_another(tmp_path):
 
 
 def test_resuming_from_where_no_run_is_is_an_error(tmp_path):
-    with pytest.raises(ConfigError, match="no run there"):
+    with pytest.raises(ConfigError, match="no run there .*: choose auto, never or the directory"):
         begun(f"resume={tmp_path}/none")
 
 
@@ -396,6 +396,29 @@ def test_a_directory_with_files_where_a_run_would_write_is_refused_as_it_is(tmp_
     path.unlink()
     if path.parent == tmp_path / "mine":
         begun(f"run.dir={tmp_path}/mine")
+
+
+def test_no_run_is_begun_over_a_folder_of_runs_which_it_would_hide(tmp_path):
+    run = begun(f"run.root={tmp_path}")
+    before = sorted(run.parent.rglob("*"))
+    with pytest.raises(ConfigError, match=rf"is a folder of runs, {run.name} one of them.*its own"):
+        begun(f"run.dir={run.parent}")
+    assert sorted(run.parent.rglob("*")) == before
+    assert begun(f"run.dir={run.parent}/mine") == run.parent / "mine"
+
+
+@pytest.mark.parametrize(
+    ("key", "place", "why"),
+    [
+        ("run.dir", "file", "File exists"),
+        ("run.root", "file/x", "Not a directory"),
+        ("run.root", "x" * 300, "File name too long"),
+    ],
+)
+def test_a_place_where_no_folder_can_be_made_is_told_with_what_to_do(tmp_path, key, place, why):
+    (tmp_path / "file").touch()
+    with pytest.raises(DiskError, match=rf"can't be written \({why}\): (move away|choose a shorter)"):
+        begun(f"{key}={tmp_path}/{place}")
 
 
 def test_the_lock_that_a_killed_process_left_is_no_file_of_others(tmp_path):
