@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pujax.config.commands import command
-from pujax.config.typed import Answering, lines, text_or_file
+from pujax.config.typed import Answering, lines
 from pujax.errors import PujaxError
 from pujax.files.locate import soft_prompt_file
 from pujax.inference.finished import source_of
@@ -33,11 +33,10 @@ class ChatConfig(Answering):
 
 def run(settings: ChatConfig) -> None:
     """Answer each line of standard input, with those before it in view, until it ends."""
-    source, system = source_of(settings.run, settings.model)
+    source, of_run = source_of(settings.run, settings.model)
     if settings.soft_prompt is not None:
         soft_prompt_file(settings.soft_prompt)
-    given = text_or_file("system", settings.system)
-    system = system if given is None else given
+    system = of_run if settings.system is None else settings.system
     compile_once()
     from pujax.inference.generator import Generator  # jax with it: --help does not need that
 

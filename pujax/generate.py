@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import chain, islice
 
 from pujax.config.commands import command
-from pujax.config.typed import Answering, lines, text_or_file
+from pujax.config.typed import Answering, lines
 from pujax.errors import ConfigError, require
 from pujax.files.locate import soft_prompt_file
 from pujax.inference.finished import source_of
@@ -32,11 +32,9 @@ def run(settings: GenerateConfig) -> None:
     source, of_run = source_of(settings.run, settings.model)
     if settings.soft_prompt is not None:
         soft_prompt_file(settings.soft_prompt)
-    system = text_or_file("system", settings.system)
-    prompt = text_or_file("prompt", settings.prompt)
-    system = of_run if system is None else system
-    if prompt is not None:
-        require(not blank(prompt), "prompt", settings.prompt, "is empty: write what to answer")
+    system = of_run if settings.system is None else settings.system
+    if (prompt := settings.prompt) is not None:
+        require(not blank(prompt), "prompt", prompt[:9], "is empty: write what to answer")
         prompts, size = iter([prompt]), 1
     else:
         # Who types waits for the answer; a file is answered by the batch.

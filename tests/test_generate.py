@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from pujax import generate
+from pujax.config.overrides import text_or_file
 from pujax.errors import ConfigError
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
@@ -159,23 +160,22 @@ def test_conf_is_found_inside_an_installed_package(tmp_path):
 
 def test_a_text_may_stand_in_a_file(tmp_path):
     (tmp_path / "long é.txt").write_text("one\n\ntwo\n", encoding="utf-8")
-    assert generate.text_or_file("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
-    assert generate.text_or_file("prompt", "@@me hello") == "@me hello"
-    assert generate.text_or_file("prompt", "a@b") == "a@b"
-    assert generate.text_or_file("system", None) is None
+    assert text_or_file("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
+    assert text_or_file("prompt", "@@me hello") == "@me hello"
+    assert text_or_file("prompt", "a@b") == "a@b"
     (tmp_path / "utf16").write_text("Café\n", encoding="utf-16")  # with its mark, as Notepad has it
-    assert generate.text_or_file("prompt", f"@{tmp_path}/utf16") == "Café"
+    assert text_or_file("prompt", f"@{tmp_path}/utf16") == "Café"
     (tmp_path / "bytes").write_bytes(b"\xff")
     for device in ("/dev/zero", "/dev/null"):
         with pytest.raises(ConfigError, match=f"prompt=@{device}: a device: name a file of text"):
-            generate.text_or_file("prompt", f"@{device}")
+            text_or_file("prompt", f"@{device}")
     with (tmp_path / "long").open("wb") as file:
         file.truncate(2**24 + 1)
     with pytest.raises(ConfigError, match="more than 16777216 bytes: name a file of text"):
-        generate.text_or_file("prompt", f"@{tmp_path}/long")
+        text_or_file("prompt", f"@{tmp_path}/long")
     for place, why in (("nowhere", "No such file"), ("bytes", "not UTF-8"), ("", "Is a directory")):
         with pytest.raises(ConfigError, match=rf"prompt=@.*{why}.*: name a file of text, or write"):
-            generate.text_or_file("prompt", f"@{tmp_path}/{place}")
+            text_or_file("prompt", f"@{tmp_path}/{place}")
 
 
 # ---------------------------------------------------------------------- the system message

@@ -4,7 +4,8 @@ Hydra reads a value by a grammar of its own, in which commas, colons, quotes, br
 with accents mean something or are not allowed, and 1e3 is a number. Which settings are texts, their
 records say: what was typed for those is quoted here. What Hydra has words for is left to it: null,
 a value in quotes of its own, and with -m a list of values to go through; and `${...}` of a setting
-or of the environment, but in what a model reads, where any may be meant as it stands.
+or of the environment, but in what a model reads, where any may be meant as it stands. That may stand
+in a file too, which is named as @FILE.
 """
 
 import re
@@ -14,6 +15,11 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Quote, QuotedString
+from omegaconf import DictConfig, OmegaConf
+
+from pujax.errors import ConfigError
+from pujax.files.locate import at_home
+from pujax.text import encoding_of, not_utf8
 
 _TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
 _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
@@ -117,3 +123,50 @@ def _given(annotation: Any) -> Any:
         kinds = [kind for kind in get_args(annotation) if kind is not type(None)]
         return kinds[0] if len(kinds) == 1 else None
     return annotation
+
+
+# ---------------------------------------------------------------------- a text in a file
+
+
+LONGEST = 2**24
+"""Bytes of a text in a file, more than any model reads: a pipe may never end."""
+
+
+def text_or_file(key: str, value: str) -> str:
+    """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
+
+    Raises `ConfigError`.
+    """
+    if not value.startswith("@"):
+        return value
+    if value.startswith("@@"):
+        return value[1:]
+    file = at_home(value[1:])
+    try:
+        with file.open("rb") as opened:
+            device = file.is_char_device() or file.is_block_device()  # some never end
+            whole = b"" if device else opened.read(LONGEST + 1)
+        if device or len(whole) > LONGEST:
+            raise ValueError("a device" if device else f"more than {LONGEST} bytes")
+        text = whole.decode(encoding_of(whole[:4]))
+        return text.replace("\r\n", "\n").removesuffix("\n")
+    except (OSError, ValueError) as error:
+        told = str(error)
+        if isinstance(error, UnicodeDecodeError):
+            told = not_utf8(whole, error, file)
+        reason = getattr(error, "strerror", None) or told
+        raise ConfigError(
+            f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
+        ) from error
+
+
+def with_files_read(composed: DictConfig, typed: Sequence[str]) -> None:
+    """Put into the composed settings, for each @FILE `typed` that a model is to read, its text.
+
+    Settings keep the text, so that a run that goes on, and whoever reads them, needs no file of that
+    name. In YAML an @ is a letter like others. Raises `ConfigError`.
+    """
+    for key in {given.partition("=")[0].lstrip("+") for given in typed}:
+        value = OmegaConf.select(composed, key) if key.rpartition(".")[2] in READ else None
+        if isinstance(value, str):
+            OmegaConf.update(composed, key, _literal(text_or_file(key, value), None))

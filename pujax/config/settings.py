@@ -101,8 +101,8 @@ class DataConfig:
         reference_cache: the folder that keeps the reference's log-probs of given responses, by
             model and data; null computes them in each step.
         gate: which anchors are not learnt.
-        system: the student's system message where a prompt has none; null leaves it to the chat
-            template.
+        system: the student's system message, or @FILE, where a prompt has none; null leaves it to
+            the chat template.
         max_prompt_tokens: the longest prompt, in tokens.
         max_response_tokens: the longest answer, in tokens.
         on_too_long: what a prompt beyond that is: an error, to drop, or to truncate (at the

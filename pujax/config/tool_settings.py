@@ -96,7 +96,7 @@ class HeldoutConfig:
     Attributes:
         heldout: prompts: a file, a list of files, or a mapping as for `data.prompts`.
         anchors: the store that answers them.
-        system: the student's system message where a prompt has none.
+        system: the student's system message, or @FILE, where a prompt has none.
         max_prompt_tokens: the longest prompt.
         max_response_tokens: the longest response.
         on_too_long: what becomes of a longer prompt: error, drop, truncate.
@@ -251,12 +251,13 @@ class AdaptConfig:
             on `preferences`.
         out: the soft prompt's file, which ends in .safetensors.
         tokens: how many virtual tokens stand before a prompt.
-        start: a text whose tokens they are at first, over again where it has fewer.
-        task: what the user is after, in words: kept with the soft prompt, for `fitted` of others.
+        start: a text, or @FILE, whose tokens they are at first, over again where it has fewer.
+        task: what the user is after, in words, or @FILE: kept with the soft prompt, for `fitted` of
+            others.
         fitted: soft prompts of other users, each with a task: one for this `task` is sampled from a
             diffusion model of them, and fitting begins with that in place of `start`.
-        system: the system message where a prompt has none; null is the one that the run was trained
-            with, or else the chat template's own.
+        system: the system message, or @FILE, where a prompt has none; null is the one that the run
+            was trained with, or else the chat template's own.
         dimensions: weights of the ratings by name; none takes the mean of all.
         loss: a function, by `_target_`, and its keywords.
         steps: updates.

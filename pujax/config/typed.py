@@ -1,4 +1,4 @@
-"""What generate and chat share of what is typed: how to draw, a text or its file, the input."""
+"""What generate and chat share of what is typed: how to draw, and the input."""
 
 import sys
 from collections.abc import Iterator
@@ -7,9 +7,7 @@ from typing import Any
 
 from pujax.config.commands import one_source
 from pujax.errors import ConfigError, require
-from pujax.files.locate import at_home
 from pujax.records import check_temperature, check_top_p
-from pujax.text import encoding_of, not_utf8
 
 
 @dataclass(frozen=True)
@@ -62,38 +60,6 @@ class Answering:
             "top_p": self.top_p,
             "seed": self.seed + number,
         }
-
-
-LONGEST = 2**24
-"""Bytes of a text in a file, more than any model reads: a pipe may never end."""
-
-
-def text_or_file(key: str, value: str | None) -> str | None:
-    """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
-
-    Raises `ConfigError`.
-    """
-    if value is None or not value.startswith("@"):
-        return value
-    if value.startswith("@@"):
-        return value[1:]
-    file = at_home(value[1:])
-    try:
-        with file.open("rb") as opened:
-            device = file.is_char_device() or file.is_block_device()  # some never end
-            whole = b"" if device else opened.read(LONGEST + 1)
-        if device or len(whole) > LONGEST:
-            raise ValueError("a device" if device else f"more than {LONGEST} bytes")
-        text = whole.decode(encoding_of(whole[:4]))
-        return text.replace("\r\n", "\n").removesuffix("\n")
-    except (OSError, ValueError) as error:
-        told = str(error)
-        if isinstance(error, UnicodeDecodeError):
-            told = not_utf8(whole, error, file)
-        reason = getattr(error, "strerror", None) or told
-        raise ConfigError(
-            f"{key}={value}: {reason}: name a file of text, or write @@ where a text begins with @"
-        ) from error
 
 
 def lines() -> Iterator[str]:

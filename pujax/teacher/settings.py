@@ -45,7 +45,7 @@ class TeacherConfig:
         model: the teacher's name there; in a replay, whose answers to take.
         api_key_env: the NAME of the environment variable that holds the key.
         api_key: never set; it is here to be refused without being shown.
-        system: a system message before each prompt's own.
+        system: a system message, or @FILE, before each prompt's own.
         temperature: sampling temperature; null leaves it to the server.
         max_tokens: the longest answer, in tokens; null leaves it to the server.
         extra_body: more of the request's body, such as {top_p: 0.9}.

@@ -24,9 +24,9 @@ from pujax.__main__ import COMMANDS
 from pujax.config import commands, endings
 from pujax.config.commands import command, secrets_hidden, swept
 from pujax.config.compose import SILENT, WaryLoader, refuse_calls
+from pujax.config.overrides import text_or_file
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import note_done
-from pujax.config.typed import text_or_file
 from pujax.errors import ConfigError, DataError, StopRequested
 from pujax.files.locate import locate
 from pujax.inference.finished import model_path, source_of
@@ -455,6 +455,21 @@ def test_a_mapping_of_any_names_takes_them_without_a_plus_and_a_number_may_be_wh
     assert called(monkeypatch, seen.append, "experiment=smoke", "data.preferences=p", given) == 0
     record, key = given.lstrip("+").partition("=")[0].split(".")[:2]
     assert getattr(getattr(seen[0], record), key) == value
+
+
+def test_whatever_a_model_reads_may_stand_in_a_file(monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for name, text in (("a", "Say ${seed}, 'so' \\\\${x}:\n\né\n"), ("b", "@@two")):
+        Path(name).write_text(text, encoding="utf-8")
+    got = []
+    words = ("+experiment=smoke", "data.system=@a", "teacher.system=@@b", "run.name=@a")
+    called(monkeypatch, lambda config: got.append(config), *words)
+    assert got[0].data.system == "Say ${seed}, 'so' \\\\${x}:\n\né"
+    assert (got[0].teacher.system, got[0].run.name) == ("@b", "@a")
+    called(monkeypatch, lambda config: got.append(config), "-m", words[0], "data.system=@a,@b")
+    assert [each.data.system for each in got[1:]] == [got[0].data.system, "@@two"]
+    assert called(monkeypatch, print, words[0], "teacher.system=@none") == 1
+    assert "teacher.system=@none: No such file or directory: name a" in capsys.readouterr().err
 
 
 def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
