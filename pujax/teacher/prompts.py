@@ -176,7 +176,7 @@ def _json_list(path: Path) -> Rows:
     if not text.strip():
         return
     try:
-        rows = json.loads(text)
+        rows = json.loads(text, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:
         raise PromptError(
             f"{path}: not one JSON list ({error}): mend it, or name a file with one object a line "
@@ -216,7 +216,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str, bytes]]:
 
 def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
     try:
-        row = json.loads(line)
+        row = json.loads(line, object_pairs_hook=_once_each)
     except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits too
         torn = not raw.endswith(b"\n")
         why = "the file is cut off here: write it again" if torn else "mend this line"
@@ -226,6 +226,16 @@ def _object(line: str, place: str, raw: bytes) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise PromptError(f'{place}: {type(row).__name__}, need an object: {{"prompt": ...}}')
     return row
+
+
+def _once_each(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object of which no key is there twice: of such ones all but the last would be lost."""
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"two values are called {printable(twice, 40)!r}")
+    return made
 
 
 # --- a row to a prompt ----------------------------------------------------------------------------
@@ -304,6 +314,8 @@ def _sharegpt(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
     if turns and turns[-1]["role"] == "assistant":
         last = turns.pop()["content"]
         answer = last if answer is None else answer
+    if not turns:
+        raise PromptError(f"{place}: `conversations` has no turn of the user's to answer")
     return {**row, "messages": turns, "answer": answer}
 
 

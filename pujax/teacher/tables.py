@@ -1,6 +1,7 @@
 """Rows of prompts from tables: CSV, Parquet, Hugging Face datasets."""
 
 import csv
+import difflib
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -178,7 +179,11 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
         settings = DatasetConfig(**mapping)
     except TypeError as error:
         known = list(DatasetConfig.__dataclass_fields__)
-        raise ConfigError(f"data.prompts: {error}: its keys are {known}") from error
+        wrong = [key for key in mapping if key not in known]
+        near = difflib.get_close_matches(str(wrong[0]), known, 1) if wrong else []
+        told = f"no such key, did you mean {near[0]}?" if near else "no such key:"
+        told = f"{wrong[0]!r}: {told}" if wrong else "`dataset` is missing:"
+        raise ConfigError(f"a dataset as a mapping: {told} its keys are {known}") from error
     import datasets  # takes a second and 100 MB: only who reads a dataset pays
 
     try:
@@ -189,7 +194,10 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
             data_files=settings.data_files,
         )
     except Exception as error:  # the library raises a dozen types, those of its readers among them
-        raise PromptError(f"dataset {settings.dataset!r}: {_first_line(error)}") from error
+        raise PromptError(
+            f"dataset {settings.dataset!r}: {_first_line(error)}: check its name, split and "
+            "data_files, and for one of the hub the network"
+        ) from error
     start, _, stop = (settings.slice or ":").partition(":")
     picked = range(len(rows))[int(start) if start else None : int(stop) if stop else None]
     if not picked:

@@ -69,6 +69,12 @@ def test_prompts_come_one_at_a_time(tmp_path):
     [
         ([], r"p\.jsonl: no prompts in it"),
         ([{"prompt": "One"}, '{"prompt": '], r"p\.jsonl:2: not JSON .* mend this line"),
+        (['{"prompt": "One", "prompt": "Two"}'], r"p\.jsonl:1: .*two values are called 'prompt'"),
+        (
+            ['{"messages": [{"role": "user", "role": "system", "content": "x"}]}'],
+            r"p\.jsonl:1: .*two values are called 'role'.*: mend this line",
+        ),
+        ([{"conversations": [{"from": "gpt", "value": "x"}]}], "`conversations` has no turn of the"),
         ([["One"]], r"p\.jsonl:1: list, need an object"),
         ([{"question": "One"}], r"p\.jsonl:1: needs `prompt` or `messages`, found neither .*quest"),
         ([{"prompt": "One", "messages": []}], r"p\.jsonl:1: .* found both"),
@@ -205,8 +211,9 @@ def test_a_dataset_is_mapped_sliced_and_templated(dataset):
         ({"slice": "3:"}, PromptError, r"no rows in train\[3:\]"),
         ({"slice": "first"}, ConfigError, "START:STOP"),
         ({"template": "{query}"}, PromptError, r"json\[0\]: template names 'query'"),
-        ({"split": "test"}, PromptError, "dataset 'json': Unknown split"),
-        ({"rows": 3}, ConfigError, "unexpected keyword argument 'rows'"),
+        ({"split": "test"}, PromptError, "dataset 'json': Unknown split.*: check its name, split"),
+        ({"rows": 3}, ConfigError, "a dataset as a mapping: 'rows': no such key: its keys are"),
+        ({"splt": "x"}, ConfigError, "'splt': no such key, did you mean split?"),
         ({}, PromptError, r"json\[0\]: needs `prompt` or `messages`"),
     ],
 )
