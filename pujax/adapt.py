@@ -3,6 +3,7 @@
 from pujax.config.commands import command
 from pujax.config.functions import build_loss, foresee
 from pujax.config.tool_settings import AdaptConfig, own_names
+from pujax.errors import require
 from pujax.files.locate import at_home, soft_prompt_file
 from pujax.inference.finished import refuse_run, source_of
 from pujax.run.compilation import compile_once
@@ -23,7 +24,10 @@ def run(settings: AdaptConfig) -> None:
             refuse_missing(given, key)
             if settings.on_bad_row == "error":
                 with own_names():
-                    refuse_bad_rows(given, weights=settings.dimensions or None)
+                    count = refuse_bad_rows(given, weights=settings.dimensions or None)
+                if count is not None and key == "preferences":
+                    remedy = f"preferences has {counted(count, 'prompt')}: lower it"
+                    require(settings.batch <= count, "batch", settings.batch, remedy)
     compile_once()
     from pujax.run.adapting import adapt  # jax with it: --help does not need that
 

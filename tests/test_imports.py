@@ -123,12 +123,14 @@ WRONG = {
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
+    "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt:",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
     "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
     "generate model=m.gguf prompt=": "prompt='': is empty: write what to answer",
     "generate model=m.gguf soft_prompt=none": "none: no such file: `pujax adapt` makes one",
+    "generate model=m.gguf soft_prompt=x.csv prompt=x": "x.csv: Error while deserializing header",
     "chat model=m.gguf system=@none": "system=@none: No such file",
     "serve model=m.gguf host=": "host='': give an address",
 }
@@ -158,6 +160,7 @@ UNFIT = [
 def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     (tmp_path / "m.gguf").touch()
     (tmp_path / "x.csv").write_text("question\nWhy?\n")
+    (tmp_path / "p.jsonl").write_text('{"prompt": "Hi", "chosen": "Hi!", "rejected": "No."}\n')
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
     heavy = {"jax", "flax", "optax", "transformers", "matplotlib", "rouge_score"}

@@ -4,8 +4,8 @@ Hydra reads a value by a grammar of its own, in which commas, colons, quotes, br
 with accents mean something or are not allowed, and 1e3 is a number. Which settings are texts, their
 records say: what was typed for those is quoted here. What Hydra has words for is left to it: null,
 a value in quotes of its own, and with -m a list of values to go through; and `${...}` of a setting
-or of the environment, but in what a model reads, where any may be meant as it stands. That may stand
-in a file too, which is named as @FILE.
+or of the environment, but in what a model reads, where any may be meant as it stands. That may
+stand in a file too, which is named as @FILE.
 """
 
 import re
@@ -163,8 +163,8 @@ def text_or_file(key: str, value: str) -> str:
 def with_files_read(composed: DictConfig, typed: Sequence[str]) -> None:
     """Put into the composed settings, for each @FILE `typed` that a model is to read, its text.
 
-    Settings keep the text, so that a run that goes on, and whoever reads them, needs no file of that
-    name. In YAML an @ is a letter like others. Raises `ConfigError`.
+    Settings keep the text, so that a run that goes on, and whoever reads them, needs no file of
+    that name. In YAML an @ is a letter like others. Raises `ConfigError`.
     """
     for key in {given.partition("=")[0].lstrip("+") for given in typed}:
         value = OmegaConf.select(composed, key) if key.rpartition(".")[2] in READ else None

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from pujax.errors import ConfigError, WeightsError
 
+SOFT_PROMPT = "soft_prompt"
+"""What the one tensor in a soft prompt's file is called."""
+
 
 def at_home(path: str | os.PathLike[str]) -> Path:
     """`path` with a leading ~ or ~USER written out. Raises `ConfigError` where that is unknown."""
@@ -70,10 +73,24 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
 
 
 def soft_prompt_file(path: str | os.PathLike[str]) -> Path:
-    """The file of a soft prompt. Raises `WeightsError` where none is."""
+    """The file of a soft prompt, by its header. Raises `WeightsError` where none is."""
+    from safetensors import SafetensorError, safe_open
+
     file = at_home(path)
     if not file.is_file():
         raise WeightsError(f"{path}: no such file: `pujax adapt` makes one")
+    try:
+        with safe_open(file, "np") as opened:
+            names = list(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"{path}: {error}: it is damaged, or no soft prompt: give a file that `pujax adapt` made"
+        ) from error
+    if names != [SOFT_PROMPT]:
+        raise WeightsError(
+            f"{path}: holds {', '.join(names[:4]) or 'nothing'}, not one {SOFT_PROMPT} alone: give "
+            "a file that `pujax adapt` made"
+        )
     return file
 
 

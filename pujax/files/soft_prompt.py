@@ -23,13 +23,13 @@ from transformers import AddedToken
 from pujax.errors import ChatError, ConfigError, WeightsError
 from pujax.files.chat import Chat, Message
 from pujax.files.durable import name_beside, on_disk
-from pujax.files.locate import at_home, here, soft_prompt_file
+from pujax.files.locate import SOFT_PROMPT, at_home, here, soft_prompt_file
 from pujax.files.safetensors import write_tensors
 from pujax.models.parameters import DecoderConfig
 from pujax.models.soft_prompt import with_rows
 from pujax.types import Params
 
-TENSOR, ABOUT = "soft_prompt", "pujax"
+ABOUT = "pujax"
 
 _LEADS = "{% set soft_prompts = "  # how a chat template begins that writes them
 
@@ -40,7 +40,7 @@ def save_soft_prompt(
     """Write N virtual tokens of width D, and what is told `about` them. Raises `DiskError`."""
     values = np.ascontiguousarray(vectors, np.float32)
     told = json.dumps({**about, "sha256": _digest(values)})
-    write_tensors(path, {TENSOR: values}, {ABOUT: told})
+    write_tensors(path, {SOFT_PROMPT: values}, {ABOUT: told})
 
 
 def require_place(path: Path) -> None:
@@ -71,19 +71,16 @@ def load_soft_prompt(path: Path) -> tuple[Float[np.ndarray, "N D"], dict[str, An
     soft_prompt_file(path)
     try:
         with safe_open(path, "np") as file:
-            names, told = list(file.keys()), (file.metadata() or {}).get(ABOUT, "{}")
-            kind = file.get_slice(TENSOR).get_dtype() if names == [TENSOR] else ""
-            vectors = file.get_tensor(TENSOR) if kind == "F32" else None
+            told = (file.metadata() or {}).get(ABOUT, "{}")
+            kind = file.get_slice(SOFT_PROMPT).get_dtype()
+            vectors = file.get_tensor(SOFT_PROMPT) if kind == "F32" else None
         about = json.loads(told)
     except (SafetensorError, OSError, ValueError, RecursionError, TypeError) as error:
         raise WeightsError(f"{path}: {error}: the file is damaged: fit it again") from error
-    if kind not in ("", "F32"):
+    if vectors is None:
         raise WeightsError(f"{path}: values stored as {kind} are no soft prompt: fit it again")
-    if vectors is None or not isinstance(about, dict):
-        raise WeightsError(
-            f"{path}: holds {', '.join(names[:4]) or 'nothing'}, not one {TENSOR} alone: give a "
-            "file that `pujax adapt` made"
-        )
+    if not isinstance(about, dict):
+        raise WeightsError(f"{path}: says nothing of itself: give a file that `pujax adapt` made")
     if vectors.ndim != 2 or not vectors.size:
         raise WeightsError(f"{path}: values {vectors.shape} are no soft prompt: fit it again")
     if not np.isfinite(vectors).all():

@@ -288,7 +288,7 @@ def _datasets(config: AdaptConfig, chat: Chat, system: str | None) -> tuple[Data
     settings = config.laid_out(system)
     data = _read(config.preferences, chat, settings)
     count = len(data.examples)
-    remedy = f"there are {counted(count, 'prompt')}: lower it"
+    remedy = f"preferences has {counted(count, 'prompt')}: lower it"
     require(config.batch <= count, "batch", config.batch, remedy)
     alike = [len({given.score for given in e.given}) == 1 < len(e.given) for e in data.examples]
     if all(alike):

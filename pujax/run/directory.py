@@ -69,8 +69,9 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
     that has the same settings, isn't done and isn't in use; `resume=PATH` goes on with that run;
     `resume=never` begins one. Raises `ConfigError` when the run to go on with has other settings,
     is done, in use, or isn't there, for a `run.dir` with files that no run wrote where this one
-    would write, or with runs in it, for a place with * ? or [ in its path, and for a secret among the settings. A job
-    of a sweep that somebody does at this moment is in use, and not begun again.
+    would write, or with runs in it, for a place with * ? or [ in its path, and for a secret among
+    the settings. A job of a sweep that somebody does at this moment is in use, and not begun again.
+    Raises `DiskError` for a place where no folder can be made.
     """
     settings, theirs = named_now(asdict(config)), False
     remedy = elsewhere(config)

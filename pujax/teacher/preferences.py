@@ -76,14 +76,14 @@ def load_preferences(
 
 def refuse_bad_rows(
     source: str | Sequence[str] | Mapping[str, Any], *, weights: Mapping[str, float] | None = None
-) -> None:
-    """Raise `PromptError` for a row of files that `load_preferences` can't use.
+) -> int | None:
+    """How many rows there are; `PromptError` for one of files that `load_preferences` can't use.
 
-    For who is about to load jax and a model. A dataset isn't read for that.
+    For who is about to load jax and a model. A dataset isn't read for that, and gives None.
     """
-    if not isinstance(source, Mapping):
-        for _ in load_preferences(source, weights=weights):
-            pass
+    if isinstance(source, Mapping):
+        return None
+    return sum(1 for _ in load_preferences(source, weights=weights))
 
 
 def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, Ratings]]]:

@@ -51,7 +51,7 @@ def other(tensors, metadata=None):
         (flipped, "its checksum differs"),
         (other({"soft_prompt": ml_dtypes.float8_e4m3fn(VECTORS)}), "stored as F8_E4M3 are no"),
         (other({"soft_prompt": VECTORS}, {"pujax": "{"}), "damaged"),
-        (other({"soft_prompt": VECTORS}, {"pujax": json.dumps([1])}), "holds soft_prompt, not"),
+        (other({"soft_prompt": VECTORS}, {"pujax": json.dumps([1])}), "says nothing of itself"),
         (other({"a": VECTORS, "b": VECTORS}), "holds a, b, not one soft_prompt alone"),
         (other({}), "holds nothing, not one"),
         (other({"soft_prompt": VECTORS[0]}), r"values \(3,\) are no soft prompt"),

@@ -74,7 +74,7 @@ def test_prompts_come_one_at_a_time(tmp_path):
             ['{"messages": [{"role": "user", "role": "system", "content": "x"}]}'],
             r"p\.jsonl:1: .*two values are called 'role'.*: mend this line",
         ),
-        ([{"conversations": [{"from": "gpt", "value": "x"}]}], "`conversations` has no turn of the"),
+        ([{"conversations": [{"from": "gpt", "value": "x"}]}], "`conversations` has no turn of"),
         ([["One"]], r"p\.jsonl:1: list, need an object"),
         ([{"question": "One"}], r"p\.jsonl:1: needs `prompt` or `messages`, found neither .*quest"),
         ([{"prompt": "One", "messages": []}], r"p\.jsonl:1: .* found both"),
