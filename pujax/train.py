@@ -11,9 +11,10 @@ from pujax.errors import require
 from pujax.files.locate import here
 from pujax.files.settings import flat
 from pujax.run.compilation import compile_once
-from pujax.run.directory import OUTPUT, finished, run_directory
+from pujax.run.directory import OUTPUT, finished, run_directory, traces
 from pujax.run.processes import first, opened, require_same, several, together, told
 from pujax.run.trackers import require_trackers
+from pujax.run.unanswered import refuse_unanswered
 from pujax.teacher.preferences import refuse_bad_rows
 from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
 from pujax.teacher.store import require_store
@@ -42,6 +43,7 @@ def run(config: TrainConfig) -> None:
             return
         told(lambda: require_sources(config))
         with opened(lambda: run_directory(config, apart)) as directory:
+            refuse_unanswered(config, begun=bool(traces(directory)))
             compile_once()
             from pujax.run.trial import try_settings
 

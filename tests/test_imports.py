@@ -120,6 +120,7 @@ def test_a_run_that_is_not_there_is_refused_without_jax(command):
 WRONG = {
     "train +experiment=smoke labels.tau=-1": "labels.tau=-1: must be positive",
     "train +experiment=smoke eval.samples=2": "eval.samples=2: pass@4 needs at least 4",
+    "train +experiment=smoke data.heldout=h.txt": "449 prompts have no anchor (“Hi” in h.txt): c",
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
@@ -161,6 +162,7 @@ def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     (tmp_path / "m.gguf").touch()
     (tmp_path / "x.csv").write_text("question\nWhy?\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hi", "chosen": "Hi!", "rejected": "No."}\n')
+    (tmp_path / "h.txt").write_text("Hi\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
     heavy = {"jax", "flax", "optax", "transformers", "matplotlib", "rouge_score"}

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from pujax.config.compose import shipped
 from pujax.config.functions import build, with_protocol
 from pujax.config.settings import DataConfig, GateConfig, TrainConfig
 from pujax.errors import DataError, PujaxError
@@ -17,6 +16,7 @@ from pujax.files.chat import Chat
 from pujax.records import Anchor, Example, Given, Prompt, messages_key
 from pujax.run.gate import gated, in_words
 from pujax.run.rewarding import AnchorCheck, anchor_check
+from pujax.run.unanswered import HAD_ALL, to_collect
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.asking import Tally
 from pujax.teacher.degrees import KeyWords, graded, yake_words
@@ -24,7 +24,6 @@ from pujax.teacher.plan import Plan
 from pujax.teacher.preferences import load_preferences
 from pujax.teacher.prompts import load_prompts
 from pujax.teacher.settings import TeacherConfig
-from pujax.teacher.store import COLLECT
 from pujax.teacher.weighting import weighed
 from pujax.text import counted, printable
 
@@ -159,7 +158,7 @@ def load_data(
                 config.collect,
                 say=say,
                 tick=tick,
-                remedy=f"the run {_HAD_ALL}" if begun else _to_collect(data),
+                remedy=to_collect(data, begun=begun),
                 place=place,
             )
         *own, heldout = (_answered(part, dropped, anchors, chat, data) for part, dropped in fits)
@@ -299,30 +298,9 @@ def load_heldout(
     return dataset
 
 
-_HAD_ALL = (
-    "had them all when it began: put back the prompts or the answers that it had, or begin another "
-    "run"
-)
-
-
-def _to_collect(config: DataConfig) -> str:
-    """What to do about answers that a store lacks; an experiment's own is for its own prompts."""
-    if not (_of_experiment(config.anchors) and not _of_experiment(config.prompts)):
-        return COLLECT
-    return (
-        f"data.anchors={config.anchors} is the experiment's: set data.anchors=YOUR STORE, which "
-        "`python -m pujax.collect` makes"
-    )
-
-
-def _of_experiment(source: Any) -> bool:
-    """Whether it is one of the files that come with pujax."""
-    return isinstance(source, str) and source == shipped("/".join(Path(source).parts[-2:]))
-
-
 def _ask_nobody(*_: Any) -> AbstractAsyncContextManager[Any]:
     raise DataError(
-        f"data.anchors lacks answers to data.heldout or data.prompts, and the run {_HAD_ALL}"
+        f"data.anchors lacks answers to data.heldout or data.prompts, and the run {HAD_ALL}"
     )
 
 

@@ -1,0 +1,76 @@
+"""What a run says of prompts without an anchor, before jax is imported where files tell."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pujax.config.compose import shipped
+from pujax.config.settings import DataConfig, TrainConfig
+from pujax.records import Prompt
+from pujax.teacher.anchors import anchors_for
+from pujax.teacher.prompts import load_prompts
+from pujax.teacher.store import COLLECT
+
+HAD_ALL = (
+    "had them all when it began: put back the prompts or the answers that it had, or begin another "
+    "run"
+)
+
+
+def to_collect(config: DataConfig, *, begun: bool) -> str:
+    """What to do about answers that a store lacks; an experiment's own is for its own prompts."""
+    if begun:
+        return f"the run {HAD_ALL}"
+    if not (_of_experiment(config.anchors) and not _of_experiment(config.prompts)):
+        return COLLECT
+    return (
+        f"data.anchors={config.anchors} is the experiment's: set data.anchors=YOUR STORE, which "
+        "`python -m pujax.collect` makes"
+    )
+
+
+def refuse_unanswered(config: TrainConfig, *, begun: bool) -> None:
+    """Raise `StoreError` for prompts of files to which the store has no answer, if nobody is asked.
+
+    Whether a prompt is left out as too long its tokens tell, and a dataset is read once: of those
+    `load_data` finds it.
+    """
+    data = config.data
+    sources = [source for source in (data.prompts, data.heldout) if source is not None]
+    if data.anchors is None or config.teacher.asks or data.on_too_long != "error":
+        return
+    if not all(_are_files(source) for source in sources):
+        return
+    parts = [list(load_prompts(source, say=_nothing)) for source in sources]
+
+    def place(prompt: Prompt) -> str:
+        return f" in {next(s for s, p in zip(sources, parts, strict=True) if _has(p, prompt))}"
+
+    anchors_for(
+        [prompt for part in parts for prompt in part],
+        config.teacher,
+        Path(data.anchors),
+        config.collect,
+        say=_nothing,
+        remedy=to_collect(data, begun=begun),
+        place=place,
+    )
+
+
+def _has(part: list[Prompt], prompt: Prompt) -> bool:
+    return any(each is prompt for each in part)
+
+
+def _are_files(source: Any) -> bool:
+    """Whether it is files alone, and none that gives what it has but once."""
+    paths = source if isinstance(source, list) else [source]
+    return not isinstance(source, Mapping) and all(Path(path).is_file() for path in paths)
+
+
+def _nothing(line: str) -> None:
+    """Told what `load_data` will say."""
+
+
+def _of_experiment(source: Any) -> bool:
+    """Whether it is one of the files that come with pujax."""
+    return isinstance(source, str) and source == shipped("/".join(Path(source).parts[-2:]))
