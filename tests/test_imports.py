@@ -124,7 +124,7 @@ WRONG = {
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
-    "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt:",
+    "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",

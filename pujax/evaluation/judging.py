@@ -82,6 +82,15 @@ def winrate(
         for a, b in zip(one.rows, other.rows, strict=True)
         if kinds is None or a.kind in kinds
     ][:prompts]
+    if not pairs:
+        known = ", ".join(sorted({str(row.kind) for row in one.rows}))
+        wanted = list(kinds or ())
+        raise EvaluationError(f"suite.kinds={wanted}: no prompt is of these: choose of {known}")
+    if all(a.response == b.response for a, b in pairs):
+        raise EvaluationError(
+            f"{one.model} and {other.model} say the same to all of {len(pairs)} prompts, so nobody "
+            "is asked: choose two that differ, by suite.model and suite.against"
+        )
     asked: list[tuple[Row, Row, Prompt, Prompt]] = []
     for a, b in pairs:
         if a.response != b.response:

@@ -84,7 +84,7 @@ def soft_prompt_file(path: str | os.PathLike[str]) -> Path:
             names = list(opened.keys())
     except (SafetensorError, OSError) as error:
         raise WeightsError(
-            f"{path}: {error}: it is damaged, or no soft prompt: give a file that `pujax adapt` made"
+            f"{path}: {error}: damaged, or no soft prompt: give a file that `pujax adapt` made"
         ) from error
     if names != [SOFT_PROMPT]:
         raise WeightsError(

@@ -1,5 +1,6 @@
 import re
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -117,6 +118,13 @@ def test_what_can_not_be_judged_is_named():
         winrate(PAIR, judge_by(lambda a, b: "A"), model="x")
     with pytest.raises(EvaluationError, match="old alone has answers here"):
         winrate(PAIR[:1], judge_by(lambda a, b: "A"))
+    with pytest.raises(EvaluationError, match=r"suite\.kinds=.*: no prompt is of these: choose of"):
+        winrate(PAIR, judge_by(lambda a, b: "A"), kinds=["x"])
+    same = replace(PAIR[0], model="same")
+    with pytest.raises(
+        EvaluationError, match=r"same and old say the same to all of .*: choose two"
+    ):
+        winrate([PAIR[0], same], judge_by(lambda a, b: "A"))
     other = evaluation("other", ["a", "b"])
     with pytest.raises(EvaluationError, match="different prompts"):
         winrate([PAIR[0], other], judge_by(lambda a, b: "A"))
