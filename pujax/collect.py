@@ -106,7 +106,7 @@ def run(settings: CollectRun) -> int:
         return load_prompts(settings.data.prompts, say_once)
 
     if not teacher.asks:
-        no_teacher = "no teacher given to ask for them: add teacher=... and teacher.model=..."
+        no_teacher = "teacher=replay asks nobody: choose another teacher=... and teacher.model=..."
         if not anchors_for(list(prompts()), teacher, store, settings.collect, remedy=no_teacher):
             raise TeacherError(_unanswered(store, None))
         return 0

@@ -218,9 +218,9 @@ def test_replay_needs_no_teacher_and_names_what_is_missing(server, prompts, tmp_
     assert (done.returncode, done.stdout) == (0, "20 prompts: had 20, asked 0\n")
     write(prompts, 22)
     line = one_line(collect(tmp_path, *replay))
-    assert "2 of 22 prompts have no anchor (p20, p21): no teacher given to ask for them" in line
+    assert "2 of 22 prompts have no anchor (p20, p21): teacher=replay asks nobody: choose" in line
     line = one_line(collect(tmp_path, "store=no.jsonl", "data.prompts=prompts.jsonl"))
-    assert "no.jsonl: no such store: no teacher given to ask for them: add teacher=" in line
+    assert "no.jsonl: no such store: teacher=replay asks nobody: choose another teacher=" in line
 
 
 # --- bad input: one line, status not 0, nothing lost ----------------------------------------------
@@ -297,6 +297,18 @@ def test_a_protocol_of_a_trusted_package_is_taken(server, prompts, tmp_path):
     path = f"{ROOT}{os.pathsep}{tmp_path}"
     done = collect(tmp_path, *given, "trusted=[my_protocol]", PYTHONPATH=path)
     assert (done.returncode, len(server.requests)) == (0, 20)
+
+
+@pytest.mark.parametrize(
+    ("teacher", "said"),
+    [
+        ("local", "teacher.path='': name the model: a Hugging Face directory or a GGUF file"),
+        ("generic", "teacher.base_url='': must start with http"),
+    ],
+)
+def test_a_teacher_without_a_place_is_told_what_it_needs(prompts, tmp_path, teacher, said):
+    words = ["store=a.jsonl", f"data.prompts={prompts}", f"teacher={teacher}", "teacher.model=m"]
+    assert said in one_line(collect(tmp_path, *words))
 
 
 def test_an_unknown_key_is_refused(prompts, tmp_path):

@@ -103,6 +103,7 @@ def test_a_run_is_asked_as_openais_api_and_a_signal_ends_it(run):
                 shown = client.post("/apply-template", json={"messages": asked}).json()["prompt"]
                 body = {"model": "mine", "messages": asked, "max_tokens": 4, "temperature": 0}
                 answer = client.post("/v1/chat/completions", json=body).json()
+                greedy = client.get("/props").json()["default_generation_settings"]["params"]
             server.send_signal(signal.SIGTERM)
             _, errors = server.communicate(timeout=60)
         finally:
@@ -110,6 +111,7 @@ def test_a_run_is_asked_as_openais_api_and_a_signal_ends_it(run):
     # Its words are llama.cpp's own, of the same file.
     assert SYSTEM in shown
     assert answer["model"] == "mine"
+    assert greedy["temperature"] == 0
     assert answer["usage"]["completion_tokens"] == 4
     assert (server.returncode, errors) == (0, "")
 

@@ -152,6 +152,8 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         if "Environment variable" in why:
             why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
         why = _of_ones_own(_plain(why))
+        if "could not be converted to Integer" in why:
+            why = "write a whole number in digits alone, with neither a point nor an exponent"
         if "is not a ListConfig" in why:
             why = "a list is wanted, as in [A] or [A,B]"
         given = [o for o in overrides if o.lstrip("+~").split("=")[0] == found[1]]

@@ -112,7 +112,7 @@ class DataConfig:
     prompts: Any = MISSING
     anchors: str | None = MISSING
     heldout: Any = MISSING
-    preferences: Any = MISSING
+    preferences: Any = None
     preference_share: float = 0.5
     dimensions: dict[str, float] = field(default_factory=dict)
     weightings: Any = field(default_factory=list)
@@ -126,10 +126,6 @@ class DataConfig:
     on_too_long: str = "error"
 
     def __post_init__(self) -> None:
-        # A record without any prompts is a schema, to be filled by YAML, which gives this or asks
-        # for it; a record made by hand may leave it out.
-        if self.preferences == MISSING and (self.prompts, self.heldout) != (MISSING, MISSING):
-            object.__setattr__(self, "preferences", None)
         require(
             self.on_too_long in ("error", "drop", "truncate"),
             "data.on_too_long",
@@ -142,6 +138,7 @@ class DataConfig:
             self.on_bad_row,
             "choose error or drop",
         )
+        require(self.preferences != "", "data.preferences", "", "name what someone rated")
         require(
             self.prompts is not None or self.preferences is not None,
             "data.prompts",

@@ -200,7 +200,7 @@ def _as_stored(stored: _Taken) -> str:
         )
     return (
         f" The teacher's latency and pace are those of {counted(len(stored.seconds), 'answer')} as "
-        "they were collected, several at once and over the network."
+        "they were collected, whatever was asked beside them."
     )
 
 

@@ -70,8 +70,8 @@ def model_card(
         parts.append(
             "It was aligned with pujax: another model answered each prompt once; this one wrote "
             "several candidates, ranked them with that answer in view, and learned from the "
-            "ranking. The terms of the model that gave the answers may apply too"
-            f"{_named(card.get('answers_by'))}."
+            "ranking. The terms of the model that gave the answers"
+            f"{_named(card.get('answers_by'))} may apply too."
         )
     if card.get("soft_prompts"):
         parts.append(_led(card["soft_prompts"]))
@@ -100,7 +100,7 @@ def _led(users: Sequence[str]) -> str:
 
 
 def _named(names: Any) -> str:
-    return f": {_plain(', '.join(names))}" if names else ""
+    return f" ({_plain(', '.join(names))})" if names else ""
 
 
 def is_card(path: Path) -> bool:

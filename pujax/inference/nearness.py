@@ -48,7 +48,11 @@ def nearness(run: Path, out: Path, count: int) -> str:
         return f"not compared with the run ({error})"
     same = sum(answers.get(name) == answer for name, answer in found.items())
     said = f"{same} of {len(found)} greedy answers to held-out prompts are the run's own"
-    return f"{said}, by llama.cpp" if by_llama else said
+    if by_llama:
+        said += ", by llama.cpp"
+    if out.suffix == ".gguf" and same < len(found) / 2:
+        said += ": fewer than half, so try kind=Q8_0 or F16, which keep more of a short training"
+    return said
 
 
 def _by_llama(out: Path, config: TrainConfig, model: Path) -> Mapping[str, str]:

@@ -175,6 +175,7 @@ def serve(
     settings.n_parallel = parallel
     settings.n_ctx = context * parallel  # shared by the requests in flight
     settings.verbosity = 1  # errors alone
+    settings.sampling.temp = 0.0  # for who asks for none: as generate and the evaluation answer
     if threads is not None:
         settings.cpuparams.n_threads = threads
     if served.system is not None:

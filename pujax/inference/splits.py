@@ -149,7 +149,7 @@ def warning_of_training(prompts: Sequence[Prompt], data: DataConfig) -> str | No
         if own is not None:
             found = load_prompts(own, lambda line: None)
             trained |= {messages_key(each.messages) for each in found}
-        if data.preferences not in (None, MISSING):
+        if data.preferences is not None:
             rated = load_preferences(data.preferences, bad=lambda error: None)
             trained |= {messages_key(each.prompt.messages) for each in rated}
     except PujaxError as error:

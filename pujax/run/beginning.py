@@ -88,7 +88,8 @@ def _span(seconds: float) -> str:
     if seconds < 90:
         return "about a minute or two, compiling included"
     return (
-        f"{about(seconds)} where nothing else runs, and a minute or two to compile (a rough guess)"
+        f"{about(seconds)} as fast as the machine is now, and a minute or two to compile (a rough "
+        "guess)"
     )
 
 

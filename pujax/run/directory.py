@@ -13,8 +13,6 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from omegaconf import MISSING
-
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, InUse, PujaxError
 from pujax.files.durable import on_disk, write_whole
@@ -360,4 +358,4 @@ def _default(key: str) -> Any:
         if not is_dataclass(value) or not hasattr(value, name):
             return None
         value = getattr(value, name)
-    return None if value == MISSING else value
+    return value

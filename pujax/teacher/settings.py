@@ -89,6 +89,8 @@ class TeacherConfig:
                 self.base_url,
                 "must start with http:// or https://",
             )
+        where = "name the model: a Hugging Face directory or a GGUF file"
+        require(self.path != "", "teacher.path", self.path, where)
         if self.asks:
             require(bool(self.model), "teacher.model", self.model, "name the teacher's model")
         require(

@@ -90,7 +90,7 @@ def test_a_missing_value_is_named():
         ConfigError, match=r"data\.anchors.*data\.heldout.*data\.prompts.*run\.name"
     ):
         from_hydra(TrainConfig, composed())
-    with pytest.raises(ConfigError, match=r"missing value for data\.preferences: "):
+    with pytest.raises(ConfigError, match=r"data\.preferences='': name what"):
         from_hydra(TrainConfig, composed("+experiment=quickstart", "data=preferences"))
 
 

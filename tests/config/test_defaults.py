@@ -88,7 +88,7 @@ def test_a_default_that_a_yaml_states_is_the_records(name, folder, schema, given
 # What a choice sets otherwise than its record's default; all else in its YAML agrees with that.
 RECORDS = {"data": DataConfig, "mesh": MeshConfig, "distributed": DistributedConfig}
 OTHERWISE = {
-    "data/preferences": {"prompts": None, "anchors": None},
+    "data/preferences": {"prompts": None, "anchors": None, "preferences": ""},
     "mesh/fsdp": {"fsdp": -1},
     "mesh/single": {"data": 1},
     "mesh/tensor": {"tensor": -1},
@@ -116,7 +116,7 @@ def test_a_student_is_its_path(name, path):
 @pytest.mark.parametrize(("name", "path"), choices("teacher"))
 def test_who_is_asked_answers_greedily_in_256_tokens_whoever_it_is(name, path):
     told = set_otherwise(TeacherConfig, read(path))
-    its_own = ("base_url", "api_key_env", "headers.", "protocol.", "price.")
+    its_own = ("base_url", "path", "api_key_env", "headers.", "protocol.", "price.")
     shared = {key: value for key, value in told.items() if not key.startswith(its_own)}
     assert shared == ({} if name == "teacher/replay" else {"temperature": 0.0, "max_tokens": 256})
     assert all(value == 0 for key, value in told.items() if key.startswith("price."))

@@ -533,7 +533,7 @@ def test_a_card_has_results_licence_base_teacher_and_limits(model):
         "pujax_tokenizer_files: []",
     ]
     assert "trained from applies: apache-2.0.\n\nIt was made from some/model." in card
-    assert "may apply too: big-1." in card
+    assert "the answers (big-1) may apply too." in card
     assert card.index("| a | b |") < card.index("## Limits")
 
 

@@ -55,6 +55,15 @@ def test_equal_answers_are_counted_among_the_first_prompts(run, tmp_path, monkey
     assert asked == [(str(tmp_path / "out"), count, 0, {}) for count in (3, 1)]
 
 
+def test_fewer_than_half_of_a_gguf_file_name_a_remedy(run, tmp_path, monkeypatch):
+    answered(monkeypatch, {"a": {"response": "another"}, "b": {"response": "one more"}})
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    said = nearness(run, tmp_path / "out.gguf", 32)
+    assert said.startswith("1 of 3 greedy answers")
+    assert "try kind=Q8_0 or F16" in said
+    assert "try kind=" not in nearness(run, tmp_path / "out", 32)
+
+
 @pytest.fixture
 def llama(monkeypatch):
     """Stands in for llama.cpp's server and its held-out prompts; what it was asked comes back."""

@@ -72,7 +72,7 @@ def test_a_run_that_goes_through_few_prompts_many_times_says_which_steps_would_d
 
 def test_a_rough_time_reads_as_one():
     assert beginning._span(20.0).startswith("about a minute or two")
-    assert beginning._span(600.0).startswith("about 10 min where nothing else runs, and ")
+    assert beginning._span(600.0).startswith("about 10 min as fast as the machine is now, and ")
     assert beginning._span(3 * 3600.0).startswith("about 3.0 hours ")
 
 
