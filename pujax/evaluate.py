@@ -8,12 +8,15 @@ from pujax.config.functions import foresee, foresee_metrics
 from pujax.config.settings import EvalConfig
 from pujax.config.tool_settings import EvaluateConfig
 from pujax.errors import EvaluationError
-from pujax.files.locate import here
+from pujax.files.durable import refuse_unwritable
+from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, flat, kept_settings
 from pujax.inference.finished import model_path, newest_runs, refuse_name
 from pujax.run.compilation import compile_once
+from pujax.run.unanswered import answered_in
 from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
-from pujax.teacher.store import require_store
+from pujax.teacher.settings import TeacherConfig
+from pujax.teacher.store import COLLECT, require_store
 
 
 def run(settings: EvaluateConfig) -> None:
@@ -82,6 +85,16 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
             refuse_bad_prompts(settings.data.heldout)
     if settings.data.anchors is not None:
         require_store(Path(settings.data.anchors))
+        of_runs = [flat(kept_settings(each)).get("data.on_too_long") for each in directories]
+        whole = {settings.data.on_too_long, *of_runs} <= {
+            None,
+            "error",
+        }  # none left out
+        if settings.data.heldout is not None and whole:
+            asked = [settings.data.heldout]
+            answered_in(asked, settings.data.anchors, TeacherConfig(), COLLECT)  # of any teacher
+    if settings.out is not None:
+        refuse_unwritable(at_home(settings.out))
 
 
 GROUPS = ("eval", "teacher", "scorer")

@@ -121,11 +121,14 @@ WRONG = {
     "train +experiment=smoke labels.tau=-1": "labels.tau=-1: must be positive",
     "train +experiment=smoke eval.samples=2": "eval.samples=2: pass@4 needs at least 4",
     "train +experiment=smoke data.heldout=h.txt": "449 prompts have no anchor (“Hi” in h.txt): c",
+    "train +experiment=smoke sft.batch=999": "sft.batch=999: there are 448 training prompts: lower",
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
     "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
+    "evaluate run=run data.heldout=h.txt data.anchors=s.jsonl": "1 prompt has no anchor (“Hi” in h",
+    "evaluate run=run out=/dev/null/x": "/dev/null/x can't be written (Not a dir",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
     "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
@@ -162,6 +165,7 @@ def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     (tmp_path / "m.gguf").touch()
     (tmp_path / "x.csv").write_text("question\nWhy?\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hi", "chosen": "Hi!", "rejected": "No."}\n')
+    (tmp_path / "s.jsonl").touch()
     (tmp_path / "h.txt").write_text("Hi\n")
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\n")

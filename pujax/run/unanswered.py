@@ -1,14 +1,16 @@
 """What a run says of prompts without an anchor, before jax is imported where files tell."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pujax.config.compose import shipped
 from pujax.config.settings import DataConfig, TrainConfig
-from pujax.records import Prompt
+from pujax.errors import require
+from pujax.records import Prompt, messages_key
 from pujax.teacher.anchors import anchors_for
 from pujax.teacher.prompts import load_prompts
+from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT
 
 HAD_ALL = (
@@ -30,31 +32,52 @@ def to_collect(config: DataConfig, *, begun: bool) -> str:
 
 
 def refuse_unanswered(config: TrainConfig, *, begun: bool) -> None:
-    """Raise `StoreError` for prompts of files to which the store has no answer, if nobody is asked.
+    """Refuse prompts of files to which the store has no answer, where nobody is asked for it.
 
-    Whether a prompt is left out as too long its tokens tell, and a dataset is read once: of those
-    `load_data` finds it.
+    And a batch of more prompts than have one. Whether a prompt is left out as too long its tokens
+    tell, and a dataset is read once: of those `load_data` finds it. Raises `StoreError` and
+    `ConfigError`.
     """
     data = config.data
     sources = [source for source in (data.prompts, data.heldout) if source is not None]
     if data.anchors is None or config.teacher.asks or data.on_too_long != "error":
         return
-    if not all(_are_files(source) for source in sources):
+    answered = answered_in(sources, data.anchors, config.teacher, to_collect(data, begun=begun))
+    if answered is None or data.prompts is None or data.preferences is not None:
         return
+    trained = answered[0]
+    remedy = f"there are {trained} training prompts: lower it"
+    for key, stage, size in (
+        ("sft.batch", config.sft, config.sft.batch),
+        ("align.prompts", config.align, config.align.prompts),
+    ):
+        require(not (trained and stage.steps) or size <= trained, key, size, remedy)
+
+
+def answered_in(
+    sources: Sequence[Any], store: str, teacher: TeacherConfig, remedy: str
+) -> list[int] | None:
+    """How many prompts of each source have an answer of `teacher`; None unless all are files.
+
+    Raises `StoreError` with the `remedy` for prompts that nobody has asked of.
+    """
+    if not all(_are_files(source) for source in sources):
+        return None
     parts = [list(load_prompts(source, say=_nothing)) for source in sources]
 
     def place(prompt: Prompt) -> str:
         return f" in {next(s for s, p in zip(sources, parts, strict=True) if _has(p, prompt))}"
 
-    anchors_for(
+    anchors = anchors_for(
         [prompt for part in parts for prompt in part],
-        config.teacher,
-        Path(data.anchors),
-        config.collect,
+        teacher,
+        Path(store),
+        CollectConfig(),  # of who asks
         say=_nothing,
-        remedy=to_collect(data, begun=begun),
+        remedy=remedy,
         place=place,
     )
+    return [sum(messages_key(prompt.messages) in anchors for prompt in part) for part in parts]
 
 
 def _has(part: list[Prompt], prompt: Prompt) -> bool:
