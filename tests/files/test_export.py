@@ -231,7 +231,7 @@ def test_a_4_bit_export_holds_what_its_quantiser_makes_of_each_matrix(kind, chat
 def test_kinds_are_those_with_a_quantiser_and_others_name_the_command_that_makes_them():
     assert set(KINDS) == set(gguf._FILE_TYPES)
     for kind in KINDS:
-        ExportConfig(model="m", out="x", kind=kind)
+        ExportConfig(model="m", out="x.gguf", format="gguf", kind=kind)
     with pytest.raises(ConfigError, match=r"llama-quantize model-F16.gguf .*Q4_K_M.gguf Q4_K_M"):
         ExportConfig(model="m", out="x", kind="Q4_K_M")
     with pytest.raises(ConfigError, match="kind='x': choose F16, Q8_0, Q4_1 or Q4_0"):

@@ -168,8 +168,13 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
     for command in ("chat", "generate", "export"):
         monkeypatch.setattr(f"pujax.{command}.source_of", lambda *_: ("m", None))
     monkeypatch.setattr("pujax.evaluate.newest_runs", lambda runs: runs)
-    for command in ("evaluate._require_sources", "train.require_sources"):
-        monkeypatch.setattr(f"pujax.{command}", lambda *_: None)
+    for command in (
+        "evaluate._require_sources",
+        "train.require_sources",
+        "train.refuse_unanswered",
+        "train.traces",
+    ):
+        monkeypatch.setattr(f"pujax.{command}", lambda *_, **__: None)
     with pytest.raises(Called):
         act()
 
