@@ -86,11 +86,8 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
     if settings.data.anchors is not None:
         require_store(Path(settings.data.anchors))
         of_runs = [flat(kept_settings(each)).get("data.on_too_long") for each in directories]
-        whole = {settings.data.on_too_long, *of_runs} <= {
-            None,
-            "error",
-        }  # none left out
-        if settings.data.heldout is not None and whole:
+        none_left_out = {settings.data.on_too_long, *of_runs} <= {None, "error"}
+        if settings.data.heldout is not None and none_left_out:
             asked = [settings.data.heldout]
             answered_in(asked, settings.data.anchors, TeacherConfig(), COLLECT)  # of any teacher
     if settings.out is not None:
