@@ -1,6 +1,6 @@
 """What a run says of prompts without an anchor, before jax is imported where files tell."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,7 @@ from pujax.config.settings import DataConfig, TrainConfig
 from pujax.errors import require
 from pujax.records import Prompt, messages_key
 from pujax.teacher.anchors import anchors_for
-from pujax.teacher.prompts import load_prompts
+from pujax.teacher.prompts import are_files, load_prompts
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT
 
@@ -61,7 +61,7 @@ def answered_in(
 
     Raises `StoreError` with the `remedy` for prompts that nobody has asked of.
     """
-    if not all(_are_files(source) for source in sources):
+    if not all(map(are_files, sources)):
         return None
     parts = [list(load_prompts(source, say=_nothing)) for source in sources]
 
@@ -82,12 +82,6 @@ def answered_in(
 
 def _has(part: list[Prompt], prompt: Prompt) -> bool:
     return any(each is prompt for each in part)
-
-
-def _are_files(source: Any) -> bool:
-    """Whether it is files alone, and none that gives what it has but once."""
-    paths = source if isinstance(source, list) else [source]
-    return not isinstance(source, Mapping) and all(Path(path).is_file() for path in paths)
 
 
 def _nothing(line: str) -> None:

@@ -98,9 +98,14 @@ def refuse_bad_prompts(source: str | Sequence[str] | Mapping[str, Any]) -> None:
     For who is about to load jax and a model, and tells of doubts then. A dataset isn't read for
     that, nor is a pipe, which gives what it has but once.
     """
-    if not isinstance(source, Mapping) and all(path.is_file() for path in _paths(source)):
+    if are_files(source):
         for _ in load_prompts(source, say=lambda _: None):
             pass
+
+
+def are_files(source: str | Sequence[str] | Mapping[str, Any]) -> bool:
+    """Whether it is files alone, which can be read twice: no dataset and no pipe."""
+    return not isinstance(source, Mapping) and all(path.is_file() for path in _paths(source))
 
 
 def _unread(path: Path, reason: object, key: str = "data.prompts or data.heldout") -> PromptError:
