@@ -61,6 +61,7 @@ from pujax.run.stages import Fitting, Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
 from pujax.run.trackers import telling
 from pujax.run.trial import try_recipe
+from pujax.run.unanswered import refuse_batches
 from pujax.teacher.endpoint import on_device
 from pujax.text import counted
 from pujax.types import Batch, Group, Head, LossFn, Params, TrainState
@@ -316,15 +317,11 @@ def check_teacher(config: TrainConfig) -> None:
 
 def check_batches(config: TrainConfig, data: Dataset) -> None:
     """Refuse a batch that the data can't fill, before anything is computed."""
-    for key, steps, size, part in (
-        ("sft.batch", config.sft.steps, config.sft.batch, data.with_anchors),
-        ("align.prompts", config.align.steps, config.align.prompts, data),
-    ):
-        least = min(len(each.examples) for each in part.parts.values())
-        remedy = f"there are {least} training prompts: lower it"
-        if not least:
-            remedy = "no training prompt has an answer with a token in it: look at data.anchors"
-        require(not steps or size <= least, key, size, remedy)
+    sft, align = (
+        min(len(each.examples) for each in part.parts.values())
+        for part in (data.with_anchors, data)
+    )
+    refuse_batches(config, sft=sft, align=align)
 
 
 def filling(config: TrainConfig, mesh: Mesh) -> list[str]:

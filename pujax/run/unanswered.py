@@ -43,15 +43,20 @@ def refuse_unanswered(config: TrainConfig, *, begun: bool) -> None:
     if data.anchors is None or config.teacher.asks or data.on_too_long != "error":
         return
     answered = answered_in(sources, data.anchors, config.teacher, to_collect(data, begun=begun))
-    if answered is None or data.prompts is None or data.preferences is not None:
-        return
-    trained = answered[0]
-    remedy = f"there are {trained} training prompts: lower it"
-    for key, stage, size in (
-        ("sft.batch", config.sft, config.sft.batch),
-        ("align.prompts", config.align, config.align.prompts),
+    if answered and answered[0] and data.prompts is not None and data.preferences is None:
+        refuse_batches(config, sft=answered[0], align=answered[0])
+
+
+def refuse_batches(config: TrainConfig, *, sft: int, align: int) -> None:
+    """Refuse a batch of more prompts than there are for its stage. Raises `ConfigError`."""
+    for key, steps, size, prompts in (
+        ("sft.batch", config.sft.steps, config.sft.batch, sft),
+        ("align.prompts", config.align.steps, config.align.prompts, align),
     ):
-        require(not (trained and stage.steps) or size <= trained, key, size, remedy)
+        remedy = f"there are {prompts} training prompts: lower it"
+        if not prompts:
+            remedy = "no training prompt has an answer with a token in it: look at data.anchors"
+        require(not steps or size <= prompts, key, size, remedy)
 
 
 def answered_in(
