@@ -4,7 +4,8 @@ from pujax.config.commands import command
 from pujax.config.functions import build_loss, foresee
 from pujax.config.tool_settings import AdaptConfig, own_names
 from pujax.errors import require
-from pujax.files.locate import at_home, soft_prompt_file
+from pujax.files.locate import at_home
+from pujax.files.soft_prompt import load_fitted, require_place
 from pujax.inference.finished import refuse_run, source_of
 from pujax.run.compilation import compile_once
 from pujax.teacher.preferences import refuse_bad_rows
@@ -16,8 +17,7 @@ def run(settings: AdaptConfig) -> None:
     """Fit it, write it, and say how the model ranks its user's pairs before and after."""
     source, of_run = source_of(settings.run, settings.model)
     refuse_run(at_home(settings.out))
-    for path in settings.fitted:
-        soft_prompt_file(path)
+    load_fitted(settings.fitted)
     build_loss(settings.loss, settings.trusted, make=foresee)
     for key in ("preferences", "heldout"):
         if (given := getattr(settings, key)) is not None:
@@ -28,6 +28,7 @@ def run(settings: AdaptConfig) -> None:
                 if count is not None and key == "preferences":
                     remedy = f"preferences has {counted(count, 'prompt')}: lower it"
                     require(settings.batch <= count, "batch", settings.batch, remedy)
+    require_place(at_home(settings.out))
     compile_once()
     from pujax.run.adapting import adapt  # jax with it: --help does not need that
 

@@ -9,9 +9,9 @@ from pujax.config.settings import EvalConfig
 from pujax.config.tool_settings import EvaluateConfig
 from pujax.errors import EvaluationError
 from pujax.files.durable import refuse_unwritable
-from pujax.files.locate import at_home, here
+from pujax.files.locate import at_home
 from pujax.files.settings import SETTINGS, flat, kept_settings
-from pujax.inference.finished import model_path, newest_runs, refuse_name
+from pujax.inference.finished import model_path, newest_runs, refuse_name, require_model
 from pujax.run.compilation import compile_once
 from pujax.run.unanswered import answered_in
 from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
@@ -23,15 +23,15 @@ def run(settings: EvaluateConfig) -> None:
     """Evaluate the models that are named, then print the table and what to know of it."""
     directories = newest_runs(settings.runs)
     _require_sources(settings, directories)
-    if settings.models or settings.splits or settings.suite is not None:
+    if settings.models or settings.splits:
         compile_once()
     from rich.console import Console
 
     from pujax.evaluation.findings import remarks
     from pujax.evaluation.results import save
     from pujax.evaluation.tables import named, table
+    from pujax.inference.evaluated import arms, evaluations_of
     from pujax.inference.evaluating import asked, on_split
-    from pujax.inference.heldout import arms, evaluate_other, evaluations_of
 
     console = Console()
     if settings.suite is not None:
@@ -43,6 +43,8 @@ def run(settings: EvaluateConfig) -> None:
     if settings.splits:
         folders = [on_split(settings, directory) for directory in directories or [None]]
     elif settings.models:
+        from pujax.inference.heldout import evaluate_other  # jax with it
+
         (directory,) = directories
         for path, name in zip(settings.models, settings.names, strict=True):
             save(evaluate_other(directory, path, name, trusted=settings.trusted), directory)
@@ -78,7 +80,7 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
         elif not any(directory.glob("eval-*.jsonl")):
             raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
     for path in settings.models if settings.suite is None else ():  # a suite may take none
-        here(model_path(path))
+        require_model(model_path(path))
     if settings.data.heldout is not None:
         refuse_missing(settings.data.heldout, "data.heldout")
         if settings.data.anchors is not None:  # else they are preferences

@@ -10,7 +10,7 @@ from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
 from pujax.files.hub import require_hub
 from pujax.files.locate import at_home, soft_prompt_file
-from pujax.inference.finished import require_kind, source_of, users_of
+from pujax.inference.finished import place_of, require_kind, source_of, users_of
 from pujax.run.compilation import compile_once
 
 
@@ -81,6 +81,7 @@ def run(settings: ExportConfig) -> None:
     place, users = at_home(settings.out), users_of(settings.soft_prompt)
     # What is nowhere, or no name for the hub, is refused before jax is imported.
     source_of(settings.run, settings.model)
+    place_of(place, settings.format, settings.kind)
     for path in users.values():
         soft_prompt_file(path)
     if settings.push is not None:

@@ -66,7 +66,7 @@ def of_several(directories: Sequence[Path]) -> Path:
     Raises `DiskError` where something else has its name.
     """
     from pujax.evaluation.comparison import write
-    from pujax.inference.heldout import arms, by_arm
+    from pujax.inference.evaluated import arms, by_arm
 
     columns, between = arms(directories, [])
     return write(_compared(directories), by_arm(directories), columns, against_first=between)

@@ -7,7 +7,7 @@ from typing import Any
 from pujax.config.commands import command, one_source
 from pujax.errors import require
 from pujax.files.locate import soft_prompt_file
-from pujax.inference.finished import require_kind, users_of
+from pujax.inference.finished import require_kind, source_of, users_of
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class ServeConfig:
         port: to listen on; 0 picks a free one.
         kind: how the exported file stores matrices: F16, Q8_0, Q4_1 or Q4_0.
         parallel: requests that are answered at a time.
-        context: prompt and answer of a request, in tokens.
+        context: prompt and answer of a request, in tokens; llama.cpp rounds it up.
         threads: of the processor; null is llama.cpp's own choice.
     """
 
@@ -54,6 +54,7 @@ def run(settings: ServeConfig) -> None:
     from pujax.inference.serving import require_free, require_server, serve, to_serve
 
     require_server()
+    source_of(settings.run, settings.model)
     require_free(settings.host, settings.port)
     users = users_of(settings.soft_prompt)
     for path in users.values():

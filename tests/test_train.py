@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 
 from pujax.config.functions import build_metrics
 from pujax.evaluation.results import load
-from pujax.inference.heldout import evaluate_subject, reference_for, run_config
+from pujax.inference.evaluated import run_config
+from pujax.inference.heldout import evaluate_subject, reference_for
 
 ROOT = Path(__file__).parents[1]
 

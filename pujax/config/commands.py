@@ -295,6 +295,8 @@ def one_source(run: str | None, model: str | None) -> None:
         if run is None:
             found = "neither run nor model is set"
         raise ConfigError(f"{found}: set either run=DIRECTORY or model=PATH")
+    key, value = ("model", model) if run is None else ("run", run)
+    require(str(value).strip() != "", key, value, "name a directory")
 
 
 def listed(key: str, value: Any) -> list[str]:

@@ -5,13 +5,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pujax.errors import EvaluationError
 from pujax.files.durable import on_disk, read_jsonl, refuse_other, write_whole
-from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
-from pujax.types import Batch, Frames, Params
+
+if TYPE_CHECKING:  # jax with them, which comparing answers does not need
+    from pujax.models.decoder import LanguageModel
+    from pujax.types import Batch, Frames, Params
 
 Judge = Callable[[Sequence[Prompt]], Mapping[str, str]]
 """Questions to what was said to each, by its id; what got no usable answer is left out."""
@@ -21,13 +23,13 @@ Judge = Callable[[Sequence[Prompt]], Mapping[str, str]]
 class Subject:
     """A model, and the held-out prompts that a suite asks it about, `batch` at once."""
 
-    model: LanguageModel
-    params: Params
+    model: "LanguageModel"
+    params: "Params"
     examples: Sequence[Example]
     batch: int
-    collate: Callable[[Sequence[Example]], Batch]
+    collate: Callable[[Sequence[Example]], "Batch"]
     decode: Callable[[Sequence[int]], str]
-    frames: Frames
+    frames: "Frames"
 
 
 @dataclass(frozen=True)

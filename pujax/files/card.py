@@ -5,11 +5,13 @@ import html
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pujax.errors import ConfigError
-from pujax.models.decoder import DecoderConfig
 from pujax.text import mask
+
+if TYPE_CHECKING:  # jax with it: what is at a place is asked without
+    from pujax.models.decoder import DecoderConfig
 
 _TAG = "tags: [pujax]"
 
@@ -37,7 +39,7 @@ _PRIVATE = re.compile(r"key|secret|password|authorization|header|url|path", re.I
 
 
 def model_card(
-    config: DecoderConfig,
+    config: "DecoderConfig",
     card: Mapping[str, Any],
     *,
     library: str = "transformers",

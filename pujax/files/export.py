@@ -20,17 +20,19 @@ from pujax.errors import ConfigError, WeightsError
 from pujax.files import gguf, safetensors
 from pujax.files.card import is_card, model_card, student
 from pujax.files.chat import Chat
-from pujax.files.durable import begun_for, flush, on_disk, write_whole
+from pujax.files.durable import flush, on_disk, write_whole
 from pujax.files.exported import (
     ADAPTER,
     ADAPTER_FILES,
-    CARD,
     CHAT_FILES,
-    RECORD,
+    INDEX,
+    STAGE,
     digests,
     record,
     recorded,
     refuse_changed,
+    refuse_foreign_directory,
+    refuse_foreign_file,
     refuse_theirs,
     touched,
 )
@@ -38,8 +40,6 @@ from pujax.models import lora
 from pujax.models.decoder import DecoderConfig
 from pujax.models.families import FAMILIES
 from pujax.types import Params
-
-_STAGE = ".pujax-export"  # where an export is written before it takes its place
 
 
 def export_hf(
@@ -174,7 +174,7 @@ def _staged(directory: Path, last: str, *, itself: bool = False) -> Iterator[Pat
     directory gets `itself` back. Where the block fails nothing has changed.
     """
     refuse_foreign_directory(directory, last)
-    fresh, existed = directory / _STAGE, directory.exists()
+    fresh, existed = directory / STAGE, directory.exists()
     with on_disk(directory), _alone(directory):
         try:
             shutil.rmtree(fresh, ignore_errors=True)  # of an export that was killed
@@ -233,7 +233,7 @@ def _place(fresh: Path, directory: Path, last: str, itself: bool) -> None:
     for path in stale:
         path.unlink()
     # The card first, by which the directory is known; the index after what it names.
-    ranks = {"README.md": 0, safetensors.INDEX: 3, last: 4}
+    ranks = {"README.md": 0, INDEX: 3, last: 4}
     for name in sorted(names, key=lambda name: ranks.get(str(name), 1 + _is_weights(name))):
         if str(name) == last == "config.json":
             safetensors.remove_stale(directory, kept={str(name) for name in names})
@@ -259,64 +259,3 @@ def _remove_adapter(directory: Path) -> None:
         (directory / "README.md").unlink()
     with suppress(OSError):
         directory.rmdir()
-
-
-def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None:
-    """Raise `ConfigError` unless `directory` is free or an export of the same form has it.
-
-    `last` is the file that makes it whole. What others put beside an export is no matter, unless
-    an export would write over it or remove it.
-    """
-    if directory.suffix == ".gguf":
-        raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
-    _refuse_dangling(directory)
-    if not directory.exists():
-        return
-    if not directory.is_dir():
-        raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
-    named = (path.name for path in directory.iterdir() if path.name not in (_STAGE, RECORD))
-    held = sorted(name for name in named if begun_for(name) != RECORD)  # of a kill in the first
-    # A card that was moved away, to keep what was added to it, leaves the record.
-    ours = is_card(directory / CARD) or (
-        not os.path.lexists(directory / CARD) and last in (recorded(directory) or ())
-    )
-    other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
-    if held and (other in held or not ours):
-        more = f" and {len(held) - 1} more" if held[1:] else ""
-        raise ConfigError(
-            f"out={directory}: holds files that no such export wrote ({held[0]}{more}): move them "
-            "away, or choose an empty or a new directory"
-        )
-    refuse_theirs(directory, touched(directory, last))
-
-
-def refuse_foreign_file(path: Path) -> None:
-    """Raise `ConfigError` unless the name is free or an export's GGUF file has it."""
-    if path.is_dir():
-        raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
-    _refuse_dangling(path.parent)
-    _refuse_dangling(path)
-    if path.is_symlink():
-        raise ConfigError(
-            f"out={path}: is a symbolic link to {path.readlink()}: name that, or choose another "
-            "name"
-        )
-    if not path.exists():
-        return
-    try:
-        ours = gguf.MADE_BY in gguf.read(path).metadata
-    except WeightsError:
-        ours = False
-    if not ours:
-        raise ConfigError(
-            f"out={path}: a file that this export did not write: move it away, or choose another "
-            "name"
-        )
-
-
-def _refuse_dangling(path: Path) -> None:
-    if path.is_symlink() and not path.exists():
-        raise ConfigError(
-            f"out={path}: is a symbolic link to {path.readlink()}, which is not there: make that, "
-            "or remove the link"
-        )

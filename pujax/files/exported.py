@@ -8,13 +8,14 @@ An export of a pujax that kept no such record goes by its files' names, cards an
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from pujax.errors import ConfigError, WeightsError
-from pujax.files import safetensors
 from pujax.files.card import is_card, is_edited, tokenizer_files
-from pujax.files.durable import write_whole
+from pujax.files.durable import begun_for, write_whole
+from pujax.files.weight_files import INDEX, SHARD, WHOLE, weight_files
 
 ADAPTER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -26,10 +27,13 @@ RECORD = ".pujax-export.json"
 
 CARD = "README.md"
 
+STAGE = ".pujax-export"
+"""Where in a directory an export is written before it takes its place."""
+
 _FIXED = {
     "adapter_config.json": (CARD, *ADAPTER_FILES),
     "config.json": (
-        *(CARD, "config.json", "generation_config.json", safetensors.INDEX, safetensors.WHOLE),
+        *(CARD, "config.json", "generation_config.json", INDEX, WHOLE),
         *("tokenizer.json", "tokenizer_config.json", *CHAT_FILES),
         *(ADAPTER, *(f"{ADAPTER}/{name}" for name in (CARD, *ADAPTER_FILES))),
     ),
@@ -47,7 +51,7 @@ def touched(directory: Path, last: str) -> set[str]:
 
 def is_shard(name: str) -> bool:
     """Whether the name is of one file of several that hold a model."""
-    return safetensors.SHARD.fullmatch(name) is not None
+    return SHARD.fullmatch(name) is not None
 
 
 def digests(directory: Path, names: Iterable[str]) -> dict[str, list[str]]:
@@ -132,7 +136,76 @@ def _is_theirs(directory: Path, name: str, kept: Mapping[str, Sequence[str]] | N
         return digests(directory, [name])[name][0] not in kept.get(name, ())
     if path.parent.name == ADAPTER and path.parent != directory:
         return not is_card(path.with_name(CARD))
-    if is_shard(name) or name == safetensors.WHOLE:
-        return path not in safetensors.weight_files(directory)
+    if is_shard(name) or name == WHOLE:
+        return path not in weight_files(directory)
     listed = tokenizer_files(directory / CARD) if name in CHAT_FILES else None
     return listed is not None and name not in listed
+
+
+def refuse_foreign_directory(directory: Path, last: str = "config.json") -> None:
+    """Raise `ConfigError` unless `directory` is free or an export of the same form has it.
+
+    `last` is the file that makes it whole. What others put beside an export is no matter, unless
+    an export would write over it or remove it.
+    """
+    if directory.suffix == ".gguf":
+        raise ConfigError(f"out={directory}: names a GGUF file: choose format=gguf, or a directory")
+    _refuse_dangling(directory)
+    if not directory.exists():
+        return
+    if not directory.is_dir():
+        raise ConfigError(f"out={directory}: is a file: choose an empty or a new directory")
+    named = (path.name for path in directory.iterdir() if path.name not in (STAGE, RECORD))
+    held = sorted(name for name in named if begun_for(name) != RECORD)  # of a kill in the first
+    # A card that was moved away, to keep what was added to it, leaves the record.
+    ours = is_card(directory / CARD) or (
+        not os.path.lexists(directory / CARD) and last in (recorded(directory) or ())
+    )
+    other = {"config.json": "adapter_config.json", "adapter_config.json": "config.json"}[last]
+    if held and (other in held or not ours):
+        more = f" and {len(held) - 1} more" if held[1:] else ""
+        raise ConfigError(
+            f"out={directory}: holds files that no such export wrote ({held[0]}{more}): move them "
+            "away, or choose an empty or a new directory"
+        )
+    refuse_theirs(directory, touched(directory, last))
+
+
+def refuse_foreign_file(path: Path) -> None:
+    """Raise `ConfigError` unless the name is free or an export's GGUF file has it."""
+    if path.is_dir():
+        raise ConfigError(f"out={path}: is a directory: choose a file's name, or move it away")
+    _refuse_dangling(path.parent)
+    _refuse_dangling(path)
+    if path.is_symlink():
+        raise ConfigError(
+            f"out={path}: is a symbolic link to {path.readlink()}: name that, or choose another "
+            "name"
+        )
+    if not path.exists():
+        return
+    if not _is_our_gguf(path):
+        raise ConfigError(
+            f"out={path}: a file that this export did not write: move it away, or choose another "
+            "name"
+        )
+
+
+def _refuse_dangling(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise ConfigError(
+            f"out={path}: is a symbolic link to {path.readlink()}, which is not there: make that, "
+            "or remove the link"
+        )
+
+
+def _is_our_gguf(path: Path) -> bool:
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            return False
+    from pujax.files import gguf  # jax with it, for what is a GGUF file alone
+
+    try:
+        return gguf.MADE_BY in gguf.read(path).metadata
+    except WeightsError:
+        return False

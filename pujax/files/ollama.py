@@ -9,9 +9,12 @@ chat template itself renders.
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pujax.errors import ChatError, ConfigError
-from pujax.files.chat import Chat, Message
+
+if TYPE_CHECKING:  # transformers with it: what is at a place is asked without
+    from pujax.files.chat import Chat, Message
 
 MADE = "# Made by pujax"
 """How a Modelfile begins that an export wrote."""
@@ -29,7 +32,7 @@ class Turns:
     opening: str
     default: str | None
 
-    def render(self, messages: Sequence[Message]) -> str:
+    def render(self, messages: Sequence["Message"]) -> str:
         """The prompt of a conversation that has its system message."""
         written = [
             self.around[turn["role"]][0] + turn["content"] + self.around[turn["role"]][1]
@@ -50,7 +53,7 @@ class Turns:
         )
 
 
-def modelfile(chat: Chat, file: str, system: str | None) -> str:
+def modelfile(chat: "Chat", file: str, system: str | None) -> str:
     """The Modelfile of the GGUF `file` beside it, for a model that was trained with `system`."""
     turns = turns_of(chat)
     system = turns.default if turns is not None and system is None else system
@@ -85,7 +88,7 @@ def refuse_foreign_modelfile(path: Path) -> None:
         )
 
 
-def turns_of(chat: Chat) -> Turns | None:
+def turns_of(chat: "Chat") -> Turns | None:
     """The chat template as fixed texts around messages; None where it is none of those."""
     S, U, A, V = (
         {"role": role, "content": f"pujax-{place}"}

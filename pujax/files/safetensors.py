@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,13 +13,11 @@ from safetensors import SafetensorError, safe_open
 from pujax.errors import WeightsError
 from pujax.files.durable import on_disk, write_whole, written_whole
 from pujax.files.tensors import Checkpoint, Entry, TreePath, entries, is_norm, leaves, tensor
+from pujax.files.weight_files import INDEX, SHARD, WHOLE, read_json, require_config, weight_files
 from pujax.models.decoder import DecoderConfig, param_shapes
 from pujax.models.families import FAMILIES, Settings, from_hf, hf_config
 from pujax.types import Params
 
-WHOLE = "model.safetensors"
-INDEX = "model.safetensors.index.json"
-SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 """The names that a model's weights have."""
 
 LAID_OUT = {"format": "pt"}
@@ -92,42 +89,9 @@ def open_model(directory: Path) -> Checkpoint:
     return _HuggingFace(directory, config, shapes, files)
 
 
-def weight_files(directory: Path) -> list[Path]:
-    """The files that hold the model: other safetensors files may lie beside them.
-
-    Raises `WeightsError` where there are none, or the index is damaged.
-    """
-    index = directory / INDEX
-    if index.is_file():
-        placed = read_json(index).get("weight_map")
-        if not isinstance(placed, dict) or not placed:
-            raise WeightsError(f"{index}: weight_map={placed!r} names no files: fetch it again")
-        for key, name in placed.items():
-            if not isinstance(name, str) or Path(name).name != name:
-                raise WeightsError(f"{index}: {name!r} for {key} is no file's name: fetch it again")
-            if not (directory / name).is_file():
-                raise WeightsError(
-                    f"{directory / name}: named by {INDEX} but missing: fetch it again"
-                )
-        return sorted({directory / name for name in placed.values()})
-    if (directory / WHOLE).is_file():
-        return [directory / WHOLE]
-    found = sorted(directory.glob("*.safetensors"))
-    if not found:
-        raise WeightsError(
-            f"{directory}: no *.safetensors in it: convert the checkpoint with transformers' "
-            "save_pretrained, or give a GGUF file's own path"
-        )
-    return [path for path in found if SHARD.fullmatch(path.name)] or found
-
-
 def read_config(directory: Path) -> DecoderConfig:
     """The decoder that a directory's config.json describes. Raises `WeightsError`."""
-    path = directory / "config.json"
-    if not path.is_file():
-        raise WeightsError(
-            f"{directory}: no config.json in it: not a model, or one that was never fully written"
-        )
+    path = require_config(directory)
     settings = read_settings(directory)
     try:
         return from_hf(settings)
@@ -239,17 +203,6 @@ def write_tensors(
         file.write(len(header).to_bytes(8, "little") + header)
         for name in names:
             file.write(np.ascontiguousarray(tensors[name]).reshape(-1).view(np.uint8).data)
-
-
-def read_json(path: Path) -> Settings:
-    """The object in a JSON file. Raises `WeightsError` naming the file for anything else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError, OSError) as error:
-        raise WeightsError(f"{path}: not JSON ({error}): fetch it again") from error
-    if not isinstance(value, dict):
-        raise WeightsError(f"{path}: not a JSON object: fetch it again")
-    return value
 
 
 def write_json(path: Path, value: Settings) -> None:

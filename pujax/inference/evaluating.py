@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pujax.config.functions import with_protocol
 from pujax.config.tool_settings import EvaluateConfig
@@ -12,11 +12,15 @@ from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import Judge, Subject, SuiteAnswer
 from pujax.files.durable import refuse_unwritable
 from pujax.inference import suites
-from pujax.inference.heldout import evaluations_of, final, run_config, titles
-from pujax.inference.splits import FINAL, Split, evaluated, split_of
+from pujax.inference.evaluated import evaluations_of, final, run_config, titles
+
+if TYPE_CHECKING:
+    from pujax.inference.splits import Split
 
 
-def _split(settings: EvaluateConfig, directory: Path | None) -> Split:
+def _split(settings: EvaluateConfig, directory: Path | None) -> "Split":
+    from pujax.inference.splits import split_of  # jax with it, as below
+
     return split_of(
         directory,
         settings.data,
@@ -29,6 +33,8 @@ def _split(settings: EvaluateConfig, directory: Path | None) -> Split:
 
 def on_split(settings: EvaluateConfig, directory: Path | None) -> Path:
     """The folder with the models' evaluations on a split, made now where they weren't there."""
+    from pujax.inference.splits import FINAL, evaluated
+
     split = _split(settings, directory)
     models = list(zip(settings.models, settings.names, strict=True)) if settings.models else []
     told = set[str]()

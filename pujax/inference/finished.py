@@ -10,6 +10,7 @@ from pujax.config.commands import listed
 from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, require
 from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
+from pujax.files.weight_files import require_config
 
 
 @dataclass(frozen=True)
@@ -110,10 +111,11 @@ def _newest_run(directory: Path) -> Path:
 def model_path(path: str) -> str:
     """Where the model lies that `path` means: a finished run's, or the model at the path itself.
 
-    Raises `WeightsError` for a run that has not come to its end.
+    Of a folder of runs it is the newest finished one's. Raises `WeightsError` where none has come to
+    its end.
     """
     directory = at_home(path)
-    return str(_finished(directory).model) if _is_run(directory) else path
+    return str(finished_run(directory).model) if _has_run(directory) else path
 
 
 def refuse_name(directory: Path, path: str, name: str) -> None:
@@ -140,10 +142,20 @@ def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
     Raises as `finished_run` does, and `WeightsError` for a model that is not there.
     """
     if run is None:
-        here(str(model))
+        require_model(str(model))
         return str(model), None
     finished = finished_run(at_home(run))
     return str(finished.model), finished.system
+
+
+def require_model(path: str) -> None:
+    """Raise `WeightsError` where nothing lies at `path`, or a directory that is no model."""
+    local = here(path)
+    if local is None or not local.is_dir():
+        return
+    if _has_run(local):
+        raise WeightsError(f"model={path}: a run, or a folder of runs: give it as run={path}")
+    require_config(local)
 
 
 def users_of(soft_prompt: Any) -> dict[str, str]:
@@ -165,6 +177,13 @@ def users_of(soft_prompt: Any) -> dict[str, str]:
 def _is_run(directory: Path) -> bool:
     # A model's directory may have a file of that name too.
     return (directory / SETTINGS).is_file() and not (directory / "config.json").is_file()
+
+
+def _has_run(directory: Path) -> bool:
+    """Whether it is a run, or a folder of runs and no model."""
+    if (directory / "config.json").is_file():
+        return False
+    return _is_run(directory) or any(map(_is_run, directory.glob("*")))
 
 
 def _has_ended(directory: Path) -> bool:
@@ -215,30 +234,20 @@ def export(
     # What needs no more than these is refused before jax is imported.
     from pujax.files.hub import require_hub
 
-    refuse_run(out)
+    out = place_of(out, format, kind)
     if push is not None:
         require_hub(push)
-    if format == "gguf" and out.suffix != ".gguf":
-        if out.is_file():
-            raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
-        out = out / f"model-{kind}.gguf"
     finished = None if run is None else finished_run(run)
     source = str(model if finished is None else finished.model)
     here(source)
 
     from pujax.files import weights
-    from pujax.files.card import model_card, refuse_foreign_card
+    from pujax.files.card import model_card
     from pujax.files.chat import Chat
-    from pujax.files.durable import refuse_unwritable, write_whole
-    from pujax.files.export import (
-        copy_adapter,
-        export_gguf,
-        export_hf,
-        refuse_foreign_directory,
-        refuse_foreign_file,
-    )
-    from pujax.files.ollama import modelfile, refuse_foreign_modelfile
-    from pujax.files.soft_prompt import led_model, load_users
+    from pujax.files.durable import write_whole
+    from pujax.files.export import copy_adapter, export_gguf, export_hf
+    from pujax.files.led import led_model, load_users
+    from pujax.files.ollama import modelfile
     from pujax.run.provenance import licence_of
 
     system = None
@@ -251,15 +260,6 @@ def export(
     if format == "peft":
         copy_adapter(Path(source), out)
         return _pushed(push, out, say)
-    # The exports ask this too; here it is asked before gigabytes are read.
-    if format == "gguf":
-        refuse_foreign_file(out)
-        refuse_foreign_modelfile(out.with_suffix(".Modelfile"))
-        refuse_foreign_card(out.with_suffix(".md"))
-        refuse_unwritable(out.parent)
-    else:
-        refuse_foreign_directory(out)
-        refuse_unwritable(out)
     vectors = load_users(users, weights.read_config(source), source) if users else {}
     config, params = weights.load(source)
     chat = Chat.load(source)
@@ -275,6 +275,33 @@ def export(
         return _pushed(push, out, say, {"Modelfile": beside, "README.md": told})
     export_hf(config, params, chat, out, card, dtype=dtype)
     return _pushed(push, out, say)
+
+
+def place_of(out: Path, format: str, kind: str) -> Path:
+    """The directory or file that an export to `out` writes, once it is known that it may.
+
+    Raises `ConfigError` and `DiskError` where it may not: writing asks too, but gigabytes later.
+    """
+    from pujax.files.card import refuse_foreign_card
+    from pujax.files.durable import refuse_unwritable
+    from pujax.files.exported import refuse_foreign_directory, refuse_foreign_file
+    from pujax.files.ollama import refuse_foreign_modelfile
+
+    refuse_run(out)
+    if format != "gguf":
+        last = "adapter_config.json" if format == "peft" else "config.json"
+        refuse_foreign_directory(out, last)
+        refuse_unwritable(out)
+        return out
+    if out.suffix != ".gguf":
+        if out.is_file():
+            raise ConfigError(f"out={out}: is a file: choose a name that ends in .gguf")
+        out = out / f"model-{kind}.gguf"
+    refuse_foreign_file(out)
+    refuse_foreign_modelfile(out.with_suffix(".Modelfile"))
+    refuse_foreign_card(out.with_suffix(".md"))
+    refuse_unwritable(out.parent)
+    return out
 
 
 def _pushed(

@@ -13,8 +13,9 @@ from jaxtyping import Array, Float
 from pujax.errors import ConfigError, require
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.led import require_plain
 from pujax.files.locate import at_home
-from pujax.files.soft_prompt import load_soft_prompt, require_fit, require_plain
+from pujax.files.soft_prompt import load_soft_prompt, require_fit
 from pujax.inference.finished import model_path
 from pujax.models.decoder import LanguageModel
 from pujax.models.lora import with_adapter

@@ -14,8 +14,9 @@ from pujax.errors import EvaluationError, PujaxError
 from pujax.evaluation.results import load
 from pujax.evaluation.waiting import waited
 from pujax.files.chat import Chat
+from pujax.inference.evaluated import run_config
 from pujax.inference.finished import finished_run
-from pujax.inference.heldout import evaluate_subject, run_config, subject_of
+from pujax.inference.heldout import evaluate_subject, subject_of
 from pujax.inference.serving import served_at
 from pujax.run.data import load_heldout, with_system
 

@@ -61,7 +61,7 @@ def to_serve(
     vectors = {}
     if users:
         from pujax.files import weights
-        from pujax.files.soft_prompt import load_users
+        from pujax.files.led import load_users
 
         source = model or served.path
         vectors = load_users(users, weights.read_config(served.path), source)
@@ -70,7 +70,7 @@ def to_serve(
         from pujax.files import weights
         from pujax.files.chat import Chat
         from pujax.files.export import export_gguf
-        from pujax.files.soft_prompt import led_model
+        from pujax.files.led import led_model
 
         say(f"writing {kept}, which is kept")
         config, params = weights.load(served.path)

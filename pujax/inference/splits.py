@@ -23,8 +23,9 @@ from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable, write_whole
 from pujax.files.locate import at_home, locate
+from pujax.inference.evaluated import run_config
 from pujax.inference.finished import model_path
-from pujax.inference.heldout import evaluate_subject, run_config, subject_for
+from pujax.inference.heldout import evaluate_subject, subject_for
 from pujax.records import Example, Prompt, canonical, messages_key
 from pujax.run.data import load_heldout
 from pujax.teacher.preferences import load_preferences

@@ -13,7 +13,6 @@ from pujax import __version__
 from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, EvaluationError
-from pujax.evaluation import page
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import (
     Judge,
@@ -23,14 +22,11 @@ from pujax.evaluation.subjects import (
     keep_answer,
     refuse_other_answer,
 )
-from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
-from pujax.inference.heldout import reference_for, subject_for
 from pujax.inference.local_teacher import LocalTeacher, weighed
-from pujax.inference.splits import asked_of, model_digest
 from pujax.records import Prompt, canonical, messages_key
-from pujax.run.data import load_heldout
+from pujax.run.compilation import compile_once
 from pujax.teacher.anchors import collect
 from pujax.teacher.plan import make_plan
 from pujax.teacher.settings import CollectConfig, TeacherConfig
@@ -78,12 +74,21 @@ def answered(
     records.write(answer.records)
     keep_answer(answer, function.__name__, folder)
     if (folder / "metrics.jsonl").is_file():
+        from pujax.evaluation import page  # matplotlib with it
+
         page.write(folder)
     return answer, kept
 
 
 def offered_subject(config: TrainConfig, path: str) -> tuple[Subject, Any]:
     """The model at `path`, or of a finished run's directory, with the prompts of `config`."""
+    # jax with them, which a suite that only compares answers does not need.
+    compile_once()
+    from pujax.files.chat import Chat
+    from pujax.inference.heldout import subject_for
+    from pujax.inference.splits import asked_of, model_digest
+    from pujax.run.data import load_heldout
+
     path = model_path(path)
     chat = Chat.load(path)
     dataset = load_heldout(config, chat)
@@ -95,6 +100,9 @@ def offered_reference(directory: Path | None, config: TrainConfig) -> tuple[Subj
     """What the alignment of the run in `directory` started from, with the prompts of `config`."""
     if directory is None:
         raise ConfigError("run=None: this suite asks for the reference of a run: set run=DIRECTORY")
+    compile_once()
+    from pujax.inference.heldout import reference_for
+
     subject = reference_for(directory, config)
     sums = directory / "reference.json"
     return subject, sums.read_text(encoding="utf-8") if sums.exists() else str(directory.resolve())

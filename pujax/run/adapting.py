@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle, islice
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,17 +20,18 @@ from jaxtyping import Float
 from pujax.config.functions import build_loss
 from pujax.config.settings import DataConfig
 from pujax.config.tool_settings import AdaptConfig, own_names
-from pujax.errors import ConfigError, DataError, NonFiniteError, require
+from pujax.errors import DataError, NonFiniteError, require
 from pujax.evaluation.ranking import accuracy, normalized_accuracy
 from pujax.evaluation.waiting import waited
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.led import require_plain
 from pujax.files.locate import at_home
 from pujax.files.soft_prompt import (
-    load_soft_prompt,
+    Fitted,
+    load_fitted,
     require_fit,
     require_place,
-    require_plain,
     save_soft_prompt,
 )
 from pujax.method import labels, scoring
@@ -84,7 +85,7 @@ def adapt(
     """
     out = at_home(config.out)
     require_place(out)
-    others = _others(config.fitted)
+    others = load_fitted(config.fitted)
     chat = Chat.load(source)
     require_plain(chat)
     loss_fn, said = build_loss(config.loss, config.trusted)
@@ -188,42 +189,8 @@ def _fitted(
     return state.params
 
 
-class Other(NamedTuple):
-    """The file of a soft prompt, its virtual tokens, and what it says of itself: its task."""
-
-    path: str
-    vectors: Float[np.ndarray, "N D"]
-    about: dict[str, Any]
-
-
-def _others(paths: Sequence[str]) -> list[Other]:
-    """The soft prompts in these files. Raises `ConfigError` for what can't be learnt from."""
-    others: list[Other] = []
-    for path in paths:
-        vectors, about = load_soft_prompt(at_home(path))
-        task = about.get("task")
-        if not isinstance(task, str) or not task.strip():
-            raise ConfigError(f"fitted: {path} has no task: fit it with task=TEXT")
-        if others and vectors.shape != others[0].vectors.shape:
-            raise ConfigError(
-                f"fitted: {path} has {_sizes(vectors)}, {others[0].path} has "
-                f"{_sizes(others[0].vectors)}: take some that are alike"
-            )
-        alike = [each.path for each in others if np.array_equal(each.vectors, vectors)]
-        if alike:
-            raise ConfigError(
-                f"fitted: {path} is the same soft prompt as {alike[0]}: take one of them out"
-            )
-        others.append(Other(path, vectors, about))
-    return others
-
-
-def _sizes(vectors: Float[np.ndarray, "N D"]) -> str:
-    return f"{vectors.shape[0]} virtual tokens of width {vectors.shape[1]}"
-
-
 def _sampled(
-    config: AdaptConfig, others: Sequence[Other], base: Params, chat: Chat
+    config: AdaptConfig, others: Sequence[Fitted], base: Params, chat: Chat
 ) -> tuple[SoftPrompt, float]:
     """A soft prompt for the task from a diffusion model of others, and how far those lie apart.
 

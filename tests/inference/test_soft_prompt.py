@@ -16,8 +16,9 @@ from pujax.export import ExportConfig
 from pujax.files import weights
 from pujax.files.chat import Chat
 from pujax.files.export import export_hf
+from pujax.files.led import led_model
 from pujax.files.ollama import turns_of
-from pujax.files.soft_prompt import led_model, save_soft_prompt
+from pujax.files.soft_prompt import save_soft_prompt
 from pujax.generate import GenerateConfig
 from pujax.inference.finished import export, users_of
 from pujax.inference.generator import Generator

@@ -1,0 +1,63 @@
+"""Which files of a directory hold a model's weights, as Hugging Face lays them out."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from pujax.errors import WeightsError
+
+WHOLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
+"""The names that a model's weights have."""
+
+
+def require_config(directory: Path) -> Path:
+    """The config.json of a directory. Raises `WeightsError` where it has none."""
+    path = directory / "config.json"
+    if not path.is_file():
+        raise WeightsError(
+            f"{directory}: no config.json in it: not a model, or one that was never fully written"
+        )
+    return path
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """The files that hold the model: other safetensors files may lie beside them.
+
+    Raises `WeightsError` where there are none, or the index is damaged.
+    """
+    index = directory / INDEX
+    if index.is_file():
+        placed = read_json(index).get("weight_map")
+        if not isinstance(placed, dict) or not placed:
+            raise WeightsError(f"{index}: weight_map={placed!r} names no files: fetch it again")
+        for key, name in placed.items():
+            if not isinstance(name, str) or Path(name).name != name:
+                raise WeightsError(f"{index}: {name!r} for {key} is no file's name: fetch it again")
+            if not (directory / name).is_file():
+                raise WeightsError(
+                    f"{directory / name}: named by {INDEX} but missing: fetch it again"
+                )
+        return sorted({directory / name for name in placed.values()})
+    if (directory / WHOLE).is_file():
+        return [directory / WHOLE]
+    found = sorted(directory.glob("*.safetensors"))
+    if not found:
+        raise WeightsError(
+            f"{directory}: no *.safetensors in it: convert the checkpoint with transformers' "
+            "save_pretrained, or give a GGUF file's own path"
+        )
+    return [path for path in found if SHARD.fullmatch(path.name)] or found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `WeightsError` naming the file for anything else."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise WeightsError(f"{path}: not JSON ({error}): fetch it again") from error
+    if not isinstance(value, dict):
+        raise WeightsError(f"{path}: not a JSON object: fetch it again")
+    return value
