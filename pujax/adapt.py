@@ -35,7 +35,7 @@ def run(settings: AdaptConfig) -> None:
     system = of_run if settings.system is None else settings.system
     made = adapt(settings, source, system, print)
     if made.before is not None and made.after is not None:
-        of = settings.heldout or settings.preferences
+        of = settings.heldout or f"{settings.preferences}, to which it was fitted"
         print(
             f"{of}: of {counted(made.before.pairs, 'pair')} {made.before.raw:.0%} were ranked as "
             f"the user does, {made.after.raw:.0%} are now (by log-probs a token "

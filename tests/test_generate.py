@@ -163,6 +163,9 @@ def test_a_text_may_stand_in_a_file(tmp_path):
     assert text_or_file("prompt", f"@{tmp_path}/long é.txt") == "one\n\ntwo"
     assert text_or_file("prompt", "@@me hello") == "@me hello"
     assert text_or_file("prompt", "a@b") == "a@b"
+    code = "from pujax.config.overrides import text_or_file as read; print(read('task', '@-'))"
+    piped = subprocess.run([sys.executable, "-c", code], input=b"one\n\ntwo\n", capture_output=True)
+    assert piped.stdout == b"one\n\ntwo\n"
     (tmp_path / "utf16").write_text("Café\n", encoding="utf-16")  # with its mark, as Notepad has it
     assert text_or_file("prompt", f"@{tmp_path}/utf16") == "Café"
     (tmp_path / "bytes").write_bytes(b"\xff")

@@ -5,9 +5,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 import pujax
+from pujax.evaluation.results import Evaluation, Row, save
 
 ROOT = Path(pujax.__file__).parent
 COMMANDS = (
@@ -126,12 +129,22 @@ WRONG = {
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
     "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt",
+    "adapt model=m.gguf out=a.safetensors task=x fitted=[b.st,b.st]": "b.st has no task: fit it wi",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run data.heldout=h.txt data.anchors=s.jsonl": "1 prompt has no anchor (“Hi” in h",
     "evaluate run=run out=/dev/null/x": "/dev/null/x can't be written (Not a dir",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
+    "evaluate run=run suite=[costs,signal]": "suite=[costs,signal]: choose one, or go through them",
+    "evaluate run=run eval=[foo]": "no such choice (eval has anchor_logp, contains, di",
+    "evaluate run=run suite=winrate suite.model=x": "suite.model='x': has no answers here: choose",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
+    "export model=run out=a": "model=run: a run, or a folder of runs: give it as run=run",
+    "export model=m.gguf out=theirs": "out=theirs: holds files that no such export wrote (x)",
+    "export model=m.gguf format=gguf out=x.gguf": "out=x.gguf: a file that this export did not wr",
     "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
+    "generate model=theirs prompt=x": "theirs: no config.json in it: not a model",
+    "generate run= prompt=x": "run='': name a directory",
+    "generate model=m.gguf prompt=???": "prompt=???: ??? alone says that a value is missing",
     "generate model=m.gguf prompt=": "prompt='': is empty: write what to answer",
     "generate model=m.gguf soft_prompt=none": "none: no such file: `pujax adapt` makes one",
     "generate model=m.gguf soft_prompt=x.csv prompt=x": "x.csv: Error while deserializing header",
@@ -168,7 +181,12 @@ def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     (tmp_path / "s.jsonl").touch()
     (tmp_path / "h.txt").write_text("Hi\n")
     (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "config.yaml").write_text("data: {}\n")
+    (tmp_path / "run" / "config.yaml").write_text("data: {}\neval: {}\n")
+    save(Evaluation("base", (Row("1", None, "Hi", None, "Hi!", "Ho", {}),)), tmp_path / "run")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "x").touch()
+    (tmp_path / "x.gguf").touch()
+    save_file({"soft_prompt": np.zeros((1, 2), np.float32)}, tmp_path / "b.st")
     heavy = {"jax", "flax", "optax", "transformers", "matplotlib", "rouge_score"}
     code = f"""if True:
         import importlib, sys

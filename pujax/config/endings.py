@@ -7,6 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import get_args
 
 import yaml
@@ -14,6 +15,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from pujax.config.compose import conf_dir
 from pujax.config.sweeps import LAUNCHERS
 from pujax.errors import PujaxError, StopRequested
 from pujax.text import MASKED
@@ -138,7 +140,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         group, _, choice = str(error.missing_cfg_file).rpartition("/")
         if not group:  # a command's own YAML
             return "--config-path, --config-name: no such folder, or file in it: leave them out"
-        choices = list(error.options or ())
+        choices = list(error.options or _choices(group))
         if group == "hydra/launcher" and choice in LAUNCHERS:
             return f"{group}={choice}: not installed: pip install 'pujax[{LAUNCHERS[choice]}]'"
         listed = f" ({group} has {', '.join(choices)})" if choices else ""
@@ -252,6 +254,11 @@ def _type_is_float(schema: type, key: str) -> bool:
         schema = field.type if field else type(None)
     field = getattr(schema, "__dataclass_fields__", {}).get(name)
     return field is not None and float in (field.type, *get_args(field.type))
+
+
+def _choices(group: str) -> list[str]:
+    """The choices of a group of conf/, which Hydra does not tell of a list of them."""
+    return sorted(path.stem for path in Path(conf_dir(), group).glob("*.yaml"))
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

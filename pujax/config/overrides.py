@@ -11,6 +11,7 @@ stand in a file too, which is named as @FILE.
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import is_dataclass
+from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -25,6 +26,9 @@ _TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
 _QUOTED = re.compile(r"'([^'\\]|\\.)*'|\"([^\"\\]|\\.)*\"", re.DOTALL)
 _LIST = re.compile(r"\[([^][{}'\"]+)\]", re.DOTALL)
 _SEVERAL = re.compile(r"[^'\"]*,.*|(choice|range|interval|glob|shuffle|sort|tag)\(.*\)", re.DOTALL)
+
+LISTS = frozenset({"eval"})
+"""The groups of which several choices stand side by side."""
 
 READ = frozenset({"prompt", "system", "start", "task"})
 """What keys are called, after their last point, whose text a model reads."""
@@ -53,9 +57,16 @@ def _opens(word: str, schema: type) -> bool:
 
 def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bool) -> str:
     found = _TYPED.fullmatch(given)
-    if found is None or found[1].lstrip("+") in groups:
+    if found is None:
         return given
     key, value = found.groups()
+    if (group := key.lstrip("+")) in groups:
+        listed = _LIST.fullmatch(value)
+        if listed and "," in value and group not in LISTS:
+            raise ConfigError(f"{given}: choose one, or go through them with -m {key}={listed[1]}")
+        return given
+    if value.strip("'\"") == "???":
+        raise ConfigError(f"{given}: ??? alone says that a value is missing: put a space beside it")
     kind = _type_of(schema, key.lstrip("+"))
     if value.lower() == "null" or _QUOTED.fullmatch(value) or (sweep and _SEVERAL.fullmatch(value)):
         return given
@@ -135,13 +146,13 @@ LONGEST = 2**24
 def text_or_file(key: str, value: str) -> str:
     """A text, as it stands or from the file that `@FILE` names, without that one's last newline.
 
-    Raises `ConfigError`.
+    `@-` is standard input. Raises `ConfigError`.
     """
     if not value.startswith("@"):
         return value
     if value.startswith("@@"):
         return value[1:]
-    file = at_home(value[1:])
+    file = Path("/dev/stdin") if value == "@-" else at_home(value[1:])
     try:
         with file.open("rb") as opened:
             device = file.is_char_device() or file.is_block_device()  # some never end

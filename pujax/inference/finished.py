@@ -111,8 +111,8 @@ def _newest_run(directory: Path) -> Path:
 def model_path(path: str) -> str:
     """Where the model lies that `path` means: a finished run's, or the model at the path itself.
 
-    Of a folder of runs it is the newest finished one's. Raises `WeightsError` where none has come to
-    its end.
+    Of a folder of runs it is the newest finished one's. Raises `WeightsError` for one that has not
+    come to its end.
     """
     directory = at_home(path)
     return str(finished_run(directory).model) if _has_run(directory) else path

@@ -36,6 +36,9 @@ from pujax.text import counted
 FINAL = "aligned"
 """What the model is called that a run ended with."""
 
+PROMPTS = "data.heldout or data.anchors"
+"""By what the digest of the prompts is called in files that tell how an evaluation was made."""
+
 
 @dataclass(frozen=True)
 class Split:
@@ -178,7 +181,7 @@ def asked_of(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]
         for e in examples
     ]
     return {
-        "data.heldout or data.anchors": hashlib.sha256(canonical(rows)).hexdigest(),
+        PROMPTS: hashlib.sha256(canonical(rows)).hexdigest(),
         "data.system": data.system,
         "data.max_prompt_tokens": data.max_prompt_tokens,
         "data.max_response_tokens": data.max_response_tokens,
@@ -201,8 +204,12 @@ def _refuse_other(folder: Path, name: str, asked: Mapping[str, Any]) -> None:
         if kept.stem != f"eval-{name}":
             differing = [key for key in differing if key != "model"]
         if differing:
+            which = [
+                "data.heldout, data.anchors or eval.prompts" if key == PROMPTS else key
+                for key in differing
+            ]
             raise EvaluationError(
-                f"{kept} was made with other {', '.join(differing)}: choose another folder with "
+                f"{kept} was made with other {', '.join(which)}: choose another folder with "
                 "out=FOLDER" + (" or another name=" if differing == ["model"] else "")
             )
 

@@ -22,6 +22,7 @@ from pujax.evaluation.subjects import (
     keep_answer,
     refuse_other_answer,
 )
+from pujax.evaluation.waiting import waited
 from pujax.files.durable import on_disk, refuse_unwritable
 from pujax.inference.finished import model_path
 from pujax.inference.local_teacher import LocalTeacher, weighed
@@ -70,7 +71,9 @@ def answered(
         folder.mkdir(parents=True, exist_ok=True)
     records = Records(kept, asked)
     given = {name: value for name, (value, _) in made.items()}
-    answer = suite(**given | ({"records": records} if "records" in wanted else {}))
+    say = None if sys.stdout.isatty() else partial(print, file=sys.stderr, flush=True)
+    with waited(function.__name__, say):
+        answer = suite(**given | ({"records": records} if "records" in wanted else {}))
     records.write(answer.records)
     keep_answer(answer, function.__name__, folder)
     if (folder / "metrics.jsonl").is_file():

@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 
 from pujax.chat import ChatConfig
 from pujax.collect import CollectRun
+from pujax.config.commands import groups_of
 from pujax.config.compose import conf_dir, from_hydra, offered, register
 from pujax.config.help import COLUMN, WIDTH, help_of, meanings, said_of
 from pujax.config.overrides import in_hydra_words
@@ -94,7 +95,6 @@ OF_COMMANDS = {
     "report": ReportConfig,
     "adapt": AdaptConfig,
 }
-PICKED = ("experiment", "teacher", "model", "loss", "suite")
 
 
 @pytest.mark.parametrize("name", OF_COMMANDS)
@@ -115,7 +115,7 @@ def test_help_says_what_a_command_is_for_and_gives_examples_that_hold(name):
                 words = [word for word in words if word != "-m"]
                 swept = ["seed=0,1,2", "loss=grpo,dpo"]
                 words = [word.split(",")[0] if word in swept else word for word in words]
-                overrides = in_hydra_words(words, schema, PICKED, sweep=False)
+                overrides = in_hydra_words(words, schema, groups_of(name, conf))
                 from_hydra(schema, compose(name, overrides=overrides))
 
 

@@ -593,8 +593,7 @@ def test_a_model_is_asked_nothing_where_the_runs_held_out_prompts_have_changed(
     ]
     for name, now in (("evaluate", asked), ("run_config", lambda *_: config)):
         monkeypatch.setattr(f"pujax.inference.heldout.{name}", now)
-    monkeypatch.setattr("pujax.inference.finished.here", lambda path: path, raising=False)
-    monkeypatch.setattr("pujax.evaluate.here", lambda path: path)
+    monkeypatch.setattr("pujax.evaluate.require_model", lambda path: None)
     config = MagicMock(eval=EvalConfig())
     config.data.heldout = "mine.jsonl"
 

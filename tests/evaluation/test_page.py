@@ -168,7 +168,8 @@ def seen(tmp_path_factory):
     )
     file = folder / "frames.html"
     file.write_text(
-        f"<!doctype html><script>window.told = {{}};</script>{frames}<script>onload = () => "
+        f"<!doctype html><meta charset=utf-8><script>window.told = {{}};</script>{frames}"
+        "<script>onload = () => "
         "{ document.title = JSON.stringify(window.told); };</script>",
         encoding="utf-8",
     )

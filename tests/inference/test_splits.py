@@ -96,7 +96,7 @@ def test_a_runs_model_is_asked_another_split_once_and_its_own_table_stays(finish
     there = f"out={finished}/heldout-test"
     status, said = called(f"run={finished}", f"data.heldout={finished.parent}/other.jsonl", there)
     assert status == 1
-    assert "was made with other data.heldout or data.anchors, eval.samples, eval.metrics" in said
+    assert "was made with other data.heldout, data.anchors or eval.prompts, eval.samples, e" in said
     assert "out=FOLDER" in said
 
 
