@@ -37,6 +37,14 @@ jax.config.update("jax_compilation_cache_dir", str(CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Commands that tests start have no torch; xdist's workers are processes that do."""
+    if hasattr(config, "workerinput") or not getattr(config.option, "numprocesses", None):
+        before = os.environ.get("PYTHONPATH")
+        paths = [str(Path(__file__).with_name("torchless")), *([before] if before else [])]
+        os.environ["PYTHONPATH"] = os.pathsep.join(paths)
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What is slow goes first: begun last, a long test leaves one of two processes without work."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)

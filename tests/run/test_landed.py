@@ -73,11 +73,8 @@ def test_the_same_command_goes_on_with_it_and_takes_the_same_steps(landed, tmp_p
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     went = subprocess.run(
         [sys.executable, "-m", "pujax.train", *COMMAND],
-        env=os.environ
-        | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",  # on one device; see quick.py
-            "PYTHONPATH": str(Path(__file__).parents[2]),
-        },
+        # On one device; see quick.py.
+        env=os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"},
         capture_output=True,
         text=True,
         check=False,
