@@ -421,6 +421,10 @@ def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
     again = Stub()
     assert reproduce.work(profile, (["ipo"], None), again.call) == 0
     assert again.called == []
+    asked = plan.Task(plan.way_to(profile, reproduce.look(profile), "ipo", 0)[1], "ranking")
+    smaller = replace(profile, suites={"ranking": {"suite.samples": 4}})
+    words = reproduce.command_of(smaller, asked)
+    assert words[-2:] == ["suite=ranking", "suite.samples=4"]
 
 
 def test_an_arm_has_its_own_setting_and_not_what_was_chosen_for_the_one_that_it_is_like(profile):

@@ -50,7 +50,8 @@ class Arm:
 class Profile:
     """A size of the whole: what all its runs share, its arms in order, and where it is kept.
 
-    `clock` is what `as_long_as` goes by, wall or processor seconds.
+    `clock` is what `as_long_as` goes by, wall or processor seconds; `suites` has settings of
+    suites, by their names.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Profile:
     settings: Mapping[str, Any]
     arms: Mapping[str, Arm]
     clock: str = "processor"
+    suites: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     accelerator: bool = False
 
 

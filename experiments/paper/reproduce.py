@@ -277,7 +277,9 @@ def command_of(profile: Profile, task: Task) -> list[str]:
         words += [f"data.heldout={profile.data['test']}", f"out={directory / 'test'}"]
         return words
     if task.split != "validation":
-        return ["-m", "pujax.evaluate", f"run={directory}", f"suite={task.split}"]
+        told = profile.suites.get(task.split, {})
+        words = ["-m", "pujax.evaluate", f"run={directory}", f"suite={task.split}"]
+        return [*words, *(f"{key}={value}" for key, value in told.items())]
     settings = {
         "run.name": "paper",
         "run.dir": directory,
