@@ -7,8 +7,8 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
+from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import get_args
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
@@ -16,6 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax.config.compose import conf_dir
+from pujax.config.overrides import type_of
 from pujax.config.sweeps import LAUNCHERS
 from pujax.errors import PujaxError, StopRequested
 from pujax.text import MASKED
@@ -85,9 +86,10 @@ def _of_device(error: BaseException) -> str | None:
 def _is_of_output(error: OSError) -> bool:
     """Whether what is printed can't be written, as to a file on a disk that is full."""
     try:
-        sys.stdout.flush()  # what could not be written waits there still
+        sys.stdout.flush()  # what could not be written may wait there still, or be given up
+        os.write(sys.stdout.fileno(), b"\n")
     except OSError as again:
-        return again.errno == error.errno
+        return again.errno is not None and again.errno == error.errno
     return False
 
 
@@ -153,11 +155,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         why = " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
         if "Environment variable" in why:
             why = re.sub(r'.*"(.*)".*', r"\1: set it", why)
-        why = _of_ones_own(_plain(why))
-        if "could not be converted to Integer" in why:
-            why = "write a whole number in digits alone, with neither a point nor an exponent"
-        if "is not a ListConfig" in why:
-            why = "a list is wanted, as in [A] or [A,B]"
+        why = _of_form(_of_ones_own(_plain(why)), found[1], schema)
         given = [o for o in overrides if o.lstrip("+~").split("=")[0] == found[1]]
         # What was not typed came from a file or an interpolation, and may be anything.
         if (value := re.search(r"Value '(.*)'", why)) and not any(value[1] in o for o in given):
@@ -165,7 +163,7 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
         return f"{given[-1] if given else found[1]}: {why}"  # of several the last one counts
     if "Ambiguous value" in text:
         key, _, value = text.split("'")[1].partition("=")
-        if re.fullmatch(r"-?\d+,\d+", value) and _type_is_float(schema, key):
+        if re.fullmatch(r"-?\d+,\d+", value) and type_of(schema, key.lstrip("+")) is float:
             return f"{key}={value}: a number has a point: write {key}={value.replace(',', '.')}"
         return (
             f"{key}: a value with a comma: write '{key}=\"{value}\"' for a text, "
@@ -220,6 +218,35 @@ def _of_ones_own(why: str) -> str:
     )
 
 
+# What OmegaConf says of a value of another form than the setting has, and what to write instead.
+_FORMS = {
+    "could not be converted to Integer": "write a whole number in digits alone, with neither a "
+    "point nor an exponent",
+    "could not be converted to Float": "write a number, such as 0.5",
+    "is not a valid bool": "write true or false",
+    "is not a ListConfig": "a list is wanted, as in [A] or [A,B]",
+    "is not Optional": "is never null: give it a value, or leave it out",
+    r"Cannot assign \w+ to Dict|Cannot merge DictConfig with": "a mapping is wanted, as in "
+    "{NAME: VALUE}",
+}
+
+
+_NOT_SECTION = "is not a subclass|Cannot merge DictConfig with|is not Optional"
+
+
+def _of_form(why: str, key: str, schema: type) -> str:
+    """What to write where a value has another form than its setting; else `why` as it is."""
+    file = re.match(r"In '[^']+': ", why)
+    inner = type_of(schema, key)
+    if is_dataclass(inner) and re.search(_NOT_SECTION, why):
+        first = fields(inner)[0].name
+        return f"{file[0] if file else ''}holds settings of its own: set those, as in {key}.{first}"
+    for said, remedy in _FORMS.items():
+        if re.search(said, why):
+            return f"{file[0] if file else ''}{remedy}"
+    return why
+
+
 def _unknown_key(key: str, error: Exception, schema: type) -> str:
     """A key that the settings don't have, with the nearest that they have."""
     known = list(_keys(schema))
@@ -244,16 +271,6 @@ def _keys(schema: type, prefix: str = "") -> Iterator[str]:
     for name, field in getattr(schema, "__dataclass_fields__", {}).items():
         yield prefix + name
         yield from _keys(field.type, f"{prefix}{name}.")
-
-
-def _type_is_float(schema: type, key: str) -> bool:
-    """Whether a setting is a number that may have a fraction."""
-    *sections, name = key.lstrip("+").split(".")
-    for section in sections:
-        field = getattr(schema, "__dataclass_fields__", {}).get(section)
-        schema = field.type if field else type(None)
-    field = getattr(schema, "__dataclass_fields__", {}).get(name)
-    return field is not None and float in (field.type, *get_args(field.type))
 
 
 def _choices(group: str) -> list[str]:

@@ -42,17 +42,32 @@ def in_hydra_words(
     `groups` are its configuration groups, whose values name files. A setting that the schema leaves
     open, to take a text or a list of texts, is a text unless it stands in brackets or braces. A
     mapping of any names, such as data.dimensions, takes a new one without a plus. With `sweep`,
-    commas part the values to go through.
+    commas part the values to go through. Raises `ConfigError`.
     """
+    for given in overrides:
+        _refuse_deletion(given, schema, groups)
     words = (_in_hydra_words(given, schema, groups, sweep) for given in overrides)
     return [f"++{word}" if _opens(word, schema) else word for word in words]
+
+
+def _refuse_deletion(given: str, schema: type, groups: Collection[str]) -> None:
+    """Raise `ConfigError` for a ~KEY of what every record of its kind has.
+
+    Of a section Hydra would put the defaults in place of what an experiment says, and tell nobody.
+    """
+    key = given.removeprefix("~").partition("=")[0]
+    above, _, name = key.rpartition(".")
+    record = type_of(schema, above) if above else schema
+    if given.startswith("~") and key not in groups and is_dataclass(record):
+        if name in get_type_hints(record):
+            raise ConfigError(f"{given}: a setting can't be taken out: give it another value")
 
 
 def _opens(word: str, schema: type) -> bool:
     """Whether a KEY=VALUE sets a mapping of any names, or a name of one."""
     key, sign, _ = word.partition("=")
     keys = (key, key.rpartition(".")[0])
-    return bool(sign) and any(get_origin(_type_of(schema, each)) is dict for each in keys)
+    return bool(sign) and any(get_origin(type_of(schema, each)) is dict for each in keys)
 
 
 def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bool) -> str:
@@ -62,12 +77,17 @@ def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bo
     key, value = found.groups()
     if (group := key.lstrip("+")) in groups:
         listed = _LIST.fullmatch(value)
-        if listed and "," in value and group not in LISTS:
+        if group in LISTS:
+            return given
+        named = listed and "null" not in listed[1].lower().split(",")
+        if value.startswith("[") and not named:
+            raise ConfigError(f"{given}: a choice is a name, see --help: give one")
+        if listed and "," in value:
             raise ConfigError(f"{given}: choose one, or go through them with -m {key}={listed[1]}")
         return given
     if value.strip("'\"") == "???":
         raise ConfigError(f"{given}: ??? alone says that a value is missing: put a space beside it")
-    kind = _type_of(schema, key.lstrip("+"))
+    kind = type_of(schema, key.lstrip("+"))
     if value.lower() == "null" or _QUOTED.fullmatch(value) or (sweep and _SEVERAL.fullmatch(value)):
         return given
     names = None if key.rpartition(".")[2] in READ else _references(schema)
@@ -106,7 +126,7 @@ def _references(schema: type) -> re.Pattern[str]:
     )
 
 
-def _type_of(schema: Any, key: str) -> Any:
+def type_of(schema: Any, key: str) -> Any:
     """What a dotted key of a settings record holds, null aside; None for a key that it has not."""
     for name in key.split("."):
         if is_dataclass(schema):
