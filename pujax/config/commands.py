@@ -21,7 +21,7 @@ from pujax import __version__
 from pujax.config.compose import conf_dir, from_hydra, offered, register, taken, wary
 from pujax.config.endings import ending, of_hydra
 from pujax.config.help import help_of
-from pujax.config.overrides import in_hydra_words, with_files_read
+from pujax.config.overrides import in_hydra_words, with_files_read, with_paths_home
 from pujax.config.streams import escape, hold
 from pujax.config.sweeps import (
     beside_others,
@@ -110,6 +110,7 @@ def command(
             sys.argv = argv  # a launcher's process has words of its own
             try:
                 with_files_read(composed, typed)
+                with_paths_home(composed)
                 status = act(from_hydra(schema, composed))
             except SystemExit as error:
                 if isinstance(error.__context__, BrokenPipeError):  # rich's, which says nothing

@@ -16,10 +16,11 @@ from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
 from hydra.core.override_parser.types import Quote, QuotedString
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from pujax.errors import ConfigError
 from pujax.files.locate import at_home
+from pujax.files.settings import leaves
 from pujax.text import encoding_of, not_utf8
 
 _TYPED = re.compile(r"(\+{0,2}[^=\s]+)=(.+)", re.DOTALL)
@@ -201,3 +202,35 @@ def with_files_read(composed: DictConfig, typed: Sequence[str]) -> None:
         value = OmegaConf.select(composed, key) if key.rpartition(".")[2] in READ else None
         if isinstance(value, str):
             OmegaConf.update(composed, key, _literal(text_or_file(key, value), None))
+
+
+# ---------------------------------------------------------------------- a path at home
+
+
+PATHS = frozenset(
+    {
+        *("prompts", "heldout", "anchors", "preferences", "dataset", "data_files"),
+        *("root", "dir", "resume", "reference_cache", "store", "merge", "out"),
+    }
+)
+"""What keys are called, after their last point, that name files: of any kind, or several."""
+
+
+def with_paths_home(composed: DictConfig) -> None:
+    """Put into the composed settings what a leading ~/ of a path stands for.
+
+    No shell writes it out behind a key with a point, as in data.prompts=~/mine.jsonl. Raises
+    `ConfigError` for the home of nobody.
+    """
+    given = leaves(OmegaConf.to_container(composed, resolve=False))
+    for key in {key for key, value in given if re.match("~[^/]*/", str(value))}:
+        if key.rpartition(".")[2] in PATHS and (value := OmegaConf.select(composed, key)):
+            OmegaConf.update(composed, key, _home(value))
+
+
+def _home(value: Any) -> Any:
+    if isinstance(value, ListConfig):
+        return [_home(each) for each in value]
+    if isinstance(value, str) and value.startswith("~"):
+        return _literal(str(at_home(value)), None)
+    return value

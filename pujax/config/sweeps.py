@@ -19,6 +19,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 
 from pujax.errors import ConfigError
+from pujax.files.locate import at_home
 from pujax.text import counted
 
 _FAILED = "failed-"  # and a job's number: what sets it apart, in the sweep's folder
@@ -109,7 +110,7 @@ def sweep_folder(typed: Sequence[str]) -> Iterator[Path]:
             yield Path(aside)
         return
     roots = [word.partition("=")[2] for word in typed if word.startswith("run.root=")]
-    parent = Path(*(roots[-1:] or ["runs"]), ".sweeps").absolute()
+    parent = at_home((roots or ["runs"])[-1]).absolute() / ".sweeps"
     parent.mkdir(parents=True, exist_ok=True)
     folder = Path(mkdtemp(prefix=time.strftime("%Y-%m-%d_%H-%M-%S-"), dir=parent))
     print(f"what the jobs say is in {folder / _SUBMITIT}", flush=True)

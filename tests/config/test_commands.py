@@ -488,6 +488,21 @@ def test_whatever_a_model_reads_may_stand_in_a_file(monkeypatch, capsys, tmp_pat
     assert "teacher.system=@none: No such file or directory: name a" in capsys.readouterr().err
 
 
+def test_no_shell_writes_out_the_home_that_a_path_begins_with(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/${zoe}")
+    got = []
+    words = (
+        *("data.prompts=[~/a.jsonl,b~/~c.jsonl]", "data.heldout={dataset: csv, data_files: '~/x'}"),
+        *("data.anchors=~/s.jsonl", "run.root=~/runs", "run.name=~x", "teacher.model=~/m"),
+    )
+    assert called(monkeypatch, got.append, "experiment=smoke", *words) == 0
+    (seen,) = got
+    assert seen.data.prompts == ["/home/${zoe}/a.jsonl", "b~/~c.jsonl"]
+    assert seen.data.heldout["data_files"] == "/home/${zoe}/x"
+    assert (seen.data.anchors, seen.run.root) == ("/home/${zoe}/s.jsonl", "/home/${zoe}/runs")
+    assert (seen.run.name, seen.teacher.model) == ("~x", "~/m")
+
+
 def test_each_job_of_a_sweep_knows_what_sets_it_apart(monkeypatch, tmp_path):
     seen = []
 
