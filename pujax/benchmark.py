@@ -14,6 +14,7 @@ from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.evaluation.waiting import waited
 from pujax.files.durable import refuse_unwritable, sweep_files
 from pujax.files.locate import here
+from pujax.files.weight_files import require_gguf
 
 
 def run(settings: BenchmarkConfig) -> None:
@@ -23,16 +24,17 @@ def run(settings: BenchmarkConfig) -> None:
     foresee(settings.scorer.score, "scorer.score", settings.trusted)
     build_loss(settings.loss, settings.trusted, make=foresee)
     if not settings.benchmark.sweep:  # whose place is looked at first
-        here(settings.model.path)
+        require_gguf(here(settings.model.path))
     if settings.plan:
         planned(settings)
         return
+    if settings.benchmark.sweep:
+        refuse_unwritable(Path(settings.benchmark.out))
     from pujax.run.benchmarks import HEAD, described, sweep, table, write_sweep
 
     if settings.benchmark.sweep:
-        refuse_unwritable(Path(settings.benchmark.out))
         sweep_files(Path(settings.benchmark.out), HEAD)
-    here(settings.model.path)
+    require_gguf(here(settings.model.path))
     from pujax.run.measure import Benchmark, Cost
 
     benchmark = Benchmark(settings)

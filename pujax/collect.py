@@ -25,7 +25,7 @@ from pujax.teacher.merging import merge
 from pujax.teacher.plan import make_plan
 from pujax.teacher.progress import progress
 from pujax.teacher.prompts import load_prompts, refuse_pipes, warn
-from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.settings import CollectConfig, TeacherConfig, check_source
 from pujax.teacher.store import Contents, digest, failures_path
 from pujax.teacher.writer import kept_beside
 
@@ -40,6 +40,9 @@ class PromptsConfig:
     """
 
     prompts: Any = None
+
+    def __post_init__(self) -> None:
+        check_source("data.prompts", self.prompts)
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,9 @@ class CollectRun:
     data: PromptsConfig = field(default_factory=PromptsConfig)
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     collect: CollectConfig = field(default_factory=CollectConfig)
+
+    def __post_init__(self) -> None:
+        require(self.store != "", "store", "", "name a .jsonl file, which may be a new one")
 
 
 def run(settings: CollectRun) -> int:

@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -12,6 +13,9 @@ from pujax.files.hub import require_hub
 from pujax.files.locate import at_home, soft_prompt_file
 from pujax.inference.finished import place_of, require_kind, source_of, users_of
 from pujax.run.compilation import compile_once
+
+FILES = {".gguf": "GGUF", ".safetensors": "safetensors"}
+"""What a name that ends so is taken for."""
 
 
 @dataclass(frozen=True)
@@ -47,12 +51,16 @@ class ExportConfig:
         one_source(self.run, self.model)
         require(self.out.strip() != "", "out", self.out, "name a directory, or a GGUF file")
         one_of("format", self.format, ("hf", "gguf", "peft"))
-        require(
-            self.format == "gguf" or not self.out.endswith(".gguf"),
-            "out",
-            self.out,
-            "names a GGUF file: choose format=gguf, or a directory",
-        )
+        suffix = Path(self.out).suffix
+        if self.format == "gguf":
+            small = suffix == ".gguf" or suffix.lower() not in FILES
+            require(small, "out", self.out, "a GGUF file's name ends in .gguf, in small letters")
+        else:
+            kind = FILES.get(suffix.lower())
+            remedy = f"names a {kind} file, and format={self.format} is a directory: name one"
+            if kind == "GGUF":
+                remedy = "names a GGUF file: choose format=gguf, or a directory"
+            require(kind is None, "out", self.out, remedy)
         require_kind(self.kind)
         one_of("dtype", self.dtype, ("float32", "bfloat16", "float16"))
         # What is left out of an export unsaid is found on the disk, or by who downloads it.

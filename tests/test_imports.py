@@ -126,6 +126,8 @@ WRONG = {
     "train +experiment=smoke data.heldout=h.txt": "449 prompts have no anchor (“Hi” in h.txt): c",
     "train +experiment=smoke sft.batch=999": "sft.batch=999: there are 448 training prompts: lower",
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
+    "train +experiment=smoke model.path=x.csv": "x.csv: not a GGUF file, it starts with b'ques'",
+    "benchmark benchmark.sweep=true benchmark.out=/dev/null/x": "/dev/null/x can't be written (Not",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
     "adapt model=m.gguf out=a.safetensors preferences=p.jsonl": "batch=4: preferences has 1 prompt",
@@ -143,6 +145,7 @@ WRONG = {
     "export model=m.gguf format=gguf out=x.gguf": "out=x.gguf: a file that this export did not wr",
     "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
     "generate model=theirs prompt=x": "theirs: no config.json in it: not a model",
+    "generate model=x.csv prompt=x": "x.csv: not a GGUF file, it starts with b'ques': give one, or",
     "generate run= prompt=x": "run='': name a directory",
     "generate model=m.gguf prompt=???": "prompt=???: ??? alone says that a value is missing",
     "generate model=m.gguf prompt=": "prompt='': is empty: write what to answer",
@@ -175,7 +178,7 @@ UNFIT = [
 
 
 def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
-    (tmp_path / "m.gguf").touch()
+    (tmp_path / "m.gguf").write_bytes(b"GGUF")
     (tmp_path / "x.csv").write_text("question\nWhy?\n")
     (tmp_path / "p.jsonl").write_text('{"prompt": "Hi", "chosen": "Hi!", "rejected": "No."}\n')
     (tmp_path / "s.jsonl").touch()

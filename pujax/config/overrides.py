@@ -59,9 +59,9 @@ def _refuse_deletion(given: str, schema: type, groups: Collection[str]) -> None:
     key = given.removeprefix("~").partition("=")[0]
     above, _, name = key.rpartition(".")
     record = type_of(schema, above) if above else schema
-    if given.startswith("~") and key not in groups and is_dataclass(record):
-        if name in get_type_hints(record):
-            raise ConfigError(f"{given}: a setting can't be taken out: give it another value")
+    known = is_dataclass(record) and name in get_type_hints(record)
+    if given.startswith("~") and known and key not in groups:
+        raise ConfigError(f"{given}: a setting can't be taken out: give it another value")
 
 
 def _opens(word: str, schema: type) -> bool:

@@ -11,7 +11,7 @@ from omegaconf import MISSING
 from pujax.config.model_settings import ModelConfig
 from pujax.errors import one_of, require
 from pujax.records import Sampling, check_temperature
-from pujax.teacher.settings import CollectConfig, TeacherConfig
+from pujax.teacher.settings import CollectConfig, TeacherConfig, check_source
 
 
 @dataclass(frozen=True)
@@ -138,7 +138,11 @@ class DataConfig:
             self.on_bad_row,
             "choose error or drop",
         )
+        for key in ("prompts", "heldout"):
+            check_source(f"data.{key}", getattr(self, key))
         require(self.preferences != "", "data.preferences", "", "name what someone rated")
+        check_source("data.preferences", self.preferences)
+        require(self.anchors != "", "data.anchors", "", "name the store of the teacher's answers")
         require(
             self.prompts is not None or self.preferences is not None,
             "data.prompts",

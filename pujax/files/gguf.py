@@ -29,6 +29,7 @@ from pujax.files.tensors import (
     tensor,
     uninterleave,
 )
+from pujax.files.weight_files import require_gguf
 from pujax.models.decoder import DecoderConfig
 from pujax.models.families import FAMILIES, from_gguf, rope_factors, to_gguf
 from pujax.types import Params
@@ -157,13 +158,12 @@ def read(path: Path) -> GgufFile:
 
     Raises `WeightsError` naming the file, and the tensor where a tensor's data is cut off.
     """
+    require_gguf(path)
     try:
         size = path.stat().st_size
         if size < 24:
             raise WeightsError(f"{path}: {_AGAIN}")
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-            if data[:4] != b"GGUF":
-                raise WeightsError(f"{path}: not a GGUF file, it starts with {data[:4]!r}")
             return _parse(path, data, size)
     except (struct.error, UnicodeDecodeError) as error:
         raise WeightsError(f"{path}: the header ends too early: {_AGAIN}") from error

@@ -23,6 +23,28 @@ def require_config(directory: Path) -> Path:
     return path
 
 
+def require_gguf(path: Path | None) -> None:
+    """Raise `WeightsError` for a file that does not begin as GGUF files do.
+
+    A directory is not looked into, nor the hub, which is None.
+    """
+    if path is None or path.is_dir():
+        return
+    try:
+        with path.open("rb") as file:
+            begins = file.read(4)
+    except OSError as error:
+        raise WeightsError(f"{path}: can't be read ({error.strerror})") from error
+    if begins == b"GGUF":
+        return
+    if b"GGUF".startswith(begins):
+        raise WeightsError(f"{path}: the file is truncated: fetch it again")
+    remedy = "give one, or a model's directory"
+    if path.suffix in (".safetensors", ".json"):
+        remedy = f"give the directory that it is in, {path.parent}"
+    raise WeightsError(f"{path}: not a GGUF file, it starts with {begins!r}: {remedy}")
+
+
 def weight_files(directory: Path) -> list[Path]:
     """The files that hold the model: other safetensors files may lie beside them.
 

@@ -10,7 +10,7 @@ from pujax.config.commands import listed
 from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, require
 from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
-from pujax.files.weight_files import require_config
+from pujax.files.weight_files import require_config, require_gguf
 
 
 @dataclass(frozen=True)
@@ -149,8 +149,9 @@ def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
 
 
 def require_model(path: str) -> None:
-    """Raise `WeightsError` where nothing lies at `path`, or a directory that is no model."""
+    """Raise `WeightsError` where nothing lies at `path`, or what is no model."""
     local = here(path)
+    require_gguf(local)
     if local is None or not local.is_dir():
         return
     if _has_run(local):

@@ -331,9 +331,15 @@ def sharegpt_turns(
     if not isinstance(conversations, list) or not all(isinstance(t, dict) for t in conversations):
         raise PromptError(f"{place}: `{name}` must be a list of turns")
     turns = []
-    for turn in conversations:
-        who = turn.get("from", turn.get("role"))
+    for index, turn in enumerate(conversations):
+        key = "role" if "role" in turn and "from" not in turn else "from"
+        who = turn.get(key)
         role = SHAREGPT.get(who, who) if isinstance(who, str) else who
+        if role not in ROLES:
+            raise PromptError(
+                f"{place}: `{name}[{index}].{key}` is {who!r:.60}: write human, gpt or system, or "
+                "take the turn out"
+            )
         turns.append({"role": role, "content": turn.get("value", turn.get("content"))})
     return turns
 
@@ -345,7 +351,9 @@ def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:
     for index, turn in enumerate(messages):
         name = f"messages[{index}]"
         if not isinstance(turn, dict) or turn.get("role") not in ROLES:
-            raise PromptError(f"{place}: {name} needs a `role` of {', '.join(ROLES)}")
+            found = repr(turn.get("role") if isinstance(turn, dict) else turn)
+            roles = ", ".join(ROLES)
+            raise PromptError(f"{place}: {name} needs a `role` of {roles}, found {found:.60}")
         content = checked_text(turn.get("content"), f"{name}.content", place)
         turns.append({"role": turn["role"], "content": content})
     if turns[-1]["role"] != "user":

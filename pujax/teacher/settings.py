@@ -1,9 +1,11 @@
 """What the teacher is, how it is asked and where prompts are: settings that check themselves."""
 
+import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from omegaconf import MISSING
@@ -330,6 +332,16 @@ class DatasetConfig:
     template: str | None = None
 
     def __post_init__(self) -> None:
+        for key in ("dataset", "name", "split", "data_files", "slice", "template"):
+            value = getattr(self, key)
+            is_text = isinstance(value, str) or (value is None and key not in ("dataset", "split"))
+            require(is_text, f"data.prompts.{key}", value, "write a text")
+        require(self.dataset not in ("", MISSING), "data.prompts.dataset", "", "name a dataset")
+        are_texts = isinstance(self.columns, Mapping) and all(
+            isinstance(part, str) for pair in self.columns.items() for part in pair
+        )
+        remedy = "write our name and theirs, as in {prompt: question}"
+        require(are_texts, "data.prompts.columns", self.columns, remedy)
         require(
             self.slice is None or re.fullmatch(r"\d*:\d*", self.slice) is not None,
             "data.prompts.slice",
@@ -338,3 +350,31 @@ class DatasetConfig:
         )
         unknown = sorted(set(self.columns) - set(MAPPED))
         require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(MAPPED)}")
+
+
+def dataset_of(mapping: Mapping[str, Any]) -> DatasetConfig:
+    """What a mapping in place of files names. Raises `ConfigError` for a wrong key or value."""
+    try:
+        return DatasetConfig(**mapping)
+    except TypeError as error:
+        known = list(DatasetConfig.__dataclass_fields__)
+        wrong = next(str(key) for key in mapping if key not in known)
+        near = difflib.get_close_matches(wrong, known, 1)
+        told = f"no such key, did you mean {near[0]}?" if near else "no such key:"
+        raise ConfigError(
+            f"a dataset as a mapping: {wrong!r}: {told} its keys are {known}"
+        ) from error
+
+
+def check_source(key: str, source: Any) -> None:
+    """Refuse what names neither files nor a dataset; None, and a list of none, are let through.
+
+    Raises `ConfigError`.
+    """
+    if isinstance(source, Mapping):
+        dataset_of(source)
+        return
+    named = source if isinstance(source, list) else [source]
+    whole = source is None or all(isinstance(each, str | Path) and str(each) for each in named)
+    remedy = "name a file, several as [A,B], or a dataset as {dataset: NAME}"
+    require(whole, key, source, remedy)

@@ -1,7 +1,6 @@
 """Rows of prompts from tables: CSV, Parquet, Hugging Face datasets."""
 
 import csv
-import difflib
 import json
 import string
 from collections.abc import Iterable, Iterator, Mapping
@@ -11,8 +10,8 @@ from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
-from pujax.errors import ConfigError, PromptError
-from pujax.teacher.settings import MAPPED, DatasetConfig
+from pujax.errors import PromptError
+from pujax.teacher.settings import MAPPED, dataset_of
 from pujax.text import encoding_of, not_utf8
 
 COLUMNS = ("prompt", "messages", "instruction", "conversations", "chosen")
@@ -175,15 +174,7 @@ def dataset_rows(mapping: Mapping[str, Any]) -> Rows:
 
     Raises `ConfigError` for a wrong key and `PromptError` for what can't be loaded.
     """
-    try:
-        settings = DatasetConfig(**mapping)
-    except TypeError as error:
-        known = list(DatasetConfig.__dataclass_fields__)
-        wrong = [key for key in mapping if key not in known]
-        near = difflib.get_close_matches(str(wrong[0]), known, 1) if wrong else []
-        told = f"no such key, did you mean {near[0]}?" if near else "no such key:"
-        told = f"{wrong[0]!r}: {told}" if wrong else "`dataset` is missing:"
-        raise ConfigError(f"a dataset as a mapping: {told} its keys are {known}") from error
+    settings = dataset_of(mapping)
     import datasets  # takes a second and 100 MB: only who reads a dataset pays
 
     try:

@@ -379,14 +379,14 @@ def test_what_a_terminals_encoding_lacks_is_printed_as_an_escape(monkeypatch, tm
 @pytest.mark.parametrize("unbuffered", [False, True])
 def test_an_output_that_takes_no_more_is_named(monkeypatch, capsys, unbuffered):
     """Under PYTHONUNBUFFERED too, which keeps nothing for a second try."""
-    raw = open("/dev/full", "wb", buffering=0 if unbuffered else -1)
-    full = TextIOWrapper(cast(BytesIO, raw), write_through=unbuffered)
-    monkeypatch.setattr(sys, "stdout", full)
-    assert called(monkeypatch, lambda _: print("answer", flush=True), "experiment=smoke") == 1
-    said = "pujax.train: standard output: No space left on device: make room and start the same"
-    assert capsys.readouterr().err.startswith(said)
-    with pytest.raises(OSError, match="No space") if not unbuffered else nullcontext():
-        full.close()
+    with Path("/dev/full").open("wb", buffering=0 if unbuffered else -1) as raw:
+        full = TextIOWrapper(cast(BytesIO, raw), write_through=unbuffered)
+        monkeypatch.setattr(sys, "stdout", full)
+        assert called(monkeypatch, lambda _: print("answer", flush=True), "experiment=smoke") == 1
+        said = "pujax.train: standard output: No space left on device: make room and start the same"
+        assert capsys.readouterr().err.startswith(said)
+        with nullcontext() if unbuffered else pytest.raises(OSError, match="No space"):
+            full.close()
 
 
 def test_a_working_directory_that_is_gone_is_one_line(monkeypatch, tmp_path):

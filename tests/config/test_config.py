@@ -14,6 +14,7 @@ from hydra import compose, initialize_config_dir
 from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
+from pujax.collect import CollectRun, PromptsConfig
 from pujax.config.compose import conf_dir, from_hydra, register
 from pujax.config.functions import _fits, build
 from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
@@ -34,6 +35,7 @@ from pujax.generate import GenerateConfig
 from pujax.inference.local_teacher import LocalTeacher
 from pujax.method import pair_losses, scoring
 from pujax.records import Sampling
+from pujax.teacher.settings import DatasetConfig
 
 register("train_schema", TrainConfig)
 BAD = (float("nan"), float("inf"), float("-inf"), -1e-6, 1e38)
@@ -112,6 +114,26 @@ def test_a_missing_value_is_named():
         ),
         (AlignConfig, {"prompts": 4, "microbatch": 3}, "align.microbatch=3.*align.prompts=4"),
         (DataConfig, {"on_too_long": "cut"}, "data.on_too_long='cut'.*error, drop or truncate"),
+        (DataConfig, {"prompts": [["a"]]}, r"data\.prompts=\[\['a'\]\]: name a file, several as"),
+        (DataConfig, {"prompts": ""}, r"data\.prompts='': name a file"),
+        (DataConfig, {"heldout": [None]}, r"data\.heldout=\[None\]: name a file"),
+        (DataConfig, {"heldout": {"a": "b"}}, "'a': no such key: its keys are"),
+        (DataConfig, {"heldout": {}}, "data.prompts.dataset='': name a dataset"),
+        (
+            DataConfig,
+            {"prompts": {"dataset": ["a"]}},
+            r"prompts.dataset=\['a'\]: write a text",
+        ),
+        (DataConfig, {"anchors": ""}, "data.anchors='': name the store"),
+        (PromptsConfig, {"prompts": 5}, "data.prompts=5: name a file"),
+        (CollectRun, {"store": ""}, "store='': name a .jsonl file"),
+        (DatasetConfig, {"dataset": "d", "template": 5}, "data.prompts.template=5: write a text"),
+        (DatasetConfig, {"dataset": "d", "columns": ["a"]}, r"columns=\['a'\]: write our name and"),
+        (
+            DatasetConfig,
+            {"dataset": "d", "columns": {"id": 5}},
+            "columns={'id': 5}: write our",
+        ),
         (ModelConfig, {"dtype": "fp8"}, "model.dtype='fp8'"),
         *((AlignConfig, {"lr": lr}, r"align\.lr=.*\[0, 1\]") for lr in BAD),
         *((SftConfig, {"lr": lr}, r"sft\.lr=.*\[0, 1\]") for lr in BAD),

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import shutil
 from functools import partial
 from pathlib import Path
@@ -290,10 +291,21 @@ def test_an_adapter_is_not_written_into_a_models_directory(chat, adapted, tmp_pa
     export_peft(adapted[0], adapted[1], tmp_path / "peft", {})
 
 
-@pytest.mark.parametrize("format", ["hf", "peft"])
-def test_a_gguf_files_name_for_another_form_is_refused_with_the_settings(format):
-    with pytest.raises(ConfigError, match=r"out='x\.gguf': names a GGUF file: choose format=gguf"):
-        ExportConfig(run="runs/mine", out="x.gguf", format=format)
+@pytest.mark.parametrize(
+    ("out", "format", "said"),
+    [
+        ("x.gguf", "hf", "names a GGUF file: choose format=gguf"),
+        ("x.gguf", "peft", "names a GGUF file: choose format=gguf"),
+        ("x.gguf/", "hf", "names a GGUF file: choose format=gguf"),
+        ("x.GGUF", "hf", "names a GGUF file: choose format=gguf"),
+        ("x.GGUF", "gguf", "a GGUF file's name ends in .gguf, in small letters"),
+        ("x.safetensors", "gguf", "a GGUF file's name ends in .gguf, in small letters"),
+        ("x.safetensors", "hf", "names a safetensors file, and format=hf is a directory: name one"),
+    ],
+)
+def test_a_files_name_for_another_form_is_refused_with_the_settings(out, format, said):
+    with pytest.raises(ConfigError, match=re.escape(f"out={out!r}: {said}")):
+        ExportConfig(run="runs/mine", out=out, format=format)
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,14 @@ def test_prompts_come_one_at_a_time(tmp_path):
         ([{"prompt": "One", "answer": ["x"]}], r"p\.jsonl:1: `answer` must be a text"),
         ([{"messages": []}], r"p\.jsonl:1: `messages` must be a list of turns"),
         ([{"messages": ["One"]}], r"p\.jsonl:1: messages\[0\] needs a `role`"),
-        ([{"messages": [{"role": "bot", "content": "x"}]}], r"messages\[0\] needs a `role` of sys"),
+        (
+            [{"messages": [{"role": "bot", "content": "x"}]}],
+            r"messages\[0\] needs a `role` of system, user, assistant, found 'bot'",
+        ),
+        (
+            [{"conversations": [{"from": "human", "value": "x"}, {"role": "tool", "value": "y"}]}],
+            r"p\.jsonl:1: `conversations\[1\]\.role` is 'tool': write human, gpt or system",
+        ),
         ([{"messages": [{"role": "user"}]}], r"`messages\[0\]\.content` must be a text"),
         ([{"messages": [{"role": "system", "content": "x"}]}], r"the last turn must be the user's"),
         (
@@ -432,7 +439,7 @@ def test_a_system_message_or_history_that_is_none_is_refused(tmp_path, row, said
         (
             "p.jsonl",
             ['{"conversations": [{"from": 3, "value": 4}]}'],
-            r"messages\[0\] needs a `role`",
+            r"p.jsonl:1: `conversations\[0\].from` is 3: write human, gpt or system, or take",
         ),
     ],
 )
