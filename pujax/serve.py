@@ -2,6 +2,7 @@
 
 import sys
 from dataclasses import dataclass
+from shlex import quote
 from typing import Any
 
 from pujax.config.commands import command, one_source
@@ -73,7 +74,7 @@ def run(settings: ServeConfig) -> None:
         )
         print(
             f"  pujax collect teacher=llamacpp teacher.base_url={address}/v1 "
-            f"teacher.model={served.name} ..."
+            f"{quote(f'teacher.model={served.name}')} ..."
         )
         if len(users) > 1:
             print(

@@ -5,6 +5,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
+from shlex import quote
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 MASKED = "***"
@@ -82,8 +83,8 @@ def not_utf8(line: bytes, error: UnicodeDecodeError, file: object) -> str:
     """
     at = error.start
     told = f"not UTF-8 (byte {at + 1} is 0x{line[at]:02x})"
-    name = Path(str(file))
-    new = name.with_stem(name.stem + "-utf8")
+    path = Path(str(file))
+    name, new = (quote(str(each)) for each in (path, path.with_stem(path.stem + "-utf8")))
     if b"\0" in line:
         return f"{told}, likely UTF-16: convert it: iconv -f UTF-16LE -t UTF-8 {name} > {new}"
     try:

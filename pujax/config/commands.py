@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext, redirect_stdout
 from io import StringIO
 from pathlib import Path
+from shlex import join
 from typing import Any, TypeVar
 
 import hydra
@@ -285,7 +286,7 @@ def in_new_words(name: str) -> None:
         else:
             words.append(f"run={word}")
     if words != sys.argv[1:]:
-        told = secrets_hidden(" ".join(words), sys.argv[1:])
+        told = join(secrets_hidden(word, sys.argv[1:]) for word in words)
         sys.exit(f"pujax.{name}: write it as: python -m pujax.{name} {told}")
 
 

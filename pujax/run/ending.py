@@ -3,6 +3,7 @@
 import os
 import shutil
 from pathlib import Path
+from shlex import quote
 
 STATES = ("checkpoints", "damaged")
 """Its folders of checkpoints, sound and damaged: a run that is done needs neither."""
@@ -26,9 +27,10 @@ def ending(directory: Path, *, clean: bool, success: bool = True) -> str:
                 f", {amount(size)} of it {folder}, which is needed no more: remove it, or set "
                 "checkpoint.clean=true"
             )
-    then = f"pujax chat run={directory}, or serve, export, evaluate"
+    chat = f"pujax chat {quote(f'run={directory}')}"
+    then = f"{chat}, or serve, export, evaluate"
     if not success:
-        then = f"pujax chat run={directory}, or the report, to see why: not yet serve or export"
+        then = f"{chat}, or the report, to see why: not yet serve or export"
     return "\n".join(
         [
             f"run: {directory}",

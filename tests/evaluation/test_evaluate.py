@@ -656,11 +656,12 @@ def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, mo
 
 
 def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
-    given = (tmp_path, "--model", "m.gguf", "--name", "x")
+    given = (tmp_path, "--model", "my m.gguf", "--name", "x")
     status, said = called(evaluate.main, *given)
     assert status == 1
     assert said == (
-        f"pujax.evaluate: write it as: python -m pujax.evaluate run={tmp_path} model=m.gguf name=x"
+        f"pujax.evaluate: write it as: python -m pujax.evaluate run={tmp_path} 'model=my m.gguf' "
+        "name=x"
     )
 
 

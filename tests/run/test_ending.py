@@ -1,5 +1,7 @@
 """The last words of a run, and what it takes of the disk."""
 
+from shlex import split
+
 from pujax.run.ending import amount, ending, size_of
 
 
@@ -22,6 +24,8 @@ def test_a_run_says_what_it_takes_and_what_of_that_is_needed_no_more(tmp_path):
         f"next: pujax chat run={run}, or serve, export, evaluate",
     ]
     assert size_of(run) == 5 << 20
+    last = ending(tmp_path / "müller's run", clean=False).splitlines()[-1]
+    assert split(last)[:4] == ["next:", "pujax", "chat", f"run={tmp_path}/müller's run,"]
 
 
 def test_a_run_that_cleans_up_keeps_its_reference(tmp_path):

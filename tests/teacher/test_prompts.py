@@ -134,7 +134,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_file_in_another_encoding_is_read_where_it_says_so_and_else_refused(tmp_path, form):
-    file = tmp_path / f"p.{form}"
+    file = tmp_path / f"my p.{form}"
     for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32"):  # the last two with their mark
         file.write_text(FORMS[form], encoding=encoding)
         (prompt,) = load_prompts(str(file))
@@ -152,7 +152,8 @@ def test_a_file_in_another_encoding_is_read_where_it_says_so_and_else_refused(tm
     assert f"p.{form}:2: not UTF-8 (byte " in said
     assert "is 0xe9), likely CP1252, in which it reads" in said
     assert "Café?" in said
-    assert f"iconv -f CP1252 -t UTF-8 {file} > {tmp_path}/p-utf8.{form}" in said
+    new = f"{tmp_path}/my p-utf8.{form}"
+    assert f"iconv -f CP1252 -t UTF-8 '{file}' > '{new}'" in said
     file.write_text(FORMS[form], encoding="utf-16-le")  # without its mark
     with pytest.raises(PromptError, match=r"not UTF-8 .*likely UTF-16: convert it: iconv -f UTF-1"):
         list(load_prompts(str(file)))
