@@ -1,6 +1,7 @@
 """`pujax COMMAND`, or `python -m pujax COMMAND`: any of the commands beside this file."""
 
 import ast
+import difflib
 import importlib
 import sys
 from pathlib import Path
@@ -38,7 +39,9 @@ def main() -> None:
         return
     listed = "\n".join(f"  {command:<10} {_purpose(command)}" for command in COMMANDS)
     if name not in ("--help", "-h"):
-        sys.exit(f"pujax: no command {name!r}; there are\n{listed}")
+        near = difflib.get_close_matches(name, COMMANDS, 1)
+        meant = f", did you mean {near[0]}?" if near else ";"
+        sys.exit(f"pujax: no command {name!r}{meant} there are\n{listed}")
     print(f"pujax COMMAND KEY=VALUE ...   (pujax COMMAND --help shows its settings)\n\n{listed}")
     print("\npujax --completion bash, or zsh, prints what that shell is to complete")
 

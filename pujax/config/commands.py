@@ -27,7 +27,9 @@ from pujax.config.streams import escape, hold
 from pujax.config.sweeps import (
     beside_others,
     comparing,
+    hold_begun,
     hold_failures,
+    note_begun,
     note_failure,
     overrides_apart,
     sweep_folder,
@@ -109,6 +111,7 @@ def command(
         def job(composed: DictConfig) -> None:
             """What went wrong in a job of a sweep is told here, whichever process this may be."""
             sys.argv = argv  # a launcher's process has words of its own
+            note_begun()
             try:
                 with_files_read(composed, typed)
                 with_paths_home(composed)
@@ -164,6 +167,7 @@ def command(
                     return
                 main()
                 if aside:
+                    hold_begun(aside, typed)
                     if table := comparing(aside):
                         print(f"{table}  compares the runs that are done", flush=True)
                     hold_failures(aside)

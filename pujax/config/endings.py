@@ -169,6 +169,15 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             f"{key}: a value with a comma: write '{key}=\"{value}\"' for a text, "
             f"'{key}=[{value}]' for a list, or add -m to run one after the other"
         )
+    if found := re.search(r"Sweep parameters '(.*)' requires --multirun", text):
+        return f"{found[1]}: goes through several values: add -m, or give one"
+    if found := re.search(r"Multiple values for ([\w/]+)\.", text):
+        given = [
+            o for o in overrides if o.lstrip("+~").startswith((f"{found[1]}=", f"{found[1]}@"))
+        ]
+        return f"{found[1]}: is given twice ({' '.join(given)}): take one out"
+    if found := re.search(r"Additional config directory '(.*)' not found", text):
+        return f"--config-dir {found[1]}: no such folder: name the one that your own YAML is in"
     return _plain(" ".join(text.split("\nSee https")[0].split()))
 
 

@@ -83,8 +83,9 @@ def _in_hydra_words(given: str, schema: type, groups: Collection[str], sweep: bo
         named = listed and "null" not in listed[1].lower().split(",")
         if value.startswith("[") and not named:
             raise ConfigError(f"{given}: a choice is a name, see --help: give one")
-        if listed and "," in value:
-            raise ConfigError(f"{given}: choose one, or go through them with -m {key}={listed[1]}")
+        several = listed[1] if listed else value
+        if "," in several and value[0] not in "{'\"" and not (sweep and listed is None):
+            raise ConfigError(f"{given}: choose one, or go through them with -m {key}={several}")
         return given
     if value.strip("'\"") == "???":
         raise ConfigError(f"{given}: ??? alone says that a value is missing: put a space beside it")

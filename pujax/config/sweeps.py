@@ -23,6 +23,7 @@ from pujax.files.locate import at_home
 from pujax.text import counted
 
 _FAILED = "failed-"  # and a job's number: what sets it apart, in the sweep's folder
+_BEGUN = "begun-"  # and a job's number, in the sweep's folder
 _DONE = "done-"  # and a job's number: the directory of its run
 _SUBMITIT = ".submitit"  # where submitit keeps what its jobs print, in the sweep's folder
 
@@ -54,6 +55,20 @@ def overrides_apart() -> dict[str, str]:
 def title(apart: Mapping[str, str]) -> str:
     """What a job of a sweep is called where it is told of: `seed=0 loss=dpo`."""
     return " ".join(f"{key}={value}" for key, value in apart.items()) or "the job"
+
+
+def note_begun() -> None:
+    """Have the sweep know, in whichever process it is, that this job was begun; else nothing."""
+    if sweeping():
+        config = HydraConfig.get()
+        Path(config.sweep.dir, f"{_BEGUN}{config.job.num}").touch()
+
+
+def hold_begun(folder: Path, words: Sequence[str]) -> None:
+    """Raise `ConfigError` where the sweep of these `words` had not one job."""
+    if not any(folder.glob(f"{_BEGUN}*")):
+        told = " ".join(word for word in words if "(" in word)
+        raise ConfigError(f"{told}: goes through no value at all, so nothing was done: give one")
 
 
 def note_failure(name: str) -> None:

@@ -23,6 +23,7 @@ from rich.console import Console
 
 from pujax import __version__, benchmark, chat, evaluate, export, generate, report
 from pujax.__main__ import COMMANDS
+from pujax.__main__ import main as entry
 from pujax.config import commands, endings
 from pujax.config.commands import command, secrets_hidden, swept
 from pujax.config.compose import SILENT, WaryLoader, refuse_calls
@@ -630,6 +631,12 @@ def test_a_file_that_does_not_fit_is_named_with_the_reason(monkeypatch, capsys, 
         ("-m seed=0,1 --info all", 2, "--multirun and --info: one at a time"),
         ("--run --multirun", 2, "--run and --multirun: one at a time"),
         ("loss=null", 1, "loss=null: a choice is a name, see --help"),
+        ("-m seed=range(0,0)", 1, "seed=range(0,0): goes through no value at all, so nothing was"),
+        ("-m loss=glob(zzz*)", 1, "loss=glob(zzz*): goes through no value at all"),
+        ("seed=range(0,2)", 1, "seed=range(0,2): goes through several values: add -m, or give"),
+        ("loss=dpo,grpo", 1, "loss=dpo,grpo: choose one, or go through them with -m loss=dpo,grpo"),
+        ("+experiment=grpo_smollm2", 1, "experiment: is given twice (+experiment=smoke +experimen"),
+        ("--config-dir /none", 1, "--config-dir /none: no such folder: name the one that your own"),
         ("+loss@x=5", 1, "+loss@x=5: a choice is a name"),
         ("hydra=null", 1, "hydra=null: a choice is a name"),
         ("-m hydra.sweeper.max_batch_size=0 seed=0,1", 1, "hydra.sweeper.max_batch_size=0: can't"),
@@ -776,6 +783,7 @@ def test_a_setting_that_sets_a_job_apart_and_is_wrong_is_said_once(monkeypatch, 
 
 def test_a_job_of_a_sweep_can_be_sent_to_another_process(monkeypatch):
     sent = []
+    monkeypatch.setattr(commands, "hold_begun", lambda *_: None)
     monkeypatch.setattr(
         commands.hydra, "main", lambda **_: lambda job: lambda: sent.append(cloudpickle.dumps(job))
     )
@@ -942,6 +950,12 @@ def test_of_a_list_that_a_variable_holds_each_word_is_hidden(monkeypatch, capsys
 def test_a_value_that_is_none_is_said():
     given = ["align.steps=3", "teacher.max_tokens=5", "teacher.api_key_env=KEY"]
     assert secrets_hidden(" ".join(given), given) == " ".join(given)
+
+
+def test_a_command_that_is_none_is_answered_with_the_nearest(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["pujax", "trian"])
+    with pytest.raises(SystemExit, match="no command 'trian', did you mean train\\? there are\n"):
+        entry()
 
 
 def test_every_command_is_listed_with_what_it_is_for():

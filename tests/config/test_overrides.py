@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from pujax.config.compose import conf_dir, from_hydra, register, structured
 from pujax.config.overrides import in_hydra_words
 from pujax.config.settings import TrainConfig
+from pujax.errors import ConfigError
 from pujax.evaluate import EvaluateConfig
 from pujax.generate import GenerateConfig
 
@@ -123,9 +124,10 @@ def test_groups_and_the_values_of_a_sweep_are_left_to_hydra():
     words = ["+experiment=smoke", "loss=dpo,grpo", "data.system=a,b", "run.name=a, b", "seed=0,1"]
     swept = in_hydra_words(words, TrainConfig, GROUPS, sweep=True)
     assert swept == words
-    once = in_hydra_words(words, TrainConfig, GROUPS)
-    assert once[:2] == words[:2]
-    assert once[2:4] == ["data.system='a,b'", "run.name='a, b'"]
+    once = in_hydra_words([words[0], *words[2:]], TrainConfig, GROUPS)
+    assert once[:3] == [words[0], "data.system='a,b'", "run.name='a, b'"]
+    with pytest.raises(ConfigError, match="loss=dpo,grpo: choose one, or go through them with -m"):
+        in_hydra_words(words, TrainConfig, GROUPS)
     assert in_hydra_words(["run.name=a b"], TrainConfig, GROUPS, sweep=True) == ["run.name='a b'"]
 
 
