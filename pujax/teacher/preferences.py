@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from typing import Any
 
 from pujax.errors import PromptError
@@ -229,7 +230,7 @@ def _ratings(value: Any, name: str, place: str) -> Ratings:
     for dimension, number in by_name.items():
         if number is None:  # as Parquet fills up an object that lacks it
             continue
-        if isinstance(number, bool) or not isinstance(number, int | float):
+        if isinstance(number, bool) or not isinstance(number, int | float | Decimal):
             of = f" {dimension!r}" if isinstance(value, Mapping) else ""
             raise PromptError(f"{place}: {name}{of} must be a number, found {number!r:.60}")
         try:

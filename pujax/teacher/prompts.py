@@ -6,6 +6,7 @@ import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from decimal import Decimal
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Any
@@ -383,7 +384,7 @@ def _optional(value: Any, name: str, place: str) -> str | None:
     """A text, or a number as one; None when there is nothing."""
     if value is None or (isinstance(value, str) and blank(value)):
         return None
-    if isinstance(value, float) and math.isfinite(value):
-        return str(value)
+    if isinstance(value, float | Decimal) and math.isfinite(value):
+        return str(value) if isinstance(value, float) else f"{value:f}"
     whole = isinstance(value, int) and not isinstance(value, bool)
     return str(value) if whole else checked_text(value, name, place)

@@ -2,6 +2,7 @@ import csv
 import json
 import subprocess
 import sys
+from decimal import Decimal
 
 import pytest
 
@@ -176,7 +177,8 @@ def test_a_response_is_not_taken_for_the_true_answer(tmp_path):
 def test_tables_and_datasets_are_read_alike(tmp_path):
     pyarrow, parquet = (pytest.importorskip(name) for name in ("pyarrow", "pyarrow.parquet"))
     row = {"prompt": "Hi", "responses": ["a", "b"], "ratings": [{"x": 1.0}, {"x": 3.5}]}
-    parquet.write_table(pyarrow.Table.from_pylist([row]), tmp_path / "p.parquet")
+    decimals = row | {"ratings": [{"x": Decimal("1.0")}, {"x": Decimal("3.5")}]}  # a database's
+    parquet.write_table(pyarrow.Table.from_pylist([decimals]), tmp_path / "p.parquet")
     with (tmp_path / "p.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, list(row))
         writer.writeheader()

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+from decimal import Decimal
 
 import pytest
 
@@ -336,6 +337,11 @@ def test_parquet_is_a_table_too(tmp_path):
     parquet.write_table(table, tmp_path / "q.parquet")
     found = load_prompts(str(tmp_path / "q.parquet"))
     assert [prompt.answer for prompt in found] == ["42", None, "2.5"]
+    # A database's numbers are decimals.
+    table = pyarrow.table({"prompt": asked, "answer": [Decimal("1.50"), None, Decimal("1E+3")]})
+    parquet.write_table(table, tmp_path / "r.parquet")
+    found = load_prompts(str(tmp_path / "r.parquet"))
+    assert [prompt.answer for prompt in found] == ["1.50", None, "1000.00"]
 
 
 def test_a_cell_that_python_can_not_hold_is_named_with_its_row_and_column(tmp_path):
