@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 import string
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -56,10 +57,13 @@ def _separated(file: Iterable[str]) -> Iterator[tuple[int, list[str]]]:
     """The rows of a CSV file, no empty ones, with the number of each one's last line.
 
     Where a decimal has a comma, spreadsheets separate cells by semicolons: by those, where a header
-    has one of `COLUMNS` by them alone.
+    has one of `COLUMNS` by them alone. Some say it first, in a line `sep=;`.
     """
     lines = iter(file)
     header = next(lines, "")
+    if said := re.fullmatch(r"sep=(.)\r?\n?", header):
+        rows = csv.reader(lines, delimiter=said[1], strict=True)
+        return ((rows.line_num + 1, cells) for cells in rows if cells)
     by = {mark: next(csv.reader([header], delimiter=mark), []) for mark in ",;"}
     semicolons = (
         not set(COLUMNS) & set(by[","]) and len(by[";"]) > 1 and set(COLUMNS) & set(by[";"])

@@ -298,6 +298,10 @@ def test_a_table_of_a_spreadsheet_whose_decimals_have_commas_is_read(tmp_path):
     assert (prompt.messages, prompt.answer) == (user("Was; und, was?"), "1,5")
     (prompt,) = load_prompts(write(tmp_path / "q.csv", "prompt", "a;b"))
     assert prompt.messages == user("a;b")
+    (prompt,) = load_prompts(write(tmp_path / "s.csv", "\ufeffsep=|", "prompt|answer", "a;b,c|d"))
+    assert (prompt.messages, prompt.answer) == (user("a;b,c"), "d")
+    with pytest.raises(PromptError, match=r"s\.csv:3"):
+        list(load_prompts(write(tmp_path / "s.csv", "sep=;", "prompt;answer", ";d")))
 
 
 TSV = [
