@@ -22,9 +22,10 @@ def push(name: str, files: dict[str, Path | bytes]) -> str:
     A model that is not there yet is made, and is private until its owner says otherwise. Raises
     `ConfigError` where the hub does not take them.
     """
-    from httpx import HTTPError
     from huggingface_hub import CommitOperationAdd, HfApi
-    from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+
+    # From there, not from a client of ours: it is the hub's own client that raises it.
+    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     hub = HfApi()
     try:
@@ -37,7 +38,7 @@ def push(name: str, files: dict[str, Path | bytes]) -> str:
             ],
             commit_message="Written by pujax",
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OfflineModeIsEnabled, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
             f"push={name}: the hub did not take it ({reason}): what was written here stays; see to "

@@ -56,8 +56,9 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
         return local
     text = os.fspath(path)
     import huggingface_hub
-    from httpx import HTTPError
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    # From there, not from a client of ours: it is the hub's own client that raises it.
+    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
 
     owner, name, *file = text.split("/", 2)
     patterns = ["*.json", "*.jinja", "tokenizer*", *(["*.safetensors"] if tensors else [])]
@@ -65,7 +66,7 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
         if file:
             return Path(huggingface_hub.hf_hub_download(f"{owner}/{name}", file[0]))
         return Path(huggingface_hub.snapshot_download(text, allow_patterns=patterns))
-    except (HfHubHTTPError, LocalEntryNotFoundError, HTTPError, OSError, ValueError) as error:
+    except (HTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         raise WeightsError(
             f"{text}: neither a local path nor to be had from the model hub ({error}); "
             "give a local directory or GGUF file, or check the id, the network and `hf auth login`"

@@ -79,10 +79,12 @@ def hub():
         thread.join()
 
 
-@pytest.mark.parametrize("token", ["right", "wrong"])
+@pytest.mark.parametrize("token", ["right", "wrong", "nobody listens"])
 def test_files_are_pushed_as_one_commit_of_a_private_model(hub, token, tmp_path):
     (tmp_path / "config.json").write_text("{}")
     asked = {"HF_ENDPOINT": hub, "HF_TOKEN": token, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path)}
+    if token == "nobody listens":
+        asked["HF_ENDPOINT"] = "http://127.0.0.1:9"
     done = subprocess.run(
         [sys.executable, "-c", PUSH, str(tmp_path / "config.json")],
         capture_output=True,
@@ -90,9 +92,9 @@ def test_files_are_pushed_as_one_commit_of_a_private_model(hub, token, tmp_path)
         env=os.environ | asked,
     )
     assert done.returncode == 0, done.stderr
-    if token == "wrong":
+    if token != "right":
         assert done.stdout.startswith("push=me/mine: the hub did not take it (")
-        assert "wrong" not in done.stdout
+        assert token not in done.stdout
         assert done.stdout.count("\n") == 1
         return
     assert done.stdout == f"{hub}/me/mine\n"

@@ -5,8 +5,10 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
+import huggingface_hub.errors
 import jax
 import ml_dtypes
 import numpy as np
@@ -289,8 +291,12 @@ def test_a_file_on_the_hub_is_named_by_owner_repository_and_file(monkeypatch, tm
     assert weights.read_config("owner/model/sub/m.gguf").family == "qwen2"
 
 
-def test_a_hub_id_that_cannot_be_had_is_an_error(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize("error", [None, huggingface_hub.errors.HTTPError("the connection was cut")])
+def test_a_hub_id_that_cannot_be_had_is_an_error(error, monkeypatch):
+    if error is None:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    else:
+        monkeypatch.setattr("huggingface_hub.snapshot_download", Mock(side_effect=error))
     with pytest.raises(WeightsError, match="neither a local path nor to be had from the model hub"):
         weights.load("nobody/no-such-model")
 
