@@ -110,13 +110,25 @@ def _joined(parts: Iterable[str]) -> str:
     return "\x1f".join(part.replace("\x1f", " ") for part in parts)
 
 
-def answer_cards(evaluations: Sequence[Evaluation]) -> str:
+def only_preferred(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings learnt from given responses alone: no teacher, no scorer."""
+    data = settings.get("data")
+    return isinstance(data, Mapping) and bool(data.get("preferences")) and not data.get("prompts")
+
+
+def whose_anchors(settings: Mapping[str, Any]) -> str:
+    """What the held-out anchors of a run of these settings are called."""
+    return "best given" if only_preferred(settings) else "teacher"
+
+
+def answer_cards(evaluations: Sequence[Evaluation], settings: Mapping[str, Any]) -> str:
     """Every held-out prompt with every model's answer."""
+    best = whose_anchors(settings)
     last = evaluations[-1]
     cards = []
     for index, first in enumerate(evaluations[0].rows):
         rows = [evaluation.rows[index] for evaluation in evaluations]
-        answers = [_answer("teacher", first.anchor, *_teacher_mark(first), anchor=True)]
+        answers = [_answer(best, first.anchor, *_teacher_mark(first), anchor=True)]
         answers += [
             _answer(evaluation.model, row.response, *_mark(row))
             for evaluation, row in zip(evaluations, rows, strict=True)
@@ -192,7 +204,10 @@ def group_cards(groups: Sequence[Group], settings: Mapping[str, Any]) -> str:
             "signal": "scores differ" if len(known) > 1 else "scores are equal",
         }
         cards.append(_Card(marks["step"], group.prompt, answers, marks))
-    note = f"All {len(cards)}: the student's candidates and the teacher's anchor, {how}"
+    whose = "the student's candidates and the teacher's anchor"
+    if only_preferred(settings):
+        whose = "the given responses, the best of them as the anchor too"
+    note = f"All {len(cards)}: {whose}, {how}"
     return _browser("groups", "Training groups", note, cards)
 
 

@@ -48,7 +48,7 @@ def write(
         _curves(arms, shown_by(run for column in columns for run in column.runs)),
         _settings(arms),
         _directories(page.parent, arms),
-        answer_cards([replace(column.runs[0], model=column.model) for column in columns]),
+        answer_cards([replace(column.runs[0], model=column.model) for column in columns], {}),
     ]
     write_whole(page, document(name, sections).encode(errors="xmlcharrefreplace"))
     return page

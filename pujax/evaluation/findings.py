@@ -39,21 +39,24 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
 
     Before any gain goes NaN, a collapse, that it no longer stops, and that it is clearly worse than
     what the run began with: a stage may win back only a part of what the one before it lost. Models
-    that were put beside the run's own are spoken of after those, and colour nothing.
+    that were put beside the run's own are spoken of after those, and colour nothing. A stage that
+    changed nothing, as one of no steps, has no model of its own: it is said, and not compared.
     """
-    own = of_run(evaluations)
+    made = of_run(evaluations)
+    own = [one for i, one in enumerate(made) if not (i and one.of and one.of == made[i - 1].of)]
     last = own[-1]
     if ruin := next(iter(broken(last) + collapses(last) + endless(own)), None):
         found = Verdict(f"Not a success, whatever the averages say: {ruin}.", "loss")
     elif len(own) < 2:
         alone = f"Only {last.model} has been evaluated, on {len(last.rows)} prompts."
-        found = Verdict(alone if len(evaluations) == 1 else "", "")
+        found = Verdict(alone if len(evaluations) == len(made) else "", "")
     else:
         found = against(own[-2], last)
         if lost := _clear(own[0], last)["loss"] if len(own) > 2 else []:
             lead = f"Not a success: {last.model} is worse than {own[0].model} in {', '.join(lost)}."
             found = Verdict(f"{lead} {found.sentence}", "loss")
-    beside = [against(last, other).sentence for other in evaluations if other not in own]
+    same = [f"{one.model} is {last.model}, unchanged." for one in made[-1:] if one is not last]
+    beside = same + [against(last, o).sentence for o in evaluations if o not in made]
     return Verdict(" ".join(filter(None, [found.sentence, *beside])), found.style)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pujax.errors import EvaluationError
 from pujax.evaluation import findings, tables
-from pujax.evaluation.cards import answer_cards, group_cards, samples
+from pujax.evaluation.cards import answer_cards, group_cards, only_preferred, samples, whose_anchors
 from pujax.evaluation.curves import (
     DARK,
     LIGHT,
@@ -125,10 +125,10 @@ def _page(
             f"<h1>{escape(name)}</h1>",
             _findings(evaluations, lines, settings) if evaluations else "",
             _facts(settings, lines),
-            _evaluation(evaluations) if evaluations else "",
+            _evaluation(evaluations, settings) if evaluations else "",
             _suites(directory),
             _curves(lines, panels) if panels else "",
-            answer_cards(evaluations) if evaluations else "",
+            answer_cards(evaluations, settings) if evaluations else "",
             group_cards(groups, settings) if groups else "",
             f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(mask(config))}</pre>"
             "</details>"
@@ -171,6 +171,8 @@ def _facts(settings: Mapping[str, Any], lines: Sequence[Line]) -> str:
         if value is not None:
             name = str(value)
             facts[title] = ".".join(name.split(".")[-2:]) if key.endswith("_target_") else name
+    if only_preferred(settings):
+        facts["scorer"] = "none: scores are given"
     layers = _select(settings, "model.shape.layers")
     if layers:
         facts["student"] = f"random, {layers} layers"
@@ -199,13 +201,13 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _evaluation(evaluations: Sequence[Evaluation]) -> str:
+def _evaluation(evaluations: Sequence[Evaluation], settings: Mapping[str, Any]) -> str:
     header, rows = tables.cells(evaluations)
     shown = shown_by(evaluations)
     ceiling = findings.teacher(evaluations[0])
     models = len(evaluations)
     if ceiling:
-        header = [*header[:models], "teacher", *header[models:]]
+        header = [*header[:models], whose_anchors(settings), *header[models:]]
     body = []
     for metric, row in rows.items():
         cells: list[str | Difference] = list(row)

@@ -25,7 +25,10 @@ def push(name: str, files: dict[str, Path | bytes]) -> str:
     from huggingface_hub import CommitOperationAdd, HfApi
 
     # From there, not from a client of ours: it is the hub's own client that raises it.
-    from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        OfflineModeIsEnabled,
+    )
 
     hub = HfApi()
     try:

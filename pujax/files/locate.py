@@ -58,7 +58,10 @@ def locate(path: str | os.PathLike[str], *, tensors: bool = True) -> Path:
     import huggingface_hub
 
     # From there, not from a client of ours: it is the hub's own client that raises it.
-    from huggingface_hub.errors import HTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import (
+        HTTPError,  # pyright: ignore[reportPrivateImportUsage]
+        LocalEntryNotFoundError,
+    )
 
     owner, name, *file = text.split("/", 2)
     patterns = ["*.json", "*.jinja", "tokenizer*", *(["*.safetensors"] if tensors else [])]

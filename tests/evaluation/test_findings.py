@@ -196,6 +196,19 @@ def test_one_model_has_a_sentence_too():
     )
 
 
+def test_a_stage_that_changed_nothing_is_said_and_not_compared():
+    base, sft = (replace(different(m, 40, rouge=r), of=m) for m, r in (("base", 0.1), ("sft", 0.2)))
+    aligned = replace(sft, model="aligned")
+    found = findings.verdict_on([base, sft, aligned])
+    assert found.style == "gain"
+    assert found.sentence.startswith("sft against base on 40 held-out prompts: better in")
+    assert found.sentence.endswith(". aligned is sft, unchanged.")
+    found = findings.verdict_on([base, replace(base, model="aligned")])
+    assert found.sentence == (
+        "Only base has been evaluated, on 40 prompts. aligned is base, unchanged."
+    )
+
+
 def test_the_teacher_is_measured_by_the_truth():
     anchors = ["Athens", "It is Athens.", "Rome", "nothing"]
     found = evaluation("m", ["x"] * 4, anchors=anchors, truths=["Athens", "Athens", "Athens", None])

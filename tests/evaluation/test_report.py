@@ -223,6 +223,23 @@ def test_a_pair_loss_shows_what_it_chooses_and_rejects(run, tmp_path):
     ]
 
 
+def test_a_run_of_given_responses_has_no_teacher_and_no_scorer(run, tmp_path):
+    directory = shutil.copytree(run, tmp_path / "given")
+    scorer = {"score": {"_target_": "pujax.method.scoring.blend"}}
+    given = {"preferences": "pairs.jsonl", "prompts": None}
+    (directory / "config.yaml").write_text(json.dumps({"scorer": scorer, "data": given}))
+    html = page(directory)
+    assert ">teacher<" not in html
+    assert "scoring.blend" not in html[: html.index("config.yaml")]
+    assert "the given responses, the best of them as the anchor too, " in html
+    assert ">best given<" in html
+    (directory / "config.yaml").write_text(
+        json.dumps({"scorer": scorer, "data": given | {"prompts": "mine.jsonl"}})
+    )
+    assert ">teacher<" in (mixed := page(directory))
+    assert "scoring.blend" in mixed[: mixed.index("config.yaml")]
+
+
 def test_the_teacher_is_marked_and_is_the_ceiling(tmp_path, run):
     directory = shutil.copytree(run, tmp_path / "run")
     for model in ("base", "sft", "aligned"):

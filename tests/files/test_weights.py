@@ -291,7 +291,10 @@ def test_a_file_on_the_hub_is_named_by_owner_repository_and_file(monkeypatch, tm
     assert weights.read_config("owner/model/sub/m.gguf").family == "qwen2"
 
 
-@pytest.mark.parametrize("error", [None, huggingface_hub.errors.HTTPError("the connection was cut")])
+HTTPError = huggingface_hub.errors.HTTPError  # pyright: ignore[reportPrivateImportUsage]
+
+
+@pytest.mark.parametrize("error", [None, HTTPError("the connection was cut")])
 def test_a_hub_id_that_cannot_be_had_is_an_error(error, monkeypatch):
     if error is None:
         monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
