@@ -49,7 +49,7 @@ def run(settings: EvaluateConfig) -> None:
         for path, name in zip(settings.models, settings.names, strict=True):
             save(evaluate_other(directory, path, name, trusted=settings.trusted), directory)
     if len(folders) == 1:
-        columns = evaluations_of(folders[0])
+        columns = evaluations_of(folders[0], last=settings.names if settings.models else ())
         console.print(table(columns))
         own = kept_settings(folders[0]) if (folders[0] / SETTINGS).is_file() else {}
         for line in remarks(columns, chosen_by=flat(own).get("checkpoint.best")):

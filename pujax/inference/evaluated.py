@@ -16,9 +16,13 @@ from pujax.files.settings import kept_settings
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 
 
-def evaluations_of(directory: Path) -> list[Evaluation]:
-    """What a run's directory has of evaluations. Raises `EvaluationError` when that is nothing."""
+def evaluations_of(directory: Path, last: Sequence[str] = ()) -> list[Evaluation]:
+    """What a run's directory has of evaluations, those of models in `last` last and in that order.
+
+    Raises `EvaluationError` when that is nothing.
+    """
     found = load_all(directory)
+    found.sort(key=lambda each: last.index(each.model) if each.model in last else -1)
     if not found:
         raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
     return found

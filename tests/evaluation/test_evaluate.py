@@ -24,6 +24,7 @@ from pujax.evaluation.statistics import Difference, compare
 from pujax.evaluation.text import contains, exact
 from pujax.files import safetensors
 from pujax.files.chat import Chat
+from pujax.inference.evaluated import evaluations_of
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Prompt
 from pujax.types import Batch, right_padded
@@ -349,6 +350,8 @@ def test_what_is_saved_is_loaded_in_the_order_of_the_run(tmp_path):
         save(Evaluation(name, rows), tmp_path)
     loaded = load_all(tmp_path)
     assert [evaluation.model for evaluation in loaded] == ["base", "sft", "aligned"]
+    typed = evaluations_of(tmp_path, last=["sft", "base"])
+    assert [evaluation.model for evaluation in typed] == ["aligned", "sft", "base"]
     assert loaded[0].rows == rows
     assert len((tmp_path / "eval-sft.jsonl").read_text().splitlines()[0]) > 10
 
