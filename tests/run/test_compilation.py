@@ -18,6 +18,7 @@ from pujax.config.settings import TrainConfig
 from pujax.evaluate import EvaluateConfig
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
+from pujax.inference import suites
 from pujax.inference.local_teacher import LocalTeacher
 from pujax.run import compilation
 from pujax.run.compilation import (
@@ -148,7 +149,8 @@ class Called(Exception):
     ("place", "act"),
     [
         ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", model="m", name="n"))),
-        ("pujax.evaluate", lambda: evaluate.run(EvaluateConfig(run="r", suite={"a": 1}))),
+        ("pujax.inference.suites", lambda: suites.offered_subject(TrainConfig(), "m")),
+        ("pujax.inference.suites", lambda: suites.offered_reference(Path("r"), TrainConfig())),
         ("pujax.generate", lambda: generate.run(GenerateConfig(model="m", prompt="p"))),
         ("pujax.chat", lambda: chat.run(ChatConfig(model="m"))),
         ("pujax.export", lambda: export.run(ExportConfig(model="m", out="o"))),
