@@ -5,6 +5,7 @@ import builtins
 import functools
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ _LIGHT = frozenset({"pujax.errors", "pujax.records"})
 
 _CHECK = re.compile(r"_?check_\w+|require|one_of")
 """What a check is called: one of those modules', or of the same file, with an underscore."""
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Python 3.11 counts the depth of a syntax tree for all threads together, and fails with two."""
 
 
 def source_of(module: str) -> str:
@@ -50,13 +54,14 @@ def stand_in(target: str) -> Callable[..., None] | None:
     light = [each for each in tree.body if _is_light(each) or _is_function(each, "_check_.*")]
     whole = ast.Module([*light, _cut(function, light)], [])
     known: dict[str, Any] = {}
-    exec(compile(whole, f"the checks of {target}", "exec", dont_inherit=True), known)
-    made = known[name]
-    names = _Names(known)
-    for each in function.args.kwonlyargs:
-        if each.annotation is not None:
-            said = compile(ast.Expression(each.annotation), target, "eval")
-            made.__annotations__[each.arg] = eval(said, {}, names)
+    with _ONE_AT_A_TIME:
+        exec(compile(whole, f"the checks of {target}", "exec", dont_inherit=True), known)
+        made = known[name]
+        names = _Names(known)
+        for each in function.args.kwonlyargs:
+            if each.annotation is not None:
+                said = compile(ast.Expression(each.annotation), target, "eval")
+                made.__annotations__[each.arg] = eval(said, {}, names)
     return made
 
 
@@ -69,7 +74,8 @@ class _Names(dict[str, Any]):
 
 @functools.cache
 def _parsed(module: str) -> ast.Module:
-    return ast.parse(source_of(module))
+    with _ONE_AT_A_TIME:
+        return ast.parse(source_of(module))
 
 
 def _is_function(node: ast.stmt, name: str) -> bool:
