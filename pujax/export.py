@@ -9,10 +9,8 @@ from omegaconf import MISSING
 
 from pujax.config.commands import command, one_source
 from pujax.errors import one_of, require
-from pujax.files.hub import require_hub
 from pujax.files.locate import at_home, soft_prompt_file
-from pujax.inference.finished import place_of, require_kind, source_of, users_of
-from pujax.run.compilation import compile_once
+from pujax.inference.finished import export, require_kind, users_of
 
 FILES = {".gguf": "GGUF", ".safetensors": "safetensors"}
 """What a name that ends so is taken for."""
@@ -87,15 +85,8 @@ class ExportConfig:
 def run(settings: ExportConfig) -> None:
     """Export as told, print where to, and say how near that is to the run."""
     place, users = at_home(settings.out), users_of(settings.soft_prompt)
-    # What is nowhere, or no name for the hub, is refused before jax is imported.
-    source_of(settings.run, settings.model)
-    place_of(place, settings.format, settings.kind)
-    for path in users.values():
+    for path in users.values():  # refused before jax is imported, as what `export` looks at first
         soft_prompt_file(path)
-    if settings.push is not None:
-        require_hub(settings.push)
-    compile_once()
-    from pujax.inference.finished import export
 
     def say(text: str) -> None:
         print(f"pujax.export: {text}", file=sys.stderr, flush=True)

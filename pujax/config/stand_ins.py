@@ -16,7 +16,7 @@ _LIGHT = frozenset({"pujax.errors", "pujax.records"})
 _CHECK = re.compile(r"_?check_\w+|require|one_of")
 """What a check is called: one of those modules', or of the same file, with an underscore."""
 
-_ONE_AT_A_TIME = threading.RLock()
+_ONE_AT_A_TIME = threading.Lock()
 """Python 3.11 counts the depth of a syntax tree for all threads together, and fails with two."""
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from pujax.errors import ConfigError, WeightsError
 from pujax.files.card import is_card, is_edited, tokenizer_files
 from pujax.files.durable import begun_for, write_whole
-from pujax.files.weight_files import INDEX, SHARD, WHOLE, weight_files
+from pujax.files.weight_files import INDEX, SHARD, WHOLE, require_gguf, weight_files
 
 ADAPTER = "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -200,12 +200,10 @@ def _refuse_dangling(path: Path) -> None:
 
 
 def _is_our_gguf(path: Path) -> bool:
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            return False
-    from pujax.files import gguf  # jax with it, for what is a GGUF file alone
-
     try:
+        require_gguf(path)
+        from pujax.files import gguf  # jax with it, for what is a GGUF file alone
+
         return gguf.MADE_BY in gguf.read(path).metadata
     except WeightsError:
         return False

@@ -11,6 +11,7 @@ from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, req
 from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
 from pujax.files.weight_files import require_config, require_gguf
+from pujax.run.compilation import compile_once
 
 
 @dataclass(frozen=True)
@@ -240,8 +241,10 @@ def export(
         require_hub(push)
     finished = None if run is None else finished_run(run)
     source = str(model if finished is None else finished.model)
-    here(source)
+    if finished is None:
+        require_model(source)
 
+    compile_once()
     from pujax.files import weights
     from pujax.files.card import model_card
     from pujax.files.chat import Chat

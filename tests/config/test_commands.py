@@ -156,7 +156,6 @@ def test_what_ends_a_command_gives_one_line_and_a_status(monkeypatch, capsys, er
 def test_the_home_of_nobody_is_one_line(monkeypatch, act):
     monkeypatch.setattr(generate, "compile_once", lambda: None)
     monkeypatch.setattr(evaluate, "compile_once", lambda: None)
-    monkeypatch.setattr(export, "compile_once", lambda: None)
     with pytest.raises(ConfigError, match=r"~nobody-at-all/x: no home directory .* the whole path"):
         act("~nobody-at-all/x")
 

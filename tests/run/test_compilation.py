@@ -153,7 +153,7 @@ class Called(Exception):
         ("pujax.inference.suites", lambda: suites.offered_reference(Path("r"), TrainConfig())),
         ("pujax.generate", lambda: generate.run(GenerateConfig(model="m", prompt="p"))),
         ("pujax.chat", lambda: chat.run(ChatConfig(model="m"))),
-        ("pujax.export", lambda: export.run(ExportConfig(model="m", out="o"))),
+        ("pujax.inference.finished", lambda: export.run(ExportConfig(model="m", out="o"))),
         ("pujax.train", lambda: train.run(TrainConfig())),
         (
             "pujax.inference.local_teacher",
@@ -167,7 +167,8 @@ def test_every_command_that_compiles_keeps_what_it_compiled(monkeypatch, place, 
 
     monkeypatch.setattr(f"{place}.compile_once", compile_once)
     monkeypatch.setattr("pujax.train.run_directory", lambda *_: nullcontext("r"))
-    for command in ("chat", "generate", "export"):
+    monkeypatch.setattr("pujax.inference.finished.require_model", lambda path: None)
+    for command in ("chat", "generate"):
         monkeypatch.setattr(f"pujax.{command}.source_of", lambda *_: ("m", None))
     monkeypatch.setattr("pujax.evaluate.newest_runs", lambda runs: runs)
     for command in (
