@@ -1,18 +1,18 @@
 """A model on held-out prompts: one pass for the anchors, one answer by greed, some by chance."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
-from rich.progress import track
 
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, Metric, Reading, measure
 from pujax.evaluation.results import Evaluation, Row
-from pujax.evaluation.waiting import waited
+from pujax.evaluation.waiting import through
 from pujax.method.sampling import greedy, sample
 from pujax.models.decoder import LanguageModel, Prefix, packed
 from pujax.models.logps import mean_logps, response_logps
@@ -60,12 +60,15 @@ def evaluate(
     # A batch decodes until its longest answer ends, so those with long anchors go together.
     order = sorted(range(len(examples)), key=lambda i: len(examples[i].anchor_ids), reverse=True)
     found: dict[int, Row] = {}
-    for start in _told(range(0, len(examples), batch), name, len(examples), say):
+    what = f"evaluating {name}"
+    if say is not None:
+        say(f"{what}: {counted(len(examples), 'prompt')}")
+    for start in through(range(0, len(examples), batch), what, len(examples), say):
         places = order[start : start + batch]
         some = [examples[i] for i in places]
         padded = collate(some + some[-1:] * (batch - len(some)))
         key = jax.random.fold_in(jax.random.key(0), start)
-        logp_B, best, drawn = fetched(_read(model, draws, params, padded, key))
+        logp_B, lp_BK, best, drawn = fetched(_read(model, draws, params, padded, key))
         _, length_BK, finished_BK = best
         for b, (place, example) in enumerate(zip(places, some, strict=True)):
             (response,) = _texts(best, b, decode)
@@ -77,31 +80,16 @@ def evaluate(
                 length=float(length_BK[b, 0]),
                 finished=float(finished_BK[b, 0]),
                 samples=() if drawn is None else tuple(_texts(drawn, b, decode)),
+                rated=tuple(
+                    (given.score, float(lp))
+                    for given, lp in zip(example.given, lp_BK[b], strict=False)
+                ),
             )
             found[place] = _row(reading, metrics)
     rows = [found[place] for place in range(len(examples))]
     kept = [metric for metric in metrics if any(row.values[metric] is not None for row in rows)]
     rows = [replace(row, values={metric: row.values[metric] for metric in kept}) for row in rows]
     return Evaluation(name, tuple(rows), {metric: metrics[metric].shown for metric in kept})
-
-
-def _told(
-    starts: Sequence[int], name: str, count: int, say: Callable[[str], None] | None
-) -> Iterator[int]:
-    """`starts`, the first places of batches, with a bar or words on how far it is."""
-    what = f"evaluating {name}"
-    if say is None:
-        yield from track(starts, description=what, transient=True)
-        return
-    say(f"{what}: {counted(count, 'prompt')}")
-    at = 0
-
-    def told(line: str) -> None:
-        say(f"{line}, {at} of {count}")
-
-    with waited(what, told):
-        for at in starts:
-            yield at
 
 
 def _row(reading: Reading, metrics: Mapping[str, Metric]) -> Row:
@@ -134,13 +122,17 @@ def _read(
     params: Params,
     batch: Batch,
     key: Array,
-) -> tuple[Float[Array, " B"], Answers, Answers | None]:
-    """The anchors' mean log-probs, the greedy answers, and the sampled ones where any are wanted.
+) -> tuple[Float[Array, " B"], Float[Array, "B K"], Answers, Answers | None]:
+    """The anchors' mean log-probs, the given responses' summed ones, and the model's own answers.
 
-    Jitted here, once: the parameters of base, sft and aligned are arguments of one program.
+    Those are the greedy ones, and the sampled ones where any are wanted. Jitted here, once: the
+    parameters of base, sft and aligned are arguments of one program.
     """
     tokens, mask = batch.anchors.ids[:, None], batch.anchors.mask[:, None]
     size = tokens.shape[-1]
+    if batch.given is not None:
+        tokens = jnp.concatenate([tokens, batch.given.tokens], axis=1)
+        mask = jnp.concatenate([mask, batch.given.mask], axis=1)
 
     def read(model: LanguageModel) -> tuple[Prefix, Float[Array, "B 1 T"]]:
         prefix = model.prefill(params, batch.prompts)
@@ -160,7 +152,7 @@ def _read(
             temperature=draws.temperature,
         )
         drawn = _answers(made)
-    return mean_logps(logps, mask)[:, 0], best, drawn
+    return mean_logps(logps, mask)[:, 0], logps[:, 1:].sum(axis=-1), best, drawn
 
 
 def _answers(made: Completions) -> Answers:

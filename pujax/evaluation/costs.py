@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.progress import track
 
 from pujax.errors import EvaluationError, require
 from pujax.evaluation.findings import as_prompt
@@ -18,6 +17,7 @@ from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.statistics import interval_of_mean
 from pujax.evaluation.subjects import Subject, SuiteAnswer
+from pujax.evaluation.waiting import through
 from pujax.method.sampling import greedy
 from pujax.records import Example
 from pujax.text import counted
@@ -85,7 +85,8 @@ def costs(
         return greedy(subject.model, params, prefix, size=size)
 
     records: list[dict[str, Any]] = []
-    for place, example in enumerate(track([examples[0], *examples], "timing", transient=True)):
+    for place in through(range(len(examples) + 1), "timing", len(examples)):
+        example = examples[max(0, place - 1)]
         batch = subject.collate([example])
         size = batch.anchors.ids.shape[-1]
         begun = time.perf_counter()

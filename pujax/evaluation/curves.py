@@ -41,6 +41,10 @@ PANELS = (
     Panel("SFT loss", "loss", "nats per token", ("sft",)),
     Panel("Alignment loss", "loss", "loss"),
     Panel("Score of the candidates", "score/mean", "mean score"),
+    Panel(
+        "Pairs in the right order", "reward/accuracy", "share, by implied rewards", span=(0.0, 1.0)
+    ),
+    Panel("Margin of the pairs", "reward/margin", "implied reward"),
     Panel("KL to the reference", "kl/ref", "nats"),
     Panel("Entropy of the labels", "label/entropy", "nats"),
     Panel("Response length", "samples/length", "tokens"),

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pujax.evaluation import text
-from pujax.evaluation.metrics import METRICS, QUALITY
+from pujax.evaluation.metrics import METRICS, PAIRS, QUALITY
 from pujax.evaluation.results import Evaluation, Row, of_run, shown_by
 from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
@@ -38,7 +38,8 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
     """How a run's last model does against the one before it.
 
     Before any gain goes NaN, a collapse, that it no longer stops, and that it is clearly worse than
-    what the run began with: a stage may win back only a part of what the one before it lost. Models
+    what the run began with: a stage may win back only a part of what the one before it lost. Where
+    it tells the better of rated responses more surely, that is what the losses were for. Models
     that were put beside the run's own are spoken of after those, and colour nothing. A stage that
     changed nothing, as one of no steps, has no model of its own: it is said, and not compared.
     """
@@ -52,8 +53,10 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
         found = Verdict(alone if len(evaluations) == len(made) else "", "")
     else:
         found = against(own[-2], last)
-        if lost := _clear(own[0], last)["loss"] if len(own) > 2 else []:
-            lead = f"Not a success: {last.model} is worse than {own[0].model} in {', '.join(lost)}."
+        since = _clear(own[0], last)
+        if len(own) > 2 and since["loss"] and not _of_pairs(since["gain"]):
+            lost = ", ".join(since["loss"].values())
+            lead = f"Not a success: {last.model} is worse than {own[0].model} in {lost}."
             found = Verdict(f"{lead} {found.sentence}", "loss")
     same = [f"{one.model} is {last.model}, unchanged." for one in made[-1:] if one is not last]
     beside = same + [against(last, o).sentence for o in evaluations if o not in made]
@@ -65,7 +68,7 @@ def against(before: Column, last: Column) -> Verdict:
     prompts = len(runs_of(last)[0].rows)
     found = _clear(before, last)
     parts = [
-        f"{words} in {', '.join(found[style])}"
+        f"{words} in {', '.join(found[style].values())}"
         for style, words in (
             ("gain", "better"),
             ("loss", "worse"),
@@ -75,20 +78,29 @@ def against(before: Column, last: Column) -> Verdict:
     ]
     few = f", too few to call any difference clear (at least {FEW})" if prompts < FEW else ""
     sentence = f"{last.model} against {before.model} on {prompts} held-out prompts{few}: "
-    style = "gain" if found["gain"] and not found["loss"] else "loss" if found["loss"] else ""
+    style = "loss" if found["loss"] and not _of_pairs(found["gain"]) else ""
+    style = "gain" if found["gain"] and not found["loss"] else style
     return Verdict(sentence + ("; ".join(parts) or "nothing to compare") + ".", style)
 
 
-def _clear(before: Column, last: Column) -> dict[str, list[str]]:
-    """The qualities in which `last` is clearly better (`gain`), worse (`loss`) and neither (``)."""
+def _clear(before: Column, last: Column) -> dict[str, dict[str, str]]:
+    """The qualities in which `last` is clearly better (`gain`), worse (`loss`) and neither (``).
+
+    Each is told in words, by its metric.
+    """
     differences, titles = difference(before, last), shown_by(runs_of(last))
-    found: dict[str, list[str]] = {"gain": [], "loss": [], "": []}
+    found: dict[str, dict[str, str]] = {"gain": {}, "loss": {}, "": {}}
     for metric in (metric for metric in QUALITY if metric in differences):
         shown, found_here = titles[metric], differences[metric]
         style = verdict(shown, found_here)
         told = f"{shown.title} {interval(shown, found_here)}" if style else shown.title
-        found[style].append(told.replace("*", ""))
+        found[style][metric] = told.replace("*", "")
     return found
+
+
+def _of_pairs(gained: Mapping[str, str]) -> bool:
+    """Whether what is gained is what preference losses are for, at some cost in likelihood."""
+    return not gained.keys().isdisjoint(PAIRS)
 
 
 def warnings(
@@ -173,7 +185,7 @@ def collapses(evaluation: Evaluation) -> list[str]:
         _, of_teacher = _most_frequent([row.anchor for row in rows])
         truths = [row.answer for row in rows if row.answer is not None]
         _, of_truth = _most_frequent(truths or [""])
-        told = f"the teacher's most frequent one is to {of_teacher}"
+        told = f"the most frequent anchor is to {of_teacher}"
         wanted = of_teacher / len(rows)
         if len(truths) >= LEAST:
             wanted = min(wanted, of_truth / len(truths))

@@ -20,7 +20,8 @@ class Reading:
     """What one model made of one held-out prompt.
 
     `response` is the greedy answer, `length` tokens long with its EOS; `anchor_logp` is the mean
-    log-prob of the anchor's tokens in nats; `samples` are answers drawn at a temperature.
+    log-prob of the anchor's tokens in nats; `samples` are answers drawn at a temperature; `rated`
+    are the responses that someone rated, each by its score and its log-prob in nats, summed.
     """
 
     prompt: Prompt
@@ -30,6 +31,7 @@ class Reading:
     length: float
     finished: float
     samples: tuple[str, ...] = ()
+    rated: tuple[tuple[float, float], ...] = ()
 
 
 def of_text(prompt: Prompt, anchor: str, response: str) -> Reading:
@@ -184,6 +186,36 @@ def pass_at_k(reading: Reading, *, k: int = 4, metric: MetricFn = exact) -> floa
     return 1.0 - comb(n - round(share * n), k) / comb(n, k)
 
 
+def pair_accuracy(reading: Reading) -> float | None:
+    """The share of pairs of rated responses of which the better one is the likelier; a tie is half.
+
+    By summed log-probs, as the ranking accuracy of Chen et al. (2024).
+    """
+    margins = _margins(reading)
+    right = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
+    return sum(right) / len(right) if right else None
+
+
+def pair_margin(reading: Reading) -> float | None:
+    """How much likelier the better of two rated responses is, in nats: the mean over the pairs.
+
+    By summed log-probs. What it has gained over the reference's, times beta, is the margin of the
+    rewards that DPO implies (Rafailov et al., 2023).
+    """
+    margins = _margins(reading)
+    return sum(margins) / len(margins) if margins else None
+
+
+def _margins(reading: Reading) -> list[float]:
+    """log π(better|x) - log π(worse|x) of each pair of rated responses that differ in score."""
+    return [
+        better - worse
+        for score, better in reading.rated
+        for other, worse in reading.rated
+        if score > other
+    ]
+
+
 METRICS: dict[str, Metric] = {
     "anchor_logp": Metric(anchor_logp, Shown("anchor log-prob", better="higher")),
     "rouge_l": Metric(rouge_l, Shown("anchor ROUGE-L", better="higher")),
@@ -194,8 +226,11 @@ METRICS: dict[str, Metric] = {
 }
 """Those that a run has when its settings name no others; files need not say how they are shown."""
 
-QUALITY = ("anchor_logp", "rouge_l", "exact", "contains")
-"""Those that are shown by kind of prompt."""
+PAIRS = ("pair_accuracy", "pair_margin")
+"""Those of rated responses."""
+
+QUALITY = ("anchor_logp", "rouge_l", "exact", "contains", *PAIRS)
+"""Those that are shown by kind of prompt, and that a verdict speaks of."""
 
 
 def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float | None]:
@@ -221,16 +256,21 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
     return values
 
 
-def missing(metrics: Mapping[str, Metric], found: Collection[str], *, samples: int) -> str | None:
+def missing(
+    metrics: Mapping[str, Metric], found: Collection[str], *, samples: int, rated: bool
+) -> str | None:
     """The line on the metrics that no prompt had a value of, `found` left out; None for no such.
 
-    Those of sampled answers are no loss where none are drawn.
+    Those of sampled answers are no loss where none are drawn, nor those of pairs where no responses
+    are rated.
     """
+    idle = (() if samples else (sampled, pass_at_k)) + (
+        () if rated else (pair_accuracy, pair_margin)
+    )
     names = [
         name
         for name, metric in metrics.items()
-        if name not in found
-        and (samples or getattr(metric.function, "func", None) not in (sampled, pass_at_k))
+        if name not in found and getattr(metric.function, "func", metric.function) not in idle
     ]
     if not names:
         return None
@@ -270,7 +310,7 @@ def try_metric(key: str, function: MetricFn, samples: int = 2) -> None:
 
 MADE_UP = Reading(
     Prompt("made-up", ({"role": "user", "content": "2 + 2?"},), "4", "sum"),
-    *("4", "It is 4.", -1.0, 6.0, 1.0, ("4", "5")),
+    *("4", "It is 4.", -1.0, 6.0, 1.0, ("4", "5"), ((1.0, -2.0), (-1.0, -3.0))),
 )
 
 

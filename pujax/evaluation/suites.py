@@ -15,7 +15,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
-from rich.progress import track
 
 from pujax.errors import EvaluationError, require
 from pujax.evaluation import ranking as ranks
@@ -25,6 +24,7 @@ from pujax.evaluation.signal import Signal, signal_of
 from pujax.evaluation.statistics import Difference, interval_of_mean
 from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
+from pujax.evaluation.waiting import through
 from pujax.method.sampling import sample
 from pujax.method.scoring import ScoringContext
 from pujax.models.logps import response_logps
@@ -105,8 +105,13 @@ def signal(
     _enough(len(kept))
     others = _other_anchors(kept, seed)
     if any(example.prompt.id not in records.found for example in kept):
-        groups = []
-        for drawn in _draw(subject, kept, samples, temperature, seed):
+        groups, draw = [], _drawing(subject, samples, temperature, seed)
+        starts = range(0, len(kept), subject.batch)
+        for drawn in (
+            each
+            for start in through(starts, "sampling", len(kept))
+            for each in draw(kept[start : start + subject.batch], start)
+        ):
             told = [regard(drawn.example, text) for text in drawn.texts]
             values = tuple(value for value, _ in told if value is not None)
             by = told[0][1] if len(values) == samples else ""
@@ -147,10 +152,12 @@ def _other_anchors(examples: Sequence[Example], seed: int) -> dict[str, Example]
     return found
 
 
-def _draw(
-    subject: Subject, examples: Sequence[Example], samples: int, temperature: float, seed: int
-) -> list[_Drawn]:
-    """`samples` responses to each prompt, as the subject makes them."""
+Draw = Callable[[Sequence[Example], int], list[_Drawn]]
+"""At most a batch of prompts, and the first one's place, to candidates of each."""
+
+
+def _drawing(subject: Subject, samples: int, temperature: float, seed: int) -> Draw:
+    """What draws `samples` responses to a prompt, as the subject makes them."""
 
     @jax.jit
     def made(params: Params, batch: Batch, key: Array) -> Any:
@@ -167,17 +174,17 @@ def _draw(
         )
         return drawn.tokens, drawn.mask.sum(axis=-1)
 
-    found = []
-    for start in track(range(0, len(examples), subject.batch), "sampling", transient=True):
-        some = list(examples[start : start + subject.batch])
-        batch = subject.collate(some + some[-1:] * (subject.batch - len(some)))
+    def draw(some: Sequence[Example], start: int) -> list[_Drawn]:
+        batch = subject.collate([*some, *[some[-1]] * (subject.batch - len(some))])
         key = jax.random.fold_in(jax.random.key(seed), start)
         tokens, lengths = jax.device_get(made(subject.params, batch, key))
+        found = []
         for b, example in enumerate(some):
             ids = [tuple(tokens[b, k, : lengths[b, k]].tolist()) for k in range(samples)]
-            texts = tuple(subject.decode(each) for each in ids)
-            found.append(_Drawn(example, tuple(ids), texts))
-    return found
+            found.append(_Drawn(example, tuple(ids), tuple(subject.decode(each) for each in ids)))
+        return found
+
+    return draw
 
 
 def _judged(groups: Sequence[_Drawn], judge: Judge, oracle: MetricFn) -> list[_Drawn]:
@@ -265,8 +272,9 @@ def _score(
             for name, q in shares.items()
         }
 
-    for number, places in enumerate(track(batches, "scoring candidates", transient=True)):
-        some = filled[number]
+    starts = range(0, len(order), subject.batch)
+    for number, _ in enumerate(through(starts, "scoring candidates", len(order))):
+        places, some = batches[number], filled[number]
         if all(group.example.prompt.id in records.found for group in some):
             continue
         size = next(size for size in sizes if size >= longest[places[-1]])
@@ -403,8 +411,9 @@ def ranking(
 ) -> SuiteAnswer:
     """How often a model finds the better of two responses likelier (Chen et al., 2024).
 
-    The pairs are all that the oracle orders among candidates that the reference draws for a prompt,
-    so that every model that came of it is asked about the same. Beside the model stand the
+    The pairs are those of the held-out prompts' rated responses, where they have such, and else all
+    that the oracle orders among candidates that the reference draws for a prompt, so that every
+    model that came of it is asked about the same. Beside the model stand the
     reference itself and the optimum of DPO's objective from there. Each is the mean over prompts of
     the share of its pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts.
 
@@ -428,31 +437,44 @@ def ranking(
         known = _regard(oracle, example, text)
         return _regard(otherwise, example, text) if known is None and otherwise else known
 
-    kept = [example for example in reference.examples if regard(example, "") is not None]
+    rated = [example for example in reference.examples if example.given]
+    kept = rated or [e for e in reference.examples if regard(e, "") is not None]
     _enough(len(kept))
-    if any(example.prompt.id not in records.found for example in kept):
-        drawn = _draw(reference, kept, samples, temperature, seed)
-        sums = [_sums(of, drawn) for of in (subject, reference)]
+    draw = _given(subject.decode) if rated else _drawing(reference, samples, temperature, seed)
+    summing = [
+        _summing(of, max(len(e.given) for e in kept) or samples) for of in (subject, reference)
+    ]
+    for start in through(range(0, len(kept), subject.batch), "reading pairs", len(kept)):
+        some = kept[start : start + subject.batch]
+        if all(example.prompt.id in records.found for example in some):
+            continue
+        drawn = draw(some, start)
         records.add(
             [
                 {
                     "id": group.example.prompt.id,
                     "candidates": list(group.texts),
-                    "oracle": [regard(group.example, text) for text in group.texts],
+                    "oracle": list(group.oracle)
+                    or [regard(group.example, text) for text in group.texts],
                     "lengths": [len(ids) for ids in group.ids],
                     "logps": policy,
                     "ref_logps": before,
                 }
-                for group, policy, before in zip(drawn, *sums, strict=True)
+                for group, policy, before in zip(drawn, *(of(drawn) for of in summing), strict=True)
             ]
         )
     found = [records.found[example.prompt.id] for example in kept]
     shares = [each for each in (_shares(record, beta, preference) for record in found) if each]
     if len(shares) < 2:
+        by = "their ratings order" if rated else "the oracle orders"
+        remedy = "" if rated else ", or more suite.samples"
         raise EvaluationError(
-            f"the oracle orders the candidates of {len(shares)} prompts: give more prompts, or "
-            "more suite.samples"
+            f"{by} the candidates of {len(shares)} prompts: give more prompts{remedy}"
         )
+    whose = "by the ratings of the responses given with them"
+    if not rated:
+        drawn = f"({samples} of the reference at temperature {temperature})"
+        whose = f"whose candidates {drawn} the oracle orders"
     rows = []
     for name, cells in (
         ("the model", ("raw", "per token")),
@@ -467,30 +489,51 @@ def ranking(
     return SuiteAnswer(
         ("pairs ranked rightly", "by log-prob", "by log-prob a token"),
         tuple(rows),
-        f"{len(shares)} of {len(found)} prompts, whose candidates ({samples} of the reference at "
-        f"temperature {temperature}) the oracle orders; β = {beta}. 95 % intervals: BCa bootstrap "
-        "over prompts.",
+        f"{len(shares)} of {len(found)} prompts, {whose}; β = {beta}. 95 % intervals: BCa "
+        "bootstrap over prompts.",
         tuple(dict(record) for record in found),
     )
 
 
-def _sums(subject: Subject, groups: Sequence[_Drawn]) -> list[list[float]]:
-    """The log-prob of each candidate under the subject, summed over its tokens, in nats."""
+def _given(decode: Callable[[Sequence[int]], str]) -> Draw:
+    """What takes the responses that someone rated for candidates, ordered by their scores."""
+
+    def draw(some: Sequence[Example], start: int) -> list[_Drawn]:
+        return [
+            _Drawn(
+                example,
+                tuple(given.ids for given in example.given),
+                tuple(decode(given.ids) for given in example.given),
+                tuple(given.score for given in example.given),
+            )
+            for example in some
+        ]
+
+    return draw
+
+
+def _summing(subject: Subject, most: int) -> Callable[[Sequence[_Drawn]], list[list[float]]]:
+    """What reads at most a batch of groups, of at most so many candidates each.
+
+    It gives the log-prob of each under the subject, summed over its tokens, in nats.
+    """
 
     @jax.jit
     def summed(params: Params, prompts: Tokens, made: Tokens) -> Array:
         logps = response_logps(subject.model, params, prompts, made.ids, made.mask)
         return logps.sum(axis=-1)
 
-    found: list[list[float]] = []
-    size = subject.collate([groups[0].example]).anchors.ids.shape[-1]
-    for start in track(range(0, len(groups), subject.batch), "reading", transient=True):
-        some = list(groups[start : start + subject.batch])
-        filled = some + some[-1:] * (subject.batch - len(some))
-        prompts = subject.collate([group.example for group in filled]).prompts
-        sums = summed(subject.params, prompts, _stacked([group.ids for group in filled], size))
-        found += np.asarray(jax.device_get(sums), float)[: len(some)].tolist()
-    return found
+    def read(some: Sequence[_Drawn]) -> list[list[float]]:
+        filled = [*some, *[some[-1]] * (subject.batch - len(some))]
+        batch = subject.collate([group.example for group in filled])
+        ids = [[*group.ids, *[()] * (most - len(group.ids))] for group in filled]
+        sums = summed(subject.params, batch.prompts, _stacked(ids, batch.anchors.ids.shape[-1]))
+        return [
+            row[: len(group.ids)].tolist()
+            for group, row in zip(some, np.asarray(jax.device_get(sums), float), strict=False)
+        ]
+
+    return read
 
 
 def _shares(record: Mapping[str, Any], beta: float, preference: float) -> dict[str, float]:

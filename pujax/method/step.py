@@ -110,22 +110,17 @@ def rollout_with(
         group, completions, states = jax.tree.map(
             lambda x: x[: -batch.padding], (group, completions, states)
         )
-    candidates = group.scores[:, 1:]
-    there = None if completions.scores is None else jnp.isfinite(candidates)
-    metrics = {
-        "score/mean": candidates.mean(where=there),
-        "score/std": _mean_std(candidates, there),
-        "samples/length": completions.mask.sum(axis=-1).mean(where=there),
-        "samples/finished": completions.finished.mean(where=there),
-        "samples/tokens": completions.mask.sum(),
-    }
+    metrics = {"samples/tokens": completions.mask.sum()}
+    if completions.scores is None:
+        candidates = group.scores[:, 1:]
+        metrics |= {
+            "score/mean": candidates.mean(),
+            "score/std": candidates.std(axis=1).mean(),
+            "samples/length": completions.mask.sum(axis=-1).mean(),
+            "samples/finished": completions.finished.mean(),
+        }
+    # What someone gave says nothing of the policy: all of these would be the data's.
     return group, metrics | notes, states
-
-
-def _mean_std(scores: Array, there: Array | None) -> Array:
-    """The mean over prompts of their candidates' standard deviation, of those that have any."""
-    some = None if there is None else there.any(axis=1)
-    return scores.std(axis=1, where=there).mean(where=some)
 
 
 def sample_candidates(

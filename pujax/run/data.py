@@ -470,13 +470,20 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
 
 
 def _once(data: Dataset) -> Dataset:
-    """The prompts that have an anchor, each as it first came: what can be evaluated."""
-    anchored = [replace(e, given=()) for e in data.examples if e.anchor_ids]
+    """The prompts that have an anchor, each as it first came: what can be evaluated.
+
+    Given responses stay where one is preferred to another.
+    """
+    anchored = [
+        e if len({given.score for given in e.given}) > 1 else replace(e, given=())
+        for e in data.examples
+        if e.anchor_ids
+    ]
     first = {example.prompt_ids: example for example in reversed(anchored)}
     if not first:
         raise DataError("data.heldout: no prompt has a good response: there is nothing to evaluate")
     kept = tuple(example for example in anchored if first[example.prompt_ids] is example)
-    return replace(data, examples=kept, candidates=0)
+    return replace(data, examples=kept, candidates=max(len(example.given) for example in kept))
 
 
 def _shortened(

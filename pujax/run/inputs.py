@@ -17,6 +17,8 @@ from pujax.run.directory import elsewhere
 
 FILE = "inputs.json"
 
+HELD_OUT_GIVEN = "data.heldout candidates"  # whose digest it is
+
 
 def hold_inputs(
     directory: Path,
@@ -56,6 +58,8 @@ def hold_inputs(
         return mark
     try:
         before = json.loads(path.read_text(encoding="utf-8"))
+        # An earlier pujax did not look at the given responses of held-out prompts.
+        before.setdefault(HELD_OUT_GIVEN, now.get(HELD_OUT_GIVEN))
         differing = [name for name in now if before.get(name) != now[name]]
     except (ValueError, AttributeError, RecursionError) as error:
         raise DataError(f"{path}: can't be read ({error}): {elsewhere(config)}") from error

@@ -25,7 +25,8 @@ from pujax.files.durable import Line, on_disk, read_jsonl, whole_lines, write_wh
 from pujax.records import STAGES
 from pujax.run.processes import first, told
 
-SHOWN = {"loss": "loss", "score/mean": "score", "kl/ref": "kl"}  # metrics in the progress line
+# Metrics in the progress line, where a step has them.
+SHOWN = {"loss": "loss", "score/mean": "score", "reward/accuracy": "accuracy", "kl/ref": "kl"}
 
 RECENT = 50  # steps whose pace the ETA goes by
 

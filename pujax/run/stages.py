@@ -154,7 +154,7 @@ class Run:
 
             begun = time.monotonic()
             found = evaluate(
-                self.budgeted(self.heldout, batch, 1),
+                self.budgeted(self.heldout, batch, 1 + self.heldout.candidates),
                 assemble(self.base, trainable),
                 examples,
                 name=name,
@@ -166,7 +166,8 @@ class Run:
                 say=None if self.console.is_terminal else self.say,
             )
             self.took[name] = time.monotonic() - begun
-            left_out = missing(self.metrics, found.shown, samples=settings.samples)
+            rated = bool(self.heldout.candidates)
+            left_out = missing(self.metrics, found.shown, samples=settings.samples, rated=rated)
             if name == "base" and left_out:
                 self.say(left_out)
             # A metric of one's own may find something else in each process.
@@ -189,7 +190,9 @@ class Run:
         """Of all that decides what a model answers to these examples, and what is measured."""
         settings = self.config.eval
         drawn = (settings.samples, settings.temperature if settings.samples else None)
-        asked = [[e.prompt_ids, e.anchor_ids] for e in examples]
+        asked = [
+            [e.prompt_ids, e.anchor_ids, *([r.ids, r.score] for r in e.given)] for e in examples
+        ]
         params = checksums(assemble(self.base, trainable))
         whole = [params, asked, self.heldout.response_size, drawn, settings.metrics]
         return hashlib.sha256(canonical(whole)).hexdigest()

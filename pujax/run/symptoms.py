@@ -171,9 +171,12 @@ def _by_length(first: Sequence[Line], last: deque[Line]) -> str | None:
     if not values or abs(fmean(values)) < CORRELATED:
         return None
     way = "longer" if fmean(values) > 0 else "shorter"
+    scored = "score/mean" in last[-1]  # by the run itself, and not by whoever gave the responses
+    what = "scores" if scored else "ratings"
+    remedy = "another scorer" if scored else "loss=simpo or another by mean log-probs"
     return (
-        f"scores go with length (correlation {fmean(values):.2f} over {WINDOW} steps): the student "
-        f"is taught to write {way} answers: read samples.jsonl, or take another scorer"
+        f"{what} go with length (correlation {fmean(values):.2f} over {WINDOW} steps): the student "
+        f"is taught to write {way} answers: read samples.jsonl, or take {remedy}"
     )
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from pujax import evaluate
 from pujax.config.settings import EvalConfig
 from pujax.evaluation import answering, tables
-from pujax.evaluation.metrics import METRICS, Shown
+from pujax.evaluation.metrics import METRICS, Metric, Shown, pair_margin
 from pujax.evaluation.results import Evaluation, Row, load, load_all, save
 from pujax.evaluation.statistics import Difference, compare
 from pujax.evaluation.text import contains, exact
@@ -26,7 +26,9 @@ from pujax.files import safetensors
 from pujax.files.chat import Chat
 from pujax.inference.evaluated import evaluations_of
 from pujax.models.decoder import LanguageModel
-from pujax.records import Example, Prompt
+from pujax.records import Example, Given, Prompt
+from pujax.run import batches
+from pujax.run.data import Dataset
 from pujax.types import Batch, right_padded
 
 T = 6
@@ -436,6 +438,41 @@ def test_each_prompt_gets_its_anchors_mean_log_prob_and_the_greedy_answer(model,
         assert found.response == decode(expected)
         assert found.values["length"] == len(expected)
         assert found.values["finished"] == (expected[-1] in model.config.eos_ids)
+
+
+def test_the_better_of_rated_responses_is_told_from_the_worse_by_whole_log_probs(
+    model, params, examples
+):
+    def summed(example, ids):
+        logps = logps_of(model, params, [*example.prompt_ids, *ids])
+        start = len(example.prompt_ids)
+        return sum(float(logps[start + t - 1, token]) for t, token in enumerate(ids))
+
+    rated = [
+        replace(example, given=(Given(example.anchor_ids, 1.0), Given((19, 20, 2), -1.0)))
+        for example in examples[:3]
+    ] + examples[3:]  # of which one has nothing given, and so only -inf in its batch
+    data = Dataset(tuple(rated), 7, 7, T, candidates=2)
+    found = answering.evaluate(
+        model,
+        params,
+        rated,
+        name="base",
+        batch=4,
+        collate=lambda some: batches.collate(some, data),
+        decode=decode,
+        metrics={**METRICS, "pair_margin": Metric(pair_margin, Shown("pair margin"))},
+    )
+    assert found.rows[3].values["pair_margin"] is None
+    for row, example in zip(found.rows[:3], rated, strict=False):
+        better, worse = (summed(example, given.ids) for given in example.given)
+        np.testing.assert_allclose(number(row, "pair_margin"), better - worse, atol=1e-4)
+    plain = run(model, params, examples, 4)
+    for row, other in zip(found.rows, plain.rows, strict=True):
+        assert row.response == other.response
+        np.testing.assert_allclose(
+            number(row, "anchor_logp"), number(other, "anchor_logp"), atol=1e-5
+        )
 
 
 def number(row, metric):

@@ -1,6 +1,7 @@
 from dataclasses import replace
 
 from pujax.evaluation import findings
+from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.signal import Control
 
@@ -33,7 +34,7 @@ def test_a_model_that_says_the_same_to_everything_is_no_success_however_high_its
     found = findings.verdict_on([before, after])
     assert found.style == "loss"
     assert "says the same to 40 of 40 prompts, “I'm sorry, but I can't.”" in found.sentence
-    assert "(1 distinct answer; the teacher's most frequent one is to 1)" in found.sentence
+    assert "(1 distinct answer; the most frequent anchor is to 1)" in found.sentence
     assert any("read the answers" in told for told in findings.warnings([before, after]))
 
 
@@ -77,7 +78,7 @@ def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itsel
     anchors, truths = ["billing"] * 32 + ["account"] * 8, ["billing", "account"] * 20
     one = evaluation("aligned", ["Billing"] * 40, anchors=anchors)
     (told,) = findings.collapses(one)
-    assert told.endswith("(1 distinct answer; the teacher's most frequent one is to 32)")
+    assert told.endswith("(1 distinct answer; the most frequent anchor is to 32)")
     (told,) = findings.collapses(
         evaluation("m", ["billing"] * 37 + ["x"] * 3, anchors=["billing"] * 40, truths=truths)
     )
@@ -134,6 +135,21 @@ def test_a_run_that_ends_worse_than_it_began_is_no_success_though_its_last_stage
     assert findings.verdict_on([base, sft]).style == "loss"
     won_back = with_exact("aligned", -1.0, 1.0)
     assert findings.verdict_on([base, sft, won_back]).style == "gain"
+
+
+def test_telling_rated_responses_apart_is_what_their_losses_are_for():
+    def told_apart(model, logp, margin):
+        found = different(model, 40, logp=logp)
+        rows = [replace(r, values=dict(r.values) | {"pair_margin": margin}) for r in found.rows]
+        shown = {**found.shown, "pair_margin": Shown("pair margin", better="higher")}
+        return Evaluation(model, tuple(rows), shown)
+
+    base, sft = told_apart("base", -2.0, 0.0), told_apart("sft", -1.0, 0.0)
+    found = findings.verdict_on([base, sft, told_apart("aligned", -3.0, 2.0)])
+    assert found.sentence.startswith("aligned against sft on 40 held-out prompts: better in pair m")
+    assert "worse in anchor log-prob -2.000" in found.sentence
+    assert found.style == ""
+    assert findings.verdict_on([base, sft, told_apart("aligned", -3.0, 0.0)]).style == "loss"
 
 
 def test_what_a_model_said_reaches_no_terminal_as_a_control_character():

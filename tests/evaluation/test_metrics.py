@@ -25,6 +25,7 @@ READING = Reading(
     length=5.0,
     finished=1.0,
     samples=("2", "3", "2.", "so 2"),
+    rated=((2.0, -3.0), (0.0, -4.0), (1.0, -1.0), (1.0, -3.0)),
 )
 
 
@@ -46,6 +47,16 @@ def test_a_sampled_metric_is_the_mean_over_the_samples():
     assert metrics.sampled(replace(READING, samples=()), metric=metrics.exact) is None
     unknown = replace(READING, prompt=replace(READING.prompt, answer=None))
     assert metrics.sampled(unknown, metric=metrics.exact) is None
+
+
+def test_pairs_of_rated_responses_are_told_apart_by_their_summed_log_probs():
+    # 2 above 1: -3 + 1 = -2 and -3 + 3 = 0; 2 above 0: 1; 1 above 0: 3 and 1; the two 1s no pair.
+    assert metrics.pair_accuracy(READING) == 3.5 / 5
+    assert metrics.pair_margin(READING) == 3 / 5
+    alike = replace(READING, rated=((1.0, -3.0), (1.0, -4.0)))
+    assert metrics.pair_accuracy(alike) is metrics.pair_margin(alike) is None
+    wrong = replace(READING, rated=((1.0, -4.0), (0.0, -3.0)))
+    assert metrics.pair_accuracy(wrong) == 0.0  # which is a value, not none
 
 
 def test_pass_at_k_is_the_chance_that_a_draw_of_k_holds_a_right_one():
@@ -301,18 +312,21 @@ def test_metric_functions_are_given_by_name():
     assert measured == {"twice": 10.0}
 
 
-def test_a_metric_without_a_value_is_named_but_for_one_of_samples_that_nobody_draws():
+def test_a_metric_without_a_value_is_named_but_for_one_of_samples_or_pairs_that_nobody_has():
     def node(name):
         function = {"_target_": f"pujax.evaluation.metrics.{name}", "_partial_": True}
         return {"title": name, "function": function}
 
-    both = build_metrics(
-        EvalConfig(metrics={k: node(k) for k in ("pass_at_k", "exact")}, samples=4)
-    )
-    assert metrics.missing(both, ("pass_at_k", "exact"), samples=4) is None
+    three = ("pass_at_k", "exact", "pair_margin")
+    named = build_metrics(EvalConfig(metrics={name: node(name) for name in three}, samples=4))
+
+    def missing(found, samples, rated=False):
+        return metrics.missing(named, found, samples=samples, rated=rated)
+
+    assert missing(("pass_at_k", "exact"), 4) is None
     begins = "in no table: eval.metrics.pass_at_k, eval.metrics.exact: no held-out prompt"
-    assert (metrics.missing(both, (), samples=4) or "").startswith(begins)
-    assert (metrics.missing(both, (), samples=0) or "").startswith(
-        "in no table: eval.metrics.exact: "
-    )
-    assert metrics.missing(both, ("exact",), samples=0) is None
+    assert (missing((), 4) or "").startswith(begins)
+    assert (missing((), 0) or "").startswith("in no table: eval.metrics.exact: ")
+    assert missing(("exact",), 0) is None
+    begins = "in no table: eval.metrics.pair_margin: "
+    assert (missing(("exact",), 0, rated=True) or "").startswith(begins)

@@ -17,7 +17,7 @@ from pujax.evaluation.subjects import Records, Subject
 from pujax.method import scoring
 from pujax.method.labels import softmax_labels
 from pujax.method.scoring import ScoringContext
-from pujax.records import Example, Prompt
+from pujax.records import Example, Given, Prompt
 from pujax.types import Batch, Frames, right_padded
 
 PIECE = np.array([7, 8], np.int32)
@@ -278,3 +278,37 @@ def test_a_model_that_is_its_own_reference_ranks_as_that(subject):
         assert all(logp < 0 for logp in record["logps"])
     build(of_file("ranking"), "suite")
     build(of_file("winrate"), "suite")
+
+
+def test_rated_responses_are_the_pairs_where_prompts_have_them(subject, tmp_path):
+    first, second, *rest = subject.examples
+    ids = ((5, 6, 2), (7, 2), (8, 9, 10, 2))
+    rated = [
+        replace(
+            first,
+            given=tuple(
+                Given(each, score) for each, score in zip(ids, (3.0, 1.0, 2.0), strict=True)
+            ),
+        ),
+        replace(second, given=(Given(ids[0], -1.0), Given(ids[1], 1.0))),
+    ]
+    of = replace(subject, examples=[*rated, *rest])
+    path = tmp_path / "kept.jsonl"
+    found = suites.ranking(of, of, records=Records(path))
+    assert [record["oracle"] for record in found.records] == [[3, 1, 2], [-1.0, 1.0]]
+    for record, example in zip(found.records, rated, strict=True):
+        assert record["lengths"] == [len(given.ids) for given in example.given]
+        for given, logp in zip(example.given, record["logps"], strict=True):
+            whole = jnp.array([[*example.prompt_ids, *given.ids]])
+            logps = jax.nn.log_softmax(subject.model.forward(subject.params, whole))[0]
+            start = len(example.prompt_ids)
+            alone = sum(logps[start + t - 1, token] for t, token in enumerate(given.ids))
+            np.testing.assert_allclose(logp, alone, rtol=1e-4)
+    assert "2 of 2 prompts, by the ratings of the responses given with them" in found.note
+    # What has been read is not read again.
+    unasked = replace(of, collate=lambda examples: pytest.fail("asked again"))
+    assert suites.ranking(unasked, unasked, records=Records(path)) == found
+    alike = [replace(e, given=tuple(Given(each, 1.0) for each in ids)) for e in rated]
+    of = replace(of, examples=alike)
+    with pytest.raises(EvaluationError, match="their ratings order the candidates of 0 prompts"):
+        suites.ranking(of, of)

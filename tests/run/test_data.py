@@ -351,9 +351,17 @@ def test_held_out_preferences_are_evaluated_by_their_best_responses(tmp_path):
     said = []
     config = TrainConfig(model=ModelConfig(path="m"), data=data)
     train_data, held = load_data(config, cast(Any, Letters()), said.append)
-    assert [(e.anchor, e.given) for e in held.examples] == [("qr", ())]
+    (example,) = held.examples  # the prompt's first row; without its one response, BAD has nothing
+    assert example.anchor == "qr"
+    assert [given.score for given in example.given] == [1.0, 5.0, 3.0]
     assert list(train_data.parts) == ["data.preferences"]
-    assert said == ["1 training prompt with given candidates", "1 held-out prompt"]
+    given = "prompt with given candidates"
+    assert said == [f"1 training {given}", f"1 held-out {given}"]
+    alone = jsonl(tmp_path / "alone.jsonl", BAD | {"label": True})
+    _, held = load_data(
+        replace(config, data=replace(data, heldout=alone)), cast(Any, Letters()), said.append
+    )
+    assert (held.examples[0].given, held.candidates) == ((), 0)  # one response makes no pair
     both = replace(config, data=replace(data, heldout=train))
     with pytest.raises(DataError, match=r"1 prompt is in both .*train\.jsonl and"):
         load_data(both, cast(Any, Letters()), said.append)

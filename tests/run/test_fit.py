@@ -417,7 +417,7 @@ def test_a_run_that_says_one_thing_to_everything_ends_in_a_red_verdict(tmp_path,
     fit(config, tmp_path / "run", console=Console(file=out, width=200, force_terminal=True))
     red = (
         "Not a success, whatever the averages say: sft says the same to 32 of 32 prompts, "
-        "“billing” (1 distinct answer; the teacher's most frequent one is to 24, the most "
+        "“billing” (1 distinct answer; the most frequent anchor is to 24, the most "
         "frequent true one to 16 of 32). aligned is sft, unchanged."
     )
     assert red in out.getvalue()

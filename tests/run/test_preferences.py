@@ -53,6 +53,7 @@ def test_a_run_learns_from_given_responses_alone(tmp_path, monkeypatch):
     steps = [line for line in lines(tmp_path / "metrics.jsonl") if line["stage"] == "align"]
     np.testing.assert_allclose(steps[0]["loss"], np.log(2), rtol=1e-3)  # policy = reference
     assert steps[-1]["reward/margin"] > steps[0]["reward/margin"] + 0.1
+    assert not {"score/mean", "samples/length"} & steps[0].keys()  # those of the data, not learnt
     groups = {group["prompt"]: group for group in lines(tmp_path / "samples.jsonl")}
     assert groups["Say a."]["candidates"] == ["a", "No."]
     assert groups["Say a."]["scores"] == [1, 1, -1]
@@ -60,5 +61,7 @@ def test_a_run_learns_from_given_responses_alone(tmp_path, monkeypatch):
     assert groups["Say e."]["anchor"] == "e"
     (row,) = lines(tmp_path / "eval-aligned.jsonl")[-1:]
     assert row["anchor"] == "a"
+    base, aligned = (lines(tmp_path / f"eval-{name}.jsonl")[-1] for name in ("base", "aligned"))
+    assert aligned["values"]["pair_margin"] > base["values"]["pair_margin"]
     assert (tmp_path / "done").exists()
     assert len(list((tmp_path / "kept").iterdir())) == 1

@@ -33,6 +33,7 @@ def told(symptoms, some):
 
 
 HEALTHY = {
+    "score/mean": 0.5,
     "score/length_correlation": 0.2,
     "label/entropy_share": 0.6,
     "logps/chosen": -9.0,
@@ -41,10 +42,20 @@ HEALTHY = {
 }
 
 
+def test_ratings_that_go_with_length_are_the_datas_and_no_scorers():
+    given = [
+        {name: value for name, value in line.items() if name != "score/mean"}
+        for line in lines("score/length_correlation", [0.7] * 3 * WINDOW)
+    ]
+    (line,) = told(Symptoms(), given)
+    assert "ratings go with length (correlation 0.70" in line
+    assert line.endswith("read samples.jsonl, or take loss=simpo or another by mean log-probs")
+
+
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("score/length_correlation", 0.7, "write longer answers"),
+        ("score/length_correlation", 0.7, "write longer answers: read samples.jsonl, or take anoth"),
         ("score/length_correlation", -0.7, "write shorter answers"),
         ("label/entropy_share", 0.01, "raise labels.tau"),
         ("label/entropy_share", 0.99, "nearly uniform"),
