@@ -83,8 +83,8 @@ def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itsel
         evaluation("m", ["billing"] * 37 + ["x"] * 3, anchors=["billing"] * 40, truths=truths)
     )
     assert told == (
-        "m says the same to 37 of 40 prompts, “billing” (2 distinct answers; the teacher's most "
-        "frequent one is to 40, the most frequent true one to 20 of 40)"
+        "m says the same to 37 of 40 prompts, “billing” (2 distinct answers; the most "
+        "frequent anchor is to 40, the most frequent true one to 20 of 40)"
     )
     found = findings.verdict_on([different("sft", 40, rouge=0.1), one])
     assert (found.style, found.sentence.split(":")[0]) == (
