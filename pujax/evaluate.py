@@ -1,12 +1,14 @@
 """`pujax evaluate`: a run's held-out table again, other models beside it, or several runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
 from pujax.config.commands import command, in_new_words
 from pujax.config.functions import foresee, foresee_metrics
 from pujax.config.settings import EvalConfig
-from pujax.config.tool_settings import EvaluateConfig
+from pujax.config.tool_settings import EvaluateConfig, HeldoutConfig
 from pujax.errors import EvaluationError
 from pujax.files.durable import refuse_unwritable
 from pujax.files.locate import at_home
@@ -65,8 +67,10 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
     if measured.metrics:
         drawn = EvalConfig(metrics=measured.metrics, samples=measured.samples or 0)
         foresee_metrics(drawn, settings.trusted)
+    asks = settings.suite is None  # whether a model is asked, and not what was answered before
     if settings.suite is not None:
-        foresee(settings.suite, "suite", settings.trusted)
+        suite = foresee(settings.suite, "suite", settings.trusted)
+        asks = not {"subject", "reference"}.isdisjoint(signature(suite).parameters)
     if settings.teacher.protocol is not None:
         foresee(settings.teacher.protocol, "teacher.protocol", settings.trusted)
     anew = settings.splits or settings.suite is not None
@@ -76,7 +80,9 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
             refuse_name(directory, path, name)
     for directory in directories:
         if settings.models or anew:
-            kept_settings(directory)
+            stored = flat(kept_settings(directory))
+            if asks:
+                _require_inputs(directory, stored, settings.data)
         elif not any(directory.glob("eval-*.jsonl")):
             raise EvaluationError(f"{directory} has no eval-*.jsonl: is it a run's directory?")
     for path in settings.models if settings.suite is None else ():  # a suite may take none
@@ -94,6 +100,21 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
             answered_in(asked, settings.data.anchors, TeacherConfig(), COLLECT)  # of any teacher
     if settings.out is not None:
         refuse_unwritable(at_home(settings.out))
+
+
+def _require_inputs(directory: Path, stored: Mapping[str, Any], given: HeldoutConfig) -> None:
+    """Raise `EvaluationError` where files that a run read are not where its settings say.
+
+    Those that are `given` anew are not looked for.
+    """
+    for key in ("heldout", "anchors"):
+        source = stored.get(f"data.{key}") if getattr(given, key) is None else None
+        for path in source if isinstance(source, list) else [source]:
+            if isinstance(path, str) and not at_home(path).exists():
+                raise EvaluationError(
+                    f"{path}: no such file in {Path.cwd()}, and {directory}/{SETTINGS} has "
+                    f"data.{key}={source}: start this where the run was started, or set data.{key}"
+                )
 
 
 GROUPS = ("eval", "teacher", "scorer")

@@ -134,6 +134,7 @@ WRONG = {
     "adapt model=m.gguf out=a.safetensors task=x fitted=[b.st,b.st]": "b.st has no task: fit it wi",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run data.heldout=h.txt data.anchors=s.jsonl": "1 prompt has no anchor (“Hi” in h",
+    "evaluate run=far suite=ranking": "gone.jsonl: no such file in ",
     "evaluate run=run out=/dev/null/x": "/dev/null/x can't be written (Not a dir",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "evaluate run=run suite=[costs,signal]": "suite=[costs,signal]: choose one, or go through them",
@@ -186,6 +187,8 @@ def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.yaml").write_text("data: {}\neval: {}\n")
     save(Evaluation("base", (Row("1", None, "Hi", None, "Hi!", "Ho", {}),)), tmp_path / "run")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "config.yaml").write_text("data: {heldout: gone.jsonl}\neval: {}\n")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "x").touch()
     (tmp_path / "x.gguf").touch()

@@ -55,7 +55,11 @@ def test_ratings_that_go_with_length_are_the_datas_and_no_scorers():
 @pytest.mark.parametrize(
     ("metric", "value", "said"),
     [
-        ("score/length_correlation", 0.7, "write longer answers: read samples.jsonl, or take anoth"),
+        (
+            "score/length_correlation",
+            0.7,
+            "write longer answers: read samples.jsonl, or take anoth",
+        ),
         ("score/length_correlation", -0.7, "write shorter answers"),
         ("label/entropy_share", 0.01, "raise labels.tau"),
         ("label/entropy_share", 0.99, "nearly uniform"),
