@@ -39,6 +39,7 @@ def write(
     """
     refuse_unwritable(page.parent)
     refuse_other_page(page)
+    columns = columns if against_first else tables.changed(columns)
     name = _name(page)
     runs = sum(map(len, arms.values()))
     sections = [
@@ -48,7 +49,10 @@ def write(
         _curves(arms, shown_by(run for column in columns for run in column.runs)),
         _settings(arms),
         _directories(page.parent, arms),
-        answer_cards([replace(column.runs[0], model=column.model) for column in columns], {}),
+        answer_cards(
+            [replace(column.runs[0], model=column.model) for column in columns],
+            kept_settings(next(iter(arms.values()))[0]),  # the prompts and anchors are of all
+        ),
     ]
     write_whole(page, document(name, sections).encode(errors="xmlcharrefreplace"))
     return page

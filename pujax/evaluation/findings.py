@@ -11,7 +11,7 @@ from pujax.evaluation.metrics import METRICS, PAIRS, QUALITY
 from pujax.evaluation.results import Evaluation, Row, of_run, shown_by
 from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
-from pujax.evaluation.tables import Column, difference, interval, runs_of, verdict
+from pujax.evaluation.tables import Column, changed, difference, interval, runs_of, verdict
 from pujax.records import Prompt
 from pujax.text import blank, counted, printable
 
@@ -44,7 +44,7 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
     changed nothing, as one of no steps, has no model of its own: it is said, and not compared.
     """
     made = of_run(evaluations)
-    own = [one for i, one in enumerate(made) if not (i and one.of and one.of == made[i - 1].of)]
+    own = changed(made)
     last = own[-1]
     if ruin := next(iter(broken(last) + collapses(last) + endless(own)), None):
         found = Verdict(f"Not a success, whatever the averages say: {ruin}.", "loss")

@@ -128,7 +128,7 @@ def _page(
             _evaluation(evaluations, settings) if evaluations else "",
             _suites(directory),
             _curves(lines, panels) if panels else "",
-            answer_cards(evaluations, settings) if evaluations else "",
+            answer_cards(tables.changed(evaluations), settings) if evaluations else "",
             group_cards(groups, settings) if groups else "",
             f"<h2>Settings</h2><details><summary>config.yaml</summary><pre>{escape(mask(config))}</pre>"
             "</details>"
@@ -202,6 +202,7 @@ def _minutes(seconds: float) -> str:
 
 
 def _evaluation(evaluations: Sequence[Evaluation], settings: Mapping[str, Any]) -> str:
+    evaluations = tables.changed(evaluations)
     header, rows = tables.cells(evaluations)
     shown = shown_by(evaluations)
     ceiling = findings.teacher(evaluations[0])

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -43,6 +44,21 @@ def difference(first: Column, second: Column) -> dict[str, Difference]:
 def runs_of(column: Column) -> tuple[Evaluation, ...]:
     """The evaluations of a column."""
     return column.runs if isinstance(column, Arm) else (column,)
+
+
+C = TypeVar("C", bound=Column)
+
+
+def changed(columns: Sequence[C]) -> list[C]:
+    """The columns without those of the very model before them, as a stage of no steps leaves it."""
+
+    def same(one: Column, other: Column) -> bool:
+        ofs = [[run.of for run in runs_of(column)] for column in (one, other)]
+        return ofs[0] == ofs[1] and None not in ofs[0]
+
+    return [
+        column for at, column in enumerate(columns) if not at or not same(columns[at - 1], column)
+    ]
 
 
 def cells(
@@ -121,6 +137,7 @@ def table(columns: Sequence[Column], *, against_first: bool = False) -> "Wide":
 
     What is too wide for it goes on in a further table: no number is ever cut.
     """
+    columns = columns if against_first else changed(columns)
     header, rows = cells(columns, against_first=against_first)
     shown = shown_by(run for column in columns for run in runs_of(column))
     texts = {}
@@ -224,6 +241,7 @@ def verdict(shown: Shown, difference: Difference) -> str:
 
 def markdown(evaluations: Sequence[Evaluation]) -> str:
     """The comparison as a Markdown table, for a README."""
+    evaluations = changed(evaluations)
     header, rows = cells(evaluations)
     shown = shown_by(evaluations)
     lines = [

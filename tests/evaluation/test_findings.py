@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from pujax.evaluation import findings
+from pujax.evaluation import findings, tables
 from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.signal import Control
@@ -219,6 +219,11 @@ def test_a_stage_that_changed_nothing_is_said_and_not_compared():
     assert found.style == "gain"
     assert found.sentence.startswith("sft against base on 40 held-out prompts: better in")
     assert found.sentence.endswith(". aligned is sft, unchanged.")
+    made = [base, sft, aligned]
+    assert tables.markdown(made) == tables.markdown(made[:2])  # no column and no difference of it
+    assert [one.model for one in tables.changed(made)] == ["base", "sft"]
+    unknown = [replace(one, of=None) for one in made]  # an earlier pujax's, which said nothing
+    assert tables.changed(unknown) == unknown
     found = findings.verdict_on([base, replace(base, model="aligned")])
     assert found.sentence == (
         "Only base has been evaluated, on 40 prompts. aligned is base, unchanged."
