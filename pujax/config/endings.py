@@ -134,6 +134,11 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
                 f"{key}: {value!r} has no end: write no space after a comma, or quote the whole, "
                 f"as in '{whole}'"
             )
+        if any(value.count(one) != value.count(other) for one, other in ("[]", "{}")):
+            return f"{key}: {value!r}: close its brackets, as in [A,B] or {{A: B}}"
+        if value.startswith("{"):  # of which a text is a part, and not the whole
+            inside = re.sub(_UNQUOTED, r'"\g<0>"', value)
+            return f"{key}: can't read its value: quote the texts in it, as in '{key}={inside}'"
         quoted = value.replace('"', '\\"')
         return f"{key}: can't read its value: quote it twice, as in '{key}=\"{quoted}\"'"
     if found := re.search(r"Could not override '([^']*)'|could not delete.*'([^']*)'", text, re.I):
@@ -194,11 +199,17 @@ def of_hydra(error: BaseException, words: Sequence[str]) -> str | None:
     of_hydra = dict.fromkeys(each for each in words if re.match(r"[+~]*hydra\b", each))
     at = list(of_hydra) if word is None else [word]
     why = next(iter(str(error).splitlines()), "") or type(error).__name__
+    if "--resolve flag" in why:
+        return "--resolve: goes with --cfg job or --help: add one of them, or take it out"
     if "must be a string" in why and at:
         return f"{at[0]}: a choice is a name, see --help: give one, or take it out"
     named = " ".join(at) or "these settings"
     remedy = "give it another value, or take it out" if at else "HYDRA_FULL_ERROR=1 shows where"
     return f"{named}: can't be composed ({why}): {remedy}"
+
+
+_UNQUOTED = r"""(?<=[{\[:, ])[^\s{}\[\],:"']*[^\w\s{}\[\],:"'.-][^\s{}\[\],"']*"""
+"""A text within braces that has a sign which Hydra reads in quotes alone."""
 
 
 def _parted(word: str, words: Sequence[str]) -> str | None:

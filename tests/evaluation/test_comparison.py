@@ -75,7 +75,7 @@ def test_runs_that_differ_in_their_seed_alone_are_shown_by_stage(tmp_path):
     ]
     assert "Means of 2, 2 runs." in html
     assert "What sets them apart" not in html
-    assert '<div class="who">teacher</div>' in html
+    assert '<div class="who anchor">teacher</div>' in html
 
 
 def test_runs_of_given_responses_had_no_teacher(tmp_path):
@@ -85,8 +85,8 @@ def test_runs_of_given_responses_had_no_teacher(tmp_path):
         config["data"] = {"preferences": "p.jsonl", "prompts": None}
         (directory / "config.yaml").write_text(json.dumps(config))
     html = page(one, two)
-    assert '<div class="who">best given</div>' in html
-    assert '<div class="who">teacher</div>' not in html
+    assert '<div class="who anchor">best given</div>' in html
+    assert '<div class="who anchor">teacher</div>' not in html
 
 
 def test_an_arm_that_says_one_thing_to_everything_is_warned_of(tmp_path):
