@@ -13,8 +13,7 @@ from pujax.config.functions import build_loss, foresee
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.evaluation.waiting import waited
 from pujax.files.durable import refuse_unwritable, sweep_files
-from pujax.files.locate import here
-from pujax.files.weight_files import require_gguf
+from pujax.files.weight_files import require_model_files
 
 
 def run(settings: BenchmarkConfig) -> None:
@@ -24,7 +23,7 @@ def run(settings: BenchmarkConfig) -> None:
     foresee(settings.scorer.score, "scorer.score", settings.trusted)
     build_loss(settings.loss, settings.trusted, make=foresee)
     if not settings.benchmark.sweep:  # whose place is looked at first
-        require_gguf(here(settings.model.path))
+        require_model_files(settings.model.path)
     if settings.plan:
         planned(settings)
         return
@@ -34,7 +33,7 @@ def run(settings: BenchmarkConfig) -> None:
 
     if settings.benchmark.sweep:
         sweep_files(Path(settings.benchmark.out), HEAD)
-    require_gguf(here(settings.model.path))
+    require_model_files(settings.model.path)
     from pujax.run.measure import Benchmark, Cost
 
     benchmark = Benchmark(settings)

@@ -8,9 +8,8 @@ from pujax.config.functions import build_loss, foresee, foresee_metrics
 from pujax.config.settings import TrainConfig
 from pujax.config.sweeps import beside_others, note_done, title
 from pujax.errors import require
-from pujax.files.locate import here
 from pujax.files.settings import flat
-from pujax.files.weight_files import require_gguf
+from pujax.files.weight_files import require_model_files
 from pujax.run.compilation import compile_once
 from pujax.run.directory import OUTPUT, finished, run_directory, traces
 from pujax.run.processes import first, opened, require_same, several, together, told
@@ -80,7 +79,7 @@ def require_sources(config: TrainConfig) -> None:
     for key, value in optional.items():
         if value is not None:
             foresee(value, key, config.trusted)
-    require_gguf(here(config.model.path))
+    require_model_files(config.model.path)
     for key in ("prompts", "heldout", "preferences"):
         if (source := getattr(data, key)) is not None:
             refuse_missing(source, f"data.{key}")

@@ -127,6 +127,7 @@ WRONG = {
     "train +experiment=smoke sft.batch=999": "sft.batch=999: there are 448 training prompts: lower",
     "train +experiment=smoke data.prompts=x.csv": "x.csv:1: the columns are ['question']",
     "train +experiment=smoke model.path=x.csv": "x.csv: not a GGUF file, it starts with b'ques'",
+    "train +experiment=smoke model.path=done": "no config.json in it: a run, or a folder of runs",
     "benchmark benchmark.sweep=true benchmark.out=/dev/null/x": "/dev/null/x can't be written (Not",
     "benchmark loss=dpo loss.beta=nan": "loss.beta=nan: must be positive",
     "adapt model=m.gguf out=a.safetensors preferences=x.csv loss.beta=0": "loss.beta=0: must be",
@@ -146,6 +147,7 @@ WRONG = {
     "export model=m.gguf format=gguf out=x.gguf": "out=x.gguf: a file that this export did not wr",
     "export model=m.gguf out=": "out='': name a directory, or a GGUF file",
     "generate model=theirs prompt=x": "theirs: no config.json in it: not a model",
+    "generate model=done/export prompt=x": "done/export: no tokenizer.json in it: copy the tok",
     "generate model=x.csv prompt=x": "x.csv: not a GGUF file, it starts with b'ques': give one, or",
     "generate run= prompt=x": "run='': name a directory",
     "generate model=m.gguf prompt=???": "prompt=???: ??? alone says that a value is missing",
@@ -189,6 +191,8 @@ def test_wrong_values_are_refused_before_what_takes_seconds(tmp_path):
     save(Evaluation("base", (Row("1", None, "Hi", None, "Hi!", "Ho", {}),)), tmp_path / "run")
     (tmp_path / "far").mkdir()
     (tmp_path / "far" / "config.yaml").write_text("data: {heldout: gone.jsonl}\neval: {}\n")
+    (tmp_path / "done" / "export").mkdir(parents=True)
+    (tmp_path / "done" / "export" / "config.json").write_text("{}")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "x").touch()
     (tmp_path / "x.gguf").touch()

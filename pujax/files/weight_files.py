@@ -1,11 +1,13 @@
 """Which files of a directory hold a model's weights, as Hugging Face lays them out."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from pujax.errors import WeightsError
+from pujax.files.locate import here
 
 WHOLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -13,14 +15,37 @@ SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 """The names that a model's weights have."""
 
 
+VOCABULARIES = ("tokenizer.json", "tokenizer.model", "vocab.*", "spiece.model", "*.tiktoken")
+"""The files, one at least, of which transformers makes a tokenizer."""
+
+
+def require_model_files(path: str | os.PathLike[str]) -> None:
+    """Raise `WeightsError` where nothing lies at `path` (as `here` finds it), or what is no model.
+
+    The hub is not asked.
+    """
+    local = here(path)
+    require_gguf(local)
+    if local is None or not local.is_dir():
+        return
+    require_config(local)
+    if not any(file for name in VOCABULARIES for file in local.glob(name)):
+        raise WeightsError(
+            f"{local}: no tokenizer.json in it: copy the tokenizer's files into it, of the model "
+            "that it was made from"
+        )
+
+
 def require_config(directory: Path) -> Path:
     """The config.json of a directory. Raises `WeightsError` where it has none."""
     path = directory / "config.json"
-    if not path.is_file():
-        raise WeightsError(
-            f"{directory}: no config.json in it: not a model, or one that was never fully written"
-        )
-    return path
+    if path.is_file():
+        return path
+    why = "not a model, or one that was never fully written"
+    found = sorted([*directory.glob("export/config.json"), *directory.glob("*/export/config.json")])
+    if found:  # the newest, since runs are named by the time
+        why = f"a run, or a folder of runs: its model is {found[-1].parent}"
+    raise WeightsError(f"{directory}: no config.json in it: {why}")
 
 
 def require_gguf(path: Path | None) -> None:

@@ -10,7 +10,7 @@ from pujax.config.commands import listed
 from pujax.errors import ConfigError, EvaluationError, WeightsError, one_of, require
 from pujax.files.locate import at_home, here
 from pujax.files.settings import SETTINGS, kept_settings
-from pujax.files.weight_files import require_config, require_gguf
+from pujax.files.weight_files import require_model_files
 from pujax.run.compilation import compile_once
 
 
@@ -152,12 +152,9 @@ def source_of(run: str | None, model: str | None) -> tuple[str, str | None]:
 def require_model(path: str) -> None:
     """Raise `WeightsError` where nothing lies at `path`, or what is no model."""
     local = here(path)
-    require_gguf(local)
-    if local is None or not local.is_dir():
-        return
-    if _has_run(local):
+    if local is not None and _has_run(local):
         raise WeightsError(f"model={path}: a run, or a folder of runs: give it as run={path}")
-    require_config(local)
+    require_model_files(path)
 
 
 def users_of(soft_prompt: Any) -> dict[str, str]:
