@@ -92,8 +92,9 @@ def describe(store: Path) -> str:
             f"mean {statistics.fmean(lengths):.1f}, longest {max(lengths)}"
         ]
     lines += [f"cut off        {tail}: the next collection leaves it out" for tail in tails]
-    for title, extremes in (("shortest", short), ("longest", long)):
-        lines += [f"{title}:"]
+    rest = [answer for answer in long if answer not in short]  # few answers stand there but once
+    for title, extremes in (("shortest", short), ("longest", rest)):
+        lines += [f"{title}:"] if extremes else []
         lines += [f"  {size:>6}  {name}  {text!r:.80}" for size, name, text in extremes]
     return "\n".join(lines)
 
