@@ -53,8 +53,8 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
         found = Verdict(alone if len(evaluations) == len(made) else "", "")
     else:
         found = against(own[-2], last)
-        since = _clear(own[0], last)
-        if len(own) > 2 and since["loss"] and not _of_pairs(since["gain"]):
+        since = _clear(own[0], last) if len(own) > 2 else {"loss": {}, "gain": {}}
+        if since["loss"] and not _of_pairs(since["gain"]):
             lost = ", ".join(since["loss"].values())
             lead = f"Not a success: {last.model} is worse than {own[0].model} in {lost}."
             found = Verdict(f"{lead} {found.sentence}", "loss")

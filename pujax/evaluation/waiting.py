@@ -45,11 +45,11 @@ def waited(
     watching.start()
     if outer is not None:
         outer.append(what)
-    here = _OUTER.set(within)
+    _OUTER.set(within)
     try:
         yield noted
     finally:
-        _OUTER.reset(here)
+        _OUTER.set(outer)  # no token: a generator that a failure left may be closed elsewhere
         if outer is not None:
             outer.remove(what)
         ended.set()
