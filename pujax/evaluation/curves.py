@@ -46,6 +46,7 @@ PANELS = (
     ),
     Panel("Margin of the pairs", "reward/margin", "implied reward"),
     Panel("KL to the reference", "kl/ref", "nats"),
+    Panel("Given responses' log-ratio", "log_ratio/ref", "nats a token, to the reference"),
     Panel("Entropy of the labels", "label/entropy", "nats"),
     Panel("Response length", "samples/length", "tokens"),
     Panel("Responses finished", "samples/finished", "share", span=(0.0, 1.0)),
@@ -185,6 +186,9 @@ def _draw(axes: Axes, panel: Panel, lines: Sequence[Line], theme: Theme) -> None
     axes.set_xlabel(_in_order(drawn))
     axes.margins(x=0.01, y=0.08)
     axes.set_xlim(left=0)
+    low, high = axes.dataLim.intervaly
+    if np.isfinite([low, high]).all() and high - low < 1e-5 * abs(high):  # noise of six digits
+        axes.set_ylim(low - 0.1 * abs(low), high + 0.1 * abs(high))
     if len(drawn) > 1:
         axes.legend(frameon=False, fontsize=9, loc="best", handlelength=1.2)
 

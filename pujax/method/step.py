@@ -409,7 +409,8 @@ def make_train_step(
     was when this stage began: whole parameters, or an adapter of `base`. The step's randomness is
     `fold_in(root, step)`, so a resumed run repeats it. The state is donated. With more inner epochs
     the same group is learnt from that many times, and the metrics are those of the last time. A
-    scorer's head scores the group as it is, and then learns from it.
+    scorer's head scores the group as it is, and then learns from it. What of `kl/ref` is made of
+    responses that someone gave is no divergence, and called `log_ratio/ref`.
     """
     in_place = on_one_cpu(shardings)
 
@@ -447,7 +448,10 @@ def make_train_step(
     def train_step(state, reference, base, batch, root):
         rated = batch.given is not None and batch.given.scores is not None
         with absent_candidates(rated):
-            return group_and_learn(state, reference, base, batch, root)
+            state, group, metrics = group_and_learn(state, reference, base, batch, root)
+        if rated and "kl/ref" in metrics:  # of the policy's own samples it estimates a divergence
+            metrics["log_ratio/ref"] = metrics.pop("kl/ref")
+        return state, group, metrics
 
     return jax.jit(train_step, donate_argnums=0, out_shardings=(shardings, None, None))
 

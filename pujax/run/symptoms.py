@@ -77,8 +77,8 @@ class Course:
             return
         if math.isnan(self._first):
             self._first = self._best = loss
-        if "kl/ref" in line:
-            distance = math.inf if line["kl/ref"] is None else line["kl/ref"]
+        if name := next((name for name in ("kl/ref", "log_ratio/ref") if name in line), None):
+            distance = math.inf if line[name] is None else line[name]
             lost = abs(distance) >= GONE
             self.why = f"the policy is {distance:.3g} nats a token from its reference"
         elif "policy/clip_fraction" in line or loss < 0:

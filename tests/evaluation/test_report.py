@@ -337,6 +337,18 @@ def test_a_dollar_and_half_a_character_in_a_metrics_name_are_drawn():
     assert curves(lines, LIGHT, "png", drawable(lines)).startswith(b"\x89PNG")
 
 
+def test_six_digits_of_noise_are_no_course(monkeypatch):
+    drawn = []
+    monkeypatch.setattr("pujax.evaluation.curves._image", lambda figure, form: drawn.append(figure))
+    for step in (1e-7, 0.5):
+        values = [0.09, 0.09 * (1 + step)]
+        lines = [{"stage": "align", "step": i, "label/entropy": v} for i, v in enumerate(values)]
+        curves(lines, LIGHT, "png", drawable(lines))
+    flat, course = (figure.axes[0].get_ylim() for figure in drawn)
+    np.testing.assert_allclose(flat, (0.081, 0.099), rtol=1e-5)
+    assert 0.08 < course[0] < 0.09 < 0.135 < course[1] < 0.15
+
+
 def test_a_running_mean_reaches_to_both_sides_and_skips_what_is_not_finite():
     values = np.array([1.0, 3.0, np.nan, 5.0, 7.0])
     np.testing.assert_allclose(running_mean(values, 1), [2.0, 2.0, 4.0, 6.0, 6.0])

@@ -54,6 +54,7 @@ def test_a_run_learns_from_given_responses_alone(tmp_path, monkeypatch):
     np.testing.assert_allclose(steps[0]["loss"], np.log(2), rtol=1e-3)  # policy = reference
     assert steps[-1]["reward/margin"] > steps[0]["reward/margin"] + 0.1
     assert not {"score/mean", "samples/length"} & steps[0].keys()  # those of the data, not learnt
+    assert "log_ratio/ref" in steps[0].keys() - {"kl/ref"}  # over what the policy did not sample
     groups = {group["prompt"]: group for group in lines(tmp_path / "samples.jsonl")}
     assert groups["Say a."]["candidates"] == ["a", "No."]
     assert groups["Say a."]["scores"] == [1, 1, -1]

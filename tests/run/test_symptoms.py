@@ -121,6 +121,8 @@ def test_a_surrogate_of_either_sign_is_no_sign_and_the_distance_to_the_reference
     assert course_of(*swings).astray == 0
     alone = [{"loss": value, "policy/clip_fraction": 0.0} for value in (0.1, *[90.0] * 20)]
     assert course_of(*alone).astray == 0  # GRPO without a KL
+    gone = [{"loss": 0.0, "log_ratio/ref": value} for value in (0.1, 0.2, *[-6.0, 7.0] * 5)]
+    assert course_of(*gone).why.endswith("7 nats a token from its reference")
     gone = [{"loss": 0.0, "kl/ref": value} for value in (0.1, 0.2, *[-6.0, 7.0] * 5)]
     course = course_of(*gone)
     assert (course.good, course.astray) == (2, 10)
