@@ -72,7 +72,8 @@ def test_the_sdist_makes_a_wheel_that_runs_from_any_folder(tmp_path):
     # All of the settings are read and the data is found: what stops it comes after that.
     assert pujax("train", "experiment=smoke", "model.path=./none") == (
         1,
-        "pujax.train: ./none: no such file or directory\n",
+        "pujax.train: ./none: no such file or directory: name a model's directory, a GGUF file or "
+        "a hub id\n",
     )
 
 

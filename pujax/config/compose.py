@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin
 
 import yaml
 from hydra._internal import hydra as application_module
@@ -332,10 +332,34 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     for key, value in leaves(OmegaConf.to_container(composed, resolve=True)):
         if re.search("[\ud800-\udfff]", f"{key}{value}"):
             raise ConfigError(f"{key}: not all of it is UTF-8: give it, or the file, another name")
+    for key, remedy in _of_another_form(composed, schema):
+        raise ConfigError(f"{key}: {remedy}")
     settings = OmegaConf.to_object(composed)
     if not isinstance(settings, schema):
         raise ConfigError(f"composed {type(settings).__name__}, need {schema.__name__}")
     return settings
+
+
+def _of_another_form(
+    node: Any, schema: type, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """The dotted key of each section, list and mapping of `schema` that is none, and the remedy.
+
+    OmegaConf checks what is written there, but not what a reference such as `${seed}` leads to.
+    """
+    for field in fields(schema):
+        key, kind = f"{prefix}{field.name}", field.type
+        if is_dataclass(kind):
+            inner = node[field.name]
+            if OmegaConf.get_type(inner) is kind:
+                yield from _of_another_form(inner, kind, f"{key}.")
+            else:
+                first = fields(kind)[0].name
+                yield key, f"holds settings of its own: set those, as in {key}.{first}"
+        elif get_origin(kind) is list and not isinstance(node[field.name], ListConfig):
+            yield key, "a list is wanted, as in [A] or [A,B]"
+        elif get_origin(kind) is dict and not isinstance(node[field.name], DictConfig):
+            yield key, "a mapping is wanted, as in {NAME: VALUE}"
 
 
 def _takers(parent: Any, name: Any, above: str = "") -> Iterator[tuple[str, str]]:

@@ -41,7 +41,9 @@ def here(path: str | os.PathLike[str]) -> Path | None:
     if local.exists():
         return local
     if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(/[\w./-]+\.gguf)?", text):
-        raise WeightsError(f"{text}: no such file or directory")
+        raise WeightsError(
+            f"{text}: no such file or directory: name a model's directory, a GGUF file or a hub id"
+        )
     return None
 
 
