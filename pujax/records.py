@@ -104,12 +104,16 @@ class Preference:
 
 @dataclass(frozen=True)
 class Given:
-    """A rated response as tokens, EOS included; not `finished` where it was cut and has none."""
+    """A rated response as tokens, EOS included; not `finished` where it was cut and has none.
+
+    `text` is what it was, whichever tokenizer made these tokens of it.
+    """
 
     ids: tuple[int, ...]
     score: float
     ratings: tuple[float, ...] = ()
     finished: bool = True
+    text: str = ""
 
 
 @dataclass(frozen=True)

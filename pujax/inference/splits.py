@@ -178,7 +178,7 @@ def asked_of(config: TrainConfig, examples: Sequence[Example]) -> dict[str, Any]
     data, measured = config.data, config.eval
     rows = [
         [e.prompt.id, list(e.prompt.messages), e.prompt.answer, e.prompt.kind, e.anchor]
-        + [given.score for given in e.given]
+        + [[given.text, given.score] for given in e.given]
         for e in examples
     ]
     return {

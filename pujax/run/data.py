@@ -131,7 +131,7 @@ def load_data(
     words = yake_words() if data.degrees else None
     given = [] if data.preferences is None else [make_preferences(data.preferences, chat, data)]
     if data.anchors is None:
-        own, heldout = [], _once(make_preferences(data.heldout, chat, data))
+        own, heldout = [], _once(make_preferences(data.heldout, chat, data), say)
     else:
         teacher = with_protocol(config.teacher, config.trusted)
         sources = [data.heldout] if data.prompts is None else [data.prompts, data.heldout]
@@ -256,7 +256,7 @@ def _by_degree(data: Dataset, degrees: int, chat: Chat, words: KeyWords) -> Data
         for text, score in graded(example.anchor, degrees, words):
             whole = chat.encode_response(text, ended)
             ids = tuple(whole[:T])
-            given.setdefault(ids, Given(ids, score, finished=ended and len(whole) <= T))
+            given.setdefault(ids, Given(ids, score, finished=ended and len(whole) <= T, text=text))
         kept += [replace(example, given=tuple(given.values()))] if len(given) > 1 else []
     if not kept:
         raise DataError(
@@ -278,7 +278,7 @@ def load_heldout(
     lacks what the run had, and what reading prompts and anchors raises.
     """
     if config.data.anchors is None:
-        return _once(make_preferences(config.data.heldout, chat, config.data))
+        return _once(make_preferences(config.data.heldout, chat, config.data), say)
     fitted, dropped = _fit(load_prompts(config.data.heldout), chat, config.data)
     anchors = anchors_for(
         [each.prompt for each in fitted],
@@ -419,7 +419,7 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
     rated = load_preferences(source, weights=config.dimensions or None, bad=bad)
     for row, mix in weighed(rated, config.weightings, config.system, bad):
         given = tuple(
-            Given(tuple(chat.encode_response(r.text, True)), r.score, r.ratings)
+            Given(tuple(chat.encode_response(r.text, True)), r.score, r.ratings, text=r.text)
             for r in row.responses
         )
         longest = max(len(response.ids) for response in given)
@@ -469,10 +469,11 @@ def make_preferences(source: Any, chat: Chat, config: DataConfig) -> Dataset:
     return replace(made, bad_rows=bad_rows, candidates=most, dimensions=shared)
 
 
-def _once(data: Dataset) -> Dataset:
+def _once(data: Dataset, say: Callable[[str], None]) -> Dataset:
     """The prompts that have an anchor, each as it first came: what can be evaluated.
 
-    Given responses stay where one is preferred to another.
+    Given responses stay where one is preferred to another. `say` is told how many rows that leaves
+    out. Raises `DataError` where none has an anchor.
     """
     anchored = [
         e if len({given.score for given in e.given}) > 1 else replace(e, given=())
@@ -483,6 +484,12 @@ def _once(data: Dataset) -> Dataset:
     if not first:
         raise DataError("data.heldout: no prompt has a good response: there is nothing to evaluate")
     kept = tuple(example for example in anchored if first[example.prompt_ids] is example)
+    for count, why in (
+        (len(data.examples) - len(anchored), "no response of theirs is good"),
+        (len(anchored) - len(kept), "their prompt stands in a row before, which is kept"),
+    ):
+        if count:
+            say(f"{counted(count, 'held-out row is', 'held-out rows are')} left out: {why}")
     return replace(data, examples=kept, candidates=max(len(example.given) for example in kept))
 
 

@@ -6,7 +6,7 @@ from decimal import Decimal
 from typing import Any
 
 from pujax.errors import PromptError
-from pujax.records import Preference, Prompt, Rated
+from pujax.records import Preference, Prompt, Rated, messages_key
 from pujax.teacher.prompts import alpaca_turns, checked_text, prompt_of, rows, sharegpt_turns
 from pujax.text import blank
 
@@ -58,16 +58,22 @@ def load_preferences(
     dimensions of the first row. The chosen and the good score 1, the rejected and the bad -1.
 
     `bad` is given the error of a row that can't be used: text for a rating, a missing dimension,
-    the same response twice; what it returns from leaves the row out. Raises `PromptError` naming
+    the same response twice, another prompt's id; what it returns from leaves the row out. Raises `PromptError` naming
     the place of whatever can't be read at all.
     """
     dimensions: list[str] | None = list(weights) if weights else None
+    seen: dict[str, str] = {}
     for place, row in rows(source):
         try:
             prompt, rated = _read(row, place)
             if dimensions is None and SIDE not in rated[0][1]:
                 dimensions = list(rated[0][1])
             scored = _scored(rated, dimensions or [], weights, place)
+            key = messages_key(prompt.messages)
+            if seen.setdefault(prompt.id, key) != key:
+                raise PromptError(
+                    f"{place}: id {prompt.id!r} came before with another prompt: give each its own"
+                )
         except PromptError as error:
             bad(error)
             continue

@@ -7,7 +7,7 @@ import jax
 import pytest
 
 from pujax import evaluate
-from pujax.config.settings import DataConfig
+from pujax.config.settings import DataConfig, TrainConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation.metrics import METRICS
@@ -17,11 +17,13 @@ from pujax.files.chat import Chat
 from pujax.inference.splits import (
     _beside,
     _refuse_other,
+    asked_of,
     model_digest,
     split_of,
     warning_of_training,
 )
 from pujax.models.decoder import LanguageModel
+from pujax.run.data import load_heldout
 from pujax.teacher.prompts import load_prompts
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
@@ -160,6 +162,17 @@ def test_prompts_that_the_run_was_trained_on_are_counted_in_a_warning(tmp_path):
     assert "whether the run was trained on these prompts is not known" in str(gone)
     assert "gone.txt" in str(gone)
     assert warning_of_training(asked, DataConfig(heldout="other.txt", anchors="s")) is None
+
+
+def test_held_out_pairs_whose_worse_side_was_edited_are_not_taken_for_those_before(tmp_path):
+    def asked(rejected):
+        source = tmp_path / "pairs.jsonl"
+        row = {"prompt": "Hi", "chosen": "Hello", "rejected": rejected}
+        source.write_text(f"{json.dumps(row)}\n")
+        config = TrainConfig(data=DataConfig(None, None, str(source), preferences="p.jsonl"))
+        return asked_of(config, load_heldout(config, Chat.load(STUDENT)).examples)
+
+    assert asked("Go") == asked("Go") != asked("No")
 
 
 def test_a_runs_own_metric_is_measured_again_where_the_caller_trusts_its_package(

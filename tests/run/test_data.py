@@ -356,7 +356,12 @@ def test_held_out_preferences_are_evaluated_by_their_best_responses(tmp_path):
     assert [given.score for given in example.given] == [1.0, 5.0, 3.0]
     assert list(train_data.parts) == ["data.preferences"]
     given = "prompt with given candidates"
-    assert said == [f"1 training {given}", f"1 held-out {given}"]
+    assert said == [
+        "1 held-out row is left out: no response of theirs is good",
+        "1 held-out row is left out: their prompt stands in a row before, which is kept",
+        f"1 training {given}",
+        f"1 held-out {given}",
+    ]
     alone = jsonl(tmp_path / "alone.jsonl", BAD | {"label": True})
     _, held = load_data(
         replace(config, data=replace(data, heldout=alone)), cast(Any, Letters()), said.append

@@ -134,6 +134,15 @@ def test_pairs_and_ratings_stand_in_one_file(tmp_path):
     assert [[r.score for r in p.responses] for p in load_preferences(source)] == [[1, -1], [1, 3.5]]
 
 
+def test_one_id_is_of_one_prompt_however_many_rows_it_has(tmp_path):
+    row = {"id": "a", "prompt": "Hi", "chosen": "Hello", "rejected": "Go"}
+    again = row | {"rejected": "No"}
+    assert len(list(load_preferences(write(tmp_path / "p.jsonl", row, again)))) == 2
+    other = write(tmp_path / "q.jsonl", row, row | {"prompt": "Who?"})
+    with pytest.raises(PromptError, match=r"q\.jsonl:2: id 'a' came before with another prompt"):
+        list(load_preferences(other))
+
+
 def test_dimensions_have_weights(tmp_path):
     row = {
         "prompt": "Hi",
