@@ -27,6 +27,7 @@ from pujax.models.decoder import DecoderConfig, LanguageModel
 from pujax.models.sharding import make_mesh
 from pujax.run.batches import collate
 from pujax.run.data import Dataset, load_heldout
+from pujax.run.inputs import other_given
 from pujax.run.student import load_student
 from pujax.types import Params
 
@@ -66,6 +67,15 @@ def _refuse_other_prompts(directory: Path, config: TrainConfig, subject: Subject
                 f"data.heldout={config.data.heldout} has now ({differing}): put back what was "
                 "there, or ask these in a table of their own: data.heldout=FILE"
             )
+    own = directory / "export"
+    if config.data.anchors is not None or not (own / "config.json").is_file():
+        return
+    if other_given(directory, load_heldout(config, Chat.load(own))):
+        raise EvaluationError(
+            f"data.heldout={config.data.heldout} has other rated responses now than {directory} "
+            "was measured on: put back what was there, or ask these in a table of their own: "
+            "data.heldout=FILE"
+        )
 
 
 def evaluate_subject(

@@ -101,6 +101,18 @@ def hold_inputs(
     return before.get("mark")
 
 
+def other_given(directory: Path, heldout: Dataset) -> bool:
+    """Whether the held-out responses that someone rated are others than those the run had.
+
+    Both as tokens of the run's own tokenizer. False where the run has kept no digest of them.
+    """
+    try:
+        before = json.loads((directory / FILE).read_text(encoding="utf-8")).get(HELD_OUT_GIVEN)
+    except (OSError, ValueError, AttributeError, RecursionError):
+        return False
+    return before not in (None, dict(_of("data.heldout", heldout)).get(HELD_OUT_GIVEN))
+
+
 def _of(key: str, part: Dataset) -> Iterable[tuple[str, str]]:
     """The digests of one dataset: the prompts' texts, their tokens, and the anchors used."""
 

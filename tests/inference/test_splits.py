@@ -2,11 +2,13 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import jax
 import pytest
 
 from pujax import evaluate
+from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import DataConfig, TrainConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
 from pujax.errors import ConfigError, EvaluationError
@@ -14,6 +16,7 @@ from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
 from pujax.files.chat import Chat
+from pujax.inference.heldout import _refuse_other_prompts
 from pujax.inference.splits import (
     _beside,
     _refuse_other,
@@ -24,6 +27,7 @@ from pujax.inference.splits import (
 )
 from pujax.models.decoder import LanguageModel
 from pujax.run.data import load_heldout
+from pujax.run.inputs import hold_inputs
 from pujax.teacher.prompts import load_prompts
 
 QUICKSTART = Path(__file__).parents[2] / "experiments" / "quickstart"
@@ -173,6 +177,26 @@ def test_held_out_pairs_whose_worse_side_was_edited_are_not_taken_for_those_befo
         return asked_of(config, load_heldout(config, Chat.load(STUDENT)).examples)
 
     assert asked("Go") == asked("Go") != asked("No")
+
+
+def test_a_model_is_not_put_beside_a_run_whose_held_out_pairs_have_changed(tmp_path):
+    chat, source = Chat.load(STUDENT), tmp_path / "pairs.jsonl"
+    chat.save(tmp_path / "export")
+    (tmp_path / "export" / "config.json").write_text("{}")
+    data = DataConfig(None, None, str(source), preferences="p.jsonl")
+    config = TrainConfig(model=ModelConfig(path=STUDENT), data=data)
+
+    def asked(rejected):
+        row = {"prompt": "Hi", "chosen": "Hello", "rejected": rejected}
+        source.write_text(f"{json.dumps(row)}\n")
+        return load_heldout(config, chat)
+
+    parts = {"data.heldout": asked("Go")}
+    hold_inputs(tmp_path, config, chat, parts, {}, begun=False, say=print)
+    _refuse_other_prompts(tmp_path, config, MagicMock())
+    asked("No")
+    with pytest.raises(EvaluationError, match=r"pairs\.jsonl has other rated responses now than"):
+        _refuse_other_prompts(tmp_path, config, MagicMock())
 
 
 def test_a_runs_own_metric_is_measured_again_where_the_caller_trusts_its_package(
