@@ -340,9 +340,7 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     return settings
 
 
-def _of_another_form(
-    node: Any, schema: type, prefix: str = ""
-) -> Iterator[tuple[str, str]]:
+def _of_another_form(node: Any, schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The dotted key of each section, list and mapping of `schema` that is none, and the remedy.
 
     OmegaConf checks what is written there, but not what a reference such as `${seed}` leads to.

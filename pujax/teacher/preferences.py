@@ -58,8 +58,8 @@ def load_preferences(
     dimensions of the first row. The chosen and the good score 1, the rejected and the bad -1.
 
     `bad` is given the error of a row that can't be used: text for a rating, a missing dimension,
-    the same response twice, another prompt's id; what it returns from leaves the row out. Raises `PromptError` naming
-    the place of whatever can't be read at all.
+    the same response twice, another prompt's id; what it returns from leaves the row out. Raises
+    `PromptError` naming the place of whatever can't be read at all.
     """
     dimensions: list[str] | None = list(weights) if weights else None
     seen: dict[str, str] = {}

@@ -85,8 +85,10 @@ def refuse_pipes(source: str | Sequence[str] | Mapping[str, Any]) -> None:
 def refuse_missing(source: str | Sequence[str] | Mapping[str, Any], key: str) -> None:
     """Raise `PromptError` for a file of setting `key` that is not there, or that nothing reads.
 
-    None is opened, and a dataset is not looked for.
+    And for a list of no file. None is opened, and a dataset is not looked for.
     """
+    if source == []:
+        raise PromptError(f"{key}=[]: an empty list: name at least one file")
     for path in [] if isinstance(source, Mapping) else _paths(source):
         _reader(path)
         if not path.exists() or path.is_dir():

@@ -515,3 +515,5 @@ def test_a_missing_file_is_told_with_the_setting_that_names_it(tmp_path):
         PromptError, match=r"gone\.csv: No such file or directory: check preferences$"
     ):
         refuse_missing([str(here), str(gone)], "preferences")
+    with pytest.raises(PromptError, match=r"^preferences=\[\]: an empty list: name at least one"):
+        refuse_missing([], "preferences")
