@@ -347,7 +347,7 @@ def _of_another_form(node: Any, schema: type, prefix: str = "") -> Iterator[tupl
     """
     for field in fields(schema):
         key, kind = f"{prefix}{field.name}", field.type
-        if is_dataclass(kind):
+        if isinstance(kind, type) and is_dataclass(kind):
             inner = node[field.name]
             if OmegaConf.get_type(inner) is kind:
                 yield from _of_another_form(inner, kind, f"{key}.")
