@@ -229,7 +229,7 @@ def _in_order(name: str, words: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises SystemExit with status 2 and one line for an option that it does not know.
     """
     parser = get_args_parser()
-    parser.exit_on_error = False
+    parser.exit_on_error, parser.allow_abbrev = False, False  # --experiment is none of Hydra's
     options, overrides, rest = [], [], list(words)
     while rest:
         word = rest.pop(0)

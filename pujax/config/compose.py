@@ -319,7 +319,9 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
             raise ConfigError(f"{key}: has a NUL character, which no path or text may: take it out")
     missing = sorted(OmegaConf.missing_keys(composed))
     if missing:
-        raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE")
+        begin = ", or begin with an experiment, as +experiment=quickstart"
+        ready = begin if "run.name" in missing else ""
+        raise ConfigError(f"missing value for {', '.join(missing)}: set it as KEY=VALUE{ready}")
     for key in _foreign(composed):
         raise ConfigError(f"{key}: no such setting: take it out")
     for key in composed:

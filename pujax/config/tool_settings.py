@@ -185,7 +185,7 @@ class EvaluateConfig:
             if not given:
                 raise ConfigError(
                     "missing value for run: set run=DIRECTORY, or all of model=, data.heldout= and "
-                    "data.anchors="
+                    "data.anchors= (held-out preferences are laid out by a run)"
                 )
         if self.suite is not None and not self.names:
             return  # what it asks for says what it needs

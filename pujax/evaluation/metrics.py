@@ -187,13 +187,13 @@ def pass_at_k(reading: Reading, *, k: int = 4, metric: MetricFn = exact) -> floa
 
 
 def pair_accuracy(reading: Reading) -> float | None:
-    """The share of pairs of rated responses of which the better one is the likelier; a tie is half.
+    """The share of pairs of rated responses of which the better one is no less likely.
 
-    By summed log-probs, as the ranking accuracy of Chen et al. (2024).
+    By summed log-probs, as the ranking accuracy of Chen et al. (2024): of two responses the shorter
+    one is often the likelier before any training.
     """
     margins = _margins(reading)
-    right = [1.0 if margin > 0 else 0.5 if margin == 0 else 0.0 for margin in margins]
-    return sum(right) / len(right) if right else None
+    return sum(margin >= 0 for margin in margins) / len(margins) if margins else None
 
 
 def pair_margin(reading: Reading) -> float | None:
@@ -257,20 +257,30 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
 
 
 def missing(
-    metrics: Mapping[str, Metric], found: Collection[str], *, samples: int, rated: bool
+    metrics: Mapping[str, Metric], found: Collection[str], *, samples: int, examples: Any
 ) -> str | None:
     """The line on the metrics that no prompt had a value of, `found` left out; None for no such.
 
-    Those of sampled answers are no loss where none are drawn, nor those of pairs where no responses
-    are rated.
+    Those of sampled answers are no loss where none are drawn, nor those of pairs where the
+    `examples` have no rated responses; nor, beside others, those of true answers where none has
+    one, which the table's note says.
     """
-    idle = (() if samples else (sampled, pass_at_k)) + (
-        () if rated else (pair_accuracy, pair_margin)
-    )
+    rated = any(example.given for example in examples)
+    answered = any(example.prompt.answer is not None for example in examples) or not found
+    lacking = [
+        *(() if samples else (sampled, pass_at_k)),
+        *(() if rated else (pair_accuracy, pair_margin)),
+        *(() if answered else (exact, contains, correct)),
+    ]
+
+    def idle(function: Any) -> bool:
+        """Whether it, or what it is the mean of, lacks what it measures."""
+        of = getattr(function, "func", function)
+        inner = getattr(function, "keywords", {}).get("metric", exact if of is pass_at_k else None)
+        return of in lacking or (inner is not None and idle(inner))
+
     names = [
-        name
-        for name, metric in metrics.items()
-        if name not in found and getattr(metric.function, "func", metric.function) not in idle
+        name for name, metric in metrics.items() if name not in found and not idle(metric.function)
     ]
     if not names:
         return None

@@ -24,8 +24,8 @@ _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _LIMITS = (
     "## Limits\n\nWhat is measured above is all that was: prompts like those it was trained on, "
     "each answered once, with the likeliest token each time. Nobody looked at prompts of another "
-    "kind, longer conversations, other languages, bias or safety. It learned to answer like "
-    "another model, and so that one's mistakes and refusals too."
+    "kind, longer conversations, other languages, bias or safety. It learned to answer like {whose}"
+    ", and so the mistakes and refusals there too."
 )
 
 _SHOWN = re.compile(
@@ -67,19 +67,17 @@ def model_card(
         f"model that it was trained from applies{'' if licence is None else f': {licence}'}.",
     ]
     if origin.startswith("package://") or _HUB_ID.fullmatch(origin):
-        parts.append(f"It was made from {_plain(origin)}.")
+        begun = _section(_section(card, "model"), "shape").get("layers")
+        what = "of random weights, with the tokenizer of" if begun else "from"
+        parts.append(f"It was made {what} {_plain(origin)}.")
     if "align" in card:
-        parts.append(
-            "It was aligned with pujax: another model answered each prompt once; this one wrote "
-            "several candidates, ranked them with that answer in view, and learned from the "
-            "ranking. The terms of the model that gave the answers"
-            f"{_named(card.get('answers_by'))} may apply too."
-        )
+        parts.append(" ".join(_learnt(card)))
     if card.get("soft_prompts"):
         parts.append(_led(card["soft_prompts"]))
     if card.get("results"):
         parts.append(f"## Results\n\n{card['results']}")
-        parts.append(_LIMITS)
+        whose = "another model" if _by_teacher(card) else "the better of those responses"
+        parts.append(_LIMITS.format(whose=whose))
     system = _section(card, "data").get("system")
     if system is not None:
         quoted = "\n".join(f"> {_plain(line)}" for line in str(system).splitlines() or [""])
@@ -89,6 +87,34 @@ def model_card(
         parts.append("\n".join(["| setting | value |", "|---|---|", *rows]))
     told = "\n\n".join(parts) + "\n"
     return told.replace(_TAG, f"{_TAG}\n{_DIGEST}{_digest(told)}", 1)
+
+
+def _by_teacher(card: Mapping[str, Any]) -> bool:
+    """Whether another model's answers were learnt from, alone or beside given responses."""
+    data = _section(card, "data")
+    return bool(data.get("prompts")) or not data.get("preferences")
+
+
+def _learnt(card: Mapping[str, Any]) -> Iterator[str]:
+    """What a run of these settings learnt from, in sentences."""
+    given = bool(_section(card, "data").get("preferences"))
+    aligned = _section(card, "align").get("steps") != 0
+    if _by_teacher(card):
+        yield (
+            "It was aligned with pujax: another model answered each prompt once; this one wrote "
+            "several candidates, ranked them with that answer in view, and learned from the "
+            "ranking."
+            if aligned
+            else "It was trained with pujax to answer as another model did, once a prompt (SFT)."
+        )
+        if given:
+            yield "It learned from responses to other prompts that someone had rated, too."
+        answers = f"the answers{_named(card.get('answers_by'))}"
+        yield f"The terms of the model that gave {answers} may apply too."
+    elif aligned:
+        yield "It was aligned with pujax: it learned from responses that someone had rated."
+    else:
+        yield "It was trained with pujax on the best of responses that someone had rated (SFT)."
 
 
 def _led(users: Sequence[str]) -> str:

@@ -80,10 +80,16 @@ def by_arm(directories: Sequence[Path], names: Sequence[str] = ()) -> dict[str, 
 
 
 def titles(directories: Sequence[Path]) -> list[str]:
-    """What to call runs: their folders' names, or where those are times what sets them apart."""
+    """What to call runs: their folders' names, or where those are times what sets them apart.
+
+    That is their `run.name`, where each has one of its own, else the settings that differ.
+    """
     if not all(re.match(r"\d{4}-?\d\d-?\d\d", directory.name) for directory in directories):
         return [str(directory.name) for directory in directories]
     settings = [dict(_leaves(kept_settings(directory))) for directory in directories]
+    called = [str(each.get("run.name") or "") for each in settings]
+    if all(called) and len(set(called)) == len(called):
+        return called
     keys = [
         key
         for key in dict.fromkeys(key for each in settings for key in each)

@@ -94,8 +94,8 @@ def evaluate_subject(
         draws=Draws(config.eval.samples, config.eval.temperature),
         say=None if sys.stdout.isatty() else partial(print, file=sys.stderr, flush=True),
     )
-    rated = any(example.given for example in subject.examples)
-    if line := missing(metrics, found.shown, samples=config.eval.samples, rated=rated):
+    samples, examples = config.eval.samples, subject.examples
+    if line := missing(metrics, found.shown, samples=samples, examples=examples):
         print(line, file=sys.stderr, flush=True)
     return found
 

@@ -166,8 +166,9 @@ class Run:
                 say=None if self.console.is_terminal else self.say,
             )
             self.took[name] = time.monotonic() - begun
-            rated = bool(self.heldout.candidates)
-            left_out = missing(self.metrics, found.shown, samples=settings.samples, rated=rated)
+            left_out = missing(
+                self.metrics, found.shown, samples=settings.samples, examples=examples
+            )
             if name == "base" and left_out:
                 self.say(left_out)
             # A metric of one's own may find something else in each process.

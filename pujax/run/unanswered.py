@@ -23,6 +23,8 @@ def to_collect(config: DataConfig, *, begun: bool) -> str:
     """What to do about answers that a store lacks; an experiment's own is for its own prompts."""
     if begun:
         return f"the run {HAD_ALL}"
+    if config.preferences is not None and _of_experiment(config.anchors):
+        return "to learn from the preferences alone, set data.prompts=null data.anchors=null"
     if not (_of_experiment(config.anchors) and not _of_experiment(config.prompts)):
         return COLLECT
     return (

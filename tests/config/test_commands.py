@@ -120,6 +120,7 @@ def test_a_setting_that_is_written_as_an_option_is_told_as_one(monkeypatch, caps
     for words, said in (
         (("--seed", "3"), "no option --seed: a setting is written seed=3: --hydra-help"),
         (("--max-steps=3",), "a setting is written max_steps=3"),
+        (("--experiment", "x"), "no option --experiment: a setting is written experiment=x"),
         (("--resolve",), "--resolve: goes with --cfg job or --help"),
     ):
         assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) in (1, 2)

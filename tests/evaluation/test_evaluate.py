@@ -612,7 +612,8 @@ def test_another_model_gets_no_name_of_the_runs_own(name, tmp_path, called, monk
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "config.yaml").write_text("seed: 0")
     (tmp_path / "export").mkdir()
-    (tmp_path / "export" / "config.json").write_text("{}")
+    for file in ("config.json", "tokenizer.json"):
+        (tmp_path / "export" / file).write_text("{}")
     called(evaluate.main, f"run={tmp_path}", f"model={tmp_path}", f"name={name}")
     assert (tmp_path / f"eval-{name}.jsonl").exists() == (name == "aligned")  # its own model
 
@@ -775,6 +776,10 @@ def test_runs_that_are_named_by_the_time_are_titled_by_what_they_differ_in(
     assert status == 0
     assert "seed=1 loss=dpo" in said
     assert "seed=2 loss=grpo - seed=1 loss=dpo" in said
+    for directory, name in zip(directories, ("pairs", "ratings"), strict=True):
+        path = Path(directory, "config.yaml")
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"run": {"name": name}}))
+    assert "ratings - pairs" in called(evaluate.main, f"run=[{','.join(directories)}]")[1]
 
 
 def test_a_note_on_one_model_says_nothing_of_differences():

@@ -15,7 +15,7 @@ from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluation import metrics
 from pujax.evaluation.metrics import METRICS, Metric, Reading, Shown, measure, perplexity
 from pujax.evaluation.results import Evaluation, Row, load, save
-from pujax.records import Prompt
+from pujax.records import Example, Given, Prompt
 
 READING = Reading(
     prompt=Prompt("p", ({"role": "user", "content": "1 + 1"},), "2"),
@@ -51,7 +51,7 @@ def test_a_sampled_metric_is_the_mean_over_the_samples():
 
 def test_pairs_of_rated_responses_are_told_apart_by_their_summed_log_probs():
     # 2 above 1: -3 + 1 = -2 and -3 + 3 = 0; 2 above 0: 1; 1 above 0: 3 and 1; the two 1s no pair.
-    assert metrics.pair_accuracy(READING) == 3.5 / 5
+    assert metrics.pair_accuracy(READING) == 4 / 5
     assert metrics.pair_margin(READING) == 3 / 5
     alike = replace(READING, rated=((1.0, -3.0), (1.0, -4.0)))
     assert metrics.pair_accuracy(alike) is metrics.pair_margin(alike) is None
@@ -320,13 +320,19 @@ def test_a_metric_without_a_value_is_named_but_for_one_of_samples_or_pairs_that_
     three = ("pass_at_k", "exact", "pair_margin")
     named = build_metrics(EvalConfig(metrics={name: node(name) for name in three}, samples=4))
 
-    def missing(found, samples, rated=False):
-        return metrics.missing(named, found, samples=samples, rated=rated)
+    def missing(found, samples, rated=False, answer: str | None = "4"):
+        ids = (1,)
+        one = Example(replace(READING.prompt, answer=answer), ids, ids, "4", ids, True)
+        given = (Given(ids, 1.0), Given((2,), 0.0)) if rated else ()
+        return metrics.missing(named, found, samples=samples, examples=[replace(one, given=given)])
 
     assert missing(("pass_at_k", "exact"), 4) is None
     begins = "in no table: eval.metrics.pass_at_k, eval.metrics.exact: no held-out prompt"
     assert (missing((), 4) or "").startswith(begins)
     assert (missing((), 0) or "").startswith("in no table: eval.metrics.exact: ")
     assert missing(("exact",), 0) is None
+    # That no prompt has a true answer is said under a table; without a table, here.
+    assert missing(("rouge_l",), 4, answer=None) is None
+    assert (missing((), 4, answer=None) or "").startswith(begins)
     begins = "in no table: eval.metrics.pair_margin: "
     assert (missing(("exact",), 0, rated=True) or "").startswith(begins)

@@ -537,6 +537,25 @@ def test_a_card_lists_what_made_the_model_and_nothing_private(model):
         assert private not in card
 
 
+@pytest.mark.parametrize(
+    ("preferences", "prompts", "steps", "said", "unsaid"),
+    [
+        ("p.jsonl", None, 9, "it learned from responses that someone had rated.", "another model"),
+        ("p.jsonl", None, 0, "the best of responses that someone had rated", "another model"),
+        ("p.jsonl", "q.jsonl", 9, "to other prompts that someone had rated, too. The terms", "SFT"),
+        (None, "q.jsonl", 0, "to answer as another model did, once a prompt (SFT)", "candidates"),
+    ],
+)
+def test_a_card_says_what_was_learnt_from(model, preferences, prompts, steps, said, unsaid):
+    data = {"preferences": preferences, "prompts": prompts}
+    of = {"path": "some/model", "shape": {"layers": 2}}
+    told = {"model": of, "data": data, "align": {"steps": steps}, "results": "| a |"}
+    card = model_card(model[0], told)
+    assert said in card
+    assert unsaid not in card
+    assert "It was made of random weights, with the tokenizer of some/model." in card
+
+
 def test_a_card_has_results_licence_base_teacher_and_limits(model):
     found = {"results": "| a | b |", "answers_by": ["big-1"], "licence": "apache-2.0"}
     card = model_card(model[0], {**SETTINGS, **found})

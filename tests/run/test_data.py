@@ -431,6 +431,9 @@ def test_an_experiments_store_is_not_taken_for_that_of_ones_own_prompts(tmp_path
         load_data(TrainConfig(data=data), cast(Any, Letters()), [].append)
     wanted = f"data.anchors={anchors} is the experiment's: set data.anchors=YOUR STORE"
     assert wanted in str(said.value)
+    beside = TrainConfig(data=replace(data, preferences=jsonl(tmp_path / "p.jsonl", PAIR)))
+    with pytest.raises(StoreError, match=r"alone, set data\.prompts=null data\.anchors=null"):
+        load_data(beside, cast(Any, Letters()), [].append)
 
 
 def test_no_minute_is_silent_while_the_teacher_is_asked_and_its_answers_are_checked(
