@@ -115,7 +115,7 @@ def warnings(
     looked_at = [own[-1], *(other for other in evaluations if other not in own)]
     found = [] if control.warning is None else [control.warning]
     found += [f"{collapse}{READ}" for one in looked_at for collapse in collapses(one)]
-    found += [f"{same}: look at the teacher's answers" for same in repetitions(first)]
+    found += [f"{same}: look at what is learnt from" for same in repetitions(first)]
     found += endless(own)
     found += [] if chosen_by is None else [selected(chosen_by)]
     if len(first.rows) < FEW:
@@ -234,13 +234,13 @@ def endless(evaluations: Sequence[Evaluation]) -> list[str]:
 
 
 def repetitions(evaluation: Evaluation) -> list[str]:
-    """Where the teacher itself says the same to nearly all prompts, so that nothing is learnt."""
+    """Where nearly all prompts have one anchor, so that nothing is learnt."""
     found = []
     for kind, rows in _parts(evaluation):
         answer, count = _most_frequent([row.anchor for row in rows])
         if count / len(rows) >= SAME + BEYOND:
             found.append(
-                f"the teacher says the same to {count} of {len(rows)} prompts{kind}, "
+                f"{count} of {len(rows)} prompts{kind} have the same anchor, "
                 f"{_quoted(answer)}"
             )
     return found

@@ -71,7 +71,7 @@ def test_answers_that_the_teacher_repeats_too_are_no_collapse():
     teacher = evaluation("m", ["yes"] * 40, anchors=["yes"] * 40)
     assert findings.collapses(teacher) == []
     (told,) = findings.repetitions(teacher)
-    assert told == "the teacher says the same to 40 of 40 prompts, “yes”"
+    assert told == "40 of 40 prompts have the same anchor, “yes”"
 
 
 def test_one_answer_to_everything_is_a_collapse_though_the_teacher_repeats_itself():

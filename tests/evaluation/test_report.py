@@ -478,6 +478,6 @@ def test_a_page_begins_with_the_red_verdict_on_a_model_that_says_one_thing(tmp_p
         r" <h1>[^<]*</h1> <p class=\"verdict loss\" id=\"verdict\">Not a success, whatever the "
         r"averages say: aligned says the same to 30 of 30 prompts, “billing”[^<]*"
         r"<a href=\"#answers\">Read the answers.</a></p>"
-        r"<ul class=\"warnings\"><li>the teacher says the same",
+        r"<ul class=\"warnings\"><li>\d+ of \d+ prompts have the same anchor",
         main,
     )
