@@ -111,7 +111,7 @@ def winrate(
     if not kept:
         raise EvaluationError(
             f"{one.model} against {other.model}: no pair was judged ({len(ties)} of {len(pairs)} "
-            f"are equal, {len(asked)} verdicts failed): see what the judge said in the store"
+            f"are equal, of {len(asked)} a verdict failed): see what the judge said in the store"
         )
     taken = np.array([firsts[place] for place in kept] + [[0.5, 0.5]] * len(ties))
     rows = [asked[place][:2] for place in kept] + ties
