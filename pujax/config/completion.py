@@ -95,7 +95,12 @@ _pujax() {
         compadd -S '' -- $found
     fi
 }
-if [[ $funcstack[1] == _pujax ]]; then _pujax "$@"; else compdef _pujax pujax; fi
+if [[ $funcstack[1] == _pujax ]]; then
+    _pujax "$@"
+else
+    (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+    compdef _pujax pujax
+fi
 """
 
 SHELLS = {"bash": BASH, "zsh": ZSH}

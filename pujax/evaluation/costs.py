@@ -15,7 +15,7 @@ from pujax.errors import EvaluationError, require
 from pujax.evaluation.findings import as_prompt
 from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.results import Evaluation
-from pujax.evaluation.statistics import interval_of_mean
+from pujax.evaluation.statistics import few, interval_of_mean
 from pujax.evaluation.subjects import Subject, SuiteAnswer
 from pujax.evaluation.waiting import through
 from pujax.method.sampling import greedy
@@ -141,7 +141,7 @@ def costs(
         HEADER,
         rows,
         f"{len(records)} prompts, {len(known)} of them with a quality; 95 % intervals: bootstrap "
-        f"over prompts. The student in pujax's own decoder on {jax.devices()[0].device_kind}, one "
+        f"over prompts.{few(len(known)) if known else ''} The student in pujax's own decoder on {jax.devices()[0].device_kind}, one "
         f"prompt at a time.{_as_stored(stored)} Money of the teacher by suite.input and "
         "suite.output is of the student's tokens of prompts and anchors, as far as the run reads "
         f"those; {UNKNOWN} is what nobody has told (suite.hour, suite.input, suite.output, "
@@ -171,7 +171,7 @@ def measured_anyway(
         tuple(row for row in rows if set(row[1:]) - {UNKNOWN, ""}),
         f"{counted(len(both), 'prompt')}, {len(known)} of them with a true answer: quality is 1 "
         "for that alone and 1/2 where it is contained; 95 % intervals: bootstrap over prompts."
-        f"{_as_stored(stored)} How fast the student answers, in which "
+        f"{few(len(known)) if known else ''}{_as_stored(stored)} How fast the student answers, in which "
         "memory and for how much money: pujax evaluate run=… suite=costs.",
         (),
     )

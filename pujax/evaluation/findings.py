@@ -240,8 +240,7 @@ def repetitions(evaluation: Evaluation) -> list[str]:
         answer, count = _most_frequent([row.anchor for row in rows])
         if count / len(rows) >= SAME + BEYOND:
             found.append(
-                f"{count} of {len(rows)} prompts{kind} have the same anchor, "
-                f"{_quoted(answer)}"
+                f"{count} of {len(rows)} prompts{kind} have the same anchor, {_quoted(answer)}"
             )
     return found
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from pujax.errors import EvaluationError, require
 from pujax.evaluation.results import Evaluation, Row
-from pujax.evaluation.statistics import FEW, interval_of_mean, same_prompts
+from pujax.evaluation.statistics import few, interval_of_mean, same_prompts
 from pujax.evaluation.subjects import Judge, SuiteAnswer
 from pujax.evaluation.winrate import controlled_interval, win_rate
 from pujax.records import Prompt, messages_key
@@ -129,8 +129,7 @@ def winrate(
         "bootstrap over prompts (BCa; percentiles for the length-controlled rate). Length in "
         "characters."
     )
-    if len(rows) < FEW:
-        note += f" Under {FEW} prompts an interval is too narrow."
+    note += few(len(rows))
     return SuiteAnswer(
         ("judge", f"{one.model} against {other.model}"),
         (

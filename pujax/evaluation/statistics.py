@@ -14,6 +14,11 @@ RESAMPLES = 10_000
 FEW = 30  # prompts below which no difference is called clear: the bootstrap is too narrow there
 
 
+def few(prompts: int) -> str:
+    """The sentence on an interval over fewer than `FEW` prompts; nothing for more."""
+    return f" Under {FEW} prompts an interval is too narrow." if prompts < FEW else ""
+
+
 @dataclass(frozen=True)
 class Difference:
     """A mean difference over `prompts` prompts, with its 95 % interval."""

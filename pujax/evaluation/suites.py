@@ -21,7 +21,7 @@ from pujax.evaluation import ranking as ranks
 from pujax.evaluation.judging import first_is_better, question
 from pujax.evaluation.metrics import MetricFn, correct, of_text
 from pujax.evaluation.signal import Signal, signal_of
-from pujax.evaluation.statistics import Difference, interval_of_mean
+from pujax.evaluation.statistics import Difference, few, interval_of_mean
 from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
 from pujax.evaluation.waiting import through
@@ -490,7 +490,7 @@ def ranking(
         ("pairs ranked rightly", "by log-prob", "by log-prob a token"),
         tuple(rows),
         f"{len(shares)} of {len(found)} prompts, {whose}; β = {beta}. 95 % intervals: BCa "
-        "bootstrap over prompts.",
+        "bootstrap over prompts." + few(len(shares)),
         tuple(dict(record) for record in found),
     )
 

@@ -144,4 +144,9 @@ def test_zsh_gets_a_script_of_its_own_and_no_other_shell_does():
     )
     for command in COMMANDS:
         importlib.import_module(f"pujax.{command}")
-    assert script("zsh", COMMANDS).startswith("#compdef pujax\n")
+    made = script("zsh", COMMANDS)
+    assert made.startswith("#compdef pujax\n")
+    if shutil.which("zsh") is not None:  # one that has not begun to complete yet
+        of = f"{made}\nprint $_comps[pujax]"
+        done = subprocess.run(["zsh", "-f", "-c", of], capture_output=True, text=True)
+        assert (done.stdout, done.stderr) == ("_pujax\n", "")

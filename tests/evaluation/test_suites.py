@@ -305,6 +305,7 @@ def test_rated_responses_are_the_pairs_where_prompts_have_them(subject, tmp_path
             alone = sum(logps[start + t - 1, token] for t, token in enumerate(given.ids))
             np.testing.assert_allclose(logp, alone, rtol=1e-4)
     assert "2 of 2 prompts, by the ratings of the responses given with them" in found.note
+    assert found.note.endswith("Under 30 prompts an interval is too narrow.")
     # What has been read is not read again.
     unasked = replace(of, collate=lambda examples: pytest.fail("asked again"))
     assert suites.ranking(unasked, unasked, records=Records(path)) == found
