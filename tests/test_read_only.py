@@ -34,7 +34,8 @@ def finished(tmp_path, monkeypatch):
     (directory / "export").mkdir(parents=True)
     (directory / "export" / "config.json").write_text("{}")
     (directory / "metrics.jsonl").write_text("")
-    (tmp_path / "test.jsonl").write_text("")
+    for file in ("test.jsonl", "b.jsonl"):
+        (tmp_path / file).write_text("")
     prompts = {"prompts": "a.jsonl", "anchors": "b.jsonl", "heldout": "test.jsonl"}
     (directory / "config.yaml").write_text(json.dumps({"data": prompts, "eval": {"batch": 1}}))
     monkeypatch.chdir(tmp_path)
