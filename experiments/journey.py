@@ -189,7 +189,7 @@ def journey(folder: Path, teacher: str, tokens: int, training: Sequence[str]) ->
     page.add(
         "A bicycle shop wants its customers' questions answered by a small model of its own, in "
         "the words of a larger one that it asks once a question. Two dozen prompts, and "
-        "less than an hour of two cores: enough to see every command and what it says, too few to "
+        "some minutes of two cores: enough to see every command and what it says, too few to "
         "conclude anything."
     )
     write(folder / "tickets.csv", TICKETS)
