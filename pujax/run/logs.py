@@ -25,8 +25,8 @@ from pujax.files.durable import Line, on_disk, read_jsonl, whole_lines, write_wh
 from pujax.records import STAGES
 from pujax.run.processes import first, told
 
-# Metrics in the progress line, where a step has them.
-SHOWN = {"loss": "loss", "score/mean": "score", "reward/accuracy": "accuracy", "kl/ref": "kl"}
+# Metrics in the progress line, where a step has them; pairs' where it has no score of its own.
+SHOWN = {"loss": "loss", "score/mean": "score", "reward/accuracy": "pair accuracy", "kl/ref": "kl"}
 
 RECENT = 50  # steps whose pace the ETA goes by
 
@@ -341,7 +341,7 @@ def summary(line: Line) -> str:
     parts = [
         f"{short} {line[name]:#.3g}" if line[name] is not None else f"{short} not finite"
         for name, short in SHOWN.items()
-        if name in line
+        if name in line and not (name == "reward/accuracy" and "score/mean" in line)
     ]
     return "  ".join([*parts, f"{line['time/tokens_per_s']:.0f} tok/s"])
 

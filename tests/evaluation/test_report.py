@@ -337,6 +337,12 @@ def test_a_dollar_and_half_a_character_in_a_metrics_name_are_drawn():
     assert curves(lines, LIGHT, "png", drawable(lines)).startswith(b"\x89PNG")
 
 
+def test_pairs_have_panels_where_responses_are_given():
+    pairs = {"stage": "align", "step": 1, "reward/accuracy": 0.5, "reward/margin": 0.1}
+    assert [panel.metric for panel in drawable([pairs])] == ["reward/accuracy", "reward/margin"]
+    assert [panel.metric for panel in drawable([pairs | {"score/mean": 1.0}])] == ["score/mean"]
+
+
 def test_six_digits_of_noise_are_no_course(monkeypatch):
     drawn = []
     monkeypatch.setattr("pujax.evaluation.curves._image", lambda figure, form: drawn.append(figure))

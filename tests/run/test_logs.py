@@ -15,7 +15,7 @@ from rich.console import Console
 from pujax.errors import DiskError, RecordError
 from pujax.files import durable
 from pujax.files.durable import read_jsonl
-from pujax.run.logs import RunLog, SampleGroup, cut, duration, eta, progress
+from pujax.run.logs import RunLog, SampleGroup, cut, duration, eta, progress, summary
 
 GROUP = SampleGroup("p1", "Say hi.", "Hi.", ["Hello.", "Hey!"], [1.0, 0.5, 0.25], [0.5, 0.3, 0.2])
 
@@ -413,6 +413,13 @@ def test_a_terminal_gets_a_bar_that_goes_on_from_the_steps_done(tmp_path):
             show(line(step, loss=0.5))
     assert "38/100 loss 0.500  250 tok/s  2:04 left" in out.getvalue()
     assert "36/100 compiling" in out.getvalue()
+
+
+def test_the_order_of_pairs_is_shown_where_a_step_has_no_score_of_its_own():
+    pairs = {"reward/accuracy": 0.75}
+    assert summary(line(1, loss=0.5, **pairs)) == "loss 0.500  pair accuracy 0.750  250 tok/s"
+    scored = line(1, loss=0.5, **pairs, **{"score/mean": 0.5})
+    assert summary(scored) == "loss 0.500  score 0.500  250 tok/s"
 
 
 def test_a_bar_fits_into_eighty_columns_whole():
