@@ -95,8 +95,8 @@ NONE_SHOWN: Mapping[str, Shown] = {}
 def drawable(lines: Sequence[Line], shown: Mapping[str, Shown] = NONE_SHOWN) -> list[Panel]:
     """The panels whose metric the run has: on held-out prompts first, then while it trained.
 
-    `shown` has the titles of metrics that are not pujax's own. Those of pairs are for responses that
-    someone gave: where the run scores its own, the score says more.
+    `shown` has the titles of metrics that are not pujax's own. Those of pairs are for responses
+    that someone gave: where the run scores its own, the score says more.
     """
     scored = any("score/mean" in line for line in lines)
     own = [
