@@ -33,7 +33,7 @@ def run(settings: BenchmarkConfig) -> None:
 
     if settings.benchmark.sweep:
         sweep_files(Path(settings.benchmark.out), HEAD)
-    require_model_files(settings.model.path)
+        require_model_files(settings.model.path)
     from pujax.run.measure import Benchmark, Cost
 
     benchmark = Benchmark(settings)

@@ -342,6 +342,15 @@ def from_hydra(schema: type[T], composed: DictConfig) -> T:
     return settings
 
 
+A_LIST = "a list is wanted, as in [A] or [A,B]"
+A_MAPPING = "a mapping is wanted, as in {NAME: VALUE}"
+
+
+def a_section(key: str, kind: Any) -> str:
+    """What to write for the settings `key`, a record of class `kind`."""
+    return f"holds settings of its own: set those, as in {key}.{fields(kind)[0].name}"
+
+
 def _of_another_form(node: Any, schema: type, prefix: str = "") -> Iterator[tuple[str, str]]:
     """The dotted key of each section, list and mapping of `schema` that is none, and the remedy.
 
@@ -354,12 +363,11 @@ def _of_another_form(node: Any, schema: type, prefix: str = "") -> Iterator[tupl
             if OmegaConf.get_type(inner) is kind:
                 yield from _of_another_form(inner, kind, f"{key}.")
             else:
-                first = fields(kind)[0].name
-                yield key, f"holds settings of its own: set those, as in {key}.{first}"
+                yield key, a_section(key, kind)
         elif get_origin(kind) is list and not isinstance(node[field.name], ListConfig):
-            yield key, "a list is wanted, as in [A] or [A,B]"
+            yield key, A_LIST
         elif get_origin(kind) is dict and not isinstance(node[field.name], DictConfig):
-            yield key, "a mapping is wanted, as in {NAME: VALUE}"
+            yield key, A_MAPPING
 
 
 def _takers(parent: Any, name: Any, above: str = "") -> Iterator[tuple[str, str]]:

@@ -7,7 +7,7 @@ import re
 import sys
 import traceback
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import yaml
@@ -15,7 +15,7 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from pujax.config.compose import conf_dir
+from pujax.config.compose import A_LIST, A_MAPPING, a_section, conf_dir
 from pujax.config.overrides import type_of
 from pujax.config.sweeps import LAUNCHERS
 from pujax.errors import PujaxError, StopRequested
@@ -244,10 +244,9 @@ _FORMS = {
     "point nor an exponent",
     "could not be converted to Float": "write a number, such as 0.5",
     "is not a valid bool": "write true or false",
-    "is not a ListConfig": "a list is wanted, as in [A] or [A,B]",
+    "is not a ListConfig": A_LIST,
     "is not Optional": "is never null: give it a value, or leave it out",
-    r"Cannot assign \w+ to Dict|Cannot merge DictConfig with": "a mapping is wanted, as in "
-    "{NAME: VALUE}",
+    r"Cannot assign \w+ to Dict|Cannot merge DictConfig with": A_MAPPING,
 }
 
 
@@ -259,8 +258,7 @@ def _of_form(why: str, key: str, schema: type) -> str:
     file = re.match(r"In '[^']+': ", why)
     inner = type_of(schema, key)
     if is_dataclass(inner) and re.search(_NOT_SECTION, why):
-        first = fields(inner)[0].name
-        return f"{file[0] if file else ''}holds settings of its own: set those, as in {key}.{first}"
+        return f"{file[0] if file else ''}{a_section(key, inner)}"
     for said, remedy in _FORMS.items():
         if re.search(said, why):
             return f"{file[0] if file else ''}{remedy}"

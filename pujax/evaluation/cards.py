@@ -14,6 +14,7 @@ from pujax.evaluation.curves import STAGE_TITLES
 from pujax.evaluation.preferred import preference_of, shown
 from pujax.evaluation.results import Evaluation, Row
 from pujax.files.durable import read_jsonl
+from pujax.files.settings import only_preferred
 from pujax.text import blank
 
 PAGE = 4  # cards of a browser shown at once; page.js has the number from the page
@@ -108,12 +109,6 @@ def _browser(name: str, title: str, note: str, cards: Sequence[_Card]) -> str:
 def _joined(parts: Iterable[str]) -> str:
     """Parts as one attribute; a unit separator is in none of them."""
     return "\x1f".join(part.replace("\x1f", " ") for part in parts)
-
-
-def only_preferred(settings: Mapping[str, Any]) -> bool:
-    """Whether a run of these settings learnt from given responses alone: no teacher, no scorer."""
-    data = settings.get("data")
-    return isinstance(data, Mapping) and bool(data.get("preferences")) and not data.get("prompts")
 
 
 def whose_anchors(settings: Mapping[str, Any]) -> str:

@@ -131,7 +131,6 @@ def costs(
         told = sum(r["anchor_tokens"] for r in records) / len(records)
         spent = (asked * input + told * output) / MILLION * THOUSAND
         teacher = replace(stored, money=spent)
-    narrow = few(len(known)) if known else ""
     rows = _rows(ours, theirs, student, teacher, subject.params, peak_memory())
     if latency is not None:
         rows = tuple(
@@ -142,7 +141,7 @@ def costs(
         HEADER,
         rows,
         f"{len(records)} prompts, {len(known)} of them with a quality; 95 % intervals: bootstrap "
-        f"over prompts.{narrow} The student in pujax's own decoder on "
+        f"over prompts.{few(len(known))} The student in pujax's own decoder on "
         f"{jax.devices()[0].device_kind}, one prompt at a time.{_as_stored(stored)} Money of the "
         "teacher by suite.input and suite.output is of the student's tokens of prompts and "
         f"anchors, as far as the run reads those; {UNKNOWN} is what nobody has told (suite.hour, "
@@ -166,14 +165,13 @@ def measured_anyway(
     known = [pair for pair in both if None not in pair]
     ours, theirs = zip(*known, strict=True) if known else ((), ())
     stored = _stored(examples[: len(evaluation.rows)])
-    narrow = few(len(known)) if known else ""
     rows = _rows(ours, theirs, _Taken(), stored, params, None)
     return SuiteAnswer(
         HEADER,
         tuple(row for row in rows if set(row[1:]) - {UNKNOWN, ""}),
         f"{counted(len(both), 'prompt')}, {len(known)} of them with a true answer: quality is 1 "
         "for that alone and 1/2 where it is contained; 95 % intervals: bootstrap over prompts."
-        f"{narrow}{_as_stored(stored)} How fast the student answers, "
+        f"{few(len(known))}{_as_stored(stored)} How fast the student answers, "
         "in which memory and for how much money: pujax evaluate run=… suite=costs.",
         (),
     )

@@ -53,11 +53,12 @@ def verdict_on(evaluations: Sequence[Evaluation]) -> Verdict:
         found = Verdict(alone if len(evaluations) == len(made) else "", "")
     else:
         found = against(own[-2], last)
-        since = _clear(own[0], last) if len(own) > 2 else {"loss": {}, "gain": {}}
-        if since["loss"] and not _of_pairs(since["gain"]):
-            lost = ", ".join(since["loss"].values())
-            lead = f"Not a success: {last.model} is worse than {own[0].model} in {lost}."
-            found = Verdict(f"{lead} {found.sentence}", "loss")
+        if len(own) > 2:
+            since = _clear(own[0], last)
+            if since["loss"] and not _of_pairs(since["gain"]):
+                lost = ", ".join(since["loss"].values())
+                lead = f"Not a success: {last.model} is worse than {own[0].model} in {lost}."
+                found = Verdict(f"{lead} {found.sentence}", "loss")
     same = [f"{one.model} is {last.model}, unchanged." for one in made[-1:] if one is not last]
     beside = same + [against(last, o).sentence for o in evaluations if o not in made]
     return Verdict(" ".join(filter(None, [found.sentence, *beside])), found.style)
@@ -78,8 +79,10 @@ def against(before: Column, last: Column) -> Verdict:
     ]
     few = f", too few to call any difference clear (at least {FEW})" if prompts < FEW else ""
     sentence = f"{last.model} against {before.model} on {prompts} held-out prompts{few}: "
-    style = "loss" if found["loss"] and not _of_pairs(found["gain"]) else ""
-    style = "gain" if found["gain"] and not found["loss"] else style
+    if found["loss"]:
+        style = "" if _of_pairs(found["gain"]) else "loss"
+    else:
+        style = "gain" if found["gain"] else ""
     return Verdict(sentence + ("; ".join(parts) or "nothing to compare") + ".", style)
 
 

@@ -5,14 +5,14 @@ A metric is a function of a `Reading` to a number, or None where the prompt has 
 """
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import comb, exp, inf, isnan, nan
 from typing import Any
 
 from pujax.errors import ConfigError, PujaxError, in_code, name_of, raised_in, require
 from pujax.evaluation import text
-from pujax.records import Prompt
+from pujax.records import Example, Prompt
 
 
 @dataclass(frozen=True)
@@ -257,7 +257,11 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
 
 
 def missing(
-    metrics: Mapping[str, Metric], found: Collection[str], *, samples: int, examples: Any
+    metrics: Mapping[str, Metric],
+    found: Collection[str],
+    *,
+    samples: int,
+    examples: Sequence[Example],
 ) -> str | None:
     """The line on the metrics that no prompt had a value of, `found` left out; None for no such.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from pujax.errors import EvaluationError
 from pujax.evaluation import findings, tables
-from pujax.evaluation.cards import answer_cards, group_cards, only_preferred, samples, whose_anchors
+from pujax.evaluation.cards import answer_cards, group_cards, samples, whose_anchors
 from pujax.evaluation.curves import (
     DARK,
     LIGHT,
@@ -26,7 +26,7 @@ from pujax.evaluation.signal import control_of, failing
 from pujax.evaluation.statistics import FEW, Difference
 from pujax.evaluation.subjects import kept_answers
 from pujax.files.durable import Line, read_jsonl, refuse_unwritable, write_whole
-from pujax.files.settings import SETTINGS, kept_settings
+from pujax.files.settings import SETTINGS, kept_settings, only_preferred
 from pujax.records import STAGES
 from pujax.text import counted, mask
 

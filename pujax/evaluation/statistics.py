@@ -15,8 +15,8 @@ FEW = 30  # prompts below which no difference is called clear: the bootstrap is 
 
 
 def few(prompts: int) -> str:
-    """The sentence on an interval over fewer than `FEW` prompts; nothing for more."""
-    return f" Under {FEW} prompts an interval is too narrow." if prompts < FEW else ""
+    """The sentence on an interval over fewer than `FEW` prompts; nothing for more, or for none."""
+    return f" Under {FEW} prompts an interval is too narrow." if 0 < prompts < FEW else ""
 
 
 @dataclass(frozen=True)

@@ -413,9 +413,9 @@ def ranking(
 
     The pairs are those of the held-out prompts' rated responses, where they have such, and else all
     that the oracle orders among candidates that the reference draws for a prompt, so that every
-    model that came of it is asked about the same. Beside the model stand the
-    reference itself and the optimum of DPO's objective from there. Each is the mean over prompts of
-    the share of its pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts.
+    model that came of it is asked about the same. Beside the model stand the reference itself and
+    the optimum of DPO's objective from there. Each is the mean over prompts of the share of its
+    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts.
 
     Settings:
         oracle: a metric of texts: what truly orders the candidates.
@@ -440,7 +440,7 @@ def ranking(
     rated = [example for example in reference.examples if example.given]
     kept = rated or [e for e in reference.examples if regard(e, "") is not None]
     _enough(len(kept))
-    draw = _given(subject.decode) if rated else _drawing(reference, samples, temperature, seed)
+    draw = _given if rated else _drawing(reference, samples, temperature, seed)
     summing = [
         _summing(of, max(len(e.given) for e in kept) or samples) for of in (subject, reference)
     ]
@@ -473,8 +473,8 @@ def ranking(
         )
     whose = "by the ratings of the responses given with them"
     if not rated:
-        drawn = f"({samples} of the reference at temperature {temperature})"
-        whose = f"whose candidates {drawn} the oracle orders"
+        sampled = f"({samples} of the reference at temperature {temperature})"
+        whose = f"whose candidates {sampled} the oracle orders"
     rows = []
     for name, cells in (
         ("the model", ("raw", "per token")),
@@ -495,21 +495,17 @@ def ranking(
     )
 
 
-def _given(decode: Callable[[Sequence[int]], str]) -> Draw:
-    """What takes the responses that someone rated for candidates, ordered by their scores."""
-
-    def draw(some: Sequence[Example], start: int) -> list[_Drawn]:
-        return [
-            _Drawn(
-                example,
-                tuple(given.ids for given in example.given),
-                tuple(decode(given.ids) for given in example.given),
-                tuple(given.score for given in example.given),
-            )
-            for example in some
-        ]
-
-    return draw
+def _given(some: Sequence[Example], start: int) -> list[_Drawn]:
+    """The responses that someone rated in the place of candidates, ordered by their scores."""
+    return [
+        _Drawn(
+            example,
+            tuple(given.ids for given in example.given),
+            tuple(given.text for given in example.given),
+            tuple(given.score for given in example.given),
+        )
+        for example in some
+    ]
 
 
 def _summing(subject: Subject, most: int) -> Callable[[Sequence[_Drawn]], list[list[float]]]:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import partial
-from typing import Any
 
-_OUTER: ContextVar[list[Any] | None] = ContextVar("outer", default=None)
+_OUTER: ContextVar[list[str] | None] = ContextVar("outer", default=None)
 """What is waited for around this, by the waits within it that are not over."""
 
 
@@ -27,7 +26,7 @@ def waited(
         return
     begun = heard = time.monotonic()
     ended = threading.Event()
-    outer, within = _OUTER.get(), list[Any]()
+    outer, within = _OUTER.get(), list[str]()
 
     def noted() -> None:
         nonlocal heard

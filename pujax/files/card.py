@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pujax.errors import ConfigError
+from pujax.files.settings import only_preferred
 from pujax.text import mask
 
 if TYPE_CHECKING:  # jax with it: what is at a place is asked without
@@ -76,7 +77,7 @@ def model_card(
         parts.append(_led(card["soft_prompts"]))
     if card.get("results"):
         parts.append(f"## Results\n\n{card['results']}")
-        whose = "another model" if _by_teacher(card) else "the better of those responses"
+        whose = "the better of those responses" if only_preferred(card) else "another model"
         parts.append(_LIMITS.format(whose=whose))
     system = _section(card, "data").get("system")
     if system is not None:
@@ -89,17 +90,11 @@ def model_card(
     return told.replace(_TAG, f"{_TAG}\n{_DIGEST}{_digest(told)}", 1)
 
 
-def _by_teacher(card: Mapping[str, Any]) -> bool:
-    """Whether another model's answers were learnt from, alone or beside given responses."""
-    data = _section(card, "data")
-    return bool(data.get("prompts")) or not data.get("preferences")
-
-
 def _learnt(card: Mapping[str, Any]) -> Iterator[str]:
     """What a run of these settings learnt from, in sentences."""
     given = bool(_section(card, "data").get("preferences"))
     aligned = _section(card, "align").get("steps") != 0
-    if _by_teacher(card):
+    if not only_preferred(card):
         yield (
             "It was aligned with pujax: another model answered each prompt once; this one wrote "
             "several candidates, ranked them with that answer in view, and learned from the "

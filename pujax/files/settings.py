@@ -161,6 +161,12 @@ def flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return items
 
 
+def only_preferred(settings: Mapping[str, Any]) -> bool:
+    """Whether a run of these settings learnt from given responses alone: no teacher, no scorer."""
+    data = settings.get("data")
+    return isinstance(data, Mapping) and bool(data.get("preferences")) and not data.get("prompts")
+
+
 def of_asking(key: str) -> bool:
     """Whether a setting is one of how a teacher is asked, and not of which model it is."""
     return key.startswith("teacher") and key != "teacher.model"
