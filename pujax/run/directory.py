@@ -15,6 +15,7 @@ from typing import Any
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, InUse, PujaxError
+from pujax.evaluation.metrics import METRICS, PAIRS
 from pujax.files.durable import on_disk, write_whole
 from pujax.files.settings import (
     DONE,
@@ -333,11 +334,17 @@ def _differing(
 ) -> list[str]:
     """The settings, by dotted key, in which two runs' numbers could differ, and those swept.
 
-    A setting that `stored` lacks is younger than that run, which had what is the default now.
+    A setting that `stored` lacks is younger than that run, which had what is the default now. So
+    is a metric that every run has now; where `stored` has no metrics at all, so is any.
     """
     before, now = flat(stored), flat(given)
-    if not any(key.startswith("eval.metrics") for key in before):  # they had one set, ours
-        now = {key: value for key, value in now.items() if not key.startswith("eval.metrics")}
+    had = {key.split(".")[2] for key in before if key.startswith("eval.metrics.")}
+    younger = [
+        f"eval.metrics.{name}"
+        for name in given["eval"]["metrics"].keys() - had
+        if not had or name in (*METRICS, *PAIRS)
+    ]
+    now = {key: value for key, value in now.items() if not within(key, younger)}
     choosing = now.get("checkpoint.best") is not None
     keys = sorted(
         key
