@@ -8,7 +8,7 @@ there are; `judge`; and `records`, in which a long one keeps what it has.
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -18,34 +18,28 @@ from jaxtyping import Array
 
 from pujax.errors import EvaluationError, require
 from pujax.evaluation import ranking as ranks
+from pujax.evaluation.candidates import (
+    Candidates,
+    check_enough,
+    drawing,
+    given_with,
+    regarding,
+    stacked,
+)
 from pujax.evaluation.judging import first_is_better, question
-from pujax.evaluation.metrics import MetricFn, correct, of_text
+from pujax.evaluation.metrics import MetricFn, correct
 from pujax.evaluation.signal import Signal, signal_of
 from pujax.evaluation.statistics import Difference, few, interval_of_mean
 from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
 from pujax.evaluation.waiting import through
-from pujax.method.sampling import sample
 from pujax.method.scoring import ScoringContext
 from pujax.models.logps import response_logps
 from pujax.records import Example, check_temperature
-from pujax.types import Batch, LabelRule, Params, Scorer, Tokens, right_padded
+from pujax.types import Batch, LabelRule, Params, Scorer, Tokens
 
 SHUFFLED = ", shuffled anchor"
 """What follows the name of a scorer that sees another prompt's anchor."""
-
-Oracle = Callable[[Example, str], float | None]
-
-
-@dataclass(frozen=True)
-class _Drawn:
-    """A prompt with the candidates that were sampled for it, and what they are worth."""
-
-    example: Example
-    ids: tuple[tuple[int, ...], ...]
-    texts: tuple[str, ...]
-    oracle: tuple[float, ...] = ()
-    by: str = ""  # which oracle
 
 
 # ------------------------------------------------------------------------------------------ signal
@@ -91,21 +85,16 @@ def signal(
     records = Records() if records is None else records
     functions = {name: s["score"] if isinstance(s, Mapping) else s for name, s in scorers.items()}
 
-    def regard(example: Example, text: str) -> tuple[float | None, str]:
-        known = _regard(oracle, example, text)
-        if known is not None or otherwise is None:
-            return known, _name(oracle)
-        return _regard(otherwise, example, text), _name(otherwise)
-
+    regard = regarding(oracle, otherwise)
     kept = [
         example
         for example in subject.examples
         if regard(example, "")[0] is not None or (judged and judge is not None)
     ]
-    _enough(len(kept))
+    check_enough(len(kept))
     others = _other_anchors(kept, seed)
     if any(example.prompt.id not in records.found for example in kept):
-        groups, draw = [], _drawing(subject, samples, temperature, seed)
+        groups, draw = [], drawing(subject, samples, temperature, seed)
         starts = range(0, len(kept), subject.batch)
         for drawn in (
             each
@@ -115,29 +104,13 @@ def signal(
             told = [regard(drawn.example, text) for text in drawn.texts]
             values = tuple(value for value, _ in told if value is not None)
             by = told[0][1] if len(values) == samples else ""
-            groups.append(_Drawn(drawn.example, drawn.ids, drawn.texts, values if by else (), by))
+            groups.append(replace(drawn, oracle=values if by else (), by=by))
         if judged and judge is not None:
             groups = _judged(groups, judge, oracle)
         _score(subject, groups, others, functions, labels, records, seed)
     found = [records.found[e.prompt.id] for e in kept if records.found[e.prompt.id]["oracle"]]
-    _enough(len(found))
+    check_enough(len(found))
     return _signal_answer(found, list(functions), margin, samples, temperature)
-
-
-def _enough(prompts: int) -> None:
-    if prompts < 2:
-        raise EvaluationError(
-            f"{prompts} held-out prompts have what the oracle needs: give them an `answer`, or set "
-            "suite.otherwise"
-        )
-
-
-def _regard(oracle: MetricFn, example: Example, text: str) -> float | None:
-    return oracle(of_text(example.prompt, example.anchor, text))
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "func", function).__name__
 
 
 def _other_anchors(examples: Sequence[Example], seed: int) -> dict[str, Example]:
@@ -152,51 +125,16 @@ def _other_anchors(examples: Sequence[Example], seed: int) -> dict[str, Example]
     return found
 
 
-Draw = Callable[[Sequence[Example], int], list[_Drawn]]
-"""At most a batch of prompts, and the first one's place, to candidates of each."""
-
-
-def _drawing(subject: Subject, samples: int, temperature: float, seed: int) -> Draw:
-    """What draws `samples` responses to a prompt, as the subject makes them."""
-
-    @jax.jit
-    def made(params: Params, batch: Batch, key: Array) -> Any:
-        prefix = subject.model.prefill(params, batch.prompts)
-        size = batch.anchors.ids.shape[-1]
-        drawn = sample(
-            subject.model,
-            params,
-            prefix,
-            key,
-            size=size,
-            candidates=samples,
-            temperature=temperature,
-        )
-        return drawn.tokens, drawn.mask.sum(axis=-1)
-
-    def draw(some: Sequence[Example], start: int) -> list[_Drawn]:
-        batch = subject.collate([*some, *[some[-1]] * (subject.batch - len(some))])
-        key = jax.random.fold_in(jax.random.key(seed), start)
-        tokens, lengths = jax.device_get(made(subject.params, batch, key))
-        found = []
-        for b, example in enumerate(some):
-            ids = [tuple(tokens[b, k, : lengths[b, k]].tolist()) for k in range(samples)]
-            found.append(_Drawn(example, tuple(ids), tuple(subject.decode(each) for each in ids)))
-        return found
-
-    return draw
-
-
-def _judged(groups: Sequence[_Drawn], judge: Judge, oracle: MetricFn) -> list[_Drawn]:
+def _judged(groups: Sequence[Candidates], judge: Judge, oracle: MetricFn) -> list[Candidates]:
     """The groups with what the judge thinks of the candidates that `oracle` does not know.
 
     A candidate's worth is how surely it is preferred to the anchor, over both orders. A group with
     a verdict that failed has none.
     """
-    asked = {}
+    asked, knows = {}, regarding(oracle, None)
     for group in groups:
         example = group.example
-        if _regard(oracle, example, "") is None:
+        if knows(example, "")[0] is None:
             for text in set(group.texts):
                 asked[example.prompt.id, text] = (
                     question(example.prompt.id, shown(example.prompt), text, example.anchor),
@@ -214,14 +152,14 @@ def _judged(groups: Sequence[_Drawn], judge: Judge, oracle: MetricFn) -> list[_D
         if keys[0] in asked:
             values = tuple(worth[key] for key in keys if key in worth)
             values = values if len(values) == len(keys) else ()
-            group = _Drawn(group.example, group.ids, group.texts, values, "judge")
+            group = replace(group, oracle=values, by="judge")
         found.append(group)
     return found
 
 
 def _score(
     subject: Subject,
-    groups: Sequence[_Drawn],
+    groups: Sequence[Candidates],
     others: Mapping[str, Example],
     scorers: Mapping[str, Scorer],
     labels: LabelRule,
@@ -279,7 +217,7 @@ def _score(
             continue
         size = next(size for size in sizes if size >= longest[places[-1]])
         batch = _cut(collated[number], prompts, references, size)
-        made = _stacked([group.ids for group in some], size)
+        made = stacked([group.ids for group in some], size)
         anchors = subject.collate([others[group.example.prompt.id] for group in some]).anchors
         anchors = Tokens(anchors.ids[:, :size], anchors.lengths)
         key = jax.random.fold_in(jax.random.key(seed), len(groups) + number)
@@ -311,12 +249,6 @@ def _cut(batch: Batch, prompts: int, references: int, responses: int) -> Batch:
         anchor_finished=batch.anchor_finished,
         references=to(batch.references, references),
     )
-
-
-def _stacked(rows: Sequence[Sequence[Sequence[int]]], size: int) -> Tokens:
-    """Responses [B K T] from their tokens."""
-    flat = right_padded([tokens for row in rows for tokens in row], size)
-    return jax.tree.map(lambda x: x.reshape(len(rows), -1, *x.shape[1:]), flat)
 
 
 def _signal_answer(
@@ -433,14 +365,11 @@ def ranking(
     require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
     records = Records() if records is None else records
 
-    def regard(example: Example, text: str) -> float | None:
-        known = _regard(oracle, example, text)
-        return _regard(otherwise, example, text) if known is None and otherwise else known
-
+    regard = regarding(oracle, otherwise)
     rated = [example for example in reference.examples if example.given]
-    kept = rated or [e for e in reference.examples if regard(e, "") is not None]
-    _enough(len(kept))
-    draw = _given if rated else _drawing(reference, samples, temperature, seed)
+    kept = rated or [e for e in reference.examples if regard(e, "")[0] is not None]
+    check_enough(len(kept))
+    draw = given_with if rated else drawing(reference, samples, temperature, seed)
     summing = [
         _summing(of, max(len(e.given) for e in kept) or samples) for of in (subject, reference)
     ]
@@ -455,7 +384,7 @@ def ranking(
                     "id": group.example.prompt.id,
                     "candidates": list(group.texts),
                     "oracle": list(group.oracle)
-                    or [regard(group.example, text) for text in group.texts],
+                    or [regard(group.example, text)[0] for text in group.texts],
                     "lengths": [len(ids) for ids in group.ids],
                     "logps": policy,
                     "ref_logps": before,
@@ -495,20 +424,7 @@ def ranking(
     )
 
 
-def _given(some: Sequence[Example], start: int) -> list[_Drawn]:
-    """The responses that someone rated in the place of candidates, ordered by their scores."""
-    return [
-        _Drawn(
-            example,
-            tuple(given.ids for given in example.given),
-            tuple(given.text for given in example.given),
-            tuple(given.score for given in example.given),
-        )
-        for example in some
-    ]
-
-
-def _summing(subject: Subject, most: int) -> Callable[[Sequence[_Drawn]], list[list[float]]]:
+def _summing(subject: Subject, most: int) -> Callable[[Sequence[Candidates]], list[list[float]]]:
     """What reads at most a batch of groups, of at most so many candidates each.
 
     It gives the log-prob of each under the subject, summed over its tokens, in nats.
@@ -519,11 +435,11 @@ def _summing(subject: Subject, most: int) -> Callable[[Sequence[_Drawn]], list[l
         logps = response_logps(subject.model, params, prompts, made.ids, made.mask)
         return logps.sum(axis=-1)
 
-    def read(some: Sequence[_Drawn]) -> list[list[float]]:
+    def read(some: Sequence[Candidates]) -> list[list[float]]:
         filled = [*some, *[some[-1]] * (subject.batch - len(some))]
         batch = subject.collate([group.example for group in filled])
         ids = [[*group.ids, *[()] * (most - len(group.ids))] for group in filled]
-        sums = summed(subject.params, batch.prompts, _stacked(ids, batch.anchors.ids.shape[-1]))
+        sums = summed(subject.params, batch.prompts, stacked(ids, batch.anchors.ids.shape[-1]))
         return [
             row[: len(group.ids)].tolist()
             for group, row in zip(some, np.asarray(jax.device_get(sums), float), strict=False)
