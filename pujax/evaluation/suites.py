@@ -3,7 +3,8 @@
 A suite is a function, its settings keywords, and a YAML in `conf/tools/suite/`. Its other
 parameters are named for what it asks for, and get it (`pujax.inference.suites`): `subject`, a model
 with its prompts; `reference`, what a run's alignment started from; `answers`, the evaluations
-there are; `judge`; and `records`, in which a long one keeps what it has.
+there are; `judge`; `records`, in which a long one keeps what it has; and `drawn`, in which it keeps
+what of this the reference decides, for the other runs that started from there.
 """
 
 import math
@@ -332,6 +333,7 @@ def ranking(
     subject: Subject,
     reference: Subject,
     records: Records | None = None,
+    drawn: Records | None = None,
     *,
     oracle: MetricFn = correct,
     otherwise: MetricFn | None = None,
@@ -363,33 +365,52 @@ def ranking(
     require(0 < beta < math.inf, "suite.beta", beta, "must be positive and finite")
     require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
     require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
-    records = Records() if records is None else records
-
+    records, drawn = (Records() if each is None else each for each in (records, drawn))
     regard = regarding(oracle, otherwise)
     rated = [example for example in reference.examples if example.given]
     kept = rated or [e for e in reference.examples if regard(e, "")[0] is not None]
     check_enough(len(kept))
     draw = given_with if rated else drawing(reference, samples, temperature, seed)
-    summing = [
-        _summing(of, max(len(e.given) for e in kept) or samples) for of in (subject, reference)
-    ]
+    most = max(len(example.given) for example in kept) or samples
+    policy_sums, reference_sums = (_summing(each, most) for each in (subject, reference))
+
+    def begun(some: Sequence[Example], start: int) -> list[dict[str, Any]]:
+        """What the reference decides of each prompt's record, made where it isn't there yet."""
+        if not all(example.prompt.id in drawn.found for example in some):
+            groups = draw(some, start)
+            drawn.add(
+                [
+                    {
+                        "id": group.example.prompt.id,
+                        "candidates": list(group.texts),
+                        "oracle": list(group.oracle)
+                        or [regard(group.example, text)[0] for text in group.texts],
+                        "ids": [list(ids) for ids in group.ids],
+                        "ref_logps": sums,
+                    }
+                    for group, sums in zip(groups, reference_sums(groups), strict=True)
+                ]
+            )
+        return [drawn.found[example.prompt.id] for example in some]
+
     for start in through(range(0, len(kept), subject.batch), "reading pairs", len(kept)):
         some = kept[start : start + subject.batch]
         if all(example.prompt.id in records.found for example in some):
             continue
-        drawn = draw(some, start)
+        begin = begun(some, start)
+        groups = [
+            Candidates(example, tuple(map(tuple, each["ids"])), tuple(each["candidates"]))
+            for example, each in zip(some, begin, strict=True)
+        ]
         records.add(
             [
                 {
-                    "id": group.example.prompt.id,
-                    "candidates": list(group.texts),
-                    "oracle": list(group.oracle)
-                    or [regard(group.example, text)[0] for text in group.texts],
-                    "lengths": [len(ids) for ids in group.ids],
+                    **{name: each[name] for name in ("id", "candidates", "oracle")},
+                    "lengths": [len(ids) for ids in each["ids"]],
                     "logps": policy,
-                    "ref_logps": before,
+                    "ref_logps": each["ref_logps"],
                 }
-                for group, policy, before in zip(drawn, *(of(drawn) for of in summing), strict=True)
+                for each, policy in zip(begin, policy_sums(groups), strict=True)
             ]
         )
     found = [records.found[example.prompt.id] for example in kept]

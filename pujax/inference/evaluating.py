@@ -90,4 +90,11 @@ def asked(settings: EvaluateConfig, directories: Sequence[Path]) -> tuple[SuiteA
         "answers": answers,
         "judge": judge,
     }
-    return suites.answered(settings.suite, folder, offers, trusted=settings.trusted)
+    cache = None if directory is None else config.data.reference_cache
+    return suites.answered(
+        settings.suite,
+        folder,
+        offers,
+        shared=None if cache is None else Path(cache),
+        trusted=settings.trusted,
+    )

@@ -12,7 +12,7 @@ from typing import Any
 from pujax import __version__
 from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
-from pujax.errors import ConfigError, EvaluationError
+from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import (
     Judge,
@@ -37,13 +37,23 @@ Offer = Callable[[], tuple[Any, Any]]
 """What a suite may ask for, made when one does, and what tells it apart, as JSON."""
 
 
+RECORDS = ("records", "drawn")
+"""The parameters of a suite in which it keeps what it has."""
+
+
 def answered(
-    node: Any, folder: Path, offers: Mapping[str, Offer], *, trusted: Sequence[str] = ()
+    node: Any,
+    folder: Path,
+    offers: Mapping[str, Offer],
+    *,
+    shared: Path | None = None,
+    trusted: Sequence[str] = (),
 ) -> tuple[SuiteAnswer, Path]:
     """What the suite that `node` names finds, and the file in `folder` that its records are in.
 
     The file is named for all that was asked, so that no other question's is written over; the same
-    question goes on where it was left. The table is kept beside it, and a run's report,
+    question goes on where it was left. What the subject does not decide is kept in `shared`, where
+    that can be written, for other subjects. The table is kept beside the file, and a run's report,
     which shows it, is written anew. Raises `ConfigError` for a suite that can't be built, and what
     making its parameters and writing a report raise.
     """
@@ -54,26 +64,27 @@ def answered(
         for parameter in inspect.signature(function).parameters.values()
         if parameter.kind is not inspect.Parameter.KEYWORD_ONLY
     ]
-    unknown = [name for name in wanted if name != "records" and name not in offers]
+    unknown = [name for name in wanted if name not in (*RECORDS, *offers)]
     if unknown:
         raise ConfigError(
             f"suite: {function.__name__} asks for {unknown[0]!r}: there are "
-            f"{', '.join(offers)} and records"
+            f"{', '.join((*offers, *RECORDS[:-1]))} and {RECORDS[-1]}"
         )
     refuse_unwritable(folder)
     refuse_other_answer(function.__name__, folder)
-    made = {name: offers[name]() for name in wanted if name != "records"}
+    made = {name: offers[name]() for name in wanted if name not in RECORDS}
     asked = {name: identity for name, (_, identity) in made.items()}
     asked |= {"suite": dict(node), "pujax": __version__}
-    digest = hashlib.sha256(canonical(asked)).hexdigest()[:8]
-    kept = folder / f"suite-{function.__name__}-{digest}.jsonl"
+    kept = folder / f"suite-{function.__name__}-{_digest(asked)[:8]}.jsonl"
     with on_disk(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    records = Records(kept, asked)
     given = {name: value for name, (value, _) in made.items()}
+    records = given["records"] = Records(kept, asked)
+    if "drawn" in wanted:
+        given["drawn"] = _drawn(function.__name__, asked, shared)
     say = None if sys.stdout.isatty() else partial(print, file=sys.stderr, flush=True)
     with waited(function.__name__, say):
-        answer = suite(**given | ({"records": records} if "records" in wanted else {}))
+        answer = suite(**{name: given[name] for name in wanted})
     records.write(answer.records)
     keep_answer(answer, function.__name__, folder)
     if (folder / "metrics.jsonl").is_file():
@@ -81,6 +92,25 @@ def answered(
 
         page.write(folder)
     return answer, kept
+
+
+def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
+    """What was kept of the same question to other models; in memory alone without a folder."""
+    whose = {key: v for key, v in asked.get("subject", {}).items() if key != "model"}
+    asked = {**asked, "subject": whose}
+    try:
+        if shared is None:
+            return Records()
+        refuse_unwritable(shared)
+        with on_disk(shared):
+            shared.mkdir(parents=True, exist_ok=True)
+    except DiskError:  # one that is another's, say: it is made again then
+        return Records()
+    return Records(shared / f"{name}-{_digest(asked)[:32]}.jsonl", asked)
+
+
+def _digest(asked: Mapping[str, Any]) -> str:
+    return hashlib.sha256(canonical(asked)).hexdigest()
 
 
 def offered_subject(config: TrainConfig, path: str) -> tuple[Subject, Any]:

@@ -280,6 +280,18 @@ def test_a_model_that_is_its_own_reference_ranks_as_that(subject):
     build(of_file("winrate"), "suite")
 
 
+def test_what_the_reference_drew_is_there_for_the_next_model(subject, tmp_path):
+    ask = partial(suites.ranking, oracle=words, samples=4)
+    first = ask(subject, subject, drawn=Records(tmp_path / "drawn.jsonl"))
+    other = replace(subject, params=jax.tree.map(lambda x: x * 1.5, subject.params))
+    unasked = replace(subject, collate=lambda examples: pytest.fail("asked again"))
+    second = ask(other, unasked, drawn=Records(tmp_path / "drawn.jsonl"))
+    assert second == ask(other, subject)
+    for one, two in zip(first.records, second.records, strict=True):
+        assert one["logps"] != two["logps"]
+        assert one | {"logps": []} == two | {"logps": []}
+
+
 def test_rated_responses_are_the_pairs_where_prompts_have_them(subject, tmp_path):
     first, second, *rest = subject.examples
     ids = ((5, 6, 2), (7, 2), (8, 9, 10, 2))

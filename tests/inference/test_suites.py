@@ -151,7 +151,9 @@ def test_what_a_suite_asks_for_and_there_is_not_is_named(tmp_path, monkeypatch):
     mine = {"_target_": "my_suites.mine", "_partial_": True}
     with pytest.raises(ConfigError, match=r"trusted=\[my_suites\]"):
         answered(mine, tmp_path, {})
-    with pytest.raises(ConfigError, match="mine asks for 'weather': there are subject and records"):
+    with pytest.raises(
+        ConfigError, match="mine asks for 'weather': there are subject, records and "
+    ):
         answered(mine, tmp_path, {"subject": lambda: (None, None)}, trusted=["my_suites"])
 
 
