@@ -9,13 +9,14 @@ from pujax.config.commands import command, in_new_words
 from pujax.config.functions import foresee, foresee_metrics
 from pujax.config.settings import EvalConfig
 from pujax.config.tool_settings import EvaluateConfig, HeldoutConfig
-from pujax.errors import EvaluationError
+from pujax.errors import EvaluationError, PromptError
 from pujax.files.durable import refuse_unwritable
 from pujax.files.locate import at_home
 from pujax.files.settings import SETTINGS, flat, kept_settings
 from pujax.inference.finished import model_path, newest_runs, refuse_name, require_model
 from pujax.run.compilation import compile_once
 from pujax.run.unanswered import answered_in
+from pujax.teacher.preferences import refuse_bad_rows
 from pujax.teacher.prompts import refuse_bad_prompts, refuse_missing
 from pujax.teacher.settings import TeacherConfig
 from pujax.teacher.store import COLLECT, require_store
@@ -89,8 +90,10 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
         require_model(model_path(path))
     if settings.data.heldout is not None:
         refuse_missing(settings.data.heldout, "data.heldout")
-        if settings.data.anchors is not None:  # else they are preferences
+        if settings.data.anchors is not None:
             refuse_bad_prompts(settings.data.heldout)
+        elif not directories and settings.data.on_bad_row != "drop":
+            _refuse_bad_preferences(settings.data)
     if settings.data.anchors is not None:
         require_store(Path(settings.data.anchors))
         of_runs = [flat(kept_settings(each)).get("data.on_too_long") for each in directories]
@@ -100,6 +103,17 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
             answered_in(asked, settings.data.anchors, TeacherConfig(), COLLECT)  # of any teacher
     if settings.out is not None:
         refuse_unwritable(at_home(settings.out))
+
+
+def _refuse_bad_preferences(data: HeldoutConfig) -> None:
+    """Raise `PromptError` for held-out rows without rated responses, which no store answers."""
+    try:
+        refuse_bad_rows(data.heldout, weights=data.dimensions or None)
+    except PromptError as error:
+        raise PromptError(
+            f"{error} (without data.anchors, where answers to prompts are, data.heldout is read as "
+            "preferences)"
+        ) from error
 
 
 def _require_inputs(directory: Path, stored: Mapping[str, Any], given: HeldoutConfig) -> None:

@@ -150,7 +150,7 @@ class DataConfig:
             "name prompts, or data.preferences, or both",
         )
         require(
-            self.prompts is None or self.anchors is not None,
+            self.prompts in (None, MISSING) or self.anchors is not None,
             "data.anchors",
             self.anchors,
             "name the store that answers data.prompts",
@@ -162,11 +162,13 @@ class DataConfig:
             "must lie in (0, 1); without data.prompts every step takes data.preferences",
         )
         for key, idle, remedy in (
-            ("dimensions", {}, "it weighs ratings: give data.preferences"),
+            ("dimensions", {}, "it weighs ratings, of preferences: give such, or take it out"),
             ("weightings", [], "it weighs ratings: give data.preferences"),
             ("preference_share", 0.5, "it is between data.prompts and data.preferences: give both"),
         ):
             used = self.preferences is not None
+            if key == "dimensions":
+                used = used or self.anchors is None  # of data.heldout
             if key == "preference_share":
                 used = used and self.prompts is not None
             require(used or getattr(self, key) == idle, f"data.{key}", getattr(self, key), remedy)

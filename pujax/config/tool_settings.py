@@ -94,8 +94,11 @@ class HeldoutConfig:
     What is null is as the run has it, and without a run `DataConfig`'s default.
 
     Attributes:
-        heldout: prompts: a file, a list of files, or a mapping as for `data.prompts`.
+        heldout: prompts, or without `anchors` preferences: a file, a list of files, or a mapping as
+            for `data.prompts`.
         anchors: the store that answers them.
+        dimensions: weights of preferences' ratings by name.
+        on_bad_row: what a row of preferences is that can't be used: error, drop.
         system: the student's system message, or @FILE, where a prompt has none.
         max_prompt_tokens: the longest prompt.
         max_response_tokens: the longest response.
@@ -104,13 +107,15 @@ class HeldoutConfig:
 
     heldout: Any = None
     anchors: str | None = None
+    dimensions: dict[str, float] = field(default_factory=dict)
+    on_bad_row: str | None = None
     system: str | None = None
     max_prompt_tokens: int | None = None
     max_response_tokens: int | None = None
     on_too_long: str | None = None
 
     def __post_init__(self) -> None:
-        over(DataConfig(), self)  # which checks itself
+        over(DataConfig(anchors=None), self)  # which checks itself
 
 
 @dataclass(frozen=True)
@@ -138,8 +143,11 @@ class MeasureConfig:
 
 
 def over(record: T, told: Any) -> T:
-    """`record` with what `told` has of it that is not null. Raises what such a record raises."""
-    return replace(record, **{key: v for key, v in vars(told).items() if v is not None})
+    """`record` with what `told` says of it: what is null or empty says nothing.
+
+    Raises what such a record raises.
+    """
+    return replace(record, **{key: v for key, v in vars(told).items() if v not in (None, {})})
 
 
 @dataclass(frozen=True)
@@ -180,13 +188,11 @@ class EvaluateConfig:
     collect: CollectConfig = field(default_factory=CollectConfig)
 
     def __post_init__(self) -> None:
-        if not self.runs:
-            given = self.models and self.data.heldout is not None and self.data.anchors is not None
-            if not given:
-                raise ConfigError(
-                    "missing value for run: set run=DIRECTORY, or all of model=, data.heldout= and "
-                    "data.anchors= (held-out preferences are laid out by a run)"
-                )
+        if not self.runs and not (self.models and self.data.heldout is not None):
+            raise ConfigError(
+                "missing value for run: set run=DIRECTORY, or model= and data.heldout=, and beside "
+                "prompts data.anchors=, where their answers are"
+            )
         if self.suite is not None and not self.names:
             return  # what it asks for says what it needs
         wanted = len(self.models) or (len(self.names) and len(self.runs))

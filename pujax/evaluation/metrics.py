@@ -226,7 +226,10 @@ METRICS: dict[str, Metric] = {
 }
 """Those that a run has when its settings name no others; files need not say how they are shown."""
 
-PAIRS = ("pair_accuracy", "pair_margin")
+PAIRS: dict[str, Metric] = {
+    "pair_accuracy": Metric(pair_accuracy, Shown("pair accuracy", better="higher")),
+    "pair_margin": Metric(pair_margin, Shown("pair margin (nats)", digits=2, better="higher")),
+}
 """Those of rated responses."""
 
 QUALITY = ("anchor_logp", "rouge_l", "exact", "contains", *PAIRS)

@@ -18,7 +18,7 @@ from pujax.config.functions import build_metrics
 from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig, over
 from pujax.errors import ConfigError, EvaluationError, PujaxError
-from pujax.evaluation.metrics import Metric
+from pujax.evaluation.metrics import PAIRS, Metric
 from pujax.evaluation.results import Evaluation, load, save
 from pujax.files.chat import Chat
 from pujax.files.durable import on_disk, refuse_unwritable, write_whole
@@ -69,11 +69,12 @@ def split_of(
     own = TrainConfig(eval=EvalConfig(), trusted=list(trusted))
     if directory is not None:
         own = run_config(directory, trusted)
-    of_data = over(DataConfig() if directory is None else own.data, data)
+    of_data = over(DataConfig(anchors=None) if directory is None else own.data, data)
     of_eval = over(own.eval, replace(measured, metrics={}))
     nodes = {**own.eval.metrics, **measured.metrics}
     metrics = {
         **build_metrics(own.eval, own.trusted),
+        **(PAIRS if directory is None and of_data.anchors is None else {}),
         **build_metrics(replace(own.eval, metrics=nodes), own.trusted),
     }
     if data.heldout is not None:

@@ -23,7 +23,7 @@ from pujax.config.settings import (
 )
 from pujax.config.tool_settings import AdaptConfig, BenchmarkConfig
 from pujax.evaluate import GROUPS, EvaluateConfig
-from pujax.evaluation.metrics import METRICS, Shown
+from pujax.evaluation.metrics import METRICS, PAIRS, Shown
 from pujax.export import ExportConfig
 from pujax.generate import GenerateConfig
 from pujax.report import ReportConfig
@@ -203,7 +203,7 @@ def test_a_functions_keywords_are_its_defaults_but_for_what_its_name_stands_for(
 def test_a_metric_is_measured_and_shown_by_default_as_its_yaml_says(name, path):
     values = read(path)
     assert dict(set_apart(values.pop("function"))) == {}
-    known = METRICS.get(name.removeprefix("eval/"))
+    known = {**METRICS, **PAIRS}.get(name.removeprefix("eval/"))
     if known is not None:
         assert Shown(**values) == known.shown
 

@@ -709,7 +709,8 @@ def test_the_former_words_are_answered_with_the_new_ones(tmp_path, called):
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ([], "missing value for run"),
+        ([], "missing value for run: set run=DIRECTORY, or model= and data.heldout=, and beside"),
+        (["model=m"], "missing value for run"),
         (["run=a", "model=m"], "name=None: give each model a name: name=NAME"),
         (["run=a", "model=[m,n]", "name=[x]"], "give one a model, 2 in all"),
         (["run=[a,b]", "model=m", "name=x"], "give one run whose held-out prompts"),

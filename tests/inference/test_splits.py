@@ -127,6 +127,52 @@ def test_models_without_a_run_stand_side_by_side_under_their_files_names(finishe
     assert one.rows == two.rows
 
 
+@pytest.mark.slow
+def test_preferences_are_held_out_without_a_run_too(finished, called):
+    rated = finished.parent / "rated.jsonl"
+    lines = ({"prompt": f"{n}?", "chosen": "yes", "rejected": "no, not at all"} for n in range(3))
+    rated.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    asked = (f"model={finished}/export", f"data.heldout={rated}", "data.max_response_tokens=8")
+    status, said = called(*asked, "eval.batch=2", f"out={finished.parent}/of-pairs")
+    assert status == 0, said
+    assert "pair accuracy" in said
+    rows = load(finished.parent / "of-pairs" / "eval-export.jsonl").rows
+    # Of a model that knows nothing each token is about as unlikely: the shorter side is likelier.
+    assert [row.values["pair_accuracy"] for row in rows] == [1.0] * 3
+    margins = [row.values["pair_margin"] for row in rows]
+    assert all(margin is not None and margin > 0 for margin in margins)
+
+
+def test_prompts_without_answers_are_told_how_they_were_read(finished, called):
+    model = f"model={finished}/export"
+    status, said = called(model, f"data.heldout={finished.parent}/other.jsonl")
+    assert status == 1
+    assert "other.jsonl:1: needs `chosen` and `rejected`" in said
+    assert "(without data.anchors, where answers to prompts are, data.heldout is read as" in said
+
+
+def test_ratings_are_weighed_and_rows_left_out_without_a_run_too(finished, called):
+    rated = finished.parent / "dimensions.jsonl"
+    both = [{"text": "yes", "ratings": {"a": 1, "b": 0}}, {"text": "no", "ratings": {"a": 0}}]
+    rated.write_text(json.dumps({"prompt": "?", "responses": both}) + "\n")
+    asked = (f"model={finished}/export", f"data.heldout={rated}", "data.max_response_tokens=8")
+    status, said = called(*asked)
+    assert status == 1
+    assert "dimensions.jsonl:1: response 1 has no rating 'b'" in said
+    data = HeldoutConfig(str(rated), dimensions={"a": 2.0}, max_response_tokens=8)
+    chat = Chat.load(STUDENT)
+    (example,) = load_heldout(split_of(None, data, MeasureConfig()).config, chat).examples
+    assert [given.score for given in example.given] == [2.0, 0.0]
+    (finished.parent / "one.jsonl").write_text(
+        rated.read_text() + json.dumps({"prompt": "!", "chosen": "a", "rejected": "a"}) + "\n"
+    )
+    dropped = replace(data, heldout=f"{finished.parent}/one.jsonl", on_bad_row="drop")
+    assert len(load_heldout(split_of(None, dropped, MeasureConfig()).config, chat).examples) == 1
+    status, said = called(*asked, "data.anchors=a.jsonl", "data.dimensions={a: 1}")
+    assert status == 1
+    assert "data.dimensions={'a': 1.0}: it weighs ratings, of preferences: give such, or" in said
+
+
 def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
     split = split_of(finished, HeldoutConfig("a/b c.jsonl"), MeasureConfig(samples=0))
     assert split.folder == finished / "heldout-b-c"
