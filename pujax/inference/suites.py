@@ -109,7 +109,7 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
     return Records(shared / f"{name}-{_digest(asked)[:32]}.jsonl", asked)
 
 
-def _digest(asked: Mapping[str, Any]) -> str:
+def _digest(asked: Any) -> str:
     return hashlib.sha256(canonical(asked)).hexdigest()
 
 
@@ -135,10 +135,11 @@ def offered_reference(directory: Path | None, config: TrainConfig) -> tuple[Subj
         raise ConfigError("run=None: this suite asks for the reference of a run: set run=DIRECTORY")
     compile_once()
     from pujax.inference.heldout import reference_for
+    from pujax.run.checkpoint import checksums
 
     subject = reference_for(directory, config)
-    sums = directory / "reference.json"
-    return subject, sums.read_text(encoding="utf-8") if sums.exists() else str(directory.resolve())
+    read = [[example.prompt_ids for example in subject.examples], repr(subject.model.config)]
+    return subject, {**checksums(subject.params), "read": _digest(read)}
 
 
 def offered_answers(evaluations: Sequence[Evaluation]) -> tuple[Sequence[Evaluation], Any]:

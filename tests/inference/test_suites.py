@@ -1,6 +1,7 @@
 import json
 import sys
 from dataclasses import replace
+from unittest.mock import MagicMock
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,20 @@ import pytest
 from toy_gguf import toy_chat
 
 from pujax import evaluate
+from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
+from pujax.evaluation.subjects import Subject
 from pujax.inference.generator import Generator
 from pujax.inference.local_teacher import LocalTeacher, weighed
-from pujax.inference.suites import answered, offered_answers, offered_judge
+from pujax.inference.suites import (
+    answered,
+    offered_answers,
+    offered_judge,
+    offered_reference,
+)
 from pujax.models.decoder import LanguageModel
-from pujax.records import Prompt
+from pujax.records import Example, Prompt
 from pujax.teacher.protocols import Answer
 from pujax.teacher.settings import BudgetConfig, CollectConfig, PriceConfig, TeacherConfig
 
@@ -133,6 +141,40 @@ def test_what_a_suite_found_is_never_written_over_by_another_question(tmp_path):
     assert other != kept
     assert kept.read_bytes() == before
     assert len(other.read_text().splitlines()) == 3
+
+
+def test_what_a_reference_drew_is_of_its_weights_and_prompts_and_of_no_one_run(
+    model, params, tmp_path, monkeypatch
+):
+    """A run's own mark is left out, and so is the model that the suite asks about."""
+    (tmp_path / "my_suites.py").write_text(
+        "def mine(subject, reference, drawn):\n"
+        "    from pujax.evaluation.subjects import SuiteAnswer\n"
+        "    found = list(drawn.found)\n"
+        "    drawn.add([{'id': 'drawn'}])\n"
+        "    return SuiteAnswer(('found',), (tuple(found) or ('nothing',),), '', ())\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    mine = {"_target_": "my_suites.mine", "_partial_": True}
+    example = Example(questions(1)[0], (1, 2), (1, 2), "a", (3,), True)
+
+    def found(run, params, example=example, shared=tmp_path / "shared"):
+        reference = Subject(model, params, [example], 1, MagicMock(), str, MagicMock())
+        monkeypatch.setattr("pujax.inference.heldout.reference_for", lambda *_: reference)
+        offers = {
+            "subject": lambda: (None, {"prompts": 1, "model": run}),
+            "reference": lambda: offered_reference(tmp_path, TrainConfig()),
+        }
+        folder = tmp_path / run
+        answer, _ = answered(mine, folder, offers, shared=shared, trusted=["my_suites"])
+        return answer.rows
+
+    assert found("a", params) == (("nothing",),)
+    assert found("b", params) == (("drawn",),)
+    assert found("b", params, shared=None) == (("nothing",),)
+    assert found("b", params, shared=tmp_path / "my_suites.py" / "no") == (("nothing",),)
+    assert found("c", jax.tree.map(lambda x: x + 1, params)) == (("nothing",),)
+    assert found("d", params, replace(example, prompt_ids=(2,))) == (("nothing",),)
 
 
 def test_a_file_of_ones_own_with_a_suites_name_is_refused_before_anything_is_asked(tmp_path):
