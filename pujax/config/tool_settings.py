@@ -143,11 +143,12 @@ class MeasureConfig:
 
 
 def over(record: T, told: Any) -> T:
-    """`record` with what `told` says of it: what is null or empty says nothing.
+    """`record` with what `told` has of it that is not null, nor empty `dimensions`.
 
     Raises what such a record raises.
     """
-    return replace(record, **{key: v for key, v in vars(told).items() if v not in (None, {})})
+    said = {key: v for key, v in vars(told).items() if v is not None}
+    return replace(record, **{key: v for key, v in said.items() if v or key != "dimensions"})
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any
 from pujax import __version__
 from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
-from pujax.errors import ConfigError, DiskError, EvaluationError
+from pujax.errors import ConfigError, DiskError, EvaluationError, PujaxError
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import (
     Judge,
@@ -106,7 +106,14 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
             shared.mkdir(parents=True, exist_ok=True)
     except DiskError:  # one that is another's, say: it is made again then
         return Records()
-    return Records(shared / f"{name}-{_digest(asked)[:32]}.jsonl", asked)
+    path = shared / f"{name}-{_digest(asked)[:32]}.jsonl"
+    try:
+        return Records(path, asked)
+    except DiskError:
+        raise
+    except PujaxError:  # damaged: it is made again, as the reference's other log-probs are
+        path.unlink()
+        return Records(path, asked)
 
 
 def _digest(asked: Any) -> str:

@@ -372,7 +372,10 @@ def check_source(key: str, source: Any) -> None:
     Raises `ConfigError`.
     """
     if isinstance(source, Mapping):
-        dataset_of(source)
+        try:
+            dataset_of(source)
+        except ConfigError as error:  # which knows of one place for a dataset
+            raise ConfigError(str(error).replace("data.prompts.", f"{key}.")) from error
         return
     named = source if isinstance(source, list) else [source]
     whole = source is None or all(isinstance(each, str | Path) and str(each) for each in named)

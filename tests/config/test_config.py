@@ -118,7 +118,7 @@ def test_a_missing_value_is_named():
         (DataConfig, {"prompts": ""}, r"data\.prompts='': name a file"),
         (DataConfig, {"heldout": [None]}, r"data\.heldout=\[None\]: name a file"),
         (DataConfig, {"heldout": {"a": "b"}}, "'a': no such key: its keys are"),
-        (DataConfig, {"heldout": {}}, "data.prompts.dataset='': name a dataset"),
+        (DataConfig, {"heldout": {}}, "data.heldout.dataset='': name a dataset"),
         (
             DataConfig,
             {"prompts": {"dataset": ["a"]}},

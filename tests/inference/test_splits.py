@@ -168,6 +168,9 @@ def test_ratings_are_weighed_and_rows_left_out_without_a_run_too(finished, calle
     )
     dropped = replace(data, heldout=f"{finished.parent}/one.jsonl", on_bad_row="drop")
     assert len(load_heldout(split_of(None, dropped, MeasureConfig()).config, chat).examples) == 1
+    status, said = called(asked[0], "data.heldout={}")
+    assert status == 1
+    assert "data.heldout" in said
     status, said = called(*asked, "data.anchors=a.jsonl", "data.dimensions={a: 1}")
     assert status == 1
     assert "data.dimensions={'a': 1.0}: it weighs ratings, of preferences: give such, or" in said

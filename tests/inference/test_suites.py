@@ -171,6 +171,10 @@ def test_what_a_reference_drew_is_of_its_weights_and_prompts_and_of_no_one_run(
 
     assert found("a", params) == (("nothing",),)
     assert found("b", params) == (("drawn",),)
+    (kept,) = (tmp_path / "shared").iterdir()
+    kept.write_text("{torn\n" + kept.read_text())
+    assert found("b", params) == (("nothing",),)
+    assert found("b", params) == (("drawn",),)
     assert found("b", params, shared=None) == (("nothing",),)
     assert found("b", params, shared=tmp_path / "my_suites.py" / "no") == (("nothing",),)
     assert found("c", jax.tree.map(lambda x: x + 1, params)) == (("nothing",),)
