@@ -162,7 +162,7 @@ class DataConfig:
             "must lie in (0, 1); without data.prompts every step takes data.preferences",
         )
         for key, idle, remedy in (
-            ("dimensions", {}, "it weighs ratings, of preferences: give such, or take it out"),
+            ("dimensions", {}, "it weighs ratings: give data.preferences, or take it out"),
             ("weightings", [], "it weighs ratings: give data.preferences"),
             ("preference_share", 0.5, "it is between data.prompts and data.preferences: give both"),
         ):

@@ -173,7 +173,7 @@ def test_ratings_are_weighed_and_rows_left_out_without_a_run_too(finished, calle
     assert "data.heldout" in said
     status, said = called(*asked, "data.anchors=a.jsonl", "data.dimensions={a: 1}")
     assert status == 1
-    assert "data.dimensions={'a': 1.0}: it weighs ratings, of preferences: give such, or" in said
+    assert "data.dimensions={'a': 1.0}: it weighs ratings: give data.preferences, or" in said
 
 
 def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
