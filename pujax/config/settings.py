@@ -161,16 +161,22 @@ class DataConfig:
             self.preference_share,
             "must lie in (0, 1); without data.prompts every step takes data.preferences",
         )
-        for key, idle, remedy in (
-            ("dimensions", {}, "it weighs ratings: give data.preferences, or take it out"),
-            ("weightings", [], "it weighs ratings: give data.preferences"),
-            ("preference_share", 0.5, "it is between data.prompts and data.preferences: give both"),
+        rated = self.preferences is not None
+        for key, idle, used, remedy in (
+            (
+                "dimensions",
+                {},
+                rated or self.anchors is None,  # of data.heldout
+                "it weighs ratings: give data.preferences, or take it out",
+            ),
+            ("weightings", [], rated, "it weighs ratings: give data.preferences"),
+            (
+                "preference_share",
+                0.5,
+                rated and self.prompts is not None,
+                "it is between data.prompts and data.preferences: give both",
+            ),
         ):
-            used = self.preferences is not None
-            if key == "dimensions":
-                used = used or self.anchors is None  # of data.heldout
-            if key == "preference_share":
-                used = used and self.prompts is not None
             require(used or getattr(self, key) == idle, f"data.{key}", getattr(self, key), remedy)
         require(
             self.degrees >= 0 and not (self.degrees and self.prompts is None),

@@ -12,7 +12,7 @@ from typing import Any
 from pujax import __version__
 from pujax.config.functions import build
 from pujax.config.settings import TrainConfig
-from pujax.errors import ConfigError, DiskError, EvaluationError, PujaxError
+from pujax.errors import ConfigError, DiskError, EvaluationError, RecordError
 from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import (
     Judge,
@@ -96,11 +96,11 @@ def answered(
 
 def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
     """What was kept of the same question to other models; in memory alone without a folder."""
+    if shared is None:
+        return Records()
     whose = {key: v for key, v in asked.get("subject", {}).items() if key != "model"}
     asked = {**asked, "subject": whose}
     try:
-        if shared is None:
-            return Records()
         refuse_unwritable(shared)
         with on_disk(shared):
             shared.mkdir(parents=True, exist_ok=True)
@@ -109,9 +109,7 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
     path = shared / f"{name}-{_digest(asked)[:32]}.jsonl"
     try:
         return Records(path, asked)
-    except DiskError:
-        raise
-    except PujaxError:  # damaged: it is made again, as the reference's other log-probs are
+    except (EvaluationError, RecordError):  # damaged: made again, as its other log-probs are
         path.unlink()
         return Records(path, asked)
 
@@ -154,7 +152,7 @@ def offered_answers(evaluations: Sequence[Evaluation]) -> tuple[Sequence[Evaluat
     rows = [
         [e.model, [[r.id, r.prompt, r.anchor, r.response] for r in e.rows]] for e in evaluations
     ]
-    return evaluations, hashlib.sha256(canonical(rows)).hexdigest()
+    return evaluations, _digest(rows)
 
 
 def offered_judge(
