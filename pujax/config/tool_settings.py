@@ -143,12 +143,11 @@ class MeasureConfig:
 
 
 def over(record: T, told: Any) -> T:
-    """`record` with what `told` has of it that is not null, nor empty `dimensions`.
+    """`record` with what `told` has of it that is neither null nor an empty mapping.
 
     Raises what such a record raises.
     """
-    said = {key: v for key, v in vars(told).items() if v is not None}
-    return replace(record, **{key: v for key, v in said.items() if v or key != "dimensions"})
+    return replace(record, **{key: v for key, v in vars(told).items() if v not in (None, {})})
 
 
 @dataclass(frozen=True)

@@ -70,7 +70,7 @@ def split_of(
     if directory is not None:
         own = run_config(directory, trusted)
     of_data = over(DataConfig(anchors=None) if directory is None else own.data, data)
-    of_eval = over(own.eval, replace(measured, metrics={}))
+    of_eval = over(own.eval, measured)
     nodes = {**own.eval.metrics, **measured.metrics}
     metrics = {
         **build_metrics(own.eval, own.trusted),

@@ -4,7 +4,7 @@ import difflib
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -330,34 +330,38 @@ class DatasetConfig:
     slice: str | None = None
     columns: dict[str, str] = field(default_factory=dict)
     template: str | None = None
+    place: InitVar[str] = "data.prompts"  # whose setting it is, for errors
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, place: str) -> None:
         for key in ("dataset", "name", "split", "data_files", "slice", "template"):
             value = getattr(self, key)
             is_text = isinstance(value, str) or (value is None and key not in ("dataset", "split"))
-            require(is_text, f"data.prompts.{key}", value, "write a text")
-        require(self.dataset not in ("", MISSING), "data.prompts.dataset", "", "name a dataset")
+            require(is_text, f"{place}.{key}", value, "write a text")
+        require(self.dataset not in ("", MISSING), f"{place}.dataset", "", "name a dataset")
         are_texts = isinstance(self.columns, Mapping) and all(
             isinstance(part, str) for pair in self.columns.items() for part in pair
         )
         remedy = "write our name and theirs, as in {prompt: question}"
-        require(are_texts, "data.prompts.columns", self.columns, remedy)
+        require(are_texts, f"{place}.columns", self.columns, remedy)
         require(
             self.slice is None or re.fullmatch(r"\d*:\d*", self.slice) is not None,
-            "data.prompts.slice",
+            f"{place}.slice",
             self.slice,
             "write START:STOP, such as 100:200",
         )
         unknown = sorted(set(self.columns) - set(MAPPED))
-        require(not unknown, "data.prompts.columns", unknown, f"choose from {sorted(MAPPED)}")
+        require(not unknown, f"{place}.columns", unknown, f"choose from {sorted(MAPPED)}")
 
 
-def dataset_of(mapping: Mapping[str, Any]) -> DatasetConfig:
-    """What a mapping in place of files names. Raises `ConfigError` for a wrong key or value."""
+def dataset_of(mapping: Mapping[str, Any], place: str = "data.prompts") -> DatasetConfig:
+    """What a mapping in place of files names, at the setting `place`.
+
+    Raises `ConfigError` for a wrong key or value.
+    """
     try:
-        return DatasetConfig(**mapping)
+        return DatasetConfig(**mapping, place=place)
     except TypeError as error:
-        known = list(DatasetConfig.__dataclass_fields__)
+        known = [field.name for field in fields(DatasetConfig)]
         wrong = next(str(key) for key in mapping if key not in known)
         near = difflib.get_close_matches(wrong, known, 1)
         told = f"no such key, did you mean {near[0]}?" if near else "no such key:"
@@ -372,10 +376,7 @@ def check_source(key: str, source: Any) -> None:
     Raises `ConfigError`.
     """
     if isinstance(source, Mapping):
-        try:
-            dataset_of(source)
-        except ConfigError as error:  # which knows of one place for a dataset
-            raise ConfigError(str(error).replace("data.prompts.", f"{key}.")) from error
+        dataset_of(source, key)
         return
     named = source if isinstance(source, list) else [source]
     whole = source is None or all(isinstance(each, str | Path) and str(each) for each in named)
