@@ -52,12 +52,14 @@ def run(settings: ReportConfig) -> None:
 
     for directory in directories:
         refuse_foreign(directory)
+    together = None
     if len(directories) > 1:
         refuse_other_page(_compared(directories))
+        together = of_several(directories)  # first, since it refuses runs that can't be compared
     for directory in directories:
         print(write(directory))
-    if len(directories) > 1:
-        print(of_several(directories))
+    if together is not None:
+        print(together)
 
 
 def of_several(directories: Sequence[Path]) -> Path:

@@ -104,10 +104,12 @@ def test_a_run_that_has_not_ended_is_said_to_be_compared_by_an_earlier_model(tmp
     assert "<li>grpo is compared by its base model, the last that it has" in page(one, two)
 
 
-def test_runs_on_other_prompts_are_refused(tmp_path):
+def test_runs_on_other_prompts_are_refused_before_a_page_is_written(tmp_path):
     one = run(tmp_path / "a", loss="dpo", right=6)
+    other = run(tmp_path / "b", loss="grpo", right=6, anchor="b")
     with pytest.raises(EvaluationError, match="on different prompts"):
-        page(one, run(tmp_path / "b", loss="grpo", right=6, anchor="b"))
+        report.run(report.ReportConfig(run=[str(one), str(other)]))
+    assert not list(tmp_path.rglob("*.html"))
 
 
 def test_a_page_of_ones_own_of_that_name_is_refused_and_stays(tmp_path):
