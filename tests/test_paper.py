@@ -103,6 +103,7 @@ def result_of(task, score=0.5, sft_s=1.5, align_s=4.5):
             "sft": {"wall": 2 * sft_s, "processor": sft_s},
             "align": {"wall": 2 * align_s, "processor": align_s},
         },
+        "machine": {"cores": 2},
         "evaluation_s": 1.0,
         "name": run.name,
         "values": {"sampled_exact": [score, None]},
@@ -259,7 +260,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
         next_tasks(tasks_of(profile, found), found)
 
 
-def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
+def test_the_forecast_is_steps_and_prompts_times_their_paces(profile, monkeypatch):
     found = known(profile)
     first, *_ = tasks = tasks_of(profile, found, only=["grpo"])
     # 400 steps of SFT, and of two prompts an evaluation; the guesses of the profile.
@@ -267,16 +268,21 @@ def test_the_forecast_is_steps_and_prompts_times_their_paces(profile):
     first.run.directory.mkdir(parents=True)
     (first.run.directory / "metrics.jsonl").write_text('{"stage": "sft", "step": 100}\n')
     assert plan.seconds_left(profile, found, first) == 300 * 1.5 + 2 * 0.5
-    # Measured: 3 s of the wall's a step, 1 s for two prompts.
+    # Measured: 1.5 processor seconds a step, 1 s for two prompts. More cores than the machine had
+    # that measured it make nothing faster.
     found.results[first.key] = result_of(first)
     assert plan.seconds_left(profile, found, first) == 0
-    assert plan.seconds_left(profile, found, tasks[1]) == 400 * 3.0 + 2 * 0.5
+    for cores, pace in ((1, 1.5), (2, 0.75), (64, 0.75)):
+        monkeypatch.setattr(plan, "_cores", lambda cores=cores: cores)
+        assert plan.seconds_left(profile, found, tasks[1]) == 400 * pace + 2 * 0.5
+    by_the_wall = replace(profile, clock="wall")
+    assert plan.seconds_left(by_the_wall, found, tasks[1]) == 400 * 3.0 + 2 * 0.5
     # On the way too, every 80 of 200 steps.
     aligned = next(task for task in tasks if task.run.arm.name == "grpo")
     aligned = replace(
         aligned, run=replace(aligned.run, settings={"align.steps": 200, "eval.every": 80})
     )
-    assert plan.seconds_left(profile, found, aligned) == 200 * 9.0 + 3 * 2 * 0.5
+    assert plan.seconds_left(by_the_wall, found, aligned) == 200 * 9.0 + 3 * 2 * 0.5
     text = "\n".join(plan.told(profile, found))
     assert "oracle" in text
     assert "left out: there is no conf/scorer/nobody-has-it.yaml" in text

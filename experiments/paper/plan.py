@@ -1,5 +1,6 @@
 """What there is to do: the arms of arms.yaml as runs, each after what it needs."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -461,7 +462,7 @@ def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False
     """
     if task.key in found.results and not again:
         return 0.0
-    prompt = _pace(found, task.run, "prompt", profile.guess)
+    prompt = _pace(profile, found, task.run, "prompt")
     if task.split != "validation":
         asked = "test" if task.split == "test" else "validation"
         return prompt * lines_in(ROOT / profile.data[asked])
@@ -471,7 +472,7 @@ def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False
         line["stage"]: line["step"] for line in (read_jsonl(metrics) if metrics.exists() else [])
     }
     training = sum(
-        max(0, task.run.steps(stage) - at[stage]) * _pace(found, task.run, stage, profile.guess)
+        max(0, task.run.steps(stage) - at[stage]) * _pace(profile, found, task.run, stage)
         for stage in ("sft", "align")
     )
     every = task.run.settings.get("eval.every")
@@ -482,8 +483,12 @@ def seconds_left(profile: Profile, found: Found, task: Task, again: bool = False
     return training + evaluations * prompt * lines_in(ROOT / profile.data["validation"])
 
 
-def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> float:
-    """Seconds a step of a stage, or a prompt evaluated: as in the arm's runs, else in all."""
+def _pace(profile: Profile, found: Found, run: Run, what: str) -> float:
+    """Seconds a step of a stage, or a prompt evaluated: as in the arm's runs, else in all.
+
+    Processor seconds are shared out over the cores that there are, at most as many as the machine
+    had that measured them: what else it did does not slow them, and a run may have had one alone.
+    """
     own, others = [], []
     for (_, _, split), result in found.results.items():
         if split not in ("validation", "test"):
@@ -492,10 +497,19 @@ def _pace(found: Found, run: Run, what: str, guess: Mapping[str, float]) -> floa
             whole = result["evaluation_s"]
             pace = whole and whole / result["prompts"]["evaluated"]
         else:
-            pace = result["step_s"][what]["wall"]
+            pace = result["step_s"][what][profile.clock]
+            if pace is not None and profile.clock == "processor":
+                pace /= min(_cores(), result["machine"]["cores"])
         if pace is not None:
             (own if result["arm"] == run.arm.name else others).append(pace)
-    return fmean(own or others or [guess[what]])
+    return fmean(own or others or [profile.guess[what]])
+
+
+def _cores() -> int:
+    """Those that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def told(
