@@ -19,7 +19,7 @@ from pujax.files.settings import SETTINGS
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUPS = ("main", "fresh", "others", "anchors", "ablations", "methods")
+GROUPS = ("default", "main", "fresh", "others", "anchors", "ablations", "methods")
 PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
 
 # Settings that don't touch a result's numbers, so that results made with others stand.

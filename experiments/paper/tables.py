@@ -356,30 +356,36 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     tested, chosen = lines_of(results, "test"), lines_of(results, "validation")
     arms = of_group(tested, "main", "others")
     by_arm = {line.first["arm"]: line for line in tested}
-    if arms:
-        size = arms[0].first["prompts"]
+    default, fresh = of_group(tested, "default"), of_group(tested, "fresh")
+    if first := [*default, *arms, *fresh][:1]:
+        size = first[0].first["prompts"]
         runs = [run for line in tested for run in line.runs]
         machines = sorted({run.get("device") or run["machine"]["processor"] for run in runs})
         yield (
             f"{size['evaluated']} test prompts, {size['with an answer']} of them with a true "
             f"answer; {size['training']} training prompts. Sampled: the mean over answers at "
-            f"temperature 0.7. Machine: {'; '.join(machines)}."
+            f"temperature 0.7. Machine: {'; '.join(machines)}.\n\nMean ± standard error over "
+            "seeds. 95 % intervals: crossed bootstrap over seeds and prompts, 10,000 resamples, "
+            "the seeds together where both sides have the same and start from the same models, as "
+            "an arm and the model of its own seed always are; bold where they exclude 0, which one "
+            "in twenty does by chance. With one seed a side they are over prompts alone."
         )
-        yield "## Arms\n\nMean ± standard error over seeds.\n\n" + quality(arms)
-    if arms:
+    if default:
         yield (
-            "## Against SFT continued\n\n95 % intervals: crossed bootstrap over seeds and prompts, "
-            "10,000 resamples, the seeds together where both sides have the same and start from "
-            "the same models; bold where they exclude 0, which one in twenty does by chance. With "
-            "one seed a side they are over prompts alone.\n\n" + against(arms, by_arm)
+            "## What `make train` does\n\nThe same settings, on more prompts of more kinds.\n\n"
+            + "\n\n".join(
+                [quality(default), against(default, by_arm), above_origin(default, tested)]
+            )
         )
+    if arms:
+        yield "## Arms\n\n" + quality(arms)
+        yield "## Against SFT continued\n\n" + against(arms, by_arm)
         if text := above_origin(arms, tested):
             yield (
-                "## Against the model that an arm starts from\n\nThe same intervals, by the seeds "
-                "that both have; an arm and the model of its own seed are drawn together.\n\n"
+                "## Against the model that an arm starts from\n\nBy the seeds that both have.\n\n"
                 + text
             )
-    if fresh := of_group(tested, "fresh"):
+    if fresh:
         yield (
             "## Prompts that SFT has not seen\n\nSFT on one half of the prompts; the other half is "
             "aligned on, or SFT continues on it.\n\n"
@@ -389,11 +395,12 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         )
     if arms:
         yield "## By kind of prompt\n\n" + by_kind(arms)
+    if first:
         yield (
             "## What training took\n\nAfter the model that an arm starts from: steps times the "
             "mean step, those that compiled left out. Processor minutes are of all cores; other "
             "work on the machine lengthens them too.\n\n"
-            + training([*arms, *fresh])
+            + training([*default, *arms, *fresh])
             + paces(results)
         )
     if of_group(tested, "anchors"):
