@@ -1,13 +1,24 @@
 """Preference data: rows of JSONL, tables and datasets to prompts with rated responses."""
 
+import json
 import math
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from decimal import Decimal
 from typing import Any
 
 from pujax.errors import PromptError
 from pujax.records import Preference, Prompt, Rated, messages_key
-from pujax.teacher.prompts import alpaca_turns, checked_text, prompt_of, rows, sharegpt_turns
+from pujax.teacher.prompts import (
+    ROLES,
+    SHAREGPT,
+    alpaca_turns,
+    checked_text,
+    prompt_of,
+    rows,
+    sharegpt_turns,
+    speaker,
+)
 from pujax.text import blank
 
 RESPONSES = ("responses", "completions", "candidates")
@@ -22,7 +33,16 @@ RATINGS = ("ratings", "rating", "scores", "score")
 FLAGS = ("label", "kto_tag")
 """The names of a flag that says whether the row's one response is good."""
 
-GOOD_OR_BAD = {"true": 1.0, "good": 1.0, "1": 1.0, "false": -1.0, "bad": -1.0, "0": -1.0}
+GOOD_OR_BAD = {
+    **dict.fromkeys(("true", "good", "1", "1.0"), 1.0),
+    **dict.fromkeys(("false", "bad", "0", "0.0"), -1.0),  # a point: of a column with gaps
+}
+
+TURNS = ("prompt", "chosen", "rejected", "completion", "response", "output")
+"""The names of what is a text or turns."""
+
+PRINTED = re.compile(r"\[?\{'(role|content|from|value)': ")
+"""How turns begin as Python prints them, and with it whoever writes a table without JSON."""
 
 SIDE = ""
 """In place of a dimension: on which side a response stands, 1 or -1, which is no rating."""
@@ -66,9 +86,8 @@ def load_preferences(
     for place, row in rows(source):
         try:
             prompt, rated = _read(row, place)
-            if dimensions is None and SIDE not in rated[0][1]:
-                dimensions = list(rated[0][1])
-            scored = _scored(rated, dimensions or [], weights, place)
+            own = None if SIDE in rated[0][1] else list(rated[0][1])
+            scored = _scored(rated, dimensions or own or [], weights, place)
             key = messages_key(prompt.messages)
             if seen.setdefault(prompt.id, key) != key:
                 raise PromptError(
@@ -77,7 +96,8 @@ def load_preferences(
         except PromptError as error:
             bad(error)
             continue
-        named = () if SIDE in rated[0][1] else tuple(dimensions or ())
+        dimensions = dimensions or own
+        named = () if own is None else tuple(dimensions or ())
         yield Preference(prompt, scored, place, named)
 
 
@@ -95,6 +115,7 @@ def refuse_bad_rows(
 
 def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, Ratings]]]:
     """The prompt of a row, and its responses with their ratings: by side, flag or dimension."""
+    row = _unfolded(row, place)
     if row.get("chosen") is not None or row.get("rejected") is not None:
         return _pair(row, place)
     name = next((name for name in RESPONSES if row.get(name) is not None), None)
@@ -106,6 +127,37 @@ def _read(row: Mapping[str, Any], place: str) -> tuple[Prompt, list[tuple[str, R
     raise PromptError(
         f"{place}: needs `chosen` and `rejected`, `responses` with `ratings`, or a `completion` "
         f"with its `label` (it has {sorted(name for name in row if row[name] is not None)})"
+    )
+
+
+def _unfolded(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
+    """The row with turns, responses and ratings that stand as text in it, as a table's cell has.
+
+    Raises `PromptError` for turns that are no JSON: they would be learnt as they stand.
+    """
+    found = dict(row)
+    for name in (*RESPONSES, *RATINGS, *TURNS):
+        cell = row.get(name)
+        if not isinstance(cell, str) or cell.lstrip()[:1] not in ("[", "{"):
+            continue
+        try:
+            value = json.loads(cell)
+        except (ValueError, RecursionError):
+            if name in TURNS and PRINTED.match(cell.lstrip()):
+                raise PromptError(
+                    f"{place}: `{name}` has turns as Python prints them: write them as JSON"
+                ) from None
+            continue
+        if name not in TURNS or _are_turns(value):
+            found[name] = value
+    return found
+
+
+def _are_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else [value]
+    speakers = [speaker(turn)[1] for turn in turns if isinstance(turn, Mapping)]
+    return len(speakers) == len(turns) > 0 and all(
+        isinstance(who, str) and who in (*ROLES, *SHAREGPT) for who in speakers
     )
 
 
@@ -219,7 +271,9 @@ def _inside(response: Any, name: str, place: str) -> Any:
 
 def _columns(ratings: Any, name: str, count: int, place: str) -> list[Any]:
     """The ratings of each response: from a list of them, or from a list a dimension."""
-    lists = ratings if isinstance(ratings, Mapping) else {"": ratings}
+    lists = {"": ratings}
+    if isinstance(ratings, Mapping):  # Parquet fills up an object that lacks one
+        lists = {dimension: each for dimension, each in ratings.items() if each is not None}
     for dimension, each in lists.items():
         if not isinstance(each, list) or len(each) != count:
             where = f"{name}.{dimension}".rstrip(".")
@@ -261,8 +315,7 @@ def _flagged(
     row: Mapping[str, Any], flag: str, place: str
 ) -> tuple[Prompt, list[tuple[str, Ratings]]]:
     value = row[flag]
-    whole = isinstance(value, float) and value.is_integer()  # of a column with gaps
-    score = GOOD_OR_BAD.get(str(int(value) if whole else value).strip().casefold())
+    score = GOOD_OR_BAD.get(str(value).strip().casefold())
     if score is None:
         raise PromptError(
             f"{place}: `{flag}` must be true, false, good, bad, 1 or 0, found {value!r:.60}"
@@ -289,8 +342,7 @@ def _prompt(row: Mapping[str, Any], place: str) -> Prompt:
         row = {**row, "prompt": None, "messages": row["prompt"]}
     turns = row.get("conversations")
     if isinstance(turns, list) and turns and isinstance(turns[-1], Mapping):
-        who = turns[-1].get("from", turns[-1].get("role"))
-        turns = turns[:-1] if who in ("gpt", "assistant") else turns
+        turns = turns[:-1] if speaker(turns[-1])[1] in ("gpt", "assistant") else turns
     asked = {name: row[name] for name in row if name not in ("output", "conversations")}
     return prompt_of(asked if turns is None else {**asked, "conversations": turns}, place)
 
@@ -301,6 +353,8 @@ def _answer(value: Any, name: str, place: str) -> tuple[list[dict[str, str]], st
         raise PromptError(f"{place}: `{name}` is missing")
     if isinstance(value, str):
         return [], checked_text(value, name, place)
+    if not isinstance(value, Mapping | list):
+        raise PromptError(f"{place}: `{name}` must be a text or turns, found {value!r:.60}")
     turns = sharegpt_turns([value] if isinstance(value, Mapping) else value, place, name)
     if not turns or turns[-1]["role"] != "assistant":
         raise PromptError(f"{place}: `{name}` must end with the assistant's turn")

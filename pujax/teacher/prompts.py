@@ -335,16 +335,22 @@ def sharegpt_turns(
         raise PromptError(f"{place}: `{name}` must be a list of turns")
     turns = []
     for index, turn in enumerate(conversations):
-        key = "role" if "role" in turn and "from" not in turn else "from"
-        who = turn.get(key)
+        key, who = speaker(turn)
         role = SHAREGPT.get(who, who) if isinstance(who, str) else who
         if role not in ROLES:
             raise PromptError(
                 f"{place}: `{name}[{index}].{key}` is {who!r:.60}: write human, gpt or system, or "
                 "take the turn out"
             )
-        turns.append({"role": role, "content": turn.get("value", turn.get("content"))})
+        said = turn.get("content") if turn.get("value") is None else turn["value"]
+        turns.append({"role": role, "content": said})
     return turns
+
+
+def speaker(turn: Mapping[str, Any]) -> tuple[str, Any]:
+    """Under which key a turn says who speaks, and who: null, as Parquet fills up, says nothing."""
+    key = "role" if turn.get("from") is None and turn.get("role") is not None else "from"
+    return key, turn.get(key)
 
 
 def _turns(messages: Any, place: str) -> tuple[dict[str, str], ...]:

@@ -29,6 +29,7 @@ def one(tmp_path, row, **settings):
     return preference.prompt.messages, [(r.text, r.score) for r in preference.responses]
 
 
+NULLS = {"from": None, "value": None}
 PAIR = ((user("Hi"),), [("Hello", 1.0), ("Go", -1.0)])
 
 
@@ -53,8 +54,18 @@ PAIR = ((user("Hi"),), [("Hello", 1.0), ("Go", -1.0)])
             "chosen": {"from": "gpt", "value": "Hello"},
             "rejected": {"from": "gpt", "value": "Go"},
         },
+        {  # as a table's cells have turns
+            "prompt": json.dumps([user("Hi")]),
+            "chosen": json.dumps([user("Hi"), assistant("Hello")]),
+            "rejected": json.dumps([user("Hi"), assistant("Go")]),
+        },
+        {  # as Parquet fills up turns
+            "conversations": [user("Hi") | NULLS, assistant("Hello") | NULLS],
+            "chosen": assistant("Hello") | NULLS,
+            "rejected": assistant("Go") | NULLS,
+        },
     ],
-    ids=["text", "messages", "turns", "conversations", "both", "alpaca", "sharegpt"],
+    ids=["text", "messages", "turns", "whole", "both", "alpaca", "sharegpt", "cells", "nulls"],
 )
 def test_a_pair_is_read_from_every_shape(tmp_path, row):
     assert one(tmp_path, row) == PAIR
@@ -114,6 +125,8 @@ def test_a_pairs_own_prompt_that_contradicts_the_conversations_is_refused(tmp_pa
         {"responses": ["a", "b"], "ratings": [1, 3.5]},
         {"completions": [{"text": "a", "rating": 1}, {"text": "b", "rating": 3.5}]},
         {"candidates": [{"content": "a", "score": 1}, {"content": "b", "score": 3.5}]},
+        {"completions": '["a", "b"]', "scores": "[1, 3.5]"},
+        {"responses": ["a", "b"], "ratings": {"x": [1, 3.5], "y": None}},
         {"responses": ["a", "b"], "ratings": [{"x": 0, "y": 2}, {"x": 3, "y": 4}]},
         {"responses": ["a", "b"], "ratings": {"x": [0, 3], "y": [2, 4]}},
         {
@@ -143,6 +156,21 @@ def test_one_id_is_of_one_prompt_however_many_rows_it_has(tmp_path):
         list(load_preferences(other))
 
 
+def test_a_row_that_is_left_out_does_not_say_which_dimensions_there_are(tmp_path):
+    rated = {"prompt": "Hi", "responses": ["a", "b"]}
+    bad, good = [{"y": 1}, {"x": 1}], [{"x": 1}, {"x": 2}]
+    rows = [{**rated, "ratings": ratings} for ratings in (bad, good, good)]
+    errors = []
+    found = load_preferences(write(tmp_path / "p.jsonl", *rows), bad=errors.append)
+    assert [each.dimensions for each in found] == [("x",), ("x",)]
+    assert len(errors) == 1
+
+
+def test_a_text_that_is_json_but_no_turns_stays_a_text(tmp_path):
+    row = {"prompt": "Hi", "chosen": '[{"role": "cook"}]', "rejected": '{"value": 3}'}
+    assert one(tmp_path, row)[1] == [(row["chosen"], 1.0), (row["rejected"], -1.0)]
+
+
 def test_dimensions_have_weights(tmp_path):
     row = {
         "prompt": "Hi",
@@ -163,6 +191,7 @@ def test_dimensions_have_weights(tmp_path):
         ({"prompt": "Hi", "response": "a", "label": "bad"}, -1.0),
         ({"prompt": "Hi", "response": "a", "label": 1}, 1.0),
         ({"prompt": "Hi", "response": "a", "label": 0.0}, -1.0),
+        ({"prompt": "Hi", "response": "a", "label": "0.0"}, -1.0),
         ({"instruction": "Hi", "output": "a", "kto_tag": True}, 1.0),
         (
             {
@@ -217,6 +246,8 @@ TWO = {"prompt": "Hi", "responses": ["a", "b"]}
         ),
         ({**GOOD, "rejected": None}, "`rejected` is missing"),
         ({**GOOD, "chosen": " "}, "`chosen` must be a text that isn't empty"),
+        ({**GOOD, "chosen": str([assistant("x")])}, "`chosen` has turns as Python prints them"),
+        ({**GOOD, "chosen": 5}, "`chosen` must be a text or turns, found 5"),
         ({**GOOD, "chosen": [user("x")]}, "`chosen` must end with the assistant's turn"),
         (
             {
