@@ -2,18 +2,23 @@
 
 import json
 import os
+import zlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pujax.errors import EvaluationError
+from pujax.errors import DiskError, EvaluationError
 from pujax.files.durable import on_disk, read_jsonl, refuse_other, write_whole
-from pujax.records import Example, Prompt
+from pujax.records import Example, Prompt, canonical
 
 if TYPE_CHECKING:  # jax with them, which comparing answers does not need
     from pujax.models.decoder import LanguageModel
     from pujax.types import Batch, Frames, Params
+
+SEAL = "crc32"
+"""The key of a shared record's checksum in its file."""
 
 Judge = Callable[[Sequence[Prompt]], Mapping[str, str]]
 """Questions to what was said to each, by its id; what got no usable answer is left out."""
@@ -122,6 +127,29 @@ class Records:
         """Write the file anew, with these alone."""
         if self._path is not None:
             write_whole(self._path, _lines([self._asked, *records]))
+
+
+class SharedRecords:
+    """Records that other models have too: as `Records`, with a checksum in each line of the file.
+
+    Where no more can be written they are kept in memory alone. Raises `EvaluationError` for a
+    record that is not as it was kept.
+    """
+
+    def __init__(self, kept: Records) -> None:
+        self._kept = kept
+        self.found: dict[str, dict[str, Any]] = {}
+        for name, line in kept.found.items():
+            record = {key: value for key, value in line.items() if key != SEAL}
+            if line.get(SEAL) != zlib.crc32(canonical(record)):
+                raise EvaluationError(f"{name}: is not the record that was kept")
+            self.found[name] = record
+
+    def add(self, records: Sequence[dict[str, Any]]) -> None:
+        """Keep more of them, on the disk where that may be written."""
+        self.found |= {record["id"]: record for record in records}
+        with suppress(DiskError):
+            self._kept.add([{**each, SEAL: zlib.crc32(canonical(each))} for each in records])
 
 
 def _lines(records: Sequence[Mapping[str, Any]]) -> bytes:

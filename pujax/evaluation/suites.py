@@ -31,7 +31,7 @@ from pujax.evaluation.judging import first_is_better, question
 from pujax.evaluation.metrics import MetricFn, correct
 from pujax.evaluation.signal import Signal, signal_of
 from pujax.evaluation.statistics import Difference, few, interval_of_mean
-from pujax.evaluation.subjects import Judge, Records, Subject, SuiteAnswer
+from pujax.evaluation.subjects import Judge, Records, SharedRecords, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
 from pujax.evaluation.waiting import through
 from pujax.method.scoring import ScoringContext
@@ -333,7 +333,7 @@ def ranking(
     subject: Subject,
     reference: Subject,
     records: Records | None = None,
-    drawn: Records | None = None,
+    drawn: Records | SharedRecords | None = None,
     *,
     oracle: MetricFn = correct,
     otherwise: MetricFn | None = None,
@@ -349,7 +349,8 @@ def ranking(
     that the oracle orders among candidates that the reference draws for a prompt, so that every
     model that came of it is asked about the same. Beside the model stand the reference itself and
     the optimum of DPO's objective from there. Each is the mean over prompts of the share of its
-    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts.
+    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts, and for a model to
+    which the reference's tokens are none of its own.
 
     Settings:
         oracle: a metric of texts: what truly orders the candidates.
@@ -370,6 +371,7 @@ def ranking(
     rated = [example for example in reference.examples if example.given]
     kept = rated or [e for e in reference.examples if regard(e, "")[0] is not None]
     check_enough(len(kept))
+    _refuse_other_tokens(subject, kept)
     draw = given_with if rated else drawing(reference, samples, temperature, seed)
     most = max(len(example.given) for example in kept) or samples
     policy_sums, reference_sums = (_summing(each, most) for each in (subject, reference))
@@ -443,6 +445,22 @@ def ranking(
         "bootstrap over prompts." + few(len(shares)),
         tuple(dict(record) for record in found),
     )
+
+
+def _refuse_other_tokens(subject: Subject, asked: Sequence[Example]) -> None:
+    """Raise `EvaluationError` where the subject reads otherwise what the reference was `asked`."""
+
+    def read(example: Example) -> list[tuple[int, ...]]:
+        return [example.prompt_ids, *(given.ids for given in example.given)]
+
+    own = {example.prompt.id: read(example) for example in subject.examples}
+    for example in asked:
+        if own.get(example.prompt.id) != read(example):
+            raise EvaluationError(
+                f"prompt {example.prompt.id!r} or its responses are other tokens to the model than "
+                "to the reference, whose candidates say nothing to it: name one of the same "
+                "tokenizer and chat template"
+            )
 
 
 def _summing(subject: Subject, most: int) -> Callable[[Sequence[Candidates]], list[list[float]]]:

@@ -207,7 +207,9 @@ def _refuse_other(folder: Path, name: str, asked: Mapping[str, Any]) -> None:
             differing = [key for key in differing if key != "model"]
         if differing:
             which = [
-                "data.heldout, data.anchors or eval.prompts" if key == PROMPTS else key
+                "data.heldout, data.anchors, data.dimensions or eval.prompts"
+                if key == PROMPTS
+                else key
                 for key in differing
             ]
             raise EvaluationError(

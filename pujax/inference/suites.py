@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +18,7 @@ from pujax.evaluation.results import Evaluation
 from pujax.evaluation.subjects import (
     Judge,
     Records,
+    SharedRecords,
     Subject,
     SuiteAnswer,
     keep_answer,
@@ -94,7 +96,7 @@ def answered(
     return answer, kept
 
 
-def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
+def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records | SharedRecords:
     """What was kept of the same question to other models; in memory alone without a folder."""
     if shared is None:
         return Records()
@@ -107,11 +109,13 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records:
     except DiskError:  # one that is another's, say: it is made again then
         return Records()
     path = shared / f"{name}-{_digest(asked)[:32]}.jsonl"
-    try:
-        return Records(path, asked)
-    except (EvaluationError, RecordError):  # damaged: made again, as its other log-probs are
-        path.unlink()
-        return Records(path, asked)
+    for _ in range(2):
+        try:
+            return SharedRecords(Records(path, asked))
+        except (EvaluationError, RecordError, OSError):  # made again, as its other log-probs are
+            with suppress(OSError):
+                path.unlink()
+    return Records()  # something is in its place that stays there
 
 
 def _digest(asked: Any) -> str:

@@ -277,8 +277,17 @@ def load_heldout(
     Nobody is asked; `say` is told how many prompts are left out. Raises `DataError` where the store
     lacks what the run had, and what reading prompts and anchors raises.
     """
+
+    def left_out(count: int, why: str) -> None:
+        if count:
+            say(f"{counted(count, 'held-out prompt is', 'held-out prompts are')} left out: {why}")
+
+    longer = f"longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"
     if config.data.anchors is None:
-        return _once(make_preferences(config.data.heldout, chat, config.data), say)
+        rated = make_preferences(config.data.heldout, chat, config.data)
+        left_out(rated.bad_rows, "their rows can't be used, data.on_bad_row=drop")
+        left_out(rated.dropped, longer)
+        return _once(rated, say)
     fitted, dropped = _fit(load_prompts(config.data.heldout), chat, config.data)
     anchors = anchors_for(
         [each.prompt for each in fitted],
@@ -288,13 +297,8 @@ def load_heldout(
         say=lambda line: None,
     )
     dataset = _answered(fitted, dropped, anchors, chat, config.data)
-    for count, why in (
-        (len(fitted) - len(dataset.examples), "the teacher gave no usable answer"),
-        (dropped, f"longer than data.max_prompt_tokens={config.data.max_prompt_tokens}"),
-    ):
-        if count:
-            left = counted(count, "held-out prompt is", "held-out prompts are")
-            say(f"{left} left out: {why}")
+    left_out(len(fitted) - len(dataset.examples), "the teacher gave no usable answer")
+    left_out(dropped, longer)
     return dataset
 
 

@@ -292,6 +292,21 @@ def test_what_the_reference_drew_is_there_for_the_next_model(subject, tmp_path):
         assert one | {"logps": []} == two | {"logps": []}
 
 
+def test_a_model_of_another_tokenizer_is_not_asked_about_the_references_tokens(subject):
+    first, *rest = subject.examples
+    rated = [replace(e, given=(Given((5, 2), 1.0), Given((7, 2), 0.0))) for e in (first, *rest)]
+    (given, other) = rated[0].given[0], replace(rated[0].given[0], ids=(9, 2))
+    for reference, own in (
+        (subject.examples, [replace(first, prompt_ids=(9,)), *rest]),
+        (subject.examples, rest),
+        (rated, [replace(rated[0], given=(other, given)), *rated[1:]]),
+    ):
+        with pytest.raises(EvaluationError, match="prompt 'p0' .* of the same tokenizer and chat"):
+            suites.ranking(
+                replace(subject, examples=own), replace(subject, examples=reference), oracle=words
+            )
+
+
 def test_rated_responses_are_the_pairs_where_prompts_have_them(subject, tmp_path):
     first, second, *rest = subject.examples
     ids = ((5, 6, 2), (7, 2), (8, 9, 10, 2))

@@ -102,7 +102,9 @@ def test_a_runs_model_is_asked_another_split_once_and_its_own_table_stays(finish
     there = f"out={finished}/heldout-test"
     status, said = called(f"run={finished}", f"data.heldout={finished.parent}/other.jsonl", there)
     assert status == 1
-    assert "was made with other data.heldout, data.anchors or eval.prompts, eval.samples, e" in said
+    assert (
+        "was made with other data.heldout, data.anchors, data.dimensions or eval.prompts, e" in said
+    )
     assert "out=FOLDER" in said
 
 
@@ -167,7 +169,9 @@ def test_ratings_are_weighed_and_rows_left_out_without_a_run_too(finished, calle
         rated.read_text() + json.dumps({"prompt": "!", "chosen": "a", "rejected": "a"}) + "\n"
     )
     dropped = replace(data, heldout=f"{finished.parent}/one.jsonl", on_bad_row="drop")
-    assert len(load_heldout(split_of(None, dropped, MeasureConfig()).config, chat).examples) == 1
+    config, told = split_of(None, dropped, MeasureConfig()).config, []
+    assert len(load_heldout(config, chat, told.append).examples) == 1
+    assert told == ["1 held-out prompt is left out: their rows can't be used, data.on_bad_row=drop"]
     status, said = called(asked[0], "data.heldout={}")
     assert status == 1
     assert "data.heldout" in said

@@ -151,7 +151,7 @@ def test_what_a_reference_drew_is_of_its_weights_and_prompts_and_of_no_one_run(
         "def mine(subject, reference, drawn):\n"
         "    from pujax.evaluation.subjects import SuiteAnswer\n"
         "    found = list(drawn.found)\n"
-        "    drawn.add([{'id': 'drawn'}])\n"
+        "    drawn.add([{'id': 'drawn', 'logps': [-1.5]}])\n"
         "    return SuiteAnswer(('found',), (tuple(found) or ('nothing',),), '', ())\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -175,6 +175,13 @@ def test_what_a_reference_drew_is_of_its_weights_and_prompts_and_of_no_one_run(
     kept.write_text("{torn\n" + kept.read_text())
     assert found("b", params) == (("nothing",),)
     assert found("b", params) == (("drawn",),)
+    kept.write_text(kept.read_text().replace("-1.5", "-7.5"))  # as a disk changes a bit
+    assert found("b", params) == (("nothing",),)
+    assert found("b", params) == (("drawn",),)
+    kept.unlink()
+    kept.mkdir()
+    assert found("b", params) == found("b", params) == (("nothing",),)
+    kept.rmdir()
     assert found("b", params, shared=None) == (("nothing",),)
     assert found("b", params, shared=tmp_path / "my_suites.py" / "no") == (("nothing",),)
     assert found("c", jax.tree.map(lambda x: x + 1, params)) == (("nothing",),)
