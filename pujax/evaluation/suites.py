@@ -349,8 +349,8 @@ def ranking(
     that the oracle orders among candidates that the reference draws for a prompt, so that every
     model that came of it is asked about the same. Beside the model stand the reference itself and
     the optimum of DPO's objective from there. Each is the mean over prompts of the share of its
-    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts, and for a model to
-    which the reference's tokens are none of its own.
+    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts, and for a model
+    that reads them as other tokens than the reference.
 
     Settings:
         oracle: a metric of texts: what truly orders the candidates.

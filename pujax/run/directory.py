@@ -15,7 +15,7 @@ from typing import Any
 
 from pujax.config.settings import TrainConfig
 from pujax.errors import ConfigError, InUse, PujaxError
-from pujax.evaluation.metrics import METRICS, PAIRS
+from pujax.evaluation.metrics import PAIRS
 from pujax.files.durable import on_disk, write_whole
 from pujax.files.settings import (
     DONE,
@@ -335,14 +335,14 @@ def _differing(
     """The settings, by dotted key, in which two runs' numbers could differ, and those swept.
 
     A setting that `stored` lacks is younger than that run, which had what is the default now. So
-    is a metric that every run has now; where `stored` has no metrics at all, so is any.
+    is a metric of pairs, which came later; where `stored` has no metrics at all, so is any.
     """
     before, now = flat(stored), flat(given)
     had = {key.split(".")[2] for key in before if key.startswith("eval.metrics.")}
     younger = [
         f"eval.metrics.{name}"
         for name in given["eval"]["metrics"].keys() - had
-        if not had or name in (*METRICS, *PAIRS)
+        if not had or name in PAIRS
     ]
     now = {key: value for key, value in now.items() if not within(key, younger)}
     choosing = now.get("checkpoint.best") is not None

@@ -340,7 +340,7 @@ def test_a_setting_that_is_younger_than_the_run_counts_as_its_default(tmp_path):
         begun(f"run.dir={directory}", "optim.max_skipped=5")
 
 
-def test_a_metric_that_every_run_has_now_is_younger_than_the_run_and_another_is_one_more(tmp_path):
+def test_a_metric_that_came_later_is_younger_than_the_run_and_another_is_one_more(tmp_path):
     directory = begun(f"run.dir={tmp_path}/run")
     stored = yaml.safe_load((directory / "config.yaml").read_text())
     del stored["eval"]["metrics"]["pair_accuracy"], stored["eval"]["metrics"]["pair_margin"]
@@ -351,6 +351,10 @@ def test_a_metric_that_every_run_has_now_is_younger_than_the_run_and_another_is_
         begun(f"run.dir={directory}", "+eval=distinct_2")
     with pytest.raises(ConfigError, match=r"eval\.metrics\.exact\.digits was 3, is 2"):
         begun(f"run.dir={directory}", "eval.metrics.exact.digits=2")
+    del stored["eval"]["metrics"]["rouge_l"]  # which was there from the beginning: left out
+    (directory / "config.yaml").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"eval\.metrics\.rouge_l\.\S+ was None"):
+        begun(f"run.dir={directory}")
 
 
 @pytest.mark.parametrize("name", ["pujax.losses.dpo", "pujax.method.losses.dpo"])
