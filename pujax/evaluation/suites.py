@@ -366,7 +366,8 @@ def ranking(
     require(0 < beta < math.inf, "suite.beta", beta, "must be positive and finite")
     require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
     require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
-    records, drawn = (Records() if each is None else each for each in (records, drawn))
+    records = Records() if records is None else records
+    drawn = Records() if drawn is None else drawn
     regard = regarding(oracle, otherwise)
     rated = [example for example in reference.examples if example.given]
     kept = rated or [e for e in reference.examples if regard(e, "")[0] is not None]
