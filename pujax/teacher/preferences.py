@@ -155,9 +155,11 @@ def _unfolded(row: Mapping[str, Any], place: str) -> Mapping[str, Any]:
 
 def _are_turns(value: Any) -> bool:
     turns = value if isinstance(value, list) else [value]
-    speakers = [speaker(turn)[1] for turn in turns if isinstance(turn, Mapping)]
-    return len(speakers) == len(turns) > 0 and all(
-        isinstance(who, str) and who in (*ROLES, *SHAREGPT) for who in speakers
+    return bool(turns) and all(
+        isinstance(turn, Mapping)
+        and speaker(turn)[1] in (*ROLES, *SHAREGPT)
+        and any(isinstance(turn.get(name), str) for name in ("content", "value"))
+        for turn in turns
     )
 
 

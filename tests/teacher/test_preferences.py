@@ -167,7 +167,7 @@ def test_a_row_that_is_left_out_does_not_say_which_dimensions_there_are(tmp_path
 
 
 def test_a_text_that_is_json_but_no_turns_stays_a_text(tmp_path):
-    row = {"prompt": "Hi", "chosen": '[{"role": "cook"}]', "rejected": '{"value": 3}'}
+    row = {"prompt": "Hi", "chosen": '[{"role": "user", "name": "Al"}]', "rejected": '{"value": 3}'}
     assert one(tmp_path, row)[1] == [(row["chosen"], 1.0), (row["rejected"], -1.0)]
 
 
