@@ -9,7 +9,7 @@ from pujax.config.commands import command, in_new_words
 from pujax.config.functions import foresee, foresee_metrics
 from pujax.config.settings import EvalConfig
 from pujax.config.tool_settings import EvaluateConfig, HeldoutConfig
-from pujax.errors import ConfigError, EvaluationError, PromptError
+from pujax.errors import EvaluationError, PromptError
 from pujax.files.durable import refuse_unwritable
 from pujax.files.locate import at_home
 from pujax.files.settings import SETTINGS, flat, kept_settings
@@ -71,13 +71,7 @@ def _require_sources(settings: EvaluateConfig, directories: Sequence[Path]) -> N
     asks = settings.suite is None  # whether a model is asked, and not what was answered before
     if settings.suite is not None:
         suite = foresee(settings.suite, "suite", settings.trusted)
-        wanted = signature(suite).parameters
-        asks = not {"subject", "reference"}.isdisjoint(wanted)
-        if "reference" in wanted and not directories:
-            raise ConfigError(
-                "missing value for run: this suite asks for the reference of a run: set "
-                "run=DIRECTORY"
-            )
+        asks = not {"subject", "reference"}.isdisjoint(signature(suite).parameters)
     if settings.teacher.protocol is not None:
         foresee(settings.teacher.protocol, "teacher.protocol", settings.trusted)
     anew = settings.splits or settings.suite is not None

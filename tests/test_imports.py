@@ -135,7 +135,6 @@ WRONG = {
     "adapt model=m.gguf out=a.safetensors task=x fitted=[b.st,b.st]": "b.st has no task: fit it wi",
     "evaluate run=run eval.temperature=0": "eval.temperature=0.0: must be positive",
     "evaluate run=run data.heldout=h.txt data.anchors=s.jsonl": "1 prompt has no anchor (“Hi” in h",
-    "evaluate model=m data.heldout=h.txt suite=ranking": "suite asks for the reference of a",
     "evaluate run=far suite=ranking": "gone.jsonl: no such file in ",
     "evaluate run=run out=/dev/null/x": "/dev/null/x can't be written (Not a dir",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",

@@ -347,10 +347,10 @@ def ranking(
 
     The pairs are those of the held-out prompts' rated responses, where they have such, and else all
     that the oracle orders among candidates that the reference draws for a prompt, so that every
-    model that came of it is asked about the same. Beside the model stand the reference itself and
-    the optimum of DPO's objective from there. Each is the mean over prompts of the share of its
-    pairs. Raises `EvaluationError` when the oracle orders fewer than two prompts, and for a model
-    that reads them as other tokens than the reference.
+    model that came of it is asked about the same. Beside the model stand the reference itself,
+    where that is another, and the optimum of DPO's objective from there. Each is the mean over
+    prompts of the share of its pairs. Raises `EvaluationError` when the oracle orders fewer than
+    two prompts, and for a model that reads them as other tokens than the reference.
 
     Settings:
         oracle: a metric of texts: what truly orders the candidates.
@@ -405,6 +405,8 @@ def ranking(
             Candidates(example, tuple(map(tuple, each["ids"])), tuple(each["candidates"]))
             for example, each in zip(some, begin, strict=True)
         ]
+        sums = [each["ref_logps"] for each in begin]
+        of_policy = sums if reference is subject else policy_sums(groups)
         records.add(
             [
                 {
@@ -413,7 +415,7 @@ def ranking(
                     "logps": policy,
                     "ref_logps": each["ref_logps"],
                 }
-                for each, policy in zip(begin, policy_sums(groups), strict=True)
+                for each, policy in zip(begin, of_policy, strict=True)
             ]
         )
     found = [records.found[example.prompt.id] for example in kept]
@@ -429,9 +431,10 @@ def ranking(
         sampled = f"({samples} of the reference at temperature {temperature})"
         whose = f"whose candidates {sampled} the oracle orders"
     rows = []
+    before = [("the reference", ("reference raw", "reference per token"))]
     for name, cells in (
         ("the model", ("raw", "per token")),
-        ("the reference", ("reference raw", "reference per token")),
+        *([] if reference is subject else before),
         ("DPO's optimum", ("idealised", None)),
     ):
         values = [

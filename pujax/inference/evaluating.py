@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,6 +62,7 @@ def asked(settings: EvaluateConfig, directories: Sequence[Path]) -> tuple[SuiteA
     if settings.teacher.asks and not settings.collect.dry_run:
         refuse_unwritable(store.parent)
 
+    @cache  # it may be the reference too
     def subject() -> tuple[Subject, Any]:
         paths = settings.models or list(map(str, directories))
         require(len(paths) == 1, "model", paths, "this suite asks one model: name one")
@@ -84,17 +86,22 @@ def asked(settings: EvaluateConfig, directories: Sequence[Path]) -> tuple[SuiteA
         teacher = with_protocol(settings.teacher, settings.trusted)
         return suites.offered_judge(teacher, settings.collect, store)
 
+    def reference() -> tuple[Subject, Any]:
+        if not directories:  # what the model would learn from, before it has learnt
+            return subject()
+        return suites.offered_reference(directory, config)
+
     offers = {
         "subject": subject,
-        "reference": lambda: suites.offered_reference(directory, config),
+        "reference": reference,
         "answers": answers,
         "judge": judge,
     }
-    cache = None if directory is None else config.data.reference_cache
+    known = None if directory is None else config.data.reference_cache
     return suites.answered(
         settings.suite,
         folder,
         offers,
-        shared=None if cache is None else Path(cache),
+        shared=None if known is None else Path(known),
         trusted=settings.trusted,
     )

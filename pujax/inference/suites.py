@@ -141,7 +141,7 @@ def offered_subject(config: TrainConfig, path: str) -> tuple[Subject, Any]:
 def offered_reference(directory: Path | None, config: TrainConfig) -> tuple[Subject, Any]:
     """What the alignment of the run in `directory` started from, with the prompts of `config`."""
     if directory is None:
-        raise ConfigError("run=None: this suite asks for the reference of a run: set run=DIRECTORY")
+        raise ConfigError("run: this suite asks for the reference of one run: set run=DIRECTORY")
     compile_once()
     from pujax.inference.heldout import reference_for
     from pujax.run.checkpoint import checksums

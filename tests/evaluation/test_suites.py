@@ -269,13 +269,16 @@ def test_shares_of_pairs_are_of_those_that_the_oracle_orders():
 
 
 def test_a_model_that_is_its_own_reference_ranks_as_that(subject):
-    found = suites.ranking(subject, subject, oracle=words, samples=4, beta=1e-3)
+    found = suites.ranking(replace(subject), subject, oracle=words, samples=4, beta=1e-3)
     rows = {row[0]: row[1:] for row in found.rows}
     assert rows["the model"] == rows["the reference"]
     assert rows["DPO's optimum"] == ("1.000 [1.000, 1.000]", "–")
     for record in found.records:
         assert record["logps"] == record["ref_logps"]
         assert all(logp < 0 for logp in record["logps"])
+    alone = suites.ranking(subject, subject, oracle=words, samples=4, beta=1e-3)  # without a run
+    assert alone.rows == tuple(row for row in found.rows if row[0] != "the reference")
+    assert alone.records == found.records
     build(of_file("ranking"), "suite")
     build(of_file("winrate"), "suite")
 

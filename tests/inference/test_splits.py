@@ -143,6 +143,9 @@ def test_preferences_are_held_out_without_a_run_too(finished, called):
     assert [row.values["pair_accuracy"] for row in rows] == [1.0] * 3
     margins = [row.values["pair_margin"] for row in rows]
     assert all(margin is not None and margin > 0 for margin in margins)
+    status, said = called(*asked, "eval.batch=2", "suite=ranking", f"out={finished.parent}/ranked")
+    assert status == 0, said
+    assert "the model" in said and "the reference" not in said
 
 
 def test_prompts_without_answers_are_told_how_they_were_read(finished, called):
