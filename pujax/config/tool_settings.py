@@ -94,8 +94,8 @@ class HeldoutConfig:
     What is null is as the run has it, and without a run `DataConfig`'s default.
 
     Attributes:
-        heldout: prompts, or without `anchors` preferences: a file, a list of files, or a mapping as
-            for `data.prompts`.
+        heldout: prompts, or without `anchors` preferences, also for a run that learnt from prompts:
+            a file, a list of files, or a mapping as for `data.prompts`.
         anchors: the store that answers them.
         dimensions: weights of preferences' ratings by name.
         on_bad_row: what a row of preferences is that can't be used: error, drop.

@@ -44,12 +44,14 @@ PROMPTS = "data.heldout or data.anchors"
 class Split:
     """Held-out prompts, how they are laid out and measured, and the folder that keeps the answers.
 
-    The settings are as far as held-out prompts go; `trusted` of them is the caller's.
+    The settings are as far as held-out prompts go; `trusted` of them is the caller's. `learnt` is
+    what the run was trained on.
     """
 
     config: TrainConfig
     metrics: Mapping[str, Metric]
     folder: Path
+    learnt: DataConfig
 
 
 def split_of(
@@ -63,18 +65,23 @@ def split_of(
 ) -> Split:
     """The prompts of `data` where it has any, laid out and measured as by the run in `directory`.
 
-    `teacher` is whose anchors. Raises `ConfigError`, and `EvaluationError` for a run whose settings
-    can't be read.
+    Rows of rated responses are preferences, as long as `data` has no anchors: also of a run whose
+    own prompts a store answers. `teacher` is whose anchors. Raises `ConfigError`, and
+    `EvaluationError` for a run whose settings can't be read.
     """
     own = TrainConfig(eval=EvalConfig(), trusted=list(trusted))
     if directory is not None:
         own = run_config(directory, trusted)
-    of_data = over(DataConfig(anchors=None) if directory is None else own.data, data)
+    before = DataConfig(anchors=None) if directory is None else own.data
+    rated = before.anchors is not None and data.anchors is None and _rated(data.heldout)
+    if rated:  # its prompts with them, which no settings may have without anchors
+        before = replace(before, anchors=None, prompts=MISSING)
+    of_data = over(before, data)
     of_eval = over(own.eval, measured)
     nodes = {**own.eval.metrics, **measured.metrics}
     metrics = {
         **build_metrics(own.eval, own.trusted),
-        **(PAIRS if directory is None and of_data.anchors is None else {}),
+        **(PAIRS if rated or (directory is None and of_data.anchors is None) else {}),
         **build_metrics(replace(own.eval, metrics=nodes), own.trusted),
     }
     if data.heldout is not None:
@@ -95,7 +102,15 @@ def split_of(
         folder = at_home(out)
     if (folder / "config.yaml").exists():
         raise ConfigError(f"out={out!r}: is a run's directory, which has a table of its own")
-    return Split(config, metrics, folder)
+    return Split(config, metrics, folder, own.data)
+
+
+def _rated(source: Any) -> bool:
+    """Whether rows have responses that someone rated; False for what can't be read at all."""
+    try:
+        return source is not None and any(load_preferences(source, bad=lambda error: None))
+    except PujaxError:
+        return False
 
 
 def _stem(source: Any) -> str:
@@ -130,7 +145,7 @@ def evaluated(
     }
     asked["model"] = model_digest(path)
     _refuse_other(split.folder, name, asked)
-    if warning := warning_of_training([e.prompt for e in examples], split.config.data):
+    if warning := warning_of_training([e.prompt for e in examples], split.learnt):
         say(warning)
     if kept.exists():
         say(f"{kept}: has been evaluated")

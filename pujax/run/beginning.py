@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from pujax.config.settings import TrainConfig
 from pujax.evaluation.waiting import about, duration
+from pujax.method.labels import takes_members
 from pujax.method.step import Recipe
 from pujax.models.decoder import DecoderConfig
 from pujax.models.parameters import param_shapes
@@ -45,10 +46,7 @@ def work(
     """What the run learns from, its steps, and about how long and how large it will be."""
     asked = heldout.examples[: config.eval.prompts]
     sft, align = config.sft, config.align
-    candidates = data.candidates or config.sampling.candidates
     loss = str(config.loss.get("_target_", "")).rpartition(".")[2]
-    trained = len(data.examples)
-    given = ", given with their scores" if data.candidates else ""
     answered = [(each.prompt, each.anchor) for each in data.with_anchors.examples]
     told = judged(answered)
     if config.data.anchors is not None and Path(config.data.anchors).is_file():
@@ -56,11 +54,11 @@ def work(
     lines = [
         f"anchors: {_whose(config)}; prompts to {data.prompt_size} tokens, responses to "
         f"{data.response_size}",
-        *(f"the teacher's answers: {name} {words}" for name, words in told.items()),
-        f"sft: {_steps(sft.steps, sft.batch, len(data.with_anchors.examples))}",
+        *(f"{_whence(data)}: {name} {words}" for name, words in told.items()),
+        *_ratings(config, recipe, data),
+        *_stage("sft", sft.steps, sft.batch, data.with_anchors),
         *_too_often(sft.steps, sft.batch, len(data.with_anchors.examples)),
-        f"align: {_steps(align.steps, align.prompts, trained)}"
-        + (f", {candidates} candidates each{given}, {loss}" if align.steps else ""),
+        *_stage("align", align.steps, align.prompts, data, config.sampling.candidates, loss),
         f"evaluation: {counted(len(asked), 'held-out prompt')}, of the base and after each stage",
     ]
     seconds = forecast(config, student.model, recipe, data, asked).seconds(
@@ -98,6 +96,46 @@ def _steps(steps: int, batch: int, prompts: int) -> str:
         return "none"
     through = f", {steps * batch / prompts:.2g} times through {prompts}" if prompts else ""
     return f"{counted(steps, 'step')} of {counted(batch, 'prompt')}{through}"
+
+
+def _stage(
+    name: str, steps: int, prompts: int, data: Dataset, sampled: int = 0, by: str = ""
+) -> list[str]:
+    """What a stage takes of each part of the data, and of candidates where any are `sampled`."""
+    if not steps:
+        return [f"{name}: none"]
+    others = 0 if data.other is None else int(steps * data.share + 1e-9)
+    taken = ((data, steps - others), (data.other, others))
+    lines = []
+    for (part, count), key in zip(taken, data.parts, strict=False):
+        if part is None or not count:
+            continue
+        whose = "" if data.other is None else f" of {key}"
+        given = ", given with their scores" if part.candidates else ""
+        each = f", {part.candidates or sampled} candidates each{given}, {by}" if sampled else ""
+        lines.append(f"{name}: {_steps(count, prompts, len(part.examples))}{whose}{each}")
+    return lines
+
+
+def _whence(data: Dataset) -> str:
+    """What the anchors are that SFT learns from."""
+    return "the teacher's answers" if "data.prompts" in data.parts else "the best responses"
+
+
+def _ratings(config: TrainConfig, recipe: Recipe, data: Dataset) -> list[str]:
+    """By which dimensions given candidates are rated, in the order of `labels.weights`, and how."""
+    names = max((part.dimensions for part in data.parts.values()), key=len)
+    if len(names) < 2:
+        return []
+    weights, how = config.data.dimensions.values(), "data.dimensions"
+    if takes_members(recipe.labels):
+        weights, how = getattr(recipe.labels, "keywords", {}).get("weights"), "labels.weights"
+    elif recipe.needs.members:
+        weights, how = None, "one by one"
+    if not weights:
+        return [f"ratings: {', '.join(names)}, {'one by one' if how == 'one by one' else 'alike'}"]
+    told = (f"{name} {weight:g}" for name, weight in zip(names, weights, strict=True))
+    return [f"ratings: {', '.join(told)}, by {how}"]
 
 
 MANY, SOME = 10, 4  # passes of SFT over the prompts from which on it is said, and advised instead

@@ -145,7 +145,8 @@ def test_preferences_are_held_out_without_a_run_too(finished, called):
     assert all(margin is not None and margin > 0 for margin in margins)
     status, said = called(*asked, "eval.batch=2", "suite=ranking", f"out={finished.parent}/ranked")
     assert status == 0, said
-    assert "the model" in said and "the reference" not in said
+    assert "the model" in said
+    assert "the reference" not in said
 
 
 def test_prompts_without_answers_are_told_how_they_were_read(finished, called):
@@ -190,6 +191,14 @@ def test_what_is_not_said_of_a_split_is_as_the_run_has_it(finished):
     assert split.config.data.max_response_tokens == 8
     assert split.config.data.anchors == str(QUICKSTART / "anchors.jsonl")
     assert (split.config.eval.prompts, split.config.eval.batch) == (None, 2)
+    rated = finished.parent / "pairs.jsonl"
+    rated.write_text(json.dumps({"prompt": "?", "chosen": "a", "rejected": "b"}) + "\n")
+    pairs = split_of(finished, HeldoutConfig(str(rated)), MeasureConfig())  # and no such run
+    assert pairs.config.data.anchors is None
+    assert "pair_accuracy" in pairs.metrics
+    assert pairs.learnt == split.learnt
+    store = HeldoutConfig(str(rated), anchors="answers.jsonl")
+    assert split_of(finished, store, MeasureConfig()).config.data.anchors == "answers.jsonl"
     own = split_of(finished, HeldoutConfig(max_response_tokens=4), MeasureConfig())
     assert own.folder == finished / "heldout-heldout"
     assert own.config.eval.prompts == 1

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from functools import partial
 
 import jax.numpy as jnp
 import pytest
@@ -15,11 +16,15 @@ from pujax.config.settings import (
     SftConfig,
     TrainConfig,
 )
+from pujax.method import labels
 from pujax.models.decoder import LanguageModel
 from pujax.models.sharding import make_mesh
+from pujax.records import Given
 from pujax.run import beginning
 from pujax.run.student import Student
 from pujax.teacher.settings import TeacherConfig
+
+GIVEN = Given((8,), 1.0, (1.0, 0.0))
 
 CONFIG = TrainConfig(
     model=ModelConfig(path="mine"),
@@ -58,6 +63,43 @@ def test_a_run_says_how_much_it_will_do(student):
     ]
     rest = dataclasses.replace(CONFIG, align=AlignConfig(steps=0))
     assert "align: none" in beginning.work(rest, student, recipe(), dataset(8), dataset(3))
+
+
+@pytest.mark.parametrize(
+    ("labelled", "dimensions", "said"),
+    [
+        ({"weights": [0.7, 0.3]}, {}, "helpful 0.7, brief 0.3, by labels.weights"),
+        ({}, {}, "helpful, brief, alike"),
+        (None, {"helpful": 1.0, "brief": 2.0}, "helpful 1, brief 2, by data.dimensions"),
+        (None, {}, "helpful, brief, alike"),
+    ],
+)
+def test_a_run_says_what_its_preferences_are_rated_by_and_take(student, labelled, dimensions, said):
+    rated = dataclasses.replace(dataset(4), candidates=2, dimensions=("helpful", "brief"))
+    data = DataConfig(preferences="q", heldout="h", prompts=None, anchors=None)
+    config = dataclasses.replace(CONFIG, data=dataclasses.replace(data, dimensions=dimensions))
+    rule = labels.softmax_labels if labelled is None else labels.mixed_labels
+    rules = recipe(labels=partial(rule, **labelled or {}))
+    alone = dataclasses.replace(
+        rated, examples=tuple(dataclasses.replace(e, given=(GIVEN,)) for e in rated.examples)
+    )
+    lines = beginning.work(config, student, rules, alone, dataset(3))
+    assert f"ratings: {said}" in lines
+    assert "the best responses: most frequent 4 × “!”" in lines
+    assert (
+        "align: 3 steps of 2 prompts, 1.5 times through 4, 2 candidates each, given with their "
+        "scores, grpo"
+    ) in lines
+    mixed = dataclasses.replace(dataset(8), other=alone, share=0.4)
+    lines = beginning.work(config, student, rules, mixed, dataset(3))
+    assert f"ratings: {said}" in lines
+    assert [line for line in lines if line.startswith(("sft", "align"))] == [
+        "sft: 4 steps of 2 prompts, 1 times through 8 of data.prompts",
+        "sft: 2 steps of 2 prompts, 1 times through 4 of data.preferences",
+        "align: 2 steps of 2 prompts, 0.5 times through 8 of data.prompts, 4 candidates each, grpo",
+        "align: 1 step of 2 prompts, 0.5 times through 4 of data.preferences, 2 candidates each, "
+        "given with their scores, grpo",
+    ]
 
 
 def test_a_run_that_goes_through_few_prompts_many_times_says_which_steps_would_do(student):
