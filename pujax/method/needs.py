@@ -73,7 +73,8 @@ def needs_of(
         raise ConfigError(
             f"loss: it learns nothing from groups of {candidates} candidates under these labels, "
             "its gradient is 0: take more candidates, or a loss that learns from the anchor too "
-            "(loss=dpo_anchor), or from responses alone (loss=kto, with labels.flags as its sides)"
+            "(loss=dpo_anchor), or from flagged responses alone (loss=kto "
+            "loss.sides._target_=pujax.method.labels.flags)"
         )
     found = Needs(
         anchor=bool(jnp.any(first[:, 0])),

@@ -112,8 +112,10 @@ def test_what_a_loss_needs_in_rare_cases_can_be_said():
 
 
 def test_a_loss_that_nothing_moves_is_refused():
-    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates"):
+    with pytest.raises(ConfigError, match="learns nothing from groups of 1 candidates") as refused:
         needs_of(pair_losses.dpo, ALONE, 1)
+    assert "(loss=kto loss.sides._target_=pujax.method.labels.flags)" in str(refused.value)
+    needs_of(partial(pair_losses.kto, sides=labels.flags), ALONE, 1)  # as that says
 
 
 @pytest.mark.parametrize(
