@@ -336,7 +336,8 @@ def grpo(
 ) -> LossAndMetrics:
     """Clipped surrogate over the candidates plus KL to the reference (Shao et al., 2024, eq. 3).
 
-    The anchor takes no part: it was never sampled. The bounds [1 - low, 1 + high] are DAPO's (Yu et
+    The paper's mean over a response's tokens is `sequence_mean`; `constant` is Dr. GRPO's sum. The
+    anchor takes no part: it was never sampled. The bounds [1 - low, 1 + high] are DAPO's (Yu et
     al., 2025). The KL term is `kl_terms`, not the paper's k3, whose gradient is not the KL's. The
     metrics' rewards take beta = 1.
 

@@ -64,6 +64,24 @@ def test_a_loss_as_its_yaml_has_it_is_worth_what_was_worked_out(name):
     assert jnp.isfinite(gradient(loss, LOGPS, GROUP)).all()  # of a NaN that the mask hides
 
 
+def test_every_yaml_says_first_what_it_takes_of_whom():
+    firsts = {name: path.read_text(encoding="utf-8")[:2] for name, path in PATHS.items()}
+    assert {name for name, first in firsts.items() if first != "# "} == set()
+
+
+def test_what_grpos_yaml_says_makes_it_the_papers_with_a_responses_mean():
+    said = PATHS["grpo"].read_text(encoding="utf-8").replace("\n#", " ").partition("loss=gspo ")[2]
+    changes = said.partition("\n")[0].replace("loss.", "").split()
+    node = OmegaConf.merge(OmegaConf.load(PATHS["gspo"]), OmegaConf.from_dotlist(changes))
+    paper = OmegaConf.load(PATHS["grpo"])
+    del paper.aggregate
+    paper.aggregate = OmegaConf.load(PATHS["gspo"]).aggregate
+    assert node == paper
+    assert float(build_loss(OmegaConf.merge(node, {"kl_coef": 0.0}))[0](LOGPS, GROUP)[0][0]) == (
+        pytest.approx(0.2)  # advantages 1 and -1: ((-1.2 - 1) / 2 + 1.5) / 2
+    )
+
+
 def test_the_page_compares_every_loss():
     page = Path(__file__).parents[2] / "docs" / "method.md"
     assert [name for name in PATHS if f"`{name}`" not in page.read_text(encoding="utf-8")] == []
