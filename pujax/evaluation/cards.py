@@ -131,9 +131,12 @@ def answer_cards(evaluations: Sequence[Evaluation], settings: Mapping[str, Any])
         marks = {"kind": first.kind or "none"}
         if len(rows) > 1:
             marks["change"] = _change(rows[-2], rows[-1])
-        marks[f"{last.model} is"] = {1.0: "right", 0.0: "wrong"}.get(
-            _right(rows[-1]), "no true answer"
-        )
+        if (ranked := rows[-1].values.get("pair_accuracy")) is None:
+            told = {1.0: "right", 0.0: "wrong"}.get(_right(rows[-1]), "no true answer")
+            marks[f"{last.model} is"] = told
+        else:
+            told = {1.0: "rightly", 0.0: "wrongly"}.get(ranked, "in part")
+            marks[f"{last.model} ranks the pairs"] = told
         truth = f" · answer: {first.answer}" if first.answer is not None else ""
         cards.append(_Card(f"{first.kind or 'prompt'}{truth}", first.prompt, answers, marks))
     note = f"All {len(cards)} prompts."
@@ -143,9 +146,9 @@ def answer_cards(evaluations: Sequence[Evaluation], settings: Mapping[str, Any])
 
 
 def _right(row: Row) -> float:
-    """1 for a right answer, 0 for a wrong one, NaN where there is no truth."""
-    value = row.values.get("exact")
-    return float("nan") if value is None else value
+    """1 for a right answer, 0 for a wrong one, of pairs the share; NaN where there is no truth."""
+    known = (row.values.get(name) for name in ("exact", "pair_accuracy"))
+    return next((value for value in known if value is not None), float("nan"))
 
 
 def _change(before: Row, after: Row) -> str:
@@ -158,10 +161,15 @@ def _change(before: Row, after: Row) -> str:
 
 
 def _mark(row: Row) -> tuple[str, str]:
-    """How the answer did, by the truth where there is one and else by ROUGE-L, and its style."""
+    """How the answer did, by the truth where there is one and else by ROUGE-L, and its style.
+
+    Of rated responses, by how much the better ones are the likelier, too.
+    """
     if row.values.get("exact") is None:
-        rouge = row.values.get("rouge_l")
-        return "" if rouge is None else f"ROUGE-L {rouge:.2f}", ""
+        rouge, margin = row.values.get("rouge_l"), row.values.get("pair_margin")
+        told = [] if rouge is None else [f"ROUGE-L {rouge:.2f}"]
+        told += [] if margin is None else [f"pair margin {margin:+.1f}"]
+        return " · ".join(told), ""
     if row.values["exact"]:
         return "exact", "gain"
     return ("contains it", "") if row.values.get("contains") else ("wrong", "loss")

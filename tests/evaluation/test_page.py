@@ -8,6 +8,7 @@ from html import escape, unescape
 
 import pytest
 
+from pujax.evaluation.cards import answer_cards
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.report import of_several
@@ -240,6 +241,24 @@ def test_keys_reach_every_card_and_filters_show_theirs_alone(seen, width):
     assert told["kind"] == "1–4 of 15"
     assert set(told["both"]) == gained
     assert told["none"] == ["none", 0]
+
+
+def test_a_pair_is_found_by_whether_it_is_ranked_rightly():
+    def asked(model, *accuracies):
+        told = [{"rouge_l": 0.5, "pair_accuracy": a, "pair_margin": a - 3} for a in accuracies]
+        rows = [Row(f"p{i}", None, "?", None, "a", "b", values) for i, values in enumerate(told)]
+        return Evaluation(model, tuple(rows))
+
+    models = asked("sft", 0.0, 1.0, 0.5), asked("aligned", 1.0, 0.0, 0.5)
+    cards = unescape(answer_cards(models, {}))
+    assert 'data-mark="aligned ranks the pairs"' in cards
+    assert [each.split("\x1f")[1:] for each in re.findall('data-marks="(.*?)"', cards)] == [
+        ["gained", "rightly"],
+        ["lost", "wrongly"],
+        ["same", "in part"],
+    ]
+    assert "no true answer" not in cards
+    assert cards.count("ROUGE-L 0.50 · pair margin -2.0") == 2
 
 
 def test_a_reward_that_failed_is_said_on_the_page(tmp_path):
