@@ -112,7 +112,8 @@ def _stage(
             continue
         whose = "" if data.other is None else f" of {key}"
         given = ", given with their scores" if part.candidates else ""
-        each = f", {part.candidates or sampled} candidates each{given}, {by}" if sampled else ""
+        many = part.candidates or sampled
+        each = f", {counted(many, 'candidate')} each{given}, {by}" if sampled else ""
         lines.append(f"{name}: {_steps(count, prompts, len(part.examples))}{whose}{each}")
     return lines
 
