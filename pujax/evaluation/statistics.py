@@ -113,12 +113,12 @@ def same_prompts(first: Evaluation, second: Evaluation, *, of: tuple[object, ...
     `of` are the runs' directories, where models of one name may be of several.
     """
     if differing := differing_prompts(first.rows, second.rows):
-        one, other = first.model, second.model
+        one, other, remedy = first.model, second.model, "evaluate both on the same"
         if of:
             one, other = f"{one} of {of[0]}", f"{other} of {of[1]}"
+            remedy += f": pujax evaluate 'run=[{of[0]},{of[1]}]' data.heldout=FILE"
         raise EvaluationError(
-            f"{one} and {other} were evaluated on different prompts ({differing}): "
-            "evaluate both again"
+            f"{one} and {other} were evaluated on different prompts ({differing}): {remedy}"
         )
 
 

@@ -679,6 +679,7 @@ def test_runs_of_other_prompts_are_named(tmp_path, called):
     status, said = called(evaluate.main, runs)
     assert status == 1
     assert f"aligned of {one} and aligned of {other} were evaluated on different prompts" in said
+    assert f"pujax evaluate 'run=[{one},{other}]' data.heldout=FILE" in said
 
 
 def test_a_folder_of_runs_means_its_newest_that_is_finished(tmp_path, called, monkeypatch):
