@@ -221,7 +221,8 @@ def _draw_held_out(axes: Axes, panel: Panel, lines: Sequence[Line], theme: Theme
 def held_out(lines: Sequence[Line], metric: str) -> list[tuple[int, float, str]]:
     """(step counted from the run's first, value, stage) of each evaluation that has `metric`.
 
-    The base is of no stage and at step 0; a value that wasn't finite is a gap.
+    The base is of no stage and at step 0; a value that wasn't finite is a gap. What no step aligned
+    is what it was before.
     """
     before = _sft_steps(lines)
     starts = {"base": (0, ""), "sft": (0, "sft"), "aligned": (before, "align")}
@@ -229,6 +230,7 @@ def held_out(lines: Sequence[Line], metric: str) -> list[tuple[int, float, str]]
         (start + line["step"], float("nan") if line[metric] is None else line[metric], stage)
         for line in lines
         if line["stage"] == "eval" and metric in line and line["model"] in starts
+        if line["step"] or line["model"] != "aligned"
         for start, stage in [starts[line["model"]]]
     ]
     return sorted(points, key=lambda point: point[0])

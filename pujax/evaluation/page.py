@@ -160,18 +160,19 @@ def _findings(
 def _facts(settings: Mapping[str, Any], lines: Sequence[Line]) -> str:
     """The run in one row: the settings that tell runs apart, and the steps and time it took."""
     facts: dict[str, Any] = {}
-    for title, key in {
-        "student": "model.path",
+    aligning = {
         "loss": "loss._target_",
         "labels": "labels._target_",
         "scorer": "scorer.score._target_",
-        "seed": "seed",
-    }.items():
+    }
+    if _select(settings, "align.steps") == 0:  # which nothing came of
+        aligning = {}
+    for title, key in {"student": "model.path", **aligning, "seed": "seed"}.items():
         value = _select(settings, key)
         if value is not None:
             name = str(value)
             facts[title] = ".".join(name.split(".")[-2:]) if key.endswith("_target_") else name
-    if only_preferred(settings):
+    if aligning and only_preferred(settings):
         facts["scorer"] = "none: scores are given"
     layers = _select(settings, "model.shape.layers")
     if layers:

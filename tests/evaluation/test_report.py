@@ -238,6 +238,10 @@ def test_a_run_of_given_responses_has_no_teacher_and_no_scorer(run, tmp_path):
     )
     assert ">teacher<" in (mixed := page(directory))
     assert "scoring.blend" in mixed[: mixed.index("config.yaml")]
+    unaligned = {"scorer": scorer, "loss": {"_target_": "a.losses.dpo"}, "align": {"steps": 0}}
+    (directory / "config.yaml").write_text(json.dumps(unaligned))
+    facts = page(directory)
+    assert not re.search("scoring.blend|losses.dpo", facts[: facts.index("config.yaml")])
 
 
 def test_the_teacher_is_marked_and_is_the_ceiling(tmp_path, run):
@@ -297,6 +301,7 @@ def test_held_out_points_stand_at_the_step_they_are_of_counted_through_both_stag
         {"stage": "sft", "step": 2, "loss": 1.0},
         evaluated("sft", 1, 0.3),  # the best, which alignment began with
         evaluated("sft", 2, None),
+        evaluated("aligned", 0, 0.3),  # what no step aligned
         evaluated("aligned", 4, 0.4),
         evaluated("aligned", 2, 0.5),
         evaluated("q4", 0, 0.9),  # no model of the run's own
