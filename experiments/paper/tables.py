@@ -357,8 +357,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     arms = of_group(tested, "main", "others")
     by_arm = {line.first["arm"]: line for line in tested}
     default, fresh = of_group(tested, "default"), of_group(tested, "fresh")
-    if first := [*default, *arms, *fresh][:1]:
-        size = first[0].first["prompts"]
+    if trained := [*default, *arms, *fresh]:
+        size = trained[0].first["prompts"]
         runs = [run for line in tested for run in line.runs]
         machines = sorted({run.get("device") or run["machine"]["processor"] for run in runs})
         yield (
@@ -395,13 +395,11 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         )
     if arms:
         yield "## By kind of prompt\n\n" + by_kind(arms)
-    if first:
+    if trained:
         yield (
             "## What training took\n\nAfter the model that an arm starts from: steps times the "
             "mean step, those that compiled left out. Processor minutes are of all cores; other "
-            "work on the machine lengthens them too.\n\n"
-            + training([*default, *arms, *fresh])
-            + paces(results)
+            "work on the machine lengthens them too.\n\n" + training(trained) + paces(results)
         )
     if of_group(tested, "anchors"):
         yield "## Few anchors\n\n" + anchors_curve(tested)

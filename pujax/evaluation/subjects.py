@@ -132,11 +132,12 @@ class Records:
 class SharedRecords:
     """Records that other models have too: as `Records`, with a checksum in each line of the file.
 
-    Where no more can be written they are kept in memory alone. Raises `EvaluationError` for a
-    record that is not as it was kept.
+    Without `kept`, and where no more can be written, they are in memory alone. Raises
+    `EvaluationError` for a record that is not as it was kept.
     """
 
-    def __init__(self, kept: Records) -> None:
+    def __init__(self, kept: Records | None = None) -> None:
+        kept = Records() if kept is None else kept
         self._kept = kept
         self.found: dict[str, dict[str, Any]] = {}
         for name, line in kept.found.items():

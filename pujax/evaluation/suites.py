@@ -333,7 +333,7 @@ def ranking(
     subject: Subject,
     reference: Subject,
     records: Records | None = None,
-    drawn: Records | SharedRecords | None = None,
+    drawn: SharedRecords | None = None,
     *,
     oracle: MetricFn = correct,
     otherwise: MetricFn | None = None,
@@ -367,7 +367,7 @@ def ranking(
     require(0 < preference < 1, "suite.preference", preference, "must lie between 0 and 1")
     require(0 <= seed < 2**63, "suite.seed", seed, "must lie in [0, 2**63)")
     records = Records() if records is None else records
-    drawn = Records() if drawn is None else drawn
+    drawn = SharedRecords() if drawn is None else drawn
     regard = regarding(oracle, otherwise)
     rated = [example for example in reference.examples if example.given]
     kept = rated or [e for e in reference.examples if regard(e, "")[0] is not None]

@@ -96,10 +96,10 @@ def answered(
     return answer, kept
 
 
-def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records | SharedRecords:
+def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> SharedRecords:
     """What was kept of the same question to other models; in memory alone without a folder."""
     if shared is None:
-        return Records()
+        return SharedRecords()
     whose = {key: v for key, v in asked.get("subject", {}).items() if key != "model"}
     asked = {**asked, "subject": whose}
     try:
@@ -107,7 +107,7 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records 
         with on_disk(shared):
             shared.mkdir(parents=True, exist_ok=True)
     except DiskError:  # one that is another's, say: it is made again then
-        return Records()
+        return SharedRecords()
     path = shared / f"{name}-{_digest(asked)[:32]}.jsonl"
     for _ in range(2):
         try:
@@ -115,7 +115,7 @@ def _drawn(name: str, asked: Mapping[str, Any], shared: Path | None) -> Records 
         except (EvaluationError, RecordError, OSError):  # made again, as its other log-probs are
             with suppress(OSError):
                 path.unlink()
-    return Records()  # something is in its place that stays there
+    return SharedRecords()  # something is in its place that stays there
 
 
 def _digest(asked: Any) -> str:

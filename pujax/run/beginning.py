@@ -104,11 +104,9 @@ def _stage(
     """What a stage takes of each part of the data, and of candidates where any are `sampled`."""
     if not steps:
         return [f"{name}: none"]
-    others = 0 if data.other is None else int(steps * data.share + 1e-9)
-    taken = ((data, steps - others), (data.other, others))
-    lines = []
-    for (part, count), key in zip(taken, data.parts, strict=False):
-        if part is None or not count:
+    others, lines = data.of_other(steps), []
+    for (key, part), count in zip(data.parts.items(), (steps - others, others), strict=False):
+        if not count:
             continue
         whose = "" if data.other is None else f" of {key}"
         given = ", given with their scores" if part.candidates else ""
@@ -128,15 +126,15 @@ def _ratings(config: TrainConfig, recipe: Recipe, data: Dataset) -> list[str]:
     names = max((part.dimensions for part in data.parts.values()), key=len)
     if len(names) < 2:
         return []
-    weights, how = config.data.dimensions.values(), "data.dimensions"
+    weights, by = config.data.dimensions.values(), "data.dimensions"
     if takes_members(recipe.labels):
-        weights, how = getattr(recipe.labels, "keywords", {}).get("weights"), "labels.weights"
+        weights, by = getattr(recipe.labels, "keywords", {}).get("weights"), "labels.weights"
     elif recipe.needs.members:
-        weights, how = None, "one by one"
+        return [f"ratings: {', '.join(names)}, one by one"]
     if not weights:
-        return [f"ratings: {', '.join(names)}, {'one by one' if how == 'one by one' else 'alike'}"]
+        return [f"ratings: {', '.join(names)}, alike"]
     told = (f"{name} {weight:g}" for name, weight in zip(names, weights, strict=True))
-    return [f"ratings: {', '.join(told)}, by {how}"]
+    return [f"ratings: {', '.join(told)}, by {by}"]
 
 
 MANY, SOME = 10, 4  # passes of SFT over the prompts from which on it is said, and advised instead

@@ -94,8 +94,12 @@ class Dataset:
         """Which part step number `step` draws from, and how many before it did."""
         if self.other is None:
             return self, step
-        before, after = (int(count * self.share + 1e-9) for count in (step, step + 1))
+        before, after = self.of_other(step), self.of_other(step + 1)
         return (self.other, before) if after > before else (self, step - before)
+
+    def of_other(self, steps: int) -> int:
+        """How many of the first `steps` draw from the other part; 0 where there is none."""
+        return int(steps * self.share + 1e-9) if self.other is not None else 0
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from pujax.config.functions import build
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.evaluation import suites
-from pujax.evaluation.subjects import Records, Subject
+from pujax.evaluation.subjects import Records, SharedRecords, Subject
 from pujax.method import scoring
 from pujax.method.labels import softmax_labels
 from pujax.method.scoring import ScoringContext
@@ -285,10 +285,10 @@ def test_a_model_that_is_its_own_reference_ranks_as_that(subject):
 
 def test_what_the_reference_drew_is_there_for_the_next_model(subject, tmp_path):
     ask = partial(suites.ranking, oracle=words, samples=4)
-    first = ask(subject, subject, drawn=Records(tmp_path / "drawn.jsonl"))
+    first = ask(subject, subject, drawn=SharedRecords(Records(tmp_path / "drawn.jsonl")))
     other = replace(subject, params=jax.tree.map(lambda x: x * 1.5, subject.params))
     unasked = replace(subject, collate=lambda examples: pytest.fail("asked again"))
-    second = ask(other, unasked, drawn=Records(tmp_path / "drawn.jsonl"))
+    second = ask(other, unasked, drawn=SharedRecords(Records(tmp_path / "drawn.jsonl")))
     assert second == ask(other, subject)
     for one, two in zip(first.records, second.records, strict=True):
         assert one["logps"] != two["logps"]
