@@ -545,8 +545,8 @@ def test_no_success_is_lost_when_the_process_is_killed(server, tmp_path):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("kills", [8, pytest.param(20, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("kills", [8, 20])
 def test_no_success_is_lost_in_many_kills(server, tmp_path, kills):
     server.latency = 0.02
     survive_kills(
@@ -564,17 +564,18 @@ def test_no_success_is_lost_in_many_kills(server, tmp_path, kills):
 
 
 @pytest.mark.slow
-def test_two_thousand_prompts_are_all_answered_by_a_server_that_fails_a_quarter_of_the_time(
-    server, tmp_path
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.long)])
+def test_all_prompts_are_answered_by_a_server_that_fails_a_quarter_of_the_time(
+    server, tmp_path, count
 ):
-    prompts = write(tmp_path / "prompts.jsonl", 2000)
+    prompts = write(tmp_path / "prompts.jsonl", count)
     server.faults, server.stall = 0.25, 5.0
     pace = ("collect.concurrency=64", "collect.timeout=3", "collect.retries=30")
     done = collect(tmp_path, *asking(server.url, prompts), *pace)
     assert done.returncode == 0
-    assert server.delivered.total() == len(server.delivered) == 2000
-    assert len({record["key"] for _, record in read_records(tmp_path / "anchors.jsonl")}) == 2000
-    assert min(server.faulted.values()) > 20
+    assert server.delivered.total() == len(server.delivered) == count
+    assert len({record["key"] for _, record in read_records(tmp_path / "anchors.jsonl")}) == count
+    assert min(server.faulted.values()) > count // 100
 
 
 def test_a_server_that_fails_half_the_time_costs_twice_the_requests_and_no_memory(server, tmp_path):

@@ -288,8 +288,8 @@ def test_the_policy_ranks_when_it_is_told_to(model, params, batch):
     [
         losses.sft,
         pair_losses.dpo,
-        pair_losses.ipo,
-        losses.listwise,
+        pytest.param(pair_losses.ipo, marks=pytest.mark.long),  # as dpo
+        pytest.param(losses.listwise, marks=pytest.mark.long),  # as ldl_grpo
         losses.grpo,
         losses.ldl_grpo,
         losses.nnpu,
