@@ -313,6 +313,40 @@ def test_arms_that_go_round_in_a_circle_are_refused(tmp_path, profile):
             plan.tasks_of(load_profile(tmp_path / "arms.yaml", "tiny"), known(profile))
 
 
+def test_a_profile_may_drop_an_arm_and_what_needs_that_is_named(tmp_path):
+    path = tmp_path / "arms.yaml"
+    text = ARMS.format(folder=tmp_path)
+    path.write_text(text.replace("    prompts: 6\n", "    prompts: 6\n    arms: {random: null}\n"))
+    arms = load_profile(path, "tiny").arms
+    assert "random" not in arms
+    assert "grpo" in arms
+    path.write_text(text.replace("    prompts: 6\n", "    prompts: 6\n    arms: {grpo: null}\n"))
+    with pytest.raises(ConfigError, match=r"arms\.\w+\.(like|as_long_as)='grpo': no such arm"):
+        load_profile(path, "tiny")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("arms: [", "line 1"),
+        ("a: ${b", "mend it"),
+        ("profiles: {cpu: {}}", "mend it"),
+        ("- 1", "mend it"),
+        ("a: \0", "mend it"),
+        (None, "No such file"),
+    ],
+)
+def test_arms_that_cannot_be_read_are_one_line(tmp_path, capsys, text, said):
+    path = tmp_path / "arms.yaml"
+    if text is not None:
+        path.write_text(text)
+    assert reproduce.main(["--plan", "--arms", str(path)]) == 1
+    err = capsys.readouterr().err
+    assert "arms.yaml" in err
+    assert said in err
+    assert len(err.splitlines()) == 1
+
+
 def test_a_jax_that_cannot_start_is_one_line(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "nowhere")
     with pytest.raises(ConfigError, match=r"jax finds no device \(.*nowhere.*JAX_PLATFORMS"):
@@ -406,7 +440,7 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
 
 
 def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):
-    method = plan.Arm("ipo", "IPO", "methods", seeds=2, like="grpo", suite="ranking")
+    method = plan.Arm("ipo", "IPO", "methods", seeds=2, test=False, like="grpo", suite="ranking")
     continued = replace(profile.arms["sft_continued"], seeds=1)
     arms = {**profile.arms, "sft_continued": continued, "ipo": method}
     profile, stub = replace(profile, arms=arms), Stub()
@@ -740,6 +774,21 @@ def test_of_an_arms_choices_the_one_that_validation_likes_stands_for_it(tmp_path
     raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0), "validation", device="chip"))
     text = "\n\n".join(tables.sections(raw.read_all(tmp_path)))
     assert "| GRPO − SFT continued | **+0.125 [" in text
+
+
+def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(tmp_path):
+    few = {"group": "ablations", "against": "grpo_half", "split": "validation"}
+    for result in (
+        made("grpo_half", "GRPO", 0, 0, (0.25, 0.75), "validation", group="fresh"),
+        made("k4", "K = 4", 1, 0, (0.5, 1.0), **few),
+    ):
+        raw.write(tmp_path, result)
+    tables.build(tmp_path)
+    _, _, text = (tmp_path / "tables.md").read_text().partition("## Ablations\n\n")
+    assert text.startswith("On the validation split, seed 0.\n")
+    assert "| GRPO | 1 | 0.500 |" in text
+    assert "| K = 4 | 1 | 0.750 |" in text
+    assert "| K = 4 − GRPO | **+0.250 [0.250, 0.250]** |" in text
 
 
 def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):

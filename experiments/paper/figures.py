@@ -20,6 +20,8 @@ _plain = matplotlib.rc_context({"text.parse_math": False})  # a dollar in a titl
 
 Arms = dict[str, list[raw.Raw]]
 
+MAIN = ("default", "main", "others")  # the groups of the figures that have no group of their own
+
 
 def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
     """Each figure that there is something for, as a file's name and a PNG."""
@@ -31,14 +33,14 @@ def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
     started = {
         name: runs
         for name, runs in final.items()
-        if runs[0]["origin"] and runs[0]["group"] in ("main", "others") and all(map(_course, runs))
+        if runs[0]["origin"] and runs[0]["group"] in MAIN and all(map(_course, runs))
     }
     if started:
         yield "curves.png", curves(started)
     moved = {name: runs for name, runs in started.items() if _last(runs[0]).get("kl") is not None}
     if moved:
         yield "kl.png", kl_against_gain(moved)
-    arms = {n: runs for n, runs in tested.items() if runs[0]["group"] in ("main", "others")}
+    arms = {n: runs for n, runs in tested.items() if runs[0]["group"] in MAIN}
     if arms:
         yield "seeds.png", seeds(arms)
     if any(runs[0]["group"] == "anchors" for runs in tested.values()):
@@ -139,6 +141,7 @@ def seeds(arms: Arms) -> bytes:
         values = [raw.mean(run, run["metric"]) for run in runs]
         axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6, ms=6)
         axes.plot([fmean(values)], [place], "|", color=COLOURS[1], ms=18, mew=2)
+    axes.set_ylim(-0.6, len(arms) - 0.4)
     axes.set_yticks(range(len(arms)), [runs[0]["title"] for runs in reversed(arms.values())])
     _label(axes, f"{_title(arms)}, test; a point a seed, a bar their mean", "")
     axes.grid(axis="x", linewidth=0.6, color="#dddddd")

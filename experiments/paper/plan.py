@@ -11,11 +11,12 @@ from statistics import fmean
 from typing import Any
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paper import raw
 from pujax.errors import ConfigError, one_of, require
 from pujax.files.durable import read_jsonl
-from pujax.files.settings import SETTINGS
+from pujax.files.settings import SETTINGS, TORN
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -34,6 +35,7 @@ class Arm:
     title: str
     group: str
     seeds: int = 1
+    test: bool = True
     origin: str | None = None
     like: str | None = None
     as_long_as: str | None = None
@@ -178,6 +180,19 @@ class Found:
 
 def load_profile(path: Path, name: str) -> Profile:
     """A profile of an arms.yaml. Raises `ConfigError` for one that isn't there, or is wrong."""
+    try:
+        return _loaded(path, name)
+    except (ConfigError, OSError):
+        raise
+    except (*TORN, OmegaConfBaseException) as error:
+        why = " ".join(str(error).split())
+        raise ConfigError(
+            f"{path}: not the file of arms that the head of experiments/paper/arms.yaml describes "
+            f"({type(error).__name__}: {why}): mend it, or leave --arms out"
+        ) from error
+
+
+def _loaded(path: Path, name: str) -> Profile:
     told: Any = OmegaConf.to_container(OmegaConf.load(path))
     one_of("profile", name, told["profiles"])
     own = told["profiles"][name]
@@ -186,6 +201,7 @@ def load_profile(path: Path, name: str) -> Profile:
     )
     entries = merged["arms"] | _curve(merged["arms"], own.pop("curve", told.get("curve") or {}))
     arms = {}
+    entries = {arm: entry for arm, entry in entries.items() if entry is not None}
     for arm, entry in entries.items():
         renamed = {"from": "origin", "set": "settings"}
         named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
@@ -247,7 +263,7 @@ def tasks_of(
                 if seed < arm.seeds:
                     before, run = way_to(profile, found, arm.name, seed)
                     some = [Task(each, "validation") for each in (*before, run)]
-                    if found.tests and arm.group != "methods":
+                    if found.tests and arm.test:
                         some.append(Task(run, "test"))
                     if arm.suite and seed == 0:
                         some.append(Task(run, arm.suite))

@@ -393,8 +393,8 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             + "\n\n"
             + against(fresh, by_arm)
         )
-    if arms:
-        yield "## By kind of prompt\n\n" + by_kind(arms)
+    if default or arms:
+        yield "## By kind of prompt\n\n" + by_kind([*default, *arms])
     if trained:
         yield (
             "## What training took\n\nAfter the model that an arm starts from: steps times the "
@@ -403,11 +403,16 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         )
     if of_group(tested, "anchors"):
         yield "## Few anchors\n\n" + anchors_curve(tested)
-    if ablations := of_group(tested, "ablations"):
-        bases = sorted({line.first["against"] for line in ablations} & by_arm.keys())
-        shown = [*(by_arm[arm] for arm in bases), *ablations]
-        yield f"## Ablations\n\n{quality(shown)}\n\n{against(ablations, by_arm)}"
-    aligned = [line for line in arms if line.first["steps"]["align"]]
+    at_best = best_of_arms(chosen)
+    for text, of in (("", by_arm), ("On the validation split, seed 0.\n\n", at_best)):
+        if ablations := of_group(of.values(), "ablations"):
+            bases = {line.first["against"] for line in ablations}
+            arms_of = {name: of[name] for name in sorted(bases & of.keys())}
+            arms_of |= {line.first["arm"]: line for line in ablations}
+            shown = quality([*arms_of.values()])
+            yield f"## Ablations\n\n{text}{shown}\n\n{against(ablations, of)}"
+            break
+    aligned = [line for line in [*default, *arms] if line.first["steps"]["align"]]
     if aligned:
         yield (
             "## What the labels cost\n\n" + cost(aligned[0]) + "\n\nAssumed: "
@@ -422,8 +427,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         if line.first["group"] in ("methods", "others")
         or (line.first["name"], 0, "ranking") in results
     ]:
-        best = best_of_arms(chosen)
-        others = {best[arm].title for line in asked if (arm := line.first["against"]) in best}
+        others = {at_best[arm].title for line in asked if (arm := line.first["against"]) in at_best}
         yield (
             "## Methods\n\nOn the validation split, seed 0: the metric that decides, how far it is "
             "above the model that the method starts from, and how far each metric is above "
