@@ -849,6 +849,23 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):
+    rows = [
+        ["blend (correct)", "0.5 [0.4, 0.6]", "0.830 [0.700, 0.900]", "0.1"],
+        ["blend, shuffled anchor (correct)", "–", "0.370 [0.200, 0.500]", ""],
+        ["random (correct)", "–", "–", ""],
+        ["blend (rouge_l)", "0.5", "0.700 [0.600, 0.800]", ""],
+    ]
+    asked = {"header": ["scorer", "τ", "pairs", "over"], "rows": rows, "note": "2 prompts."}
+    raw.write(tmp_path, made("sft", "SFT", 1, 0, (0.25, 1.0), split="signal") | asked)
+    tables.build(tmp_path)
+    text = (tmp_path / "tables.md").read_text()
+    assert "SFT, seed 0: its own candidates" in text
+    assert "(`suite=signal`). 2 prompts.\n\n| scorer | τ | pairs | over |\n" in text
+    assert "| blend (correct) | 0.5 [0.4, 0.6] | 0.830 [0.700, 0.900] | 0.1 |" in text
+    assert (tmp_path / "signal.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_dollar_in_a_title_is_drawn_as_one():
     arms = {"grpo": [made("grpo", r"$\frac{$", 1, 0, (0.25, 1.0))]}
     assert figures.seeds(arms).startswith(b"\x89PNG")

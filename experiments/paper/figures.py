@@ -1,6 +1,7 @@
-"""The figures of the results: held-out curves, KL against gain, seeds, and few anchors."""
+"""The figures: held-out curves, KL against gain, seeds, few anchors, and how well scores rank."""
 
 import io
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
@@ -45,6 +46,9 @@ def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
         yield "seeds.png", seeds(arms)
     if any(runs[0]["group"] == "anchors" for runs in tested.values()):
         yield "anchors.png", anchors(tested)
+    asked = [run for (_, _, of), run in sorted(results.items()) if of == "signal"]
+    if asked:
+        yield "signal.png", signal(asked[0])
 
 
 def _by_name(runs: Sequence[raw.Raw]) -> Arms:
@@ -171,6 +175,36 @@ def anchors(tested: Arms) -> bytes:
     axes.minorticks_off()
     _label(axes, "anchors", _title(tested))
     axes.legend(frameon=False)
+    return _png(figure)
+
+
+@_plain
+def signal(asked: raw.Raw) -> bytes:
+    """How many pairs of candidates each score orders as the oracle does, and its control."""
+    column = asked["header"].index("pairs")
+    panels: dict[str, dict[str, list[tuple[bool, list[float]]]]] = {}
+    for row in asked["rows"]:
+        named = re.fullmatch(r"(.+?)(, shuffled anchor)?(?: \((\w+)\))?", row[0])
+        values = re.findall(r"-?\d+\.\d+", row[column])  # the mean and its interval, or a dash
+        if named and values:
+            scorer, control, oracle = named.groups()
+            some = panels.setdefault(oracle or "the oracle", {}).setdefault(scorer, [])
+            some.append((control is not None, [float(value) for value in values]))
+    most = max(len(scorers) for scorers in panels.values())
+    figure = _figure(5.5 * len(panels), 0.3 * most + 1.2)
+    for number, (oracle, scorers) in enumerate(panels.items(), 1):
+        axes = figure.add_subplot(1, len(panels), number)
+        for place, points in enumerate(reversed(scorers.values())):
+            for control, (mean, low, high) in points:
+                y = place - 0.2 * control
+                look = {"color": COLOURS[int(control)], "mfc": "white" if control else None}
+                axes.plot([low, high], [y, y], color=COLOURS[int(control)], linewidth=1.2)
+                axes.plot([mean], [y], MARKERS[int(control)], ms=5, **look)
+        axes.axvline(0.5, color="#999999", linewidth=0.8)
+        axes.set_ylim(-0.8, len(scorers) - 0.4)
+        axes.set_yticks(range(len(scorers)), [*reversed(scorers)])
+        _label(axes, f"pairs ranked as by {oracle}; hollow: another prompt's anchor", "")
+        axes.grid(axis="x", linewidth=0.6, color="#dddddd")
     return _png(figure)
 
 

@@ -435,6 +435,13 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             "candidates that the oracle orders the share that the model ranks rightly "
             "(`suite=ranking`; a dash: not asked).\n\n" + methods(asked, chosen, results)
         )
+    for (_, seed, split), result in sorted(results.items()):
+        if split == "signal":
+            yield (
+                f"## How well scores rank\n\n{result['title']}, seed {seed}: its own candidates "
+                "for the validation prompts, held against an oracle (`suite=signal`). "
+                f"{result['note']}\n\n{grid(result['header'], result['rows'])}"
+            )
     chosen = [line for line in chosen if line.first["group"] != "methods"]
     if chosen:
         named = [Line(_named(line), line.runs) for line in chosen]
