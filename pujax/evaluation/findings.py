@@ -1,8 +1,9 @@
 """What a reader must know before the numbers: a verdict in a sentence, and warnings."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 import numpy as np
 
@@ -12,7 +13,8 @@ from pujax.evaluation.results import Evaluation, Row, of_run, shown_by
 from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
 from pujax.evaluation.tables import Column, changed, difference, interval, runs_of, verdict
-from pujax.records import Prompt
+from pujax.files.durable import Line
+from pujax.records import STAGES, Prompt
 from pujax.text import blank, counted, printable
 
 SAME = 0.5  # share of one answer among a model's from which it says the same to most prompts
@@ -166,6 +168,28 @@ def remarks(
         scores = ", ".join(f"{METRICS[name].shown.title} {v:.3f}" for name, v in ceiling.items())
         lines.append(f"the teacher's own answers: {scores}")
     return lines
+
+
+def sft_for_as_long(lines: Iterable[Line]) -> str | None:
+    """What no run compares by itself, and how to: the steps of SFT that took as long as alignment.
+
+    `lines` are those of metrics.jsonl. A stage's steps count with their median time, so that those
+    that compiled don't. None where one of the stages took no steps.
+    """
+    took: dict[str, list[float]] = {stage: [] for stage in STAGES}
+    for line in lines:
+        if line["stage"] in took and line.get("time/step_s"):
+            took[line["stage"]].append(line["time/step_s"])
+    if not all(took.values()):
+        return None
+    sft, align = (median(took[stage]) for stage in STAGES)
+    more = round(len(took["align"]) * align / sft)
+    return (
+        f"not in the table: SFT for as long as alignment took, about {counted(more, 'step')} more, "
+        "which is what alignment has to beat: the same command with another run.name, "
+        f"sft.steps={len(took['sft']) + more} and align.steps=0 makes it, and pujax report "
+        "'run=[THIS,THAT]' shows both"
+    )
 
 
 def unsaid(found: Verdict, told: Sequence[str]) -> list[str]:

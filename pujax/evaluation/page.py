@@ -125,7 +125,7 @@ def _page(
             f"<h1>{escape(name)}</h1>",
             _findings(evaluations, lines, settings) if evaluations else "",
             _facts(settings, lines),
-            _evaluation(evaluations, settings) if evaluations else "",
+            _evaluation(evaluations, lines, settings) if evaluations else "",
             _suites(directory),
             _curves(lines, panels) if panels else "",
             answer_cards(tables.changed(evaluations), settings) if evaluations else "",
@@ -202,7 +202,10 @@ def _minutes(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
-def _evaluation(evaluations: Sequence[Evaluation], settings: Mapping[str, Any]) -> str:
+def _evaluation(
+    evaluations: Sequence[Evaluation], lines: Sequence[Line], settings: Mapping[str, Any]
+) -> str:
+    longer = findings.sft_for_as_long(lines)
     evaluations = tables.changed(evaluations)
     header, rows = tables.cells(evaluations)
     shown = shown_by(evaluations)
@@ -227,6 +230,7 @@ def _evaluation(evaluations: Sequence[Evaluation], settings: Mapping[str, Any]) 
         "<h2>Held-out evaluation</h2>"
         + table(["", *header], body)
         + f"<p>{escape(tables.note(evaluations, few=False))}{few}</p>"
+        + (f"<p>{escape(longer[0].upper() + longer[1:])}.</p>" if longer else "")
         + (
             f"<h3>By kind of prompt: {models_in_order}</h3>" + table(kinds_header, by_kind)
             if kinds

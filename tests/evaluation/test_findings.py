@@ -176,6 +176,20 @@ def test_that_the_tables_own_prompts_chose_the_model_is_said():
     assert findings.remarks(models, chosen_by="exact")[1] == f"warning: {told}"
 
 
+def test_what_alignment_has_to_beat_is_said_with_its_steps():
+    def took(stage, *seconds):
+        return [{"stage": stage, "step": i, "time/step_s": s} for i, s in enumerate(seconds, 1)]
+
+    # Medians of 2 and 4 s, what compiled apart: three steps of alignment are six of SFT.
+    lines = [*took("sft", 9.0, 2.0, 2.0, 1.0), *took("align", 30.0, 4.0, 4.0)]
+    told = findings.sft_for_as_long([*lines, {"stage": "eval", "step": 4, "model": "sft"}])
+    assert told is not None
+    assert "about 6 steps more, which is what alignment has to beat" in told
+    assert "sft.steps=10 and align.steps=0" in told
+    assert findings.sft_for_as_long(took("sft", 2.0)) is None
+    assert findings.sft_for_as_long(took("align", 2.0)) is None
+
+
 def test_few_prompts_decide_nothing_and_are_warned_of():
     both = [different("sft", 12, rouge=0.1), different("aligned", 12, rouge=0.9)]
     found = findings.verdict_on(both)
