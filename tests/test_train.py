@@ -76,6 +76,9 @@ def test_a_run_leaves_its_settings_metrics_samples_plot_report_and_model(whole):
     assert len(samples) == 4 * 2  # steps x prompts
     assert "aligned" in output
     assert f"\nrun: {directory}\n" in output
+    beaten = ": SFT for as long as alignment took, about "
+    assert f"\nnot in the table{beaten}" in output
+    assert f"<p>Not in the table{beaten}" in (directory / "report.html").read_text()
 
 
 @pytest.mark.slow
