@@ -864,6 +864,13 @@ def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):
     assert "(`suite=signal`). 2 prompts.\n\n| scorer | τ | pairs | over |\n" in text
     assert "| blend (correct) | 0.5 [0.4, 0.6] | 0.830 [0.700, 0.900] | 0.1 |" in text
     assert (tmp_path / "signal.png").read_bytes().startswith(b"\x89PNG")
+    nothing = [[name, "–", "–", ""] for name, *_ in rows]  # as of groups that no oracle orders
+    raw.write(
+        tmp_path, made("sft", "SFT", 1, 0, (0.25, 1.0), split="signal") | asked | {"rows": nothing}
+    )
+    (tmp_path / "signal.png").unlink()
+    tables.build(tmp_path)
+    assert not (tmp_path / "signal.png").exists()
 
 
 def test_a_dollar_in_a_title_is_drawn_as_one():

@@ -47,8 +47,8 @@ def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
     if any(runs[0]["group"] == "anchors" for runs in tested.values()):
         yield "anchors.png", anchors(tested)
     asked = [run for (_, _, of), run in sorted(results.items()) if of == "signal"]
-    if asked:
-        yield "signal.png", signal(asked[0])
+    if asked and (panels := _ranked(asked[0])):
+        yield "signal.png", signal(panels)
 
 
 def _by_name(runs: Sequence[raw.Raw]) -> Arms:
@@ -178,11 +178,13 @@ def anchors(tested: Arms) -> bytes:
     return _png(figure)
 
 
-@_plain
-def signal(asked: raw.Raw) -> bytes:
-    """How many pairs of candidates each score orders as the oracle does, and its control."""
+Ranked = dict[str, dict[str, list[tuple[bool, list[float]]]]]
+"""By oracle and scorer: whether it is the control, and the share of pairs with its interval."""
+
+
+def _ranked(asked: raw.Raw) -> Ranked:
     column = asked["header"].index("pairs")
-    panels: dict[str, dict[str, list[tuple[bool, list[float]]]]] = {}
+    panels: Ranked = {}
     for row in asked["rows"]:
         named = re.fullmatch(r"(.+?)(, shuffled anchor)?(?: \((\w+)\))?", row[0])
         values = re.findall(r"-?\d+\.\d+", row[column])  # the mean and its interval, or a dash
@@ -190,6 +192,12 @@ def signal(asked: raw.Raw) -> bytes:
             scorer, control, oracle = named.groups()
             some = panels.setdefault(oracle or "the oracle", {}).setdefault(scorer, [])
             some.append((control is not None, [float(value) for value in values]))
+    return panels
+
+
+@_plain
+def signal(panels: Ranked) -> bytes:
+    """How many pairs of candidates each score orders as the oracle does, and its control."""
     most = max(len(scorers) for scorers in panels.values())
     figure = _figure(5.5 * len(panels), 0.3 * most + 1.2)
     for number, (oracle, scorers) in enumerate(panels.items(), 1):
