@@ -12,6 +12,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from experiments.paper import raw
+from pujax.evaluation.signal import SHUFFLED
 
 # Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
@@ -186,7 +187,7 @@ def _ranked(asked: raw.Raw) -> Ranked:
     column = asked["header"].index("pairs")
     panels: Ranked = {}
     for row in asked["rows"]:
-        named = re.fullmatch(r"(.+?)(, shuffled anchor)?(?: \((\w+)\))?", row[0])
+        named = re.fullmatch(rf"(.+?)({SHUFFLED})?(?: \((\w+)\))?", row[0])
         values = re.findall(r"-?\d+\.\d+", row[column])  # the mean and its interval, or a dash
         if named and values:
             scorer, control, oracle = named.groups()
@@ -204,10 +205,9 @@ def signal(panels: Ranked) -> bytes:
         axes = figure.add_subplot(1, len(panels), number)
         for place, points in enumerate(reversed(scorers.values())):
             for control, (mean, low, high) in points:
-                y = place - 0.2 * control
-                look = {"color": COLOURS[int(control)], "mfc": "white" if control else None}
-                axes.plot([low, high], [y, y], color=COLOURS[int(control)], linewidth=1.2)
-                axes.plot([mean], [y], MARKERS[int(control)], ms=5, **look)
+                y, look = place - 0.2 * control, _style(int(control))
+                axes.plot([low, high], [y, y], color=look["color"], linewidth=1.2)
+                axes.plot([mean], [y], ms=5, mfc="white" if control else None, **look)
         axes.axvline(0.5, color="#999999", linewidth=0.8)
         axes.set_ylim(-0.8, len(scorers) - 0.4)
         axes.set_yticks(range(len(scorers)), [*reversed(scorers)])

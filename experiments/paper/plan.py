@@ -199,9 +199,9 @@ def _loaded(path: Path, name: str) -> Profile:
     merged: Any = OmegaConf.to_container(
         OmegaConf.merge({"arms": told["arms"]}, {"arms": own.pop("arms", {})})
     )
-    entries = merged["arms"] | _curve(merged["arms"], own.pop("curve", told.get("curve") or {}))
+    entries = {arm: entry for arm, entry in merged["arms"].items() if entry is not None}
+    entries |= _curve(entries, own.pop("curve", told.get("curve") or {}))
     arms = {}
-    entries = {arm: entry for arm, entry in entries.items() if entry is not None}
     for arm, entry in entries.items():
         renamed = {"from": "origin", "set": "settings"}
         named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}

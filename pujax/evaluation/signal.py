@@ -16,6 +16,9 @@ Over `FEW` groups of four the difference has a standard error of about as much, 
 rank alike; what ranks by the anchor gets several times that.
 """
 
+SHUFFLED = ", shuffled anchor"
+"""What follows the name of a scorer that sees another prompt's anchor."""
+
 FAILING = 0.1
 """The share of a run's responses from which on a reward's failures are said at its end."""
 

@@ -29,7 +29,7 @@ from pujax.evaluation.candidates import (
 )
 from pujax.evaluation.judging import first_is_better, question
 from pujax.evaluation.metrics import MetricFn, correct
-from pujax.evaluation.signal import Signal, signal_of
+from pujax.evaluation.signal import SHUFFLED, Signal, signal_of
 from pujax.evaluation.statistics import Difference, few, interval_of_mean
 from pujax.evaluation.subjects import Judge, Records, SharedRecords, Subject, SuiteAnswer
 from pujax.evaluation.text import shown
@@ -38,10 +38,6 @@ from pujax.method.scoring import ScoringContext
 from pujax.models.logps import response_logps
 from pujax.records import Example, check_temperature
 from pujax.types import Batch, LabelRule, Params, Scorer, Tokens
-
-SHUFFLED = ", shuffled anchor"
-"""What follows the name of a scorer that sees another prompt's anchor."""
-
 
 # ------------------------------------------------------------------------------------------ signal
 

@@ -13,6 +13,7 @@ from pujax.config.functions import build
 from pujax.errors import ConfigError, EvaluationError
 from pujax.evaluate import GROUPS, EvaluateConfig
 from pujax.evaluation import suites
+from pujax.evaluation.signal import SHUFFLED
 from pujax.evaluation.subjects import Records, SharedRecords, Subject
 from pujax.method import scoring
 from pujax.method.labels import softmax_labels
@@ -107,8 +108,8 @@ def test_the_suites_file_builds_and_every_scorer_of_the_settings_scores_beside_i
     found = build(node, "suite")(subject, oracle=words, samples=3)
     names = [row[0] for row in found.rows]
     blind = {"self_likelihood", "length", "random"}
-    assert {name for name in names if suites.SHUFFLED not in name} == set(node["scorers"])
-    seeing = {name.removesuffix(suites.SHUFFLED) for name in names if suites.SHUFFLED in name}
+    assert {name for name in names if SHUFFLED not in name} == set(node["scorers"])
+    seeing = {name.removesuffix(SHUFFLED) for name in names if SHUFFLED in name}
     # No candidate here shares a token with any anchor, so that overlap has nothing to see.
     assert seeing == set(node["scorers"]) - blind - {"rouge", "token_f1"}
     assert "no better than their shuffled anchor: " in found.note
@@ -160,7 +161,7 @@ def test_a_scorer_that_does_not_look_at_the_anchor_has_no_control_and_one_that_c
             "labels": {
                 f"{name}{of}": [1 / 3] * 3
                 for name in ("good", "bad", "blind")
-                for of in ("", suites.SHUFFLED)
+                for of in ("", SHUFFLED)
             },
         }
         for i in range(5)
