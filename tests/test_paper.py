@@ -65,7 +65,10 @@ arms:
     set: {{scorer: random}}
   oracle: {{title: oracle, group: main, like: grpo, needs: scorer/nobody-has-it.yaml}}
 curve:
-  4: {{sft: {{seeds: 1, choose: {{}}, set: {{align.steps: 0, sft.steps: 10}}}}}}
+  4:
+    sft: {{seeds: 1, choose: {{}}, set: {{align.steps: 0, sft.steps: 10}}}}
+    grpo: {{seeds: 0}}
+    random: {{seeds: 0}}
 """
 
 
@@ -166,6 +169,7 @@ def test_what_validation_chooses_is_done_for_every_seed_and_each_task_follows_it
     assert (random.settings["scorer"], random.settings["align.lr"]) == ("random", 1e-5)
     small = next(t.run for t in order if t.run.arm.name == "sft-4")
     assert (small.prompts, small.steps("sft"), small.arm.group) == (4, 10, "anchors")
+    assert (profile.arms["grpo-4"].origin, profile.arms["random-4"].like) == ("sft-4", "grpo-4")
 
 
 def test_of_equals_the_first_value_stays_and_a_run_that_fails_is_the_worst(profile):
@@ -316,11 +320,19 @@ def test_arms_that_go_round_in_a_circle_are_refused(tmp_path, profile):
 def test_a_profile_may_drop_an_arm_and_what_needs_that_is_named(tmp_path):
     path = tmp_path / "arms.yaml"
     text = ARMS.format(folder=tmp_path)
-    path.write_text(text.replace("    prompts: 6\n", "    prompts: 6\n    arms: {random: null}\n"))
+    dropped = text.replace("    prompts: 6\n", "    prompts: 6\n    arms: {random: null}\n")
+    path.write_text(dropped)
+    with pytest.raises(ConfigError, match=r"curve\.4='random': choose sft, "):
+        load_profile(path, "tiny")
+    path.write_text(dropped.replace("    random: {seeds: 0}\n", ""))
     arms = load_profile(path, "tiny").arms
     assert "random" not in arms
     assert "grpo" in arms
-    path.write_text(text.replace("    prompts: 6\n", "    prompts: 6\n    arms: {grpo: null}\n"))
+    path.write_text(
+        text.partition("curve:")[0].replace(
+            "    prompts: 6\n", "    prompts: 6\n    arms: {grpo: null}\n"
+        )
+    )
     with pytest.raises(ConfigError, match=r"arms\.\w+\.(like|as_long_as)='grpo': no such arm"):
         load_profile(path, "tiny")
 
@@ -847,6 +859,24 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     tables.build(tmp_path)
     for name in ("curves", "kl", "seeds", "anchors"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_on_a_few_anchors_an_arm_is_held_against_the_sft_that_it_starts_from():
+    few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
+    arms = {
+        "sft_default": made("sft_default", "SFT", 0, 0, (0.25, 0.75), origin=None),
+        "grpo_default": made("grpo_default", "GRPO", 1, 0, (0.5, 1.0), origin="sft_default"),
+        "sft_default-4": made("sft_default-4", "SFT, 4", 2, 0, (0.0, 0.5), **few, origin=None),
+        "grpo_default-4": made("grpo_default-4", "G", 3, 0, (0.5, 1.0), **few)
+        | {"origin": "sft_default-4"},
+    }
+    text = tables.anchors_curve([tables.Line(name, (arm,)) for name, arm in arms.items()])
+    assert [row.split(" | ")[-1] for row in text.splitlines()[2:]] == [
+        " |",
+        "**+0.500 [0.500, 0.500]** |",
+        " |",
+        "**+0.250 [0.250, 0.250]** |",
+    ]
 
 
 def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):

@@ -228,13 +228,16 @@ def _loaded(path: Path, name: str) -> Profile:
 
 def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
     """The arms of `curve`, which has some arms with changes for each number of prompts."""
+    for count, some in curve.items():
+        for arm in some:
+            one_of(f"curve.{count}", arm, arms)
     return {
         f"{arm}-{count}": {
             **arms[arm],
             "title": f"{arms[arm]['title']}, {count} anchors",
             "group": "anchors",
             "prompts": count,
-            **({"from": f"{arms[arm]['from']}-{count}"} if "from" in arms[arm] else {}),
+            **{key: f"{arms[arm][key]}-{count}" for key in ("from", "like") if key in arms[arm]},
             **changed,
         }
         for count, some in curve.items()

@@ -291,20 +291,18 @@ def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
 
 
 def anchors_curve(lines: Sequence[Line]) -> str:
-    """The arms of the curve by the number of anchors, each against SFT on as many."""
+    """The arms of the curve by the number of anchors, each against the SFT that it starts from."""
     small = of_group(lines, "anchors")
     names = list(dict.fromkeys(_base(line) for line in small))
     some = [line for line in lines if _base(line) in names]
     some.sort(key=lambda line: (line.first["prompts"]["training"], names.index(_base(line))))
     shown = some[0].shown
     metrics = [metric for metric in COMPARED if metric in shown]
-    sft = {line.first["prompts"]["training"]: line for line in some if _base(line) == "sft"}
+    named = {line.first["name"]: line for line in some}
     rows = []
     for line in some:
-        base = sft.get(line.first["prompts"]["training"])
-        found = {}
-        if base is not None and base is not line:
-            found = compare_runs(base.evaluations(), line.evaluations())
+        base = named.get(line.first["origin"] or "")
+        found = compare_runs(base.evaluations(), line.evaluations()) if base else {}
         cells = [spread(shown[metric], line.means(metric)) for metric in metrics]
         gains = interval(shown[metrics[0]], found[metrics[0]]) if found else ""
         count = str(line.first["prompts"]["training"])
