@@ -23,8 +23,10 @@ def test_an_experiment_finds_its_data_from_any_folder(name, tmp_path, monkeypatc
     register("train_schema", TrainConfig)
     with initialize_config_dir(conf_dir(), version_base="1.3"):
         config = from_hydra(TrainConfig, compose("train", overrides=[f"+experiment={name}"]))
-    for path in (config.data.prompts, config.data.heldout, config.data.anchors):
-        assert Path(str(path)).is_file()
+    prompts = config.data.prompts
+    prompts = prompts if isinstance(prompts, list) else [prompts]
+    for path in (*prompts, config.data.heldout, config.data.anchors):
+        assert Path(path).is_file()
 
 
 def test_a_clones_own_data_comes_first_and_by_its_short_name(tmp_path, monkeypatch):
@@ -68,7 +70,8 @@ def test_the_sdist_makes_a_wheel_that_runs_from_any_folder(tmp_path):
     assert pujax("evaluate", "--help")[0] == 0
     status, said = pujax("train", "experiment=quickstart", "--cfg", "job", "--resolve")
     assert status == 0, said
-    assert f"prompts: {site}/pujax/experiments/quickstart/train.jsonl\n" in said
+    shipped_there = f"{site}/pujax/experiments/quickstart"
+    assert f"- {shipped_there}/train.jsonl\n  - {shipped_there}/train_more.jsonl\n" in said
     # All of the settings are read and the data is found: what stops it comes after that.
     assert pujax("train", "experiment=smoke", "model.path=./none") == (
         1,

@@ -41,7 +41,8 @@ def conf_dir() -> str:
 def shipped(path: str) -> str:
     """Where an experiment's file lies: below the folder one is in, as in a clone, or with pujax.
 
-    What `${shipped:quickstart/train.jsonl}` stands for in conf/experiment/.
+    `${shipped:quickstart/train.jsonl}` in conf/experiment/ stands for it, and for a list where it
+    names several. Not a list of such words: over that no mapping could be typed, as a dataset is.
     """
     name, package = f"experiments/{path}", Path(__file__).resolve().parents[1]
     if not Path(name).is_file():
@@ -51,7 +52,11 @@ def shipped(path: str) -> str:
     return name
 
 
-OmegaConf.register_new_resolver("shipped", shipped, replace=True)
+OmegaConf.register_new_resolver(
+    "shipped",
+    lambda *paths: OmegaConf.create([*map(shipped, paths)]) if paths[1:] else shipped(*paths),
+    replace=True,
+)
 
 taken: dict[str, str] = {}
 """What settings took of the environment since the command began, by name: no message may say it."""

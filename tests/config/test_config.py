@@ -169,6 +169,11 @@ def test_prompts_may_be_a_list_or_a_dataset():
     config = from_hydra(TrainConfig, composed("+experiment=smoke", *given))
     assert config.data.prompts == ["a.jsonl", "b.txt"]
     assert config.data.heldout == {"dataset": "d", "split": "test"}
+    # Over the list of an experiment too.
+    config = from_hydra(
+        TrainConfig, composed("+experiment=quickstart", "data.prompts={dataset: d}")
+    )
+    assert config.data.prompts == {"dataset": "d"}
 
 
 def node(target, **values):
