@@ -861,22 +861,27 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_on_a_few_anchors_an_arm_is_held_against_the_sft_that_it_starts_from():
+def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():
     few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
-    arms = {
-        "sft_default": made("sft_default", "SFT", 0, 0, (0.25, 0.75), origin=None),
-        "grpo_default": made("grpo_default", "GRPO", 1, 0, (0.5, 1.0), origin="sft_default"),
-        "sft_default-4": made("sft_default-4", "SFT, 4", 2, 0, (0.0, 0.5), **few, origin=None),
-        "grpo_default-4": made("grpo_default-4", "G", 3, 0, (0.5, 1.0), **few)
-        | {"origin": "sft_default-4"},
-    }
-    text = tables.anchors_curve([tables.Line(name, (arm,)) for name, arm in arms.items()])
-    assert [row.split(" | ")[-1] for row in text.splitlines()[2:]] == [
-        " |",
-        "**+0.500 [0.500, 0.500]** |",
-        " |",
-        "**+0.250 [0.250, 0.250]** |",
-    ]
+    sft, grpo = (
+        [
+            made("sft_default-4", "SFT, 4", 2, seed, (0.0, 0.5 + seed / 2), origin=None, **few)
+            for seed in range(2)
+        ],
+        made("grpo_default-4", "GRPO, 4", 3, 0, (0.5, 1.0), **few),
+    )
+    grpo |= {"origin": "sft_default-4", "against": "more-4"}
+    whole = [made("sft_default", "SFT", 0, 0, (0.25, 0.75), origin=None)]
+    more = [made("more-4", "SFT continued, 4", 4, 0, (0.25, 0.75), **few)]
+    text = tables.anchors_curve(
+        [tables.Line(runs[0]["title"], tuple(runs)) for runs in (whole, sft, [grpo], more)]
+    )
+    means, above, against = text.split("\n\n")
+    assert "| 4 | SFT | 2 | 0.375 ± 0.125 |" in means
+    assert "| 10 | SFT | 1 | 0.500 |" in means
+    # The seed of SFT that alignment has not is no part of the difference.
+    assert "| GRPO, 4 − SFT, 4 | 1 | **+0.500 [0.500, 0.500]** |" in above
+    assert "| GRPO, 4 − SFT continued, 4 | **+0.250 [0.250, 0.250]** |" in against
 
 
 def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):

@@ -291,24 +291,28 @@ def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
 
 
 def anchors_curve(lines: Sequence[Line]) -> str:
-    """The arms of the curve by the number of anchors, each against the SFT that it starts from."""
+    """The arms of the curve by the number of anchors, and how far above what they start from.
+
+    And above what they are against, where that has as many anchors.
+    """
     small = of_group(lines, "anchors")
     names = list(dict.fromkeys(_base(line) for line in small))
     some = [line for line in lines if _base(line) in names]
     some.sort(key=lambda line: (line.first["prompts"]["training"], names.index(_base(line))))
     shown = some[0].shown
     metrics = [metric for metric in COMPARED if metric in shown]
-    named = {line.first["name"]: line for line in some}
     rows = []
     for line in some:
-        base = named.get(line.first["origin"] or "")
-        found = compare_runs(base.evaluations(), line.evaluations()) if base else {}
         cells = [spread(shown[metric], line.means(metric)) for metric in metrics]
-        gains = interval(shown[metrics[0]], found[metrics[0]]) if found else ""
         count = str(line.first["prompts"]["training"])
-        rows.append([count, line.title.partition(",")[0], str(len(line.runs)), *cells, gains])
-    titles = [shown[metric].title for metric in metrics]
-    return grid(["anchors", "arm", "seeds", *titles, f"{titles[0]}: above SFT"], rows)
+        rows.append([count, line.title.partition(",")[0], str(len(line.runs)), *cells])
+    parts = [grid(["anchors", "arm", "seeds", *(shown[metric].title for metric in metrics)], rows)]
+    if above := above_origin(small, small):
+        parts.append(above)
+    by_arm = {line.first["arm"]: line for line in small}
+    if others := [line for line in small if line.first["against"] in by_arm]:
+        parts.append(against(others, by_arm))
+    return "\n\n".join(parts)
 
 
 def _base(line: Line) -> str:
