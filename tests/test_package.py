@@ -26,7 +26,7 @@ def test_an_experiment_finds_its_data_from_any_folder(name, tmp_path, monkeypatc
     prompts = config.data.prompts
     prompts = prompts if isinstance(prompts, list) else [prompts]
     for path in (*prompts, config.data.heldout, config.data.anchors):
-        assert Path(path).is_file()
+        assert Path(str(path)).is_file()
 
 
 def test_a_clones_own_data_comes_first_and_by_its_short_name(tmp_path, monkeypatch):
