@@ -160,7 +160,7 @@ def anchors(tested: Arms) -> bytes:
     axes = figure.add_subplot()
     small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
     names = list(dict.fromkeys(runs[0]["arm"].rpartition("-")[0] for runs in small))
-    whole: list[list[raw.Raw]] = []
+    counts: set[int] = set()
     for place, name in enumerate(names):
         whole = [runs for runs in tested.values() if runs[0]["arm"] == name]
         own = [r for r in small if r[0]["arm"].rpartition("-")[0] == name] + whole
@@ -168,11 +168,11 @@ def anchors(tested: Arms) -> bytes:
             (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
             for runs in own
         )
+        counts |= {count for count, _ in points}
         title = (whole or own)[0][0]["title"].partition(",")[0]
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
     axes.set_xscale("log")
-    counts = sorted({runs[0]["prompts"]["training"] for runs in [*small, *whole]})
-    axes.set_xticks(counts, [f"{count:,}" for count in counts])
+    axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
     axes.minorticks_off()
     _label(axes, "anchors", _title(tested))
     axes.legend(frameon=False)

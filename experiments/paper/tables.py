@@ -365,7 +365,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         machines = sorted({run.get("device") or run["machine"]["processor"] for run in runs})
         yield (
             f"{size['evaluated']} test prompts, {size['with an answer']} of them with a true "
-            f"answer; {size['training']} training prompts. Sampled: the mean over answers at "
+            "answer. Sampled: the mean over answers at "
             f"temperature 0.7. Machine: {'; '.join(machines)}.\n\nMean ± standard error over "
             "seeds. 95 % intervals: crossed bootstrap over seeds and prompts, 10,000 resamples, "
             "the seeds together where both sides have the same and start from the same models, as "

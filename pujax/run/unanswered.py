@@ -96,5 +96,7 @@ def _nothing(line: str) -> None:
 
 
 def _of_experiment(source: Any) -> bool:
-    """Whether it is one of the files that come with pujax."""
+    """Whether it is one of the files that come with pujax, or some of them."""
+    if isinstance(source, list | tuple):
+        return bool(source) and all(map(_of_experiment, source))
     return isinstance(source, str) and source == shipped("/".join(Path(source).parts[-2:]))

@@ -20,6 +20,7 @@ from pujax.records import Anchor, Prompt, messages_key
 from pujax.run import data as data_module
 from pujax.run.batches import batch_at, collate, picks
 from pujax.run.data import Dataset, load_data, make_dataset, make_preferences, with_system
+from pujax.run.unanswered import to_collect
 from pujax.run.workers import Outcome
 from pujax.teacher.settings import CollectConfig, TeacherConfig
 from pujax.teacher.store import COLLECT
@@ -431,6 +432,10 @@ def test_an_experiments_store_is_not_taken_for_that_of_ones_own_prompts(tmp_path
         load_data(TrainConfig(data=data), cast(Any, Letters()), [].append)
     wanted = f"data.anchors={anchors} is the experiment's: set data.anchors=YOUR STORE"
     assert wanted in str(said.value)
+    theirs = [shipped(f"quickstart/{name}.jsonl") for name in ("train", "train_more")]
+    assert to_collect(replace(data, prompts=theirs), begun=False) == COLLECT
+    mixed = [*theirs, data.prompts]
+    assert wanted in to_collect(replace(data, prompts=mixed), begun=False)
     beside = TrainConfig(data=replace(data, preferences=jsonl(tmp_path / "p.jsonl", PAIR)))
     with pytest.raises(StoreError, match=r"alone, set data\.prompts=null data\.anchors=null"):
         load_data(beside, cast(Any, Letters()), [].append)
