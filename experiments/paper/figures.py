@@ -172,7 +172,8 @@ def anchors(tested: Arms) -> bytes:
         title = (whole or own)[0][0]["title"].partition(",")[0]
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
     axes.set_xscale("log")
-    axes.set_xticks(sorted(counts), [f"{count:,}" for count in sorted(counts)])
+    ticks = sorted(counts)
+    axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
     _label(axes, "anchors", _title(tested))
     axes.legend(frameon=False)
