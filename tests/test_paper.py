@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from experiments.paper import figures, judge, plan, raw, reproduce, tables, together
 from experiments.paper.plan import Found, load_profile, next_tasks, tasks_of
+from pujax import __version__
 from pujax.errors import ConfigError
 from pujax.files.durable import read_jsonl
 from pujax.records import messages_key
@@ -449,6 +451,19 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     assert '"the machine"' in kept.read_text()
     made_again = raw.read_all(profile.results)["random-lr1e-05", 0, "test"]
     assert made_again["values"] == result["values"]
+
+
+def test_a_result_is_kept_where_pujax_is_not_installed(profile, monkeypatch):
+    def refused(name):
+        if name == "pujax":
+            raise PackageNotFoundError(name)
+        return version(name)
+
+    monkeypatch.setattr("importlib.metadata.version", refused)
+    monkeypatch.setattr(raw, "version", refused)
+    assert reproduce.work(profile, (["sft"], None), Stub().call) == 0
+    results = raw.read_all(profile.results).values()
+    assert {result["versions"]["pujax"] for result in results} == {__version__}
 
 
 def test_a_method_is_asked_how_it_ranks_and_not_read_on_the_test_split(profile):

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean, median
 from typing import Any
 
+from pujax import __version__
 from pujax.errors import EvaluationError
 from pujax.evaluation import results
 from pujax.files.durable import read_jsonl, write_whole
@@ -22,7 +23,7 @@ Raw = dict[str, Any]
 Key = tuple[str, int, str]
 """A run's name, its seed, and the split that it was read on."""
 
-PACKAGES = ("pujax", "jax", "jaxlib", "flax", "optax", "numpy")
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def file_name(key: Key) -> str:
@@ -164,7 +165,10 @@ def result(
         "evaluation_s": _round(evaluation_s),
         "teacher": teacher(prompts, store),
         "machine": machine(),
-        "versions": {name: version(name) for name in PACKAGES},
+        "versions": {
+            "pujax": __version__,  # which need not be installed
+            **{name: version(name) for name in PACKAGES},
+        },
         "course": course(lines) if key[2] == "validation" else [],
         "shown": {name: vars(told) for name, told in shown.items()},
         "id": [row.id for row in rows],

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from rich.table import Table
 
+from pujax import __version__
 from pujax.config.tool_settings import BenchmarkConfig, WorkConfig
 from pujax.files.durable import on_disk, sweep_files, write_whole
 from pujax.models.parameters import AXES
@@ -95,7 +96,10 @@ def described(run: BenchmarkConfig) -> dict[str, Any]:
         "device": jax.devices()[0].device_kind,
         "devices": jax.device_count(),
         "seed": run.seed,
-        "versions": {name: version(name) for name in ("pujax", "jax", "jaxlib", "flax")},
+        "versions": {
+            "pujax": __version__,  # which need not be installed
+            **{name: version(name) for name in ("jax", "jaxlib", "flax")},
+        },
     }
 
 

@@ -23,6 +23,7 @@ import logging
 import os
 import re
 import shutil
+import threading
 import zlib
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +40,9 @@ from pujax.files.durable import on_disk, write_whole
 from pujax.models.sharding import fetched
 from pujax.run.processes import from_first, several, to_first, told
 from pujax.types import Params, TrainState
+
+_ONE_AT_A_TIME = threading.RLock()
+"""Held while Orbax reads or writes: in two threads at once it can fail, or never end."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,7 @@ class Checkpoints:
         """Orbax's, when it is first asked for: who reads a reference needs none, and no folder."""
         if self._opened is None:
             folder = self._directory / "checkpoints"
-            with on_disk(folder):
+            with _ONE_AT_A_TIME, on_disk(folder):
                 if os.path.lexists(folder):
                     _refuse_closed(folder)
                 if several():
@@ -182,13 +186,10 @@ class Checkpoints:
         meta["checksums"] = checksums(state) | _sealed(place)
         meta["checksum"] = _of_meta(meta)
         self._room_for(state)
+        items = {"state": ocp.args.StandardSave(_fields(state)), "meta": ocp.args.JsonSave(meta)}
         try:
-            self._manager.save(
-                number,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(_fields(state)), meta=ocp.args.JsonSave(meta)
-                ),
-            )
+            with _ONE_AT_A_TIME:
+                self._manager.save(number, args=ocp.args.Composite(**items))
         except Exception as error:
             kept = self._manager.latest_step()
             for leftover in (self._directory / "checkpoints").glob("*.orbax-checkpoint-tmp*"):
@@ -260,7 +261,7 @@ class Checkpoints:
         content = json.dumps(checksums(params) | self._mark).encode()
         try:
             write_whole(path.with_suffix(".json"), content)  # first: what is there has checksums
-            with ocp.StandardCheckpointer(**_by_first()) as saver:
+            with _ONE_AT_A_TIME, ocp.StandardCheckpointer(**_by_first()) as saver:
                 saver.save(path, params)
         except Exception as error:
             reason = _first_line(error)
@@ -277,7 +278,7 @@ class Checkpoints:
     def _read_params(self, path: Path, params: Params, why: str) -> Params:
         kept = path.with_suffix(".json")
         try:
-            with ocp.StandardCheckpointer(**_by_first()) as saver:
+            with _ONE_AT_A_TIME, ocp.StandardCheckpointer(**_by_first()) as saver:
                 restored = saver.restore(path, _abstract(params))
             if kept.exists():
                 saved = json.loads(kept.read_bytes())
@@ -299,7 +300,8 @@ class Checkpoints:
     def close(self) -> None:
         """Release what Orbax holds."""
         if self._opened is not None:
-            self._opened.close()
+            with _ONE_AT_A_TIME:
+                self._opened.close()
 
     def _read(self, number: int, like: TrainState) -> tuple[Place, TrainState]:
         """A checkpoint, held against its checksums where it has any."""
@@ -307,7 +309,8 @@ class Checkpoints:
 
         def restored(**items: Any) -> Any:
             try:
-                return self._manager.restore(number, args=ocp.args.Composite(**items))
+                with _ONE_AT_A_TIME:
+                    return self._manager.restore(number, args=ocp.args.Composite(**items))
             except Exception as error:
                 if reason := _hindrance(error, Path(folder)):
                     raise _passing(folder, reason) from error

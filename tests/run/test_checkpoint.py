@@ -2,6 +2,9 @@ import errno
 import json
 import logging
 import shutil
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from typing import Any
 
@@ -166,6 +169,49 @@ def test_the_reference_is_written_once_and_comes_back(checkpoints):
     checkpoints.save_reference(params)
     checkpoints.save_reference(make_state(9.0).params)
     assert_same(checkpoints.restore_reference(make_state().params), params)
+
+
+def test_of_several_runs_in_threads_one_at_a_time_is_at_its_disk(tmp_path, monkeypatch):
+    at_work, most, counted = set[int](), set[int](), threading.Lock()
+
+    def watched(method):
+        def call(*arguments, **named):
+            me = threading.get_ident()
+            with counted:
+                at_work.add(me)
+                most.add(len(at_work))
+            time.sleep(0.02)
+            try:
+                return method(*arguments, **named)
+            finally:
+                with counted:
+                    at_work.discard(me)
+
+        return call
+
+    for owner, names in (
+        (ocp.StandardCheckpointer, ("save", "restore", "close")),
+        (ocp.CheckpointManager, ("save", "restore", "close")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, watched(getattr(owner, name)))
+
+    def use(run):
+        state = make_state(float(run))
+        (tmp_path / str(run)).mkdir()
+        checkpoints = Checkpoints(tmp_path / str(run), keep=2, model=MODEL)
+        for number in range(2):
+            checkpoints.save(number, Place("sft", number), state)
+        checkpoints.save_reference(state.params)
+        assert_same(checkpoints.restore_reference(make_state().params), state.params)
+        found = checkpoints.newest(make_state())
+        assert found is not None
+        assert_same(found[1], state)
+        checkpoints.close()
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(use, range(4)))
+    assert most == {1}
 
 
 def test_a_missing_reference_is_named(checkpoints):
