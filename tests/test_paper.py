@@ -224,6 +224,10 @@ def test_arms_that_are_named_are_done_in_that_order_with_as_many_seeds_as_are_as
     assert arms == ["sft"] * 3 + ["grpo"] * 2 + ["sft"]
     seeds = {t.run.seed for t in tasks_of(profile, found, ["sft"])}
     assert seeds == {0, 1}
+    arms = {"sft_more": replace(profile.arms["sft"], seeds=0), "sft_more-30": profile.arms["sft"]}
+    profile = replace(profile, arms=profile.arms | arms)
+    with pytest.raises(ConfigError, match="--only='sft_more': has no seeds but as sft_more-30"):
+        tasks_of(profile, found, ["sft_more"])
 
 
 def test_a_model_that_is_not_here_is_made_again_where_something_needs_it(profile):

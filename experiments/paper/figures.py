@@ -159,11 +159,11 @@ def anchors(tested: Arms) -> bytes:
     figure = _figure(6.5, 4.2)
     axes = figure.add_subplot()
     small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
-    names = list(dict.fromkeys(runs[0]["arm"].rpartition("-")[0] for runs in small))
+    names = list(dict.fromkeys(raw.arm_of(runs[0]) for runs in small))
     counts: set[int] = set()
     for place, name in enumerate(names):
-        whole = [runs for runs in tested.values() if runs[0]["arm"] == name]
-        own = [r for r in small if r[0]["arm"].rpartition("-")[0] == name] + whole
+        own = [runs for runs in tested.values() if raw.arm_of(runs[0]) == name]
+        whole = [runs for runs in own if runs[0]["arm"] == name]
         points = sorted(
             (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
             for runs in own

@@ -256,6 +256,9 @@ def tasks_of(
     """
     for name in only:
         one_of("--only", name, profile.arms)
+        of_curve = [other for other in profile.arms if other.startswith(f"{name}-")]
+        has_seeds = profile.arms[name].seeds > 0
+        require(has_seeds, "--only", name, f"has no seeds but as {', '.join(of_curve)}")
     named = [profile.arms[name] for name in only]
     groups = [[arm for arm in profile.arms.values() if arm.group == group] for group in GROUPS]
     tasks: dict[raw.Key, Task] = {}

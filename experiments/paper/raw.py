@@ -46,6 +46,12 @@ def read_all(folder: Path) -> dict[Key, Raw]:
     return found
 
 
+def arm_of(result: Raw) -> str:
+    """The arm that a result is of; of one of the curve the same arm with all prompts."""
+    arm = result["arm"]
+    return arm.rpartition("-")[0] if result["group"] == "anchors" else arm
+
+
 def write(folder: Path, result: Raw) -> Path:
     """Write a result to `folder`/raw, one entry a line, and return its path."""
     lines = [f"{json.dumps(key)}: {json.dumps(value)}" for key, value in result.items()]

@@ -296,9 +296,10 @@ def anchors_curve(lines: Sequence[Line]) -> str:
     And above what they are against, where that has as many anchors.
     """
     small = of_group(lines, "anchors")
-    names = list(dict.fromkeys(_base(line) for line in small))
-    some = [line for line in lines if _base(line) in names]
-    some.sort(key=lambda line: (line.first["prompts"]["training"], names.index(_base(line))))
+    names = list(dict.fromkeys(raw.arm_of(line.first) for line in small))
+    some = [line for line in lines if raw.arm_of(line.first) in names]
+    places = {name: place for place, name in enumerate(names)}
+    some.sort(key=lambda r: (r.first["prompts"]["training"], places[raw.arm_of(r.first)]))
     shown = some[0].shown
     metrics = [metric for metric in COMPARED if metric in shown]
     rows = []
@@ -313,12 +314,6 @@ def anchors_curve(lines: Sequence[Line]) -> str:
     if others := [line for line in small if line.first["against"] in by_arm]:
         parts.append(against(others, by_arm))
     return "\n\n".join(parts)
-
-
-def _base(line: Line) -> str:
-    """The arm that a line of the curve is of; of any other its own."""
-    arm = line.first["arm"]
-    return arm.rpartition("-")[0] if line.first["group"] == "anchors" else arm
 
 
 def cost(line: Line) -> str:
