@@ -24,6 +24,7 @@ class Candidates:
     texts: tuple[str, ...]
     oracle: tuple[float, ...] = ()
     by: str = ""  # which oracle
+    anchor: float | None = None  # what the anchor is worth by it
 
 
 Regard = Callable[[Example, str], tuple[float | None, str]]

@@ -62,7 +62,9 @@ def signal(
     Candidates are drawn once, and all scorers see the same; each scores them again with another
     prompt's anchor in view, and where that changes its scores it has a second row, its control.
     Prompts that nothing orders are left out. Groups in which all candidates are equally good count
-    for entropy and mass alone. Raises `EvaluationError` when fewer than two prompts are left.
+    for entropy and mass alone. The last column is of the groups whose best candidate the oracle
+    puts above the anchor: there a ranking by the anchor can mislead. Raises `EvaluationError` when
+    fewer than two prompts are left.
 
     Settings:
         scorers: by name, functions or settings as in conf/scorer/.
@@ -101,7 +103,8 @@ def signal(
             told = [regard(drawn.example, text) for text in drawn.texts]
             values = tuple(value for value, _ in told if value is not None)
             by = told[0][1] if len(values) == samples else ""
-            groups.append(replace(drawn, oracle=values if by else (), by=by))
+            worth = regard(drawn.example, drawn.example.anchor)[0]
+            groups.append(replace(drawn, oracle=values if by else (), by=by, anchor=worth))
         if judged and judge is not None:
             groups = _judged(groups, judge, oracle)
         _score(subject, groups, others, functions, labels, records, seed)
@@ -149,7 +152,7 @@ def _judged(groups: Sequence[Candidates], judge: Judge, oracle: MetricFn) -> lis
         if keys[0] in asked:
             values = tuple(worth[key] for key in keys if key in worth)
             values = values if len(values) == len(keys) else ()
-            group = replace(group, oracle=values, by="judge")
+            group = replace(group, oracle=values, by="judge", anchor=0.5)  # as good as itself
         found.append(group)
     return found
 
@@ -226,6 +229,7 @@ def _score(
                     "candidates": list(group.texts),
                     "oracle": list(group.oracle),
                     "by": group.by,
+                    "anchor": group.anchor,
                     "scores": {name: s[b].tolist() for name, (s, _) in found.items()},
                     "labels": {name: q[b].tolist() for name, (_, q) in found.items()},
                 }
@@ -262,14 +266,17 @@ def _signal_answer(
         part = [record for record in records if record["by"] == by]
         of_oracle = f" ({by})" if len(parts) > 1 else ""
         ordered = sum(len(set(record["oracle"])) > 1 for record in part)
-        notes.append(f"{len(part)} prompts by {by}, which orders {ordered} groups")
+        beaten = [_beats_anchor(record) for record in part]
+        told = f"{len(part)} prompts by {by}, which orders {ordered} groups"
+        notes.append(told + (f", {sum(beaten)} of them over the anchor" if any(beaten) else ""))
         weak = []
         for name in scorers:
             control = f"{name}{SHUFFLED}"
             groups = _groups(part, name, margin)
             row = _row(f"{name}{of_oracle}", groups)
+            over = _cell([one.pairs for one, is_so in zip(groups, beaten, strict=True) if is_so])
             if all(each["scores"][name] == each["scores"][control] for each in part):
-                rows.append((*row, ""))
+                rows.append((*row, "", over))
                 continue
             controls = _groups(part, control, margin)
             gains = [
@@ -278,8 +285,8 @@ def _signal_answer(
                 if one.tau is not None and other.tau is not None
             ]
             gain = _interval(gains)
-            rows.append((*row, "–" if gain is None else _told(gain)))
-            rows.append((*_row(f"{control}{of_oracle}", controls), ""))
+            rows.append((*row, "–" if gain is None else _told(gain), over))
+            rows.append((*_row(f"{control}{of_oracle}", controls), "", ""))
             if gain is None or gain.low <= 0:
                 weak.append(name)
         if weak:
@@ -287,10 +294,10 @@ def _signal_answer(
     header = ("scorer", "Kendall τ-b", "top-1", "pairs", "label entropy", "q near best")
     note = "; ".join(notes)
     return SuiteAnswer(
-        (*header, "τ over shuffled"),
+        (*header, "τ over shuffled", "pairs, anchor beaten"),
         tuple(rows),
         f"{note}. {samples} candidates each at temperature {temperature}. 95 % intervals: BCa "
-        "bootstrap over groups, of the last column over the paired differences. An oracle that "
+        "bootstrap over groups, of τ over shuffled over the paired differences. An oracle that "
         "looks at the anchor, as rouge_l, favours scorers that compare words with it.",
         tuple(dict(record) for record in records),
     )
@@ -304,12 +311,22 @@ def _groups(records: Sequence[Mapping[str, Any]], name: str, margin: float) -> l
 
 
 def _row(name: str, groups: Sequence[Signal]) -> tuple[str, ...]:
-    cells = []
-    for column in ("tau", "top", "pairs", "entropy", "near"):
-        values = [value for group in groups if (value := getattr(group, column)) is not None]
-        found = _interval(values)
-        cells.append("–" if found is None else _told(found))
-    return (name, *cells)
+    columns = ("tau", "top", "pairs", "entropy", "near")
+    return (name, *(_cell([getattr(group, column) for group in groups]) for column in columns))
+
+
+def _cell(values: Sequence[float | None]) -> str:
+    found = _interval([value for value in values if value is not None])
+    return "–" if found is None else _told(found)
+
+
+def _beats_anchor(record: Mapping[str, Any]) -> bool:
+    """Whether the oracle orders the candidates and puts the best of them above the anchor.
+
+    A record of before the anchor's worth was kept says nothing of that.
+    """
+    anchor, oracle = record.get("anchor"), record["oracle"]
+    return anchor is not None and min(oracle) < max(oracle) > anchor
 
 
 def _interval(values: Sequence[float]) -> Difference | None:

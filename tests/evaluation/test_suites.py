@@ -176,10 +176,45 @@ def test_a_scorer_that_does_not_look_at_the_anchor_has_no_control_and_one_that_c
         "blind",
     ]
     assert rows["good"][1] == "1.000 [1.000, 1.000]"
-    assert rows["good"][-1] == "0.667 [0.667, 0.667]"
-    assert rows["bad"][-1] == "0.000 [0.000, 0.000]"
+    assert rows["good"][-2] == "0.667 [0.667, 0.667]"
+    assert rows["bad"][-2] == "0.000 [0.000, 0.000]"
+    assert rows["good"][-1] == "–"  # nothing is known of the anchors
     assert rows["blind"][1] == "-1.000 [-1.000, -1.000]"
     assert "no better than their shuffled anchor: bad." in found.note
+
+
+def test_pairs_of_groups_whose_anchor_a_candidate_beats_are_told_apart():
+    def record(number, anchor, oracle, scores):
+        names = ("copies", f"copies{SHUFFLED}")
+        return {
+            "id": f"p{number}",
+            "by": "correct",
+            "anchor": anchor,
+            "oracle": oracle,
+            "scores": dict(zip(names, (scores, [0.0] * 3), strict=True)),
+            "labels": {name: [1 / 3] * 3 for name in names},
+        }
+
+    records = [
+        record(0, 1.0, [0.0, 0.0, 1.0], [0.0, 1.0, 2.0]),  # both pairs right
+        record(1, 0.0, [0.0, 0.0, 1.0], [2.0, 0.0, 1.0]),  # one of two
+        record(2, 0.0, [0.0, 0.0, 1.0], [2.0, 1.0, 0.0]),  # neither
+        record(3, 0.0, [1.0, 1.0, 1.0], [2.0, 1.0, 0.0]),  # nothing to order
+        record(4, None, [0.0, 0.0, 1.0], [0.0, 1.0, 2.0]),  # of before that was kept
+    ]
+    found = suites._signal_answer(records, ["copies"], 0.0, 3, 0.7)
+    assert found.header[-1] == "pairs, anchor beaten"
+    (row, control) = found.rows
+    assert row[3].startswith("0.625 [")  # (1 + 1/2 + 0 + 1) / 4
+    assert row[-1].startswith("0.250 [")  # (1/2 + 0) / 2
+    assert control[-1] == ""
+    assert "5 prompts by correct, which orders 4 groups, 2 of them over the anchor" in found.note
+
+
+def test_what_the_anchor_is_worth_is_kept_with_its_candidates(subject):
+    found = ask(subject)
+    worth = {e.prompt.id: len(e.anchor.split()) for e in subject.examples}
+    assert {record["id"]: record["anchor"] for record in found.records} == worth
 
 
 def test_prompts_without_an_answer_are_ordered_by_the_other_oracle_or_by_the_judge(subject):
@@ -220,6 +255,8 @@ def test_prompts_without_an_answer_are_ordered_by_the_other_oracle_or_by_the_jud
         judged=True,
         samples=6,
     )
+    worth = {record["id"]: record["anchor"] for record in found.records}
+    assert worth["p2"] == 0.5  # of two that are the same neither is preferred
     by = {record["id"]: record["by"] for record in found.records}
     assert by == {"p1": "known", "p2": "judge", "p3": "known", "p4": "judge", "p5": "known"}
     (longest,) = [record["oracle"] for record in found.records if record["id"] == "p2"]
