@@ -270,6 +270,26 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
         next_tasks(tasks_of(profile, found), found)
 
 
+def test_each_pace_that_was_measured_has_its_own_line():
+    def pace(title, sft, align):
+        seconds = {"sft": {"processor": sft}, "align": {"processor": align}}
+        return {"group": plan.PACE, "title": title, "step_s": seconds}
+
+    told = tables.paces(
+        {
+            ("pace", 0, "validation"): pace("of 4 × 8", 2.0, 5.0),
+            ("pace", 1, "validation"): pace("of 4 × 8", 4.0, 7.0),
+            ("pace_wide", 0, "validation"): pace("of 8 × 4", 2.0, 8.0),
+            ("sft", 0, "validation"): {"group": "main"},
+        }
+    )
+    of = "a step of SFT {} processor seconds, one of alignment {}, which is worth {} of SFT"
+    assert told.splitlines()[-2:] == [
+        f"* of 4 × 8: {of.format(3, 6, '2.00')}",
+        f"* of 8 × 4: {of.format(2, 8, '4.00')}",
+    ]
+
+
 def test_the_forecast_is_steps_and_prompts_times_their_paces(profile, monkeypatch):
     found = known(profile)
     first, *_ = tasks = tasks_of(profile, found, only=["grpo"])

@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import fmean
 
@@ -279,15 +280,15 @@ def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
     if not found:
         return ""
     clock, of = ("wall", "") if found[0].get("device") else ("processor", "processor ")
-    sft, align = (
-        fmean(result["step_s"][stage][clock] for result in found) for stage in ("sft", "align")
-    )
-    runs = "a run" if len(found) == 1 else f"{len(found)} runs"
-    return (
-        f"\n\nMeasured side by side in {runs}, a step of SFT took {sft:.2f} {of}"
-        f"seconds and one of alignment {align:.2f}: SFT continued for {align / sft:.2f} times as "
-        "many steps."
-    )
+    told = []
+    for title, runs in groupby(found, lambda result: result["title"]):
+        steps = [result["step_s"] for result in runs]
+        sft, align = (fmean(step[stage][clock] for step in steps) for stage in ("sft", "align"))
+        told.append(
+            f"* {title}: a step of SFT {sft:.3g} {of}seconds, one of alignment {align:.3g}, which "
+            f"is worth {align / sft:.2f} of SFT"
+        )
+    return "\n\nMeasured side by side, both stages in one run:\n\n" + "\n".join(told)
 
 
 def anchors_curve(lines: Sequence[Line]) -> str:
