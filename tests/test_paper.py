@@ -199,6 +199,46 @@ def test_sft_continues_for_as_many_processor_seconds_as_the_alignment_took(profi
     assert run.steps("sft") == round(200 * 20 / 3)
 
 
+def test_several_seeds_may_choose_by_their_mean(profile):
+    sft = replace(profile.arms["sft"], choose={"sft.lr": [1e-4, 3e-5]}, chosen_by=2)
+    profile = replace(profile, arms={"sft": sft})
+    # The first seed likes the larger rate, the other one likes the smaller much better.
+    scores = {(1e-4, 0): 0.6, (3e-5, 0): 0.5, (1e-4, 1): 0.2, (3e-5, 1): 0.6}
+    order = walked(profile, lambda run: scores[run.point["sft.lr"], run.seed])
+    assert named(order) == [
+        "sft-lr0.0001 0 validation",
+        "sft-lr0.0001 1 validation",
+        "sft-lr3e-05 0 validation",
+        "sft-lr3e-05 1 validation",
+        "sft-lr3e-05 0 test",
+        "sft-lr3e-05 1 test",
+    ]
+
+
+def test_tables_hold_arms_against_the_choice_that_validation_likes_by_seeds_that_all_have():
+    def line(name, *scores, seeds=None):
+        seeds = range(len(scores)) if seeds is None else seeds
+        runs = [
+            made(name, "SFT", 0, seed, (score, score))
+            for seed, score in zip(seeds, scores, strict=True)
+        ]
+        return tables.Line(name, tuple(run | {"arm": "sft"} for run in runs))
+
+    wide, small = line("sft-lr0.0001", 0.6, 0.2, 0.9), line("sft-lr3e-05", 0.5, 0.6)
+    assert tables.best_of_arms([wide, small])["sft"] is small  # .55 of two seeds against .40
+    tested = [line("sft-lr3e-05", 0.1), line("sft-lr0.0001", 0.9)]
+    assert tables.chosen_of_arms(tested, [wide, small])["sft"] is tested[0]
+    assert tables.chosen_of_arms(tested[1:], [wide, small])["sft"] is tested[1]
+    assert tables.chosen_of_arms(tested, [])["sft"] is tested[0]
+
+
+def test_an_arm_and_its_origin_without_a_seed_in_common_are_in_no_row():
+    one = made("grpo", "GRPO", 1, 0, (0.5, 1.0)) | {"origin": "sft"}
+    other = made("sft", "SFT", 0, 1, (0.5, 1.0), origin=None)
+    lines = [tables.Line(run["title"], (run,)) for run in (one, other)]
+    assert tables.above_origin(lines, lines) == ""
+
+
 def test_it_continues_by_the_steps_that_validation_chose_for_the_alignment(profile):
     grpo = replace(profile.arms["grpo"], choose={"align.steps": [200, 400]})
     profile = replace(profile, arms={**profile.arms, "grpo": grpo})
@@ -912,9 +952,8 @@ def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():
     grpo |= {"origin": "sft_default-4", "against": "more-4"}
     whole = [made("sft_default", "SFT", 0, 0, (0.25, 0.75), origin=None)]
     more = [made("more-4", "SFT continued, 4", 4, 0, (0.25, 0.75), **few)]
-    text = tables.anchors_curve(
-        [tables.Line(runs[0]["title"], tuple(runs)) for runs in (whole, sft, [grpo], more)]
-    )
+    lines = [tables.Line(runs[0]["title"], tuple(runs)) for runs in (whole, sft, [grpo], more)]
+    text = tables.anchors_curve(lines, tables.chosen_of_arms(lines, []))
     means, above, against = text.split("\n\n")
     assert "| 4 | SFT | 2 | 0.375 ± 0.125 |" in means
     assert "| 10 | SFT | 1 | 0.500 |" in means

@@ -147,7 +147,7 @@ def seeds(arms: Arms) -> bytes:
         axes.plot(values, [place] * len(values), "o", color=COLOURS[0], alpha=0.6, ms=6)
         axes.plot([fmean(values)], [place], "|", color=COLOURS[1], ms=18, mew=2)
     axes.set_ylim(-0.6, len(arms) - 0.4)
-    axes.set_yticks(range(len(arms)), [runs[0]["title"] for runs in reversed(arms.values())])
+    axes.set_yticks(range(len(arms)), [*reversed(_names(arms))])
     _label(axes, f"{_title(arms)}, test; a point a seed, a bar their mean", "")
     axes.grid(axis="x", linewidth=0.6, color="#dddddd")
     return _png(figure)

@@ -47,6 +47,7 @@ class Arm:
     suite: str | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     choose: Mapping[str, list[Any]] = field(default_factory=dict)
+    chosen_by: int = 1
 
 
 @dataclass(frozen=True)
@@ -318,7 +319,8 @@ def way_to(profile: Profile, found: Found, name: str, seed: int) -> tuple[list[R
 def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[str, Any]]:
     """The runs that are compared to choose an arm's settings, and what validation chooses.
 
-    One setting after another, with seed 0; of equals the first stays.
+    One setting after another, by the mean over the first seeds, `chosen_by` of them; of equals the
+    first stays.
     """
     arm = profile.arms[name]
     tried, point = choice(profile, found, arm.like) if arm.like else ([], {})
@@ -327,9 +329,13 @@ def choice(profile: Profile, found: Found, name: str) -> tuple[list[Run], dict[s
     for key, values in arm.choose.items():
         decided, scores = tried, []
         for value in values:
-            before, run = made(profile, found, name, 0, {**point, key: value}, decided)
-            tried = [*tried, *before, run]
-            scores.append(found.score(run))
+            own = []
+            for seed in range(arm.chosen_by):
+                before, run = made(profile, found, name, seed, {**point, key: value}, decided)
+                tried = [*tried, *before, run]
+                own.append(found.score(run))
+            known = [score for score in own if score is not None]
+            scores.append(fmean(known) if len(known) == len(own) else None)
         known = [score for score in scores if score is not None]
         if len(known) == len(scores):
             point[key] = values[known.index(max(known))]

@@ -172,6 +172,8 @@ def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
             continue
         runs = (line.runs, origin.runs)
         seeds = set.intersection(*({run["seed"] for run in each} for each in runs))
+        if not seeds:
+            continue
         one, other = (
             Line(
                 title,
@@ -179,10 +181,9 @@ def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
             ).evaluations()
             for title, each in zip((line.title, origin.title), runs, strict=True)
         )
-        if seeds:
-            found = compare_runs(other, one, matched=True)
-            cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
-            rows.append([f"{line.title} − {origin.title}", str(len(seeds)), *cells])
+        found = compare_runs(other, one, matched=True)
+        cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
+        rows.append([f"{line.title} − {origin.title}", str(len(seeds)), *cells])
     return grid(["difference", "seeds", *(shown[m].title for m in metrics)], rows) if rows else ""
 
 
@@ -224,13 +225,37 @@ def methods(
 
 
 def best_of_arms(lines: Sequence[Line]) -> dict[str, Line]:
-    """Of each arm the line that does best with seed 0 by what decides; of equals the first."""
-    best: dict[str, Line] = {}
+    """Of each arm the line that does best by what decides; of equals the first.
+
+    That is the mean over the seeds that all lines of an arm have.
+    """
+    arms: dict[str, list[Line]] = {}
     for line in lines:
-        arm, metric = line.first["arm"], line.first["metric"]
-        if arm not in best or raw.mean(line.first, metric) > raw.mean(best[arm].first, metric):
-            best[arm] = line
-    return best
+        arms.setdefault(line.first["arm"], []).append(line)
+    return {arm: _best(some) for arm, some in arms.items()}
+
+
+def _best(lines: Sequence[Line]) -> Line:
+    seeds = set.intersection(*({run["seed"] for run in line.runs} for line in lines))
+
+    def score(line: Line) -> float:
+        runs = [run for run in line.runs if run["seed"] in seeds] or line.runs[:1]
+        return fmean(raw.mean(run, run["metric"]) for run in runs)
+
+    return max(lines, key=score)
+
+
+def chosen_of_arms(lines: Sequence[Line], chosen: Sequence[Line]) -> dict[str, Line]:
+    """Of each arm that one of `lines` which the validation results, `chosen`, like best."""
+    names = {line.first["name"] for line in lines}
+    asked = [line for line in chosen if line.first["name"] in names]
+    best = {arm: line.first["name"] for arm, line in best_of_arms(asked).items()}
+    found: dict[str, Line] = {}
+    for line in lines:
+        arm = line.first["arm"]
+        if best.get(arm, line.first["name"]) == line.first["name"]:
+            found.setdefault(arm, line)
+    return found
 
 
 def by_kind(lines: Sequence[Line]) -> str:
@@ -291,7 +316,7 @@ def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
     return "\n\nMeasured side by side, both stages in one run:\n\n" + "\n".join(told)
 
 
-def anchors_curve(lines: Sequence[Line]) -> str:
+def anchors_curve(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
     """The arms of the curve by the number of anchors, and how far above what they start from.
 
     And above what they are against, where that has as many anchors.
@@ -311,9 +336,9 @@ def anchors_curve(lines: Sequence[Line]) -> str:
     parts = [grid(["anchors", "arm", "seeds", *(shown[metric].title for metric in metrics)], rows)]
     if above := above_origin(small, small):
         parts.append(above)
-    by_arm = {line.first["arm"]: line for line in small}
-    if others := [line for line in small if line.first["against"] in by_arm]:
-        parts.append(against(others, by_arm))
+    as_many = {arm: line for arm, line in by_arm.items() if line.first["group"] == "anchors"}
+    if others := [line for line in small if line.first["against"] in as_many]:
+        parts.append(against(others, as_many))
     return "\n\n".join(parts)
 
 
@@ -353,7 +378,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     yield "# Results\n\nMade of `raw/` alone by `python -m experiments.paper.tables`; do not edit."
     tested, chosen = lines_of(results, "test"), lines_of(results, "validation")
     arms = of_group(tested, "main", "others")
-    by_arm = {line.first["arm"]: line for line in tested}
+    by_arm = chosen_of_arms(tested, chosen)
     default, fresh = of_group(tested, "default"), of_group(tested, "fresh")
     if trained := [*default, *arms, *fresh]:
         size = trained[0].first["prompts"]
@@ -400,7 +425,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             "work on the machine lengthens them too.\n\n" + training(trained) + paces(results)
         )
     if of_group(tested, "anchors"):
-        yield "## Few anchors\n\n" + anchors_curve(tested)
+        yield "## Few anchors\n\n" + anchors_curve(tested, by_arm)
     at_best = best_of_arms(chosen)
     for text, of in (("", by_arm), ("On the validation split, seed 0.\n\n", at_best)):
         if ablations := of_group(of.values(), "ablations"):
