@@ -103,6 +103,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
         if (directory / SETTINGS).is_file():
             _may_go_on(directory, settings, config.resume, remedy)
         begun = (directory / SETTINGS).is_file()
+        before = {OUTPUT} & {path.name for path in directory.iterdir()}  # who began us writes it
         keep_settings(directory, settings)
         if apart:
             write_whole(directory / SWEPT, json.dumps(apart).encode())
@@ -112,7 +113,7 @@ def run_directory(config: TrainConfig, apart: Mapping[str, str] = NOTHING) -> It
             first = {SETTINGS, LOCK, SWEPT, OUTPUT}
             if not begun and {path.name for path in directory.iterdir()} <= first:
                 with suppress(OSError):  # something may have come into it just now
-                    for name in first:
+                    for name in first - before:
                         (directory / name).unlink(missing_ok=True)
                     if not theirs:
                         directory.rmdir()

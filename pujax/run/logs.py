@@ -85,8 +85,8 @@ class RunLog:
                     f"{metrics} has the metrics of an earlier run: go on with it (resume=auto) or "
                     "choose another run.dir"
                 )
-            last, lost = cut(metrics, stage, step, every=True), ""
-            if step and last != (stage, step):
+            places, lost = cut(metrics, stage, step, once=True), ""
+            if _gap(places) or step and places[-1:] != [(stage, step)]:
                 lost = f"{metrics} lacks what led to {stage} step {step}: it goes on from there"
             cut(samples, stage, step)
             return lost, read_jsonl(metrics) if metrics.exists() else []
@@ -236,16 +236,17 @@ class _Plots:
         self._writer.write_event(event)
 
 
-def cut(path: Path, stage: str, step: int, *, every: bool = False) -> tuple[str, int] | None:
+def cut(path: Path, stage: str, step: int, *, once: bool = False) -> list[tuple[str, int]]:
     """Drop from a log's first line beyond (`stage`, `step`) on, and a torn last line, atomically.
 
     Evaluations stay or go with the training steps around them. A file that isn't there is left so.
-    Returns the last step that is left. Raises `RecordError` naming file and line for a line that no
-    run writes, a step out of its order, and where `every` one has a line for one that is left out.
+    Returns the steps that are left. Raises `RecordError` naming file and line for a line that no
+    run writes, a step out of its order, and where each has a line `once` for one that is there
+    twice.
     """
     if not path.exists():
-        return None
-    kept, last = [], None
+        return []
+    kept, places = list[bytes](), list[tuple[str, int]]()
     for number, (line, raw) in enumerate(whole_lines(path), 1):
         known = (*STAGES, "eval")
         for name, right in (
@@ -260,25 +261,28 @@ def cut(path: Path, stage: str, step: int, *, every: bool = False) -> tuple[str,
                 )
         if line["stage"] in STAGES:
             here = (line["stage"], line["step"])
-            if not _follows(here, last, every):
-                before = "first" if last is None else f"after {last[0]} step {last[1]}"
+            last = places[-1] if places else None
+            if last and (_place(*here) < _place(*last) or once and here == last):
                 raise RecordError(
-                    f"{path}:{number}: {here[0]} step {here[1]} comes {before}: put the file right"
+                    f"{path}:{number}: {here[0]} step {here[1]} comes after {last[0]} step "
+                    f"{last[1]}: put the file right"
                 )
             if _place(*here) > _place(stage, step):
                 break
-            last = here
+            places.append(here)
         kept.append(raw + b"\n")
     write_whole(path, b"".join(kept))
-    return last
+    return places
 
 
-def _follows(here: tuple[str, int], last: tuple[str, int] | None, every: bool) -> bool:
-    """Whether a line of this stage and step may come after one of the `last`."""
-    if last is None or here[0] != last[0]:
-        in_order = last is None or _place(*here) > _place(*last)
-        return in_order and (here[1] == 1 or not every)
-    return here[1] == last[1] + 1 if every else here[1] >= last[1]
+def _gap(places: Sequence[tuple[str, int]]) -> bool:
+    """Whether steps of a stage are left out between others or before them."""
+    before = {stage: 0 for stage, _ in places}
+    for stage, step in places:
+        if step != before[stage] + 1:
+            return True
+        before[stage] = step
+    return False
 
 
 @contextmanager

@@ -370,10 +370,10 @@ class Anchors:
         name = messages_key(record["messages"])
         if not teacher.asks and wanted is not None and name not in wanted:
             return
+        if teacher.model is not None and record["model"] != teacher.model:
+            return
         if failed:
             self.failed.add(name)
-            return
-        if teacher.model is not None and record["model"] != teacher.model:
             return
         before = self.found.get(name)
         if before is not None and before.model != record["model"]:

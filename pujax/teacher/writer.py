@@ -462,7 +462,8 @@ def take_up(store: Path, contents: Contents, say: Callable[[str], None]) -> None
 
     Where it can't be written that is said, and all stays as it is.
     """
-    if not kept_beside(store) and not kept_beside(failures_path(store)):
+    waiting = [*kept_beside(store), *kept_beside(failures_path(store))]
+    if not waiting:
         return
     try:
         book = AnchorStore(store, contents)
@@ -471,7 +472,7 @@ def take_up(store: Path, contents: Contents, say: Callable[[str], None]) -> None
         finally:
             book.close()
     except StoreError as error:
-        say(f"{kept_beside(store)[0]} has answers that {store} lacks: {error}")
+        say(f"{waiting[0]} has answers that {store} lacks: {error}")
         return
     for repair in book.repairs:
         say(repair)

@@ -415,6 +415,16 @@ def test_a_directory_with_files_where_a_run_would_write_is_refused_as_it_is(tmp_
         begun(f"run.dir={tmp_path}/mine")
 
 
+def test_a_failed_start_leaves_the_log_that_its_shell_wrote(tmp_path):
+    place, log = tmp_path / "mine", tmp_path / "mine" / "output.log"
+    place.mkdir()
+    log.write_text("train: no such prompts\n")
+    with pytest.raises(DiskError), run_directory(config_of(f"run.dir={place}")):
+        raise DiskError("no such prompts")
+    assert [path.name for path in place.iterdir()] == ["output.log"]
+    assert log.read_text() == "train: no such prompts\n"
+
+
 def test_no_run_is_begun_over_a_folder_of_runs_which_it_would_hide(tmp_path):
     run = begun(f"run.root={tmp_path}")
     before = sorted(run.parent.rglob("*"))

@@ -179,10 +179,10 @@ def test_a_bad_line_in_the_middle_is_named_and_nothing_is_lost(tmp_path, bad, wh
 @pytest.mark.parametrize(
     ("was", "is_", "message"),
     [
-        ('"step": 2', '"step": 9', ":2: sft step 9 comes after sft step 1"),
+        ('"step": 2', '"step": 9', ":3: sft step 3 comes after sft step 9"),
         ('"step": 3', '"step": 2', ":3: sft step 2 comes after sft step 2"),
-        ('"step": 1', '"step": 5', ":1: sft step 5 comes first"),
-        ('"align", "step": 1', '"align", "step": 2', ":5: align step 2 comes after sft step 4"),
+        ('"step": 1', '"step": 5', ":2: sft step 2 comes after sft step 5"),
+        ('"align", "step": 1', '"align", "step": 2', ":6: align step 2 comes after align step 2"),
         ('"align", "step": 2', '"sft", "step": 5', ":6: sft step 5 comes after align step 1"),
     ],
 )
@@ -222,6 +222,11 @@ def test_metrics_that_are_lost_are_said(tmp_path, kept):
     with RunLog(tmp_path, resume=("sft", 3)) as log:
         lost = f"{path} lacks what led to sft step 3: it goes on from there"
         assert log.lost == (lost if kept < 3 else "")
+        train(log, "sft", [4])
+    with RunLog(tmp_path, resume=("sft", 4)) as log:  # what was gone on from once is so again
+        lost = f"{path} lacks what led to sft step 4: it goes on from there"
+        assert log.lost == (lost if kept < 3 else "")
+    assert [step for _, step in places(path)] == [*range(1, kept + 1), 4]
 
 
 def test_metrics_of_an_earlier_run_are_never_written_over(tmp_path):

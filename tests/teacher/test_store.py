@@ -482,6 +482,39 @@ def test_failures_that_a_run_kept_stay_failures(server, store):
     assert len(ids(failed)) == server.delivered.total() == 2
 
 
+def test_failures_that_a_run_kept_stop_no_other_where_the_disk_is_still_full(
+    server, store, monkeypatch
+):
+    reply, server.reply = server.reply, lambda request: (200, {}, completion(""))
+    run(many(2), server, store)
+    failed = failures_path(store)
+    kept = failed.rename(failed.with_name("anchors.failed.kept.jsonl"))
+    server.reply = reply
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    said = []
+    with monkeypatch.context() as patched:
+        patched.setattr(AnchorStore, "_write", full)
+        take_up(store, Contents(store), said.append)
+    assert said[0].startswith(f"{kept} has answers that {store} lacks: ")
+    assert kept.exists()
+
+
+def test_what_another_model_refused_is_no_failure_of_the_one_that_is_replayed(server, store):
+    run(many(1), server, store)
+    reply, server.reply = server.reply, lambda request: (200, {}, completion(""))
+    other = dataclasses.replace(at(server), model="other")
+    anchors_for(many(2), other, store, CollectConfig(), say=[].append)
+    server.reply = reply
+    replayed = TeacherConfig(model=at(server).model)
+    with pytest.raises(StoreError, match="1 of 2 prompts have no anchor"):
+        anchors_for(many(2), replayed, store, CollectConfig(), say=[].append)
+    found = anchors_for(many(1), replayed, store, CollectConfig(), say=[].append)
+    assert len(found) == 1
+
+
 def test_what_a_run_kept_stays_where_it_can_not_be_read_or_stored(server, store, monkeypatch):
     kept = kept_by_a_run(server, store)
     with kept.open("a") as out:
