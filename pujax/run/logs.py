@@ -86,7 +86,7 @@ class RunLog:
                     "choose another run.dir"
                 )
             places, lost = cut(metrics, stage, step, once=True), ""
-            if _gap(places) or step and places[-1:] != [(stage, step)]:
+            if _gap(places) or (step and places[-1:] != [(stage, step)]):
                 lost = f"{metrics} lacks what led to {stage} step {step}: it goes on from there"
             cut(samples, stage, step)
             return lost, read_jsonl(metrics) if metrics.exists() else []
@@ -262,7 +262,7 @@ def cut(path: Path, stage: str, step: int, *, once: bool = False) -> list[tuple[
         if line["stage"] in STAGES:
             here = (line["stage"], line["step"])
             last = places[-1] if places else None
-            if last and (_place(*here) < _place(*last) or once and here == last):
+            if last and (_place(*here) < _place(*last) or (once and here == last)):
                 raise RecordError(
                     f"{path}:{number}: {here[0]} step {here[1]} comes after {last[0]} step "
                     f"{last[1]}: put the file right"
