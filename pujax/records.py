@@ -204,5 +204,8 @@ class Sampling:
         check_top_p("sampling.top_p", self.top_p)
 
 
+LARGEST = 1e15
+"""What a rating or a reward may be: groups of such can be standardised in float32, by squares."""
+
 STAGES = ("sft", "align")
 """The stages of a run, in the order in which it goes through them."""

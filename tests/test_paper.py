@@ -383,6 +383,34 @@ def test_arms_that_go_round_in_a_circle_are_refused(tmp_path, profile):
             plan.tasks_of(load_profile(tmp_path / "arms.yaml", "tiny"), known(profile))
 
 
+@pytest.mark.parametrize(
+    ("given", "made", "said"),
+    [
+        ("align.lr: [1.0e-5]", "align.lr: 1.0e-5", r"grpo\.choose\.align\.lr=1e-05: give a list"),
+        ("align.lr: [1.0e-5]", "align.lr: []", r"grpo\.choose\.align\.lr=\[\]: give a list"),
+        ("seeds: 1\n    from: sft", "seeds: two\n    from: sft", "grpo.seeds='two': give a whole"),
+        ("seeds: 2, from: sft,", "from: sft_continued,", "paced_by='pace': starts from this arm"),
+    ],
+)
+def test_what_no_arm_can_be_is_refused_by_its_key(tmp_path, given, made, said):
+    text = ARMS.format(folder=tmp_path)
+    assert given in text
+    (tmp_path / "arms.yaml").write_text(text.replace(given, made))
+    with pytest.raises(ConfigError, match=said):
+        load_profile(tmp_path / "arms.yaml", "tiny")
+
+
+def test_room_is_made_of_no_run_that_is_at_work(profile):
+    run = plan.way_to(profile, known(profile), "grpo", 0)[1]
+    found = known(profile, {run.key: result_of(plan.Task(run, "validation"))})
+    checkpoints = run.directory / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    reproduce.make_room(profile, found, [run])
+    assert checkpoints.exists()
+    reproduce.make_room(profile, found)
+    assert not checkpoints.exists()
+
+
 def test_a_profile_may_drop_an_arm_and_what_needs_that_is_named(tmp_path):
     path = tmp_path / "arms.yaml"
     text = ARMS.format(folder=tmp_path)
@@ -648,6 +676,7 @@ def test_seeds_of_a_run_are_done_in_one_program_and_by_themselves_where_that_fai
 def test_runs_that_one_program_cannot_do_are_refused(tmp_path, capsys):
     one = ["+experiment=smoke", "run.dir=" + str(tmp_path / "a")]
     other = ["+experiment=smoke", "run.dir=" + str(tmp_path / "b"), "seed=1"]
+    ends = ["eval.patience=2", "checkpoint.best=exact", "eval.every=2"]
     (tmp_path / "c").mkdir()
     (tmp_path / "c" / "config.yaml").touch()
     for words, said in (
@@ -655,6 +684,10 @@ def test_runs_that_one_program_cannot_do_are_refused(tmp_path, capsys):
         ([*one, "--", *other, "sft.lr=0.5"], "sft.lr=0.5: 0.001 in another run"),
         ([*one, "--", *one, "seed=1"], "a': give each run one of its own"),
         ([*one, "--", *one[:1], "seed=1", f"run.dir={tmp_path / 'c'}"], "c': begun before"),
+        (
+            [*one, *ends, "--", *other, *ends],
+            "eval.patience=2: ends runs at steps of their own",
+        ),
     ):
         assert together.main(words) == 1
         assert said in capsys.readouterr().err
@@ -913,6 +946,12 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     judge.judged(profile, one, other, longest, "another", 100)
     judge.judged(profile, one, other, longest, "another", 1)
     assert len(asked) == 2 + 4 + 2 + 2  # of another judge, and of other prompts
+    for path in profile.results.glob("judged/*another.json"):
+        path.unlink()
+    other = other | {"name": "sft_continued-lr1e-05"}
+    judge.judged(profile, one, other, longest, "another", 1)
+    judge.judged(profile, one, other, longest, "another", 1)
+    assert len(asked) == 2 + 4 + 2 + 2 + 2  # and against another choice of settings
     for path in profile.results.glob("judged/*another.json"):
         path.unlink()
     text = tables.judged(profile.results)

@@ -69,15 +69,18 @@ def pairs(
 ) -> Iterator[tuple[raw.Raw, raw.Raw]]:
     """The test results of arms, each with that of what its arm is compared with, seed by seed.
 
-    Where the other has no such seed it is the first that it has.
+    Where the other has no such seed it is the first that it has; of several choices of settings it
+    is the one that validation likes best.
     """
     tested = [result for (_, _, split), result in results.items() if split == "test"]
+    lines = (tables.lines_of(results, split) for split in ("test", "validation"))
+    best = {arm: line.first["name"] for arm, line in tables.chosen_of_arms(*lines).items()}
     for seed in sorted({result["seed"] for result in tested}):
         for arm in arms:
             for one in tested:
                 if (one["arm"], one["seed"]) != (arm, seed) or one["against"] == arm:
                     continue
-                others = [other for other in tested if other["arm"] == one["against"]]
+                others = [other for other in tested if other["name"] == best.get(one["against"])]
                 others.sort(key=lambda other: (other["seed"] != seed, other["seed"]))
                 if others:
                     yield one, others[0]
@@ -88,11 +91,17 @@ def judged(
 ) -> None:
     """Keep what the judge finds of one result against another, unless that is there already.
 
-    What it found on another number of prompts makes room for it.
+    What it found on another number of prompts, or against another, makes room for it.
     """
     path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}-{Path(name).stem}.json"
-    if path.exists() and json.loads(path.read_text())["prompts"] == prompts:
-        return
+    against = {"title": other["title"], "seed": other["seed"]}
+    if path.exists():
+        before = json.loads(path.read_text())
+        # The first verdicts were kept when an arm was there with one choice of settings alone.
+        named = before["against"].get("name", other["name"])
+        same = {key: before["against"][key] for key in against} == against
+        if before["prompts"] == prompts and same and named == other["name"]:
+            return
     print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
     asked = {
         p.id: p.messages[-1]["content"] for p in load_prompts(str(ROOT / profile.data["test"]))
@@ -107,7 +116,7 @@ def judged(
         "arm": one["arm"],
         "title": one["title"],
         "seed": one["seed"],
-        "against": {"title": other["title"], "seed": other["seed"]},
+        "against": against | {"name": other["name"]},
         "judge": name,
         "prompts": prompts,
         "rows": answer.rows,

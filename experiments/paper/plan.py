@@ -208,6 +208,12 @@ def _loaded(path: Path, name: str) -> Profile:
         named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
         choose = named.get("choose") or {}
         named["choose"] = {key: values for key, values in choose.items() if values is not None}
+        for key, values in named["choose"].items():
+            some = isinstance(values, list) and len(values) > 0
+            require(some, f"arms.{arm}.choose.{key}", values, "give a list of values")
+        for key in ("seeds", "chosen_by"):
+            count = named.get(key, 1)
+            require(type(count) is int, f"arms.{arm}.{key}", count, "give a whole number")
         try:
             arms[arm] = Arm(name=arm, **named)
         except TypeError as error:
@@ -220,8 +226,14 @@ def _loaded(path: Path, name: str) -> Profile:
         while (start := entries.get(seen[-1], {}).get("from")) is not None:
             require(start not in seen, f"arms.{arm}.from", start, "starts from itself")
             seen.append(start)
-        both = (arms[arm].as_long_as is None) == (arms[arm].paced_by is None)
-        require(both, f"arms.{arm}.paced_by", arms[arm].paced_by, "goes with as_long_as")
+        pacer = arms[arm].paced_by
+        both = (arms[arm].as_long_as is None) == (pacer is None)
+        require(both, f"arms.{arm}.paced_by", pacer, "goes with as_long_as")
+        while pacer is not None:
+            pacer = entries.get(pacer, {}).get("from")
+            require(
+                pacer != arm, f"arms.{arm}.paced_by", arms[arm].paced_by, "starts from this arm"
+            )
     folders = {key: path.parent / own.pop(key) for key in ("results", "runs")}
     shared = {"data": told["data"], "metric": told["metric"]}
     return Profile(name=name, arms=arms, **folders, **shared, **own)

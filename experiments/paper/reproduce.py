@@ -255,7 +255,7 @@ def work(
                     if not well:
                         failed.add(task.key)
                         print(f"failed: the others go on without {task.run.name}", flush=True)
-            make_room(profile, look(profile))
+            make_room(profile, look(profile), [t.run for some in at_work.values() for t in some])
             # Tables take as long as many a run on an accelerator, so several don't wait for them.
             if not at_work or jobs == 1:
                 folder = str(shown(profile.results))
@@ -397,11 +397,13 @@ def kept(profile: Profile, task: Task, call: Call, device: str, together: int) -
     return True
 
 
-def make_room(profile: Profile, found: Found) -> None:
+def make_room(profile: Profile, found: Found, at_work: Sequence[Run] = ()) -> None:
     """Remove what no run needs any more: three gigabytes each while it is at work.
 
-    The models stay that others start from, and those of the main table.
+    The models stay that others start from, and those of the main table. A run `at_work` keeps all,
+    also one that has its result and is done again for its model.
     """
+    busy = {run.key for run in at_work}
     tasks = tasks_of(profile, found)
     origins = {arm.origin for arm in profile.arms.values()}
     last = [task for task in tasks if task.split != "validation"]
@@ -409,7 +411,7 @@ def make_room(profile: Profile, found: Found) -> None:
     settled = {task.run.arm.name for task in last if task.key in found.results}
     unread = {task.key[:2] for task in last if task.key not in found.results}
     for run in (task.run for task in tasks if task.split == "validation"):
-        if found.of(run) is None:
+        if found.of(run) is None or run.key in busy:
             continue
         spare = ["checkpoints"]
         if run.key[:2] not in unread:  # a suite may compare with what the run started from

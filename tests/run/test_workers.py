@@ -7,6 +7,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from pujax.errors import ConfigError
@@ -102,6 +103,17 @@ def test_each_call_has_its_own_outcome_whatever_the_others_do(checks):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+@pytest.mark.parametrize(("number", "fine"), [(1e15, True), (-1.1e15, False), (1e39, False)])
+def test_a_reward_that_float32_could_not_standardise_is_a_failure_by_name(number, fine):
+    value, failure = workers._number(number)
+    if fine:
+        assert (value, failure) == (number, None)
+        group = np.array([0.0, number], np.float32)
+        assert np.isfinite(np.square(group - group.mean()).sum())
+    else:
+        assert failure == f"returned {number:g}, more than 1e+15: scale it down"
 
 
 def test_a_batch_is_one_call_and_a_value_that_is_no_number_fails_alone(checks):
