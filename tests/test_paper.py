@@ -400,6 +400,24 @@ def test_what_no_arm_can_be_is_refused_by_its_key(tmp_path, given, made, said):
         load_profile(tmp_path / "arms.yaml", "tiny")
 
 
+def test_the_models_of_all_choices_stay_until_one_is_made(profile):
+    sft = replace(profile.arms["sft"], seeds=1, choose={"sft.lr": [1e-4, 3e-5, 1e-5]})
+    profile = replace(profile, arms={"sft": sft})
+    tried, (first, second, third) = (
+        walked(profile, lambda run: 0.5),
+        plan.choice(profile, known(profile), "sft")[0],
+    )
+    results = {task.key: result_of(task) for task in tried if task.run != third}
+    model = second.directory / "export"
+    model.mkdir(parents=True)
+    assert (first.name, 0, "test") in results  # of before there were others to choose from
+    reproduce.make_room(profile, known(profile, results))
+    assert model.exists()
+    results[third.key] = result_of(plan.Task(third, "validation"))
+    reproduce.make_room(profile, known(profile, results))
+    assert not model.exists()
+
+
 def test_room_is_made_of_no_run_that_is_at_work(profile):
     run = plan.way_to(profile, known(profile), "grpo", 0)[1]
     found = known(profile, {run.key: result_of(plan.Task(run, "validation"))})

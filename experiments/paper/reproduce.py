@@ -408,7 +408,9 @@ def make_room(profile: Profile, found: Found, at_work: Sequence[Run] = ()) -> No
     origins = {arm.origin for arm in profile.arms.values()}
     last = [task for task in tasks if task.split != "validation"]
     final = {task.key[:2] for task in last}
-    settled = {task.run.arm.name for task in last if task.key in found.results}
+    # Until all of an arm's runs have been evaluated it may be another choice that is the best.
+    undone = {t.run.arm.name for t in tasks if t.split == "validation" and not found.of(t.run)}
+    settled = {task.run.arm.name for task in last if task.key in found.results} - undone
     unread = {task.key[:2] for task in last if task.key not in found.results}
     for run in (task.run for task in tasks if task.split == "validation"):
         if found.of(run) is None or run.key in busy:
