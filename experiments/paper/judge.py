@@ -94,13 +94,11 @@ def judged(
     What it found on another number of prompts, or against another, makes room for it.
     """
     path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}-{Path(name).stem}.json"
-    against = {"title": other["title"], "seed": other["seed"]}
+    against = {key: other[key] for key in ("title", "seed", "name")}
     if path.exists():
         before = json.loads(path.read_text())
-        # The first verdicts were kept when an arm was there with one choice of settings alone.
-        named = before["against"].get("name", other["name"])
-        same = {key: before["against"][key] for key in against} == against
-        if before["prompts"] == prompts and same and named == other["name"]:
+        # The first verdicts lack the name: an arm was there with one choice of settings alone.
+        if before["prompts"] == prompts and against | before["against"] == against:
             return
     print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
     asked = {
@@ -116,7 +114,7 @@ def judged(
         "arm": one["arm"],
         "title": one["title"],
         "seed": one["seed"],
-        "against": against | {"name": other["name"]},
+        "against": against,
         "judge": name,
         "prompts": prompts,
         "rows": answer.rows,
