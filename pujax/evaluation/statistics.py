@@ -1,8 +1,9 @@
 """What sets two evaluations apart, and how surely."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from pujax.errors import EvaluationError
 from pujax.evaluation.results import Evaluation, Row
 
 RESAMPLES = 10_000
+
+KEPT = 1000  # prompts up to which the draws of all resamples are kept, at most 80 MB in all
 
 FEW = 30  # prompts below which no difference is called clear: the bootstrap is too narrow there
 
@@ -165,11 +168,23 @@ def _resampled_means(values: np.ndarray, seed: int) -> np.ndarray:
 def _crossed_means(values: np.ndarray, seed: int, arm: int) -> np.ndarray:
     """Means of `values` [runs, prompts], both drawn again; all arms of a seed draw one prompts."""
     runs, prompts = values.shape
-    of_prompts = np.random.default_rng([seed, 2])
     of_runs = np.random.default_rng([seed, arm])
     means = []
-    for _ in range(RESAMPLES // 100):
-        weights = of_prompts.multinomial(prompts, np.full(prompts, 1 / prompts), size=100)
-        shares = of_runs.multinomial(runs, np.full(runs, 1 / runs), size=100)
-        means.append(np.einsum("rs,sp,rp->r", shares / runs, values, weights / prompts))
+    for counts in (_kept_draws if prompts <= KEPT else _draws)(prompts, seed):
+        shares = of_runs.multinomial(runs, np.full(runs, 1 / runs), size=len(counts)) / runs
+        means.append((shares @ values * counts).sum(axis=1) / prompts)
     return np.concatenate(means)
+
+
+def _draws(prompts: int, seed: int) -> Iterator[np.ndarray]:
+    """How often each prompt is drawn in each resample, a hundred of these at a time."""
+    rng = np.random.default_rng([seed, 2])
+    for _ in range(RESAMPLES // 100):
+        counts = rng.multinomial(prompts, np.full(prompts, 1 / prompts), size=100)
+        yield counts.astype(np.min_scalar_type(prompts))
+
+
+@lru_cache(maxsize=4)
+def _kept_draws(prompts: int, seed: int) -> tuple[np.ndarray, ...]:
+    """Those of few prompts, kept: a table asks for them hundreds of times, and drawing is slow."""
+    return tuple(_draws(prompts, seed))
