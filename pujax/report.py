@@ -85,9 +85,10 @@ def of_sweep(directory: Path) -> None:
         raise EvaluationError(f"{directory}: no runs below it: give the folder that they lie in")
     from rich.console import Console
 
+    from pujax.config.settings import default_of
     from pujax.evaluation.sweep import write
 
-    table, told = write(directory)
+    table, told = write(directory, default_of)
     if table is not None:
         Console().print(table)
     for line in told:

@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 from omegaconf import MISSING
@@ -539,3 +539,13 @@ class TrainConfig:
 def check_seed(seed: int) -> None:
     """Refuse what makes no random key."""
     require(0 <= seed < 2**63, "seed", seed, "must lie in [0, 2**63)")
+
+
+def default_of(key: str) -> Any:
+    """The default of a dotted key of `TrainConfig`; None where it has none."""
+    value: Any = TrainConfig()
+    for name in key.split("."):
+        if not is_dataclass(value) or not hasattr(value, name):
+            return None
+        value = getattr(value, name)
+    return value

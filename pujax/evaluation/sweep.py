@@ -3,8 +3,8 @@
 import io
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,14 @@ from pujax.records import STAGES
 from pujax.text import counted
 
 ARROWS = {"higher": " ↑", "lower": " ↓", None: ""}
+
+
+DefaultOf = Callable[[str], Any]
+"""The default of a setting by its dotted key; None where it has none."""
+
+
+def no_default(key: str) -> None:
+    """None, of every setting."""
 
 
 @dataclass(frozen=True)
@@ -84,16 +92,18 @@ class Sweep:
     notes: tuple[str, ...]
 
 
-def gather(directory: Path) -> Sweep:
+def gather(directory: Path, default_of: DefaultOf = no_default) -> Sweep:
     """The runs below `directory`, by setting, in the order of their names.
 
     Runs that differ in nothing but their seed, and in what touches no numbers, are of one setting;
-    of two that share the seed too the newest counts that is finished. Raises `EvaluationError`
-    where there are no runs.
+    of two that share the seed too the newest counts that is finished. A setting that a run lacks is
+    younger than the run, which had its default. Raises `EvaluationError` where there are no runs.
     """
     found = [_job(path) for path in _runs_below(directory)]
     if not found:
         raise EvaluationError(f"{directory}: no runs below it: give the folder that they lie in")
+    defaults = {key: default_of(key) for job in found for key in job.settings}
+    found = [replace(job, settings=job.settings and defaults | job.settings) for job in found]
     newest: dict[tuple[str, str], Job] = {}
     for job in found:
         before = newest.get((job.setting, str(job.seed)))
@@ -126,14 +136,16 @@ def gather(directory: Path) -> Sweep:
     return Sweep(tuple(rows), tuple(unfinished), tuple(notes))
 
 
-def write(directory: Path) -> tuple[tables.Wide | None, list[str]]:
+def write(
+    directory: Path, default_of: DefaultOf = no_default
+) -> tuple[tables.Wide | None, list[str]]:
     """The table of the sweep below `directory`, and what else there is to say, a line each.
 
     They are written to `sweep.md` there too, and drawn in `sweep.png`; the settings stand side by
     side in `sweep.html`, unless their prompts differ. While no run is finished there is no table,
     and nothing is written.
     """
-    sweep = gather(directory)
+    sweep = gather(directory, default_of)
     told = [f"unfinished: {job.directory}: {job.state}" for job in sweep.unfinished]
     runs = [run for row in sweep.rows for run in row.runs]
     if not runs:

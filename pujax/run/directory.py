@@ -7,13 +7,13 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, is_dataclass
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from pujax.config.settings import TrainConfig
+from pujax.config.settings import TrainConfig, default_of
 from pujax.errors import ConfigError, InUse, PujaxError
 from pujax.evaluation.metrics import PAIRS
 from pujax.files.durable import on_disk, write_whole
@@ -355,15 +355,5 @@ def _differing(
             not within(key, UNTOUCHED) and (choosing or key not in MEASURING) and not of_asking(key)
         )
     )
-    pairs = [(key, before.get(key, _default(key)), now.get(key)) for key in keys]
+    pairs = [(key, before.get(key, default_of(key)), now.get(key)) for key in keys]
     return [f"{key} was {was!r}, is {is_!r}" for key, was, is_ in pairs if was != is_]
-
-
-def _default(key: str) -> Any:
-    """The default of a dotted key of `TrainConfig`; None where it has none."""
-    value: Any = TrainConfig()
-    for name in key.split("."):
-        if not is_dataclass(value) or not hasattr(value, name):
-            return None
-        value = getattr(value, name)
-    return value

@@ -3,6 +3,7 @@ import json
 import pytest
 
 from pujax import report
+from pujax.config.settings import default_of
 from pujax.errors import ConfigError, DiskError, EvaluationError
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.evaluation.sweep import _drawn, gather
@@ -110,6 +111,22 @@ def test_runs_that_no_sweep_made_are_named_by_what_differs(tmp_path):
     done(tmp_path / "3", 0.5, seed=0, sft={"steps": 4, "batch": 8})
     names = [row.name for row in gather(tmp_path).rows[2:]]
     assert names == ["loss=dpo sft.steps=3", "loss=dpo sft.steps=4"]
+
+
+def test_a_run_from_before_a_setting_had_its_default(tmp_path):
+    usual = default_of("align.inner_epochs")
+    for seed, align in enumerate(
+        ({"steps": 9}, {"steps": 9, "inner_epochs": usual}, {"inner_epochs": 2})
+    ):
+        done(tmp_path / str(seed), 0.5, seed=seed, swept=False, align=align)
+    assert usual == 1
+    rows = gather(tmp_path, default_of).rows
+    assert [(row.name, row.seeds) for row in rows] == [
+        ("align.inner_epochs=1 align.steps=9", 2),
+        (f"align.inner_epochs=2 align.steps={default_of('align.steps')}", 1),
+    ]
+    assert default_of("align.nothing") is None
+    assert default_of("align.steps.more") is None
 
 
 def test_what_was_swept_parts_rows_even_where_it_touches_no_number(tmp_path):
