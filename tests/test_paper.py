@@ -970,6 +970,8 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     judge.judged(profile, one, other, longest, "another", 1)
     judge.judged(profile, one, other, longest, "another", 1)
     assert len(asked) == 2 + 4 + 2 + 2 + 2  # and against another choice of settings
+    judge.judged(profile, one | {"response": ["new", "5", "same"]}, other, longest, "another", 1)
+    assert len(asked) == 2 + 4 + 2 + 2 + 2 + 2  # and of other answers
     for path in profile.results.glob("judged/*another.json"):
         path.unlink()
     text = tables.judged(profile.results)

@@ -11,8 +11,9 @@ in `results/judged`, of which `tables.md` is made too.
 import argparse
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from experiments.paper import raw, tables
 from experiments.paper.plan import ROOT, Profile, load_profile
@@ -91,25 +92,22 @@ def judged(
 ) -> None:
     """Keep what the judge finds of one result against another, unless that is there already.
 
-    What it found on another number of prompts, or against another, makes room for it.
+    What it found on another number of prompts, against another, or of other answers makes room.
     """
     path = profile.results / "judged" / f"{one['name']}-seed{one['seed']}-{Path(name).stem}.json"
     against = {key: other[key] for key in ("title", "seed", "name")}
-    if path.exists():
-        before = json.loads(path.read_text())
-        # The first verdicts lack the name: an arm was there with one choice of settings alone.
-        if before["prompts"] == prompts and against | before["against"] == against:
-            return
-    print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
     asked = {
         p.id: p.messages[-1]["content"] for p in load_prompts(str(ROOT / profile.data["test"]))
     }
-    answer = winrate(
-        [answers_of(result, asked) for result in (other, one)],
-        judge,
-        prompts=prompts,
-        kinds=[KIND],
-    )
+    compared = [answers_of(result, asked) for result in (other, one)]
+    if path.exists():
+        before = json.loads(path.read_text())
+        # The first verdicts lack the name: an arm was there with one choice of settings alone.
+        same = before["prompts"] == prompts and against | before["against"] == against
+        if same and all(_judged_of(each, before["records"]) for each in compared):
+            return
+    print(f"\n== {one['name']}, seed {one['seed']}, against {other['title']}", flush=True)
+    answer = winrate(compared, judge, prompts=prompts, kinds=[KIND])
     told = {
         "arm": one["arm"],
         "title": one["title"],
@@ -123,6 +121,12 @@ def judged(
     }
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(told, ensure_ascii=False, indent=1) + "\n").encode())
+
+
+def _judged_of(answers: Evaluation, records: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether it is these answers that the records of a judge hold."""
+    now = {row.id: row.response for row in answers.rows}
+    return all(record.get(answers.model) == now.get(record["id"]) for record in records)
 
 
 def answers_of(result: raw.Raw, asked: dict[str, str]) -> Evaluation:

@@ -103,7 +103,7 @@ def gather(directory: Path, default_of: DefaultOf = no_default) -> Sweep:
     if not found:
         raise EvaluationError(f"{directory}: no runs below it: give the folder that they lie in")
     defaults = {key: default_of(key) for job in found for key in job.settings}
-    found = [replace(job, settings=job.settings and defaults | job.settings) for job in found]
+    found = [replace(job, settings=job.settings and {**defaults, **job.settings}) for job in found]
     newest: dict[tuple[str, str], Job] = {}
     for job in found:
         before = newest.get((job.setting, str(job.seed)))
