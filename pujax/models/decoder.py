@@ -164,7 +164,7 @@ class LanguageModel(nn.Module):
         fresh = isinstance(after, Tokens)
         budget = None
         if self.budget is not None and mask is not None:
-            budget = self.budget.responses + (self.budget.prompts if fresh else 0)
+            budget = self.budget.at_once if fresh else self.budget.responses
         stream, tapped, _ = self._run(params, after, tokens, mask=mask, budget=budget, tap=tap)
         return States(
             last=self._last(params, stream, after.lengths) if fresh else after.last,

@@ -13,28 +13,34 @@ from jaxtyping import Array, Bool, Float, Int
 class TokenBudget:
     """How many real tokens of prompts and of responses a packed pass takes; chosen before jit.
 
-    On a mesh each of `ways` equal parts of a batch has that budget, and is packed by itself: no
-    token leaves its prompt's device.
+    One that reads both at once takes `both`, and by default as many as of each. On a mesh each of
+    `ways` equal parts of a batch has that budget, and is packed by itself: no token leaves its
+    prompt's device.
     """
 
     prompts: int
     responses: int
     ways: int = 1
+    both: int | None = None
+
+    @property
+    def at_once(self) -> int:
+        """What a pass takes that reads both at once."""
+        return self.prompts + self.responses if self.both is None else self.both
 
     def fits(self, prompt_lengths: Int[Array, " B"], mask: Bool[Array, "B G T"]) -> Bool[Array, ""]:
         """Whether a batch's real tokens, or those of each of its parts, are no more than that."""
         mask = through_last(mask)
-        if self.ways == 1:
-            fit = (prompt_lengths.sum() <= self.prompts) & (mask.sum() <= self.responses)
-            return for_all(fit)
         prompts, responses = (x.reshape(self.ways, -1).sum(axis=1) for x in (prompt_lengths, mask))
-        return for_all(jnp.all(prompts <= self.prompts) & jnp.all(responses <= self.responses))
+        fit = (prompts <= self.prompts) & (responses <= self.responses)
+        return for_all(jnp.all(fit & (prompts + responses <= self.at_once)))
 
     def share(self, part: int, whole: int) -> "TokenBudget":
         """The budget of `part` of `whole` prompts, rounded up."""
         part, whole = (-(-count // self.ways) for count in (part, whole))
-        prompts, responses = (-(-n * part // whole) for n in (self.prompts, self.responses))
-        return replace(self, prompts=prompts, responses=responses)
+        counts = (self.prompts, self.responses, self.at_once)
+        prompts, responses, both = (-(-count * part // whole) for count in counts)
+        return replace(self, prompts=prompts, responses=responses, both=both)
 
 
 @custom_vmap

@@ -21,8 +21,12 @@ def test_a_budget_is_the_sum_of_a_batch_or_of_each_of_its_parts():
     assert not TokenBudget(8, 6).fits(lengths, mask)
     assert TokenBudget(4, 4, ways=2).fits(lengths, mask)
     assert not TokenBudget(4, 3, ways=2).fits(lengths, mask)
-    assert TokenBudget(10, 7).share(1, 3) == TokenBudget(4, 3)
-    assert TokenBudget(10, 7, ways=2).share(2, 6) == TokenBudget(4, 3, ways=2)
+    assert TokenBudget(8, 7, both=15).fits(lengths, mask)
+    assert not TokenBudget(8, 7, both=14).fits(lengths, mask)
+    assert TokenBudget(8, 7, ways=2, both=8).fits(lengths, mask)
+    assert not TokenBudget(8, 7, ways=2, both=7).fits(lengths, mask)  # 4 and 4, 4 and 3 tokens
+    assert TokenBudget(10, 7).share(1, 3) == TokenBudget(4, 3, both=6)
+    assert TokenBudget(10, 7, ways=2, both=15).share(2, 6) == TokenBudget(4, 3, ways=2, both=5)
 
 
 @pytest.mark.parametrize(
