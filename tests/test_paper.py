@@ -869,7 +869,7 @@ def test_tables_are_made_of_the_results_alone_the_same_each_time(tmp_path):
     assert "| SFT continued | 2 | 0.500 ± 0.000 |" in text
     # By kind: sums 0.25 and 0.75, copies 1 and 1.
     assert "| GRPO | 1.000 ± 0.000 | 0.500 ± 0.250 |" in text
-    assert "| GRPO − SFT continued | **+0.250 [" in text
+    assert "| GRPO − SFT continued | 2 | **+0.250 [" in text
     assert "| GRPO | 0 | 100 | 10.0 | 18.0 | 10 | – |" in text
     # Ten queries of 200 and 100 tokens at 0.5 and 1.5 a million are 0.00025; 100 x 4 x 8
     # candidates are judged with 20 + 2 x 10 tokens in and one out: 0.064 and 0.0048.
@@ -892,7 +892,7 @@ def test_a_difference_that_no_seed_or_prompt_changes_has_an_interval_of_no_width
         tables.Line("high", (made("high", "high", 1, 0, (0.5, 1.0)),)),
     ]
     text = tables.against(lines, {"sft_continued": lines[0]})
-    assert "| high − low | **+0.250 [0.250, 0.250]** |" in text
+    assert "| high − low | 1 | **+0.250 [0.250, 0.250]** |" in text
 
 
 def test_an_arm_is_above_its_origin_by_the_seeds_that_both_have(tmp_path):
@@ -907,6 +907,19 @@ def test_an_arm_is_above_its_origin_by_the_seeds_that_both_have(tmp_path):
     assert tables.above_origin(lines[:1], lines) == ""
 
 
+def test_arms_that_began_with_the_same_models_are_compared_by_the_seeds_that_both_have():
+    more = [made("sft_continued", "SFT continued", 0, s, (0.25, 0.25 * s)) for s in range(3)]
+    one = made("grpo", "GRPO", 1, 2, (0.5, 0.75))
+    sft = [made("sft", "SFT", 2, s, (0.0, 0.25 * s), origin=None) for s in range(2)]
+    other = made("half", "half", 3, 0, (0.25, 0.75), origin="sft_half")
+    lines = [tables.Line(runs[0]["title"], tuple(runs)) for runs in (more, [one], sft, [other])]
+    text = tables.against(lines, {"sft_continued": lines[0]})
+    # Of seed 2 .625 - .375; of seeds 0 and 1 -.125 each; and .5 - .25, the mean of all three.
+    assert "| GRPO − SFT continued | 1 | **+0.250 [" in text
+    assert "| SFT − SFT continued | 2 | **-0.125 [-0.163, -0.087]** |" in text
+    assert "| half − SFT continued | 1 and 3 | **+0.250 [" in text
+
+
 def test_of_an_arms_choices_the_one_that_validation_likes_stands_for_it(tmp_path):
     low = made("grpo", "low", 0, 0, (0.25, 0.5))
     same, high = (made("grpo", title, 0, 0, (0.5, 0.5)) for title in ("same", "high"))
@@ -915,7 +928,7 @@ def test_of_an_arms_choices_the_one_that_validation_likes_stands_for_it(tmp_path
     raw.write(tmp_path, made("sft_continued", "SFT continued", 0, 0, (0.25, 0.75), "validation"))
     raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0), "validation", device="chip"))
     text = "\n\n".join(tables.sections(raw.read_all(tmp_path)))
-    assert "| GRPO − SFT continued | **+0.125 [" in text
+    assert "| GRPO − SFT continued | 1 | **+0.125 [" in text
 
 
 def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(tmp_path):
@@ -930,7 +943,7 @@ def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(t
     assert text.startswith("On the validation split, seed 0.\n")
     assert "| GRPO | 1 | 0.500 |" in text
     assert "| K = 4 | 1 | 0.750 |" in text
-    assert "| K = 4 − GRPO | **+0.250 [0.250, 0.250]** |" in text
+    assert "| K = 4 − GRPO | 1 | **+0.250 [0.250, 0.250]** |" in text
 
 
 def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
@@ -1018,7 +1031,7 @@ def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():
     assert "| 10 | SFT | 1 | 0.500 |" in means
     # The seed of SFT that alignment has not is no part of the difference.
     assert "| GRPO, 4 − SFT, 4 | 1 | **+0.500 [0.500, 0.500]** |" in above
-    assert "| GRPO, 4 − SFT continued, 4 | **+0.250 [0.250, 0.250]** |" in against
+    assert "| GRPO, 4 − SFT continued, 4 | 1 and 1 | **+0.250 [0.250, 0.250]** |" in against
 
 
 def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):

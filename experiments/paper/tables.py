@@ -140,51 +140,61 @@ def quality(lines: Sequence[Line]) -> str:
 
 
 def against(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
-    """How far each arm is above the one that it is against, over seeds and prompts."""
-    shown = lines[0].shown
-    metrics = [metric for metric in COMPARED if metric in shown]
-    rows = []
+    """How far each arm is above the one that it is against, over seeds and prompts.
+
+    That is by the seeds that both have, where these began with the same models, and else by all.
+    """
+    pairs = []
     for line in lines:
         other = by_arm.get(line.first["against"])
         if other is not None and other.first["arm"] != line.first["arm"]:
-            pair = [sorted(each.runs, key=lambda run: run["seed"]) for each in (other, line)]
-            begun = [[(run["seed"], run["origin"]) for run in runs] for runs in pair]
-            found = compare_runs(
-                *(Line("", tuple(runs)).evaluations() for runs in pair),
-                matched=begun[0] == begun[1] and begun[0][0][1] is not None,
-            )
-            cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
-            rows.append([f"{line.title} − {other.title}", *cells])
-    if not rows:
-        return "What they are compared with has no results yet."
-    return grid(["difference", *(shown[metric].title for metric in metrics)], rows)
+            shared = _in_pairs(line, other)
+            pairs.append((*(shared or (line, other)), shared is not None))
+    text = _differences(lines[0].shown, pairs)
+    return text or "What they are compared with has no results yet."
 
 
 def above_origin(lines: Sequence[Line], others: Sequence[Line]) -> str:
     """How far each arm is above the model that it starts from, by the seeds that both have."""
     named = {line.first["name"]: line for line in others}
-    shown = lines[0].shown
+    origins = ((line, named.get(line.first["origin"] or "")) for line in lines)
+    found = [_in_pairs(line, origin) for line, origin in origins if origin is not None]
+    return _differences(lines[0].shown, [(*pair, True) for pair in found if pair is not None])
+
+
+def _in_pairs(line: Line, other: Line) -> tuple[Line, Line] | None:
+    """The runs of both whose seed and whose model to begin with are the same; None for no such.
+
+    A model that others start from begins with itself.
+    """
+
+    def begun(run: raw.Raw) -> tuple[int, str]:
+        return run["seed"], run["origin"] or run["name"]
+
+    shared = {begun(run) for run in line.runs} & {begun(run) for run in other.runs}
+    if not shared:
+        return None
+    one, two = (
+        Line(each.title, tuple(run for run in each.runs if begun(run) in shared))
+        for each in (line, other)
+    )
+    return one, two
+
+
+def _differences(shown: Mapping[str, Shown], pairs: Sequence[tuple[Line, Line, bool]]) -> str:
+    """How far the first of each pair is above the second, `matched` or not; nothing of no pairs."""
+    if not pairs:
+        return ""
     metrics = [metric for metric in COMPARED if metric in shown]
     rows = []
-    for line in lines:
-        origin = named.get(line.first["origin"] or "")
-        if origin is None:
-            continue
-        runs = (line.runs, origin.runs)
-        seeds = set.intersection(*({run["seed"] for run in each} for each in runs))
-        if not seeds:
-            continue
-        one, other = (
-            Line(
-                title,
-                tuple(sorted((r for r in each if r["seed"] in seeds), key=lambda r: r["seed"])),
-            ).evaluations()
-            for title, each in zip((line.title, origin.title), runs, strict=True)
-        )
-        found = compare_runs(other, one, matched=True)
+    for line, other, matched in pairs:
+        runs = [sorted(each.runs, key=lambda run: run["seed"]) for each in (other, line)]
+        values = (Line("", tuple(some)).evaluations() for some in runs)
+        found = compare_runs(*values, matched=matched)
+        seeds = str(len(line.runs)) + ("" if matched else f" and {len(other.runs)}")
         cells = [interval(shown[metric], found.get(metric)) for metric in metrics]
-        rows.append([f"{line.title} − {origin.title}", str(len(seeds)), *cells])
-    return grid(["difference", "seeds", *(shown[m].title for m in metrics)], rows) if rows else ""
+        rows.append([f"{line.title} − {other.title}", seeds, *cells])
+    return grid(["difference", "seeds", *(shown[metric].title for metric in metrics)], rows)
 
 
 def methods(
@@ -388,10 +398,10 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             f"{size['evaluated']} test prompts, {size['with an answer']} of them with a true "
             "answer. Sampled: the mean over answers at "
             f"temperature 0.7. Machine: {'; '.join(machines)}.\n\nMean ± standard error over "
-            "seeds. 95 % intervals: crossed bootstrap over seeds and prompts, 10,000 resamples, "
-            "the seeds together where both sides have the same and start from the same models, as "
-            "an arm and the model of its own seed always are; bold where they exclude 0, which one "
-            "in twenty does by chance. With one seed a side they are over prompts alone."
+            "seeds. 95 % intervals: crossed bootstrap over seeds and prompts, 10,000 resamples; "
+            "where two arms began with the same models, as an arm and the model of its own seed "
+            "did, over the seeds that both have, together; bold where they exclude 0, which one in "
+            "twenty does by chance. With one seed a side they are over prompts alone."
         )
     if default:
         yield (
