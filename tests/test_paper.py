@@ -995,6 +995,22 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     assert "--only='grppo'" in capsys.readouterr().err
 
 
+def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkeypatch):
+    few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
+    for split in ("validation", "test"):
+        for name, values, changed in (
+            ("grpo-lr1", (0.25, 0.5), {}),
+            ("grpo-lr2", (0.5, 0.5), {}),
+            ("grpo-4", (0.25, 0.5), few),
+        ):
+            result = made(name, "GRPO", 0, 0, values, split, **changed)
+            raw.write(tmp_path, result | {"arm": "grpo-4" if changed else "grpo"})
+    shown = []
+    monkeypatch.setattr(figures, "anchors", lambda tested: shown.append(tested) or b"")
+    tables.build(tmp_path)
+    assert figures.by_anchors(shown[0]) == {"GRPO": [(4, 0.375), (10, 0.5)]}
+
+
 def test_figures_are_drawn_of_what_there_is(tmp_path):
     course = [
         {"model": "base", "step": 0, "seconds": {"wall": 0, "processor": 0}, "kl": None}

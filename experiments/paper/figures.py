@@ -2,7 +2,7 @@
 
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
@@ -25,8 +25,13 @@ Arms = dict[str, list[raw.Raw]]
 MAIN = ("default", "main", "others")  # the groups of the figures that have no group of their own
 
 
-def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
-    """Each figure that there is something for, as a file's name and a PNG."""
+def drawn(
+    results: Mapping[raw.Key, raw.Raw], chosen: Collection[str]
+) -> Iterator[tuple[str, bytes]]:
+    """Each figure that there is something for, as a file's name and a PNG.
+
+    `chosen` are the runs, by name, of what validation likes best of each arm that is tested.
+    """
     validated, tested = (
         _by_name([run for (_, _, of), run in sorted(results.items()) if of == split])
         for split in ("validation", "test")
@@ -46,7 +51,7 @@ def drawn(results: Mapping[raw.Key, raw.Raw]) -> Iterator[tuple[str, bytes]]:
     if arms:
         yield "seeds.png", seeds(arms)
     if any(runs[0]["group"] == "anchors" for runs in tested.values()):
-        yield "anchors.png", anchors(tested)
+        yield "anchors.png", anchors({n: tested[n] for n in tested if n in chosen})
     asked = [run for (_, _, of), run in sorted(results.items()) if of == "signal"]
     if asked and (panels := _ranked(asked[0])):
         yield "signal.png", signal(panels)
@@ -154,25 +159,29 @@ def seeds(arms: Arms) -> bytes:
 
 
 @_plain
+def by_anchors(tested: Arms) -> dict[str, list[tuple[int, float]]]:
+    """Each arm of the curve, by title: numbers of anchors, and the mean of what decides."""
+    small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
+    found = {}
+    for name in dict.fromkeys(raw.arm_of(runs[0]) for runs in small):
+        own = [runs for runs in tested.values() if raw.arm_of(runs[0]) == name]
+        whole = [runs for runs in own if runs[0]["arm"] == name]
+        found[(whole or own)[0][0]["title"].partition(",")[0]] = sorted(
+            (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
+            for runs in own
+        )
+    return found
+
+
 def anchors(tested: Arms) -> bytes:
     """The arms of the curve on the test prompts over the number of anchors."""
     figure = _figure(6.5, 4.2)
     axes = figure.add_subplot()
-    small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
-    names = list(dict.fromkeys(raw.arm_of(runs[0]) for runs in small))
-    counts: set[int] = set()
-    for place, name in enumerate(names):
-        own = [runs for runs in tested.values() if raw.arm_of(runs[0]) == name]
-        whole = [runs for runs in own if runs[0]["arm"] == name]
-        points = sorted(
-            (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
-            for runs in own
-        )
-        counts |= {count for count, _ in points}
-        title = (whole or own)[0][0]["title"].partition(",")[0]
+    arms = by_anchors(tested)
+    for place, (title, points) in enumerate(arms.items()):
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
     axes.set_xscale("log")
-    ticks = sorted(counts)
+    ticks = sorted({count for points in arms.values() for count, _ in points})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
     _label(axes, "anchors", _title(tested))

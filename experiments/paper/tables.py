@@ -520,7 +520,8 @@ def build(folder: Path) -> None:
     results = raw.read_all(folder)
     text = "\n\n".join(filter(None, [*sections(results), judged(folder)])) + "\n"
     write_whole(folder / "tables.md", text.encode())
-    for name, image in figures.drawn(results):
+    chosen = chosen_of_arms(*(lines_of(results, split) for split in ("test", "validation")))
+    for name, image in figures.drawn(results, {line.first["name"] for line in chosen.values()}):
         write_whole(folder / name, image)
 
 

@@ -125,7 +125,7 @@ def check(configs: Sequence[TrainConfig]) -> None:
     places = [config.run.dir or "" for config in configs]
     for place in places:
         where = "give each run one of its own"
-        require(place and places.count(place) == 1, "run.dir", place or None, where)
+        require(places.count(place) == 1 and place != "", "run.dir", place or None, where)
         begun = (Path(place) / SETTINGS).exists()
         require(not begun, "run.dir", place, "begun before: `python -m pujax.train` goes on there")
 
