@@ -113,6 +113,7 @@ def test_the_budget_holds_a_batch_and_is_none_where_little_is_padding(chat):
     assert sum(lengths) <= budget.prompts < sum(lengths) + 32
     assert 4 * 5 * 2 <= budget.responses < 4 * 5 * 2 + 32  # a word and EOS each
     assert sum(lengths) + 4 * 5 * 2 <= budget.at_once < sum(lengths) + 4 * 5 * 2 + 32
+    assert budget.prompts % 32 == budget.responses % 32 == budget.at_once % 32 == 0
     assert budget_for(dataset(chat, ["Yes"] * 4, 2), prompts=4, responses=50) is None
     part = budget_for(data, prompts=7, responses=5, ways=4)  # two prompts a part
     assert part is not None
