@@ -8,10 +8,12 @@ import re
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array
 
 from pujax.errors import ConfigError
 from pujax.models.parameters import KERNELS
+from pujax.models.sharding import fetched
 from pujax.types import Params
 
 _A, _B = "_lora_a", "_lora_b"
@@ -56,6 +58,13 @@ def split(params: Params) -> tuple[Params, Params]:
     adapter = {name: leaf for name, leaf in layers.items() if name.endswith((_A, _B))}
     rest = {name: leaf for name, leaf in layers.items() if name not in adapter}
     return params | {"layers": rest}, {"layers": adapter}
+
+
+def without_idle(params: Params) -> Params:
+    """The parameters without an adapter that changes nothing, every B of it zero as at first."""
+    base, adapter = split(params)
+    changes = [leaf for name, leaf in adapter["layers"].items() if name.endswith(_B)]
+    return params if any(np.any(leaf) for leaf in fetched(changes)) else base
 
 
 def merge(base: Params, adapter: Params, scale: float) -> Params:

@@ -27,6 +27,7 @@ from pujax.files.chat import Chat
 from pujax.files.durable import write_whole
 from pujax.method.step import assemble
 from pujax.models.decoder import LanguageModel
+from pujax.models.lora import without_idle
 from pujax.models.packing import TokenBudget
 from pujax.models.sharding import fetched, put_batch, ways
 from pujax.records import STAGES, Example, canonical
@@ -197,7 +198,7 @@ class Run:
         asked = [
             [e.prompt_ids, e.anchor_ids, *([r.ids, r.score] for r in e.given)] for e in examples
         ]
-        params = checksums(assemble(self.base, trainable))
+        params = checksums(without_idle(assemble(self.base, trainable)))
         whole = [params, asked, self.heldout.response_size, drawn, settings.metrics]
         return hashlib.sha256(canonical(whole)).hexdigest()
 

@@ -84,3 +84,12 @@ def test_splitting_undoes_adding():
     again_base, again_adapter = lora.split(lora.with_adapter(base, adapter))
     assert again_base == base
     assert again_adapter == adapter
+
+
+def test_an_adapter_that_changes_nothing_is_left_out():
+    _, base = tiny("qwen2")
+    whole = lora.with_adapter(base, lora.init_adapter(jax.random.key(0), base, rank=2))
+    assert lora.without_idle(whole) == base
+    assert lora.without_idle(base) == base
+    whole["layers"]["down_lora_b"] = whole["layers"]["down_lora_b"].at[-1, -1, -1].set(1e-30)
+    assert lora.without_idle(whole) is whole

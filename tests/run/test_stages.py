@@ -43,7 +43,7 @@ class Killed(BaseException):
 
 def fresh():
     zero = jnp.zeros((), jnp.int32)
-    return TrainState(zero, {"embed": jnp.zeros((8, 1))}, (), zero)
+    return TrainState(zero, {"embed": jnp.zeros((8, 1)), "layers": {}}, (), zero)
 
 
 def advancing(loss):
@@ -328,11 +328,11 @@ def test_a_wish_to_stop_is_granted_while_evaluating_and_costs_no_evaluation(tmp_
     with pytest.raises(
         StopRequested, match="stopped after evaluating base; the state is in"
     ) as end:
-        run.evaluated("base", 0, {"embed": jnp.zeros(2)})
+        run.evaluated("base", 0, {"embed": jnp.zeros(2), "layers": {}})
     assert end.value.number == signal.SIGTERM
     assert (tmp_path / "eval-base.jsonl").exists()
     with pytest.raises(StopRequested, match="stopped while evaluating sft"):
-        run.evaluated("sft", 0, {"embed": jnp.zeros(2)})
+        run.evaluated("sft", 0, {"embed": jnp.zeros(2), "layers": {}})
     assert not (tmp_path / "eval-sft.jsonl").exists()
 
 
@@ -353,7 +353,7 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     )
     (tmp_path / "other").mkdir()
 
-    def evaluated(params, directory=tmp_path, **settings):
+    def evaluated(params, directory=tmp_path, adapter=None, **settings):
         run = Run(
             TrainConfig(eval=EvalConfig(prompts=1, **settings)),
             directory,
@@ -371,7 +371,7 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
             lambda: 0,
         )
         before = len(asked)
-        run.evaluated("aligned", 1, {"embed": jnp.asarray(params)})
+        run.evaluated("aligned", 1, {"embed": jnp.asarray(params), "layers": adapter or {}})
         return len(asked) - before
 
     assert evaluated([1.0, 2.0]) == 1
@@ -386,6 +386,10 @@ def test_an_evaluation_on_disk_is_taken_where_it_is_of_these_parameters_and_draw
     assert ours.read_bytes() == whole
     assert evaluated([1.0, 2.0], samples=2) == 1
     assert evaluated([1.0, 2.0], samples=2, temperature=0.5) == 1
+    ours.write_bytes(whole)
+    fresh = {"q_lora_a": jnp.ones((1, 2, 1)), "q_lora_b": jnp.zeros((1, 1, 2))}
+    assert evaluated([1.0, 2.0], adapter=fresh) == 0  # it changes nothing
+    assert evaluated([1.0, 2.0], adapter=fresh | {"q_lora_b": jnp.ones((1, 1, 2))}) == 1
     ours.write_bytes(whole.split(b"\n", 1)[1])  # as a pujax before wrote it
     assert evaluated([1.0, 2.0]) == 0
 
