@@ -30,6 +30,7 @@ from pujax.models.parameters import (
     first_value,
     param_shapes,
 )
+from pujax.models.products import streamed, times
 from pujax.models.rotary import for_layer, rotate, rotations
 from pujax.models.sharding import gathered, split_rows
 from pujax.models.tiles import on_cpu
@@ -132,6 +133,11 @@ class LanguageModel(nn.Module):
         return self.unembed(params, self._norm(stream, params["final_norm"]))
 
     @property
+    def between(self) -> Any:
+        """The type of what lies between products, as of the residual stream: see `products`."""
+        return jnp.dtype(jnp.float32 if on_cpu() and self.mesh is None else self.dtype)
+
+    @property
     def unpacked(self) -> "LanguageModel":
         """The same model without a budget: it computes padding too, so it takes any batch."""
         return self if self.budget is None else self.clone(budget=None)
@@ -179,9 +185,14 @@ class LanguageModel(nn.Module):
         return _responses(self._run(params, after, tokens, layers=layers)[0], tokens)
 
     def ready_to_decode(self, params: Params) -> Params:
-        """The parameters with the tables that every token reads gathered, once, on a mesh."""
+        """The parameters with the tables that every token reads made ready, once.
+
+        On a mesh they are gathered; where products alone are of a narrow type, rounded to it.
+        """
         if self.mesh is None:
-            return params
+            if self.between == self.dtype:
+                return params
+            return params | {"unembed_rows": self.unembedding(params).astype(self.dtype)}
         tables = {
             name: gathered(self.mesh, name, params[name].astype(self.dtype))
             for name in ("embed", "unembed")
@@ -259,8 +270,10 @@ class LanguageModel(nn.Module):
 
     def unembed(self, params: Params, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """Float32 logits of a few normed hidden states; `unembed.chosen_logps` is for many."""
-        table = self.unembedding(params).astype(self.dtype)
-        return _streamed(hidden.astype(self.dtype), table, jnp.float32)
+        table = params.get("unembed_rows")
+        if table is None:
+            table = self.unembedding(params).astype(self.dtype)
+        return streamed(hidden, table, jnp.float32)
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """The table whose rows `unembed` multiplies hidden states with."""
@@ -269,8 +282,8 @@ class LanguageModel(nn.Module):
     def empty_cache(self, prompts: int, candidates: int, size: int) -> Cache:
         """Room for `size` tokens of each of `candidates` responses to each prompt."""
         config, lead = self.config, (prompts, self.config.kv_heads, candidates)
-        k = split_rows(self.mesh, jnp.zeros((*lead, config.head_width, size), self.dtype))
-        v = split_rows(self.mesh, jnp.zeros((*lead, size, config.head_width), self.dtype))
+        k = split_rows(self.mesh, jnp.zeros((*lead, config.head_width, size), self.between))
+        v = split_rows(self.mesh, jnp.zeros((*lead, size, config.head_width), self.between))
         return Cache(k=(k,) * config.layers, v=(v,) * config.layers)
 
     # ------------------------------------------------------------------ the layers
@@ -297,13 +310,13 @@ class LanguageModel(nn.Module):
         if self.mesh is not None and self.mesh.shape[TENSOR] > 1:
             # Split both ways, a looked-up row would be on the wrong devices twice over.
             table = gathered(self.mesh, "embed", table)
-        x = table.at[tokens].get(mode="clip").astype(self.dtype)
+        x = table.at[tokens].get(mode="clip").astype(self.between)
         if "soft_prompt" in params:
             at_ND = tokens - self.config.vocab
-            soft_ND = params["soft_prompt"].at[at_ND].get(mode="clip").astype(self.dtype)
+            soft_ND = params["soft_prompt"].at[at_ND].get(mode="clip").astype(self.between)
             x = jnp.where(at_ND[..., None] < 0, x, soft_ND)
         scale = self.config.embed_scale
-        return x if scale == 1.0 else x * jnp.asarray(scale, self.dtype)
+        return x if scale == 1.0 else x * jnp.asarray(scale, self.between)
 
     def _last(
         self, params: Params, stream: Float[Array, "B S D"], lengths: Int[Array, " B"]
@@ -318,24 +331,24 @@ class LanguageModel(nn.Module):
             jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.config.norm_eps
         )
         scale = scale.astype(jnp.float32).reshape((1,) * (x.ndim - 1) + scale.shape)
-        return (normed * scale).astype(self.dtype)
+        return (normed * scale).astype(self.between)
 
     def _project(self, weights: Params, name: str, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         """Through the named kernel, with its bias and its low-rank adapter where it has them."""
         if f"{name}_rows" in weights:
-            y = _streamed(x, weights[f"{name}_rows"], self.dtype)
+            y = streamed(x, weights[f"{name}_rows"], self.between)
         else:
-            y = _times(x, weights[name].astype(self.dtype))
+            (y,) = times(x, (weights[name],), self.dtype)
         return self._completed(weights, name, x, y)
 
     def _completed(self, weights: Params, name: str, x: Array, y: Array) -> Array:
         """The product `y` of `x` and a kernel, with the adapter's part and the bias added."""
         if f"{name}_lora_a" in weights:
-            low = _times(x, weights[f"{name}_lora_a"].astype(self.dtype))
-            change = _times(low, weights[f"{name}_lora_b"].astype(self.dtype))
+            (low,) = times(x, (weights[f"{name}_lora_a"],), self.dtype)
+            (change,) = times(low, (weights[f"{name}_lora_b"],), self.dtype)
             y = y + change * self.config.lora_scale
         if f"{name}_bias" in weights:
-            bias = weights[f"{name}_bias"].astype(self.dtype)
+            bias = weights[f"{name}_bias"].astype(self.between)
             y = y + bias.reshape((1,) * (y.ndim - 1) + bias.shape)
         return y
 
@@ -347,11 +360,14 @@ class LanguageModel(nn.Module):
         Where `decoding` joined them that is one product, made here, else one each as it is called.
         """
         joined = weights.get("+".join(names) + "_rows")
-        if joined is None:
+        if joined is not None:
+            shapes = param_shapes(self.config)["layers"]
+            ends = list(accumulate(shapes[name][-1] for name in names))[:-1]
+            products = jnp.split(streamed(x, joined, self.between), ends, axis=-1)
+        elif names[0] in weights:
+            products = times(x, tuple(weights[name] for name in names), self.dtype)
+        else:
             return lambda name: self._project(weights, name, x)
-        shapes = param_shapes(self.config)["layers"]
-        ends = list(accumulate(shapes[name][-1] for name in names))[:-1]
-        products = jnp.split(_streamed(x, joined, self.dtype), ends, axis=-1)
         made = dict(zip(names, products, strict=True))
         return lambda name: self._completed(weights, name, x, made[name])
 
@@ -479,29 +495,6 @@ class LanguageModel(nn.Module):
             )
             return jax.checkpoint(layer, policy=policy, prevent_cse=False)
         return layer
-
-
-def _times(x: Float[Array, "*N I"], kernel: Float[Array, "I O"]) -> Float[Array, "*N O"]:
-    """x @ kernel, its rows in one dimension.
-
-    The gradient of a kernel sums over the rows. Over several dimensions of them XLA would first
-    transpose the wider operand, at a tenth of a layer's time on a CPU.
-    """
-    rows = x.reshape(-1, x.shape[-1])
-    return (rows @ kernel).reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], dtype: Any) -> Array:
-    """x @ rowsᵀ [*N, O] for few x; on a CPU with the kernel as the product's left operand.
-
-    That is the one that XLA's products on a CPU read where it lies; a right operand they pack
-    anew each time. The barriers keep XLA from turning the product round.
-    """
-    if not on_cpu():
-        return jnp.einsum("...i,oi->...o", x, rows, preferred_element_type=dtype)
-    flat = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
-    y = jax.lax.optimization_barrier(jax.lax.dot(rows, flat, preferred_element_type=dtype))
-    return y.T.reshape(*x.shape[:-1], rows.shape[0])
 
 
 def _no_responses(prompts: Tokens) -> Int[Array, "B 0 0"]:

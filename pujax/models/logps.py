@@ -54,7 +54,9 @@ def token_logps(
             axis_names=set(BATCH_AXES),
             check_vma=False,
         )
-    logps = chosen(chunked(hidden), model.unembedding(params), chunked(tokens), used)
+    logps = chosen(
+        chunked(hidden.astype(model.dtype)), model.unembedding(params), chunked(tokens), used
+    )
     logps = logps.swapaxes(0, 1).reshape(B, -1)[:, : G * T]
     logps = jnp.take_along_axis(logps, jnp.argsort(order, axis=1), axis=1).reshape(B, G, T)
     return jnp.where(mask, logps, 0.0)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from pujax.models.products import summed_over_rows
 from pujax.models.tiles import words
 
 
@@ -70,10 +71,7 @@ def _backward(saved: tuple[Array, ...], cotangent: Float[Array, "C B N"]):
             # Without the barrier both passes took a fifth longer on a CPU (2.25 s, not 1.88).
             d_logits = jax.lax.optimization_barrier(d_logits.astype(hidden.dtype))
             more = jnp.einsum("bnv,vd->bnd", d_logits, rows, preferred_element_type=jnp.float32)
-            d_rows += jnp.einsum(
-                "bnv,bnd->vd", d_logits, hidden[c], preferred_element_type=jnp.float32
-            )
-            return d_hidden.at[c].add(more), d_rows
+            return d_hidden.at[c].add(more), d_rows + summed_over_rows(d_logits, hidden[c])
 
         start = (d_hidden, jnp.zeros(rows.shape, jnp.float32))
         d_hidden, d_rows = jax.lax.fori_loop(0, used, chunk, start)

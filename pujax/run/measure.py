@@ -11,6 +11,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import jax
@@ -276,7 +277,7 @@ def matmul_rate(
     `of` may take something else of their seconds.
     """
     one = jax.random.normal(jax.random.key(0), (size, size), dtype)
-    product = jax.jit(jnp.matmul)
+    product = jax.jit(partial(jnp.matmul, preferred_element_type=jnp.float32))
     times, _ = _timed(lambda _: (product(one, one),), None, repeats)
     return 2 * size**3 / of(times)
 

@@ -291,7 +291,7 @@ def _caches(model: LanguageModel, recipe: Recipe, shape: WorkConfig, mesh: Mesh)
     cache = jax.eval_shape(
         lambda: model.empty_cache(prompts, recipe.sampling.candidates, shape.response_tokens)
     )
-    config, width = model.config, jnp.dtype(model.dtype).itemsize
+    config, width = model.config, model.between.itemsize
     before = prompts * shape.prompt_tokens * config.layers * config.kv_heads * config.head_width
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(cache)) + 2 * before * width
 

@@ -9,7 +9,7 @@ import pytest
 from tiny_families import TINY, tiny
 
 from pujax.method.sampling import greedy
-from pujax.models import attention, decoder, lora, tiles
+from pujax.models import attention, decoder, lora, products, tiles
 from pujax.models.logps import response_logps
 from pujax.models.sharding import make_mesh
 from pujax.types import Tokens
@@ -68,7 +68,7 @@ def test_decoding_multiplies_either_way_round(model, params, prompts, elsewhere,
     np.testing.assert_allclose(one.logps, other.logps, atol=1e-4)
     rows, x = params["layers"]["q"][0].T, jnp.ones((2, 3, 32))
     np.testing.assert_allclose(
-        decoder._streamed(x, rows, jnp.float32), x @ rows.T, rtol=1e-5, atol=1e-5
+        products.streamed(x, rows, jnp.float32), x @ rows.T, rtol=1e-5, atol=1e-5
     )
 
 
