@@ -18,7 +18,7 @@ from pujax.run.ending import amount
 from pujax.run.forecast import forecast
 from pujax.run.judged import judged, kept
 from pujax.run.provenance import teachers_in
-from pujax.run.student import Student
+from pujax.run.student import Student, fast_bfloat16
 from pujax.text import counted
 
 
@@ -32,11 +32,13 @@ def place(config: TrainConfig, directory: Path, shape: DecoderConfig, mesh: Mesh
     device = mesh.devices.flat[0]
     devices = f"{mesh.size} × {device.device_kind}"
     split = ", ".join(f"{axis} {size}" for axis, size in mesh.shape.items() if size > 1)
+    narrow = mesh.size == 1 and device.platform == "cpu" and config.model.dtype == "auto"
+    faster = "; model.dtype=bfloat16 takes less time here" if narrow and fast_bfloat16() else ""
     return [
         f"run: {directory}",
         f"student: {student}, {shape.layers} layers, {parameters / 1e6:.1f} M parameters, "
         f"{trained}",
-        f"device: {devices}{f', mesh: {split}' if split else ''}",
+        f"device: {devices}{f', mesh: {split}' if split else ''}{faster}",
     ]
 
 

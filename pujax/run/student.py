@@ -162,6 +162,13 @@ def machine_memory(groups: Path = Path("/sys/fs/cgroup")) -> int:
     return min(limits)
 
 
+def fast_bfloat16(info: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor has instructions for products of bfloat16, as far as Linux tells."""
+    with suppress(OSError):
+        return "avx512_bf16" in info.read_text(encoding="ascii", errors="replace").split()
+    return False
+
+
 def _kept_dtype(config: ModelConfig, dtype: Any) -> Any:
     """Trained parameters are float32; a LoRA's frozen base is kept in what it computes in."""
     return dtype if config.lora.rank else jnp.float32

@@ -40,7 +40,8 @@ def student(model, params):
     return Student(model, None, params)
 
 
-def test_a_run_says_where_what_and_on_what_it_trains(model, tmp_path):
+def test_a_run_says_where_what_and_on_what_it_trains(model, tmp_path, monkeypatch):
+    monkeypatch.setattr(beginning, "fast_bfloat16", lambda: False)
     where, who, device = beginning.place(CONFIG, tmp_path, model.config, make_mesh())
     assert where == f"run: {tmp_path}"
     assert who == "student: mine, 3 layers, 0.0 M parameters, all trained"
@@ -48,6 +49,12 @@ def test_a_run_says_where_what_and_on_what_it_trains(model, tmp_path):
     lora = dataclasses.replace(CONFIG, model=ModelConfig(path="mine", lora=LoraConfig(rank=4)))
     _, who, device = beginning.place(lora, tmp_path, model.config, make_mesh(1, 1, 1))
     assert who.endswith("LoRA of rank 4")
+    assert device == "device: 1 × cpu"
+    monkeypatch.setattr(beginning, "fast_bfloat16", lambda: True)
+    _, _, device = beginning.place(lora, tmp_path, model.config, make_mesh(1, 1, 1))
+    assert device == "device: 1 × cpu; model.dtype=bfloat16 takes less time here"
+    chosen = dataclasses.replace(lora, model=dataclasses.replace(lora.model, dtype="float32"))
+    *_, device = beginning.place(chosen, tmp_path, model.config, make_mesh(1, 1, 1))
     assert device == "device: 1 × cpu"
 
 

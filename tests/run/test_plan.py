@@ -165,6 +165,15 @@ def test_the_command_plans_for_devices_that_are_not_here():
     assert any(text.startswith("TPU v5e: fits; a step takes") for text in shown)
 
 
+def test_a_processor_says_whether_it_multiplies_bfloat16(tmp_path):
+    info = tmp_path / "cpuinfo"
+    assert not student.fast_bfloat16(info)  # where nobody tells
+    info.write_text("flags\t\t: fpu avx512_bf16_not avx512f\n")
+    assert not student.fast_bfloat16(info)
+    info.write_text("flags\t\t: fpu avx512_bf16 avx512f\n")
+    assert student.fast_bfloat16(info)
+
+
 def test_more_devices_than_can_be_made_are_refused_at_once():
     with pytest.raises(ConfigError, match=r"mesh=100000: a plan is compiled for up to 1024"):
         plan.have_devices(MeshConfig(fsdp=100_000))
