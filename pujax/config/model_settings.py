@@ -77,7 +77,7 @@ class ModelConfig:
     Attributes:
         path: a hub id, a Hugging Face directory, a GGUF file, or package://NAME/FILE.
         dtype: what matrices multiply in: float32, bfloat16, or auto (float32 on a CPU, bfloat16
-            elsewhere).
+            elsewhere). On a CPU sums, and all that isn't a product, stay float32.
         remat: what the backward pass computes again: none, full (all), or dots (all but matrix
             products and attention).
         shape: of a random student.

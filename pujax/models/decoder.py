@@ -30,7 +30,7 @@ from pujax.models.parameters import (
     first_value,
     param_shapes,
 )
-from pujax.models.products import streamed, times
+from pujax.models.products import rounded, streamed, times
 from pujax.models.rotary import for_layer, rotate, rotations
 from pujax.models.sharding import gathered, split_rows
 from pujax.models.tiles import on_cpu
@@ -192,7 +192,7 @@ class LanguageModel(nn.Module):
         if self.mesh is None:
             if self.between == self.dtype:
                 return params
-            return params | {"unembed_rows": self.unembedding(params).astype(self.dtype)}
+            return params | {"unembed_rows": self._factor(self.unembedding(params))}
         tables = {
             name: gathered(self.mesh, name, params[name].astype(self.dtype))
             for name in ("embed", "unembed")
@@ -221,7 +221,7 @@ class LanguageModel(nn.Module):
 
         def rows(name: str, kernel: Array) -> Array:
             # On a mesh it is gathered here, once a loop and not once a token.
-            return gathered(self.mesh, name, kernel.astype(self.dtype)).T
+            return gathered(self.mesh, name, self._factor(kernel)).T
 
         count = range(self.config.layers)
         return Decoding(
@@ -272,8 +272,8 @@ class LanguageModel(nn.Module):
         """Float32 logits of a few normed hidden states; `unembed.chosen_logps` is for many."""
         table = params.get("unembed_rows")
         if table is None:
-            table = self.unembedding(params).astype(self.dtype)
-        return streamed(hidden, table, jnp.float32)
+            table = self._factor(self.unembedding(params))
+        return streamed(self._factor(hidden), table, jnp.float32)
 
     def unembedding(self, params: Params) -> Float[Array, "V D"]:
         """The table whose rows `unembed` multiplies hidden states with."""
@@ -304,6 +304,10 @@ class LanguageModel(nn.Module):
         if local is None:
             return None
         return jnp.where(local, self.config.window, jnp.iinfo(jnp.int32).max)
+
+    def _factor(self, x: Float[Array, "*N I"]) -> Float[Array, "*N I"]:
+        """What a product of few rows multiplies: as wide as all else, with values of `dtype`."""
+        return rounded(x, self.dtype) if self.between != self.dtype else x.astype(self.dtype)
 
     def _embedded(self, params: Params, tokens: Int[Array, "*N"]) -> Float[Array, "*N D"]:
         table = params["embed"]
@@ -336,7 +340,7 @@ class LanguageModel(nn.Module):
     def _project(self, weights: Params, name: str, x: Float[Array, "*N I"]) -> Float[Array, "*N O"]:
         """Through the named kernel, with its bias and its low-rank adapter where it has them."""
         if f"{name}_rows" in weights:
-            y = streamed(x, weights[f"{name}_rows"], self.between)
+            y = streamed(self._factor(x), weights[f"{name}_rows"], self.between)
         else:
             (y,) = times(x, (weights[name],), self.dtype)
         return self._completed(weights, name, x, y)
@@ -363,7 +367,7 @@ class LanguageModel(nn.Module):
         if joined is not None:
             shapes = param_shapes(self.config)["layers"]
             ends = list(accumulate(shapes[name][-1] for name in names))[:-1]
-            products = jnp.split(streamed(x, joined, self.between), ends, axis=-1)
+            products = jnp.split(streamed(self._factor(x), joined, self.between), ends, axis=-1)
         elif names[0] in weights:
             products = times(x, tuple(weights[name] for name in names), self.dtype)
         else:

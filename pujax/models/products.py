@@ -41,13 +41,22 @@ def times(
     return tuple(y.reshape(*x.shape[:-1], y.shape[-1]) for y in products)
 
 
+def rounded(x: Float[Array, "*N"], dtype: Any) -> Float[Array, "*N"]:
+    """`x` in float32, with the values that it has in `dtype`.
+
+    So a product of few rows has the same factors as one of many. On a CPU it is slower in bfloat16
+    than in float32: 16 responses of 64 tokens took 4.4 s, and 3.8.
+    """
+    kind = jnp.finfo(dtype)
+    return jax.lax.reduce_precision(x.astype(jnp.float32), kind.nexp, kind.nmant)
+
+
 def streamed(x: Float[Array, "*N I"], rows: Float[Array, "O I"], out: Any) -> Array:
     """x @ rowsᵀ [*N, O] for few x; on a CPU with the kernel as the product's left operand.
 
     That is the one that XLA's products on a CPU read where it lies; a right operand they pack
     anew each time. The barriers keep XLA from turning the product round.
     """
-    x = x.astype(rows.dtype)
     if not on_cpu():
         return jnp.einsum("...i,oi->...o", x, rows, preferred_element_type=out)
     flat = jax.lax.optimization_barrier(x.reshape(-1, x.shape[-1]).T)
