@@ -189,15 +189,15 @@ class LanguageModel(nn.Module):
 
         On a mesh they are gathered; where products alone are of a narrow type, rounded to it.
         """
-        if self.mesh is None:
-            if self.between == self.dtype:
-                return params
-            return params | {"unembed_rows": self._factor(self.unembedding(params))}
-        tables = {
-            name: gathered(self.mesh, name, params[name].astype(self.dtype))
-            for name in ("embed", "unembed")
-            if name in params
-        }
+        tables = {}
+        if self.mesh is not None:
+            tables = {
+                name: gathered(self.mesh, name, params[name].astype(self.dtype))
+                for name in ("embed", "unembed")
+                if name in params
+            }
+        elif self.between != self.dtype:
+            tables = {"unembed_rows": self._factor(self.unembedding(params))}
         return params | tables
 
     def decoding(self, params: Params, prefix: Prefix) -> Decoding:
@@ -361,7 +361,8 @@ class LanguageModel(nn.Module):
     ) -> Callable[[str], Array]:
         """What takes `x` through a named one of the kernels that read it.
 
-        Where `decoding` joined them that is one product, made here, else one each as it is called.
+        The products are made here: one where `decoding` joined the kernels, else one each. Where
+        it laid them out one by one each is made as it is called.
         """
         joined = weights.get("+".join(names) + "_rows")
         if joined is not None:

@@ -60,9 +60,10 @@ def test_a_transpose_is_one(rows, columns):
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
-def test_sums_over_rows_are_float32s(dtype):
-    x, y = (jnp.asarray(normal(2, 3, width, seed=width), dtype) for width in (5, 4))
-    found = summed_over_rows(x, y)
+@pytest.mark.parametrize("width", [5, 514])  # of which the second is transposed in blocks
+def test_sums_over_rows_are_float32s(dtype, width):
+    x, y = (jnp.asarray(normal(2, 3, wide, seed=wide), dtype) for wide in (width, 4))
+    found = jax.jit(summed_over_rows)(x, y)
     assert found.dtype == jnp.float32
     theirs = np.einsum("bni,bno->io", *(np.asarray(each, np.float64) for each in (x, y)))
     np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-5)
