@@ -1074,9 +1074,10 @@ def test_the_scores_signal_is_a_table_and_a_figure(tmp_path):
     assert not (tmp_path / "signal.png").exists()
 
 
-def test_a_dollar_in_a_title_is_drawn_as_one():
-    arms = {"grpo": [made("grpo", r"$\frac{$", 1, 0, (0.25, 1.0))]}
-    assert figures.seeds(arms).startswith(b"\x89PNG")
+@pytest.mark.parametrize("draw", [figures.seeds, figures.anchors])
+def test_a_dollar_in_a_title_is_drawn_as_one(draw):
+    arms = {"grpo-10": [made("grpo-10", r"$\frac{$", 1, 0, (0.25, 1.0), group="anchors")]}
+    assert draw(arms).startswith(b"\x89PNG")
 
 
 # --- the whole ------------------------------------------------------------------------------------

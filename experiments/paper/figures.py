@@ -158,7 +158,6 @@ def seeds(arms: Arms) -> bytes:
     return _png(figure)
 
 
-@_plain
 def by_anchors(tested: Arms) -> dict[str, list[tuple[int, float]]]:
     """Each arm of the curve, by title: numbers of anchors, and the mean of what decides."""
     small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
@@ -173,6 +172,7 @@ def by_anchors(tested: Arms) -> dict[str, list[tuple[int, float]]]:
     return found
 
 
+@_plain
 def anchors(tested: Arms) -> bytes:
     """The arms of the curve on the test prompts over the number of anchors."""
     figure = _figure(6.5, 4.2)

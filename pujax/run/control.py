@@ -33,11 +33,6 @@ LOOKED = 4 * FEW  # groups that are looked at, at most: in many all candidates m
 
 TRIES = 8  # other prompts that are looked at for one with another anchor
 
-Scores = Callable[
-    [Params, Batch, Array, Array, Tokens, Array], tuple[Float[Array, "B K"], Float[Array, "B K"]]
-]
-"""The candidates' scores with their own anchors in view, and with others'."""
-
 
 @dataclass(frozen=True)
 class _Telling:
