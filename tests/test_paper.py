@@ -956,6 +956,11 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     ):
         result = made(name, name, seed, seed, (0.25, 1.0)) | ids | kept | {"response": said}
         raw.write(profile.results, result)
+    worse = {"name": "grpo-lr1", "response": ["the longest of them", "5", "same"]}
+    raw.write(profile.results, made("grpo", "grpo", 1, 0, (0.0, 0.25)) | ids | kept | worse)
+    for each, values in (("grpo", (0.25, 1.0)), ("grpo-lr1", (0.0, 0.25))):
+        chosen_by = made("grpo", "grpo", 1, 0, values, "validation") | {"name": each}
+        raw.write(profile.results, chosen_by)
     asked = []
 
     def longest(questions):
@@ -971,7 +976,8 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     for _ in range(2):
         for one, other in judge.pairs(results, ["grpo"]):
             judge.judged(profile, one, other, longest, "a judge", 100)
-    assert len(asked) == 2 + 4  # equal answers are a tie, and no sum is judged
+    # Equal answers are a tie, and neither a sum is judged nor what validation did not choose.
+    assert len(asked) == 2 + 4
     assert asked[0].messages[0]["content"].count("test 0?") == 1
     one, other = next(judge.pairs(results, ["grpo"]))
     judge.judged(profile, one, other, longest, "another", 100)

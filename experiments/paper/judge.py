@@ -70,8 +70,8 @@ def pairs(
 ) -> Iterator[tuple[raw.Raw, raw.Raw]]:
     """The test results of arms, each with that of what its arm is compared with, seed by seed.
 
-    Where the other has no such seed it is the first that it has; of several choices of settings it
-    is the one that validation likes best.
+    Where the other has no such seed it is the first that it has; of several choices of settings
+    each is the one that validation likes best.
     """
     tested = [result for (_, _, split), result in results.items() if split == "test"]
     lines = (tables.lines_of(results, split) for split in ("test", "validation"))
@@ -79,7 +79,7 @@ def pairs(
     for seed in sorted({result["seed"] for result in tested}):
         for arm in arms:
             for one in tested:
-                if (one["arm"], one["seed"]) != (arm, seed) or one["against"] == arm:
+                if (one["name"], one["seed"]) != (best.get(arm), seed) or one["against"] == arm:
                     continue
                 others = [other for other in tested if other["name"] == best.get(one["against"])]
                 others.sort(key=lambda other: (other["seed"] != seed, other["seed"]))
