@@ -23,21 +23,15 @@ def make_optimizer(
     warmup: float,
     schedule: str,
 ) -> optax.GradientTransformation:
-    """AdamW behind global-norm clipping. `steps` counts updates, inner epochs included.
-
-    Of a share `warmup` of them the rate rises, in equal parts up to `lr`. The first is not zero: in
-    an alignment of eight steps that would be one step lost.
-    """
+    """AdamW behind global-norm clipping. `steps` counts updates, inner epochs included."""
     rising = round(warmup * steps)
-    first = lr / (rising + 1)
     if schedule == "cosine":
         rate = optax.warmup_cosine_decay_schedule(
-            first, lr, rising, max(steps, rising + 1), end_value=0.1 * lr
+            0.0 if rising else lr, lr, rising, max(steps, rising + 1), end_value=0.1 * lr
         )
     else:
         rate = optax.join_schedules(
-            [optax.linear_schedule(first, lr, max(rising, 1)), optax.constant_schedule(lr)],
-            [rising],
+            [optax.linear_schedule(0.0, lr, max(rising, 1)), optax.constant_schedule(lr)], [rising]
         )
     return optax.chain(
         optax.clip_by_global_norm(clip_norm), optax.adamw(rate, b1, b2, weight_decay=weight_decay)
