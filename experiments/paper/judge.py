@@ -78,13 +78,13 @@ def pairs(
     best = {arm: line.first["name"] for arm, line in tables.chosen_of_arms(*lines).items()}
     for seed in sorted({result["seed"] for result in tested}):
         for arm in arms:
-            for one in tested:
-                if (one["name"], one["seed"]) != (best.get(arm), seed) or one["against"] == arm:
-                    continue
-                others = [other for other in tested if other["name"] == best.get(one["against"])]
-                others.sort(key=lambda other: (other["seed"] != seed, other["seed"]))
-                if others:
-                    yield one, others[0]
+            one = results.get((best.get(arm, ""), seed, "test"))
+            if one is None or one["against"] == arm:
+                continue
+            others = [other for other in tested if other["name"] == best.get(one["against"])]
+            others.sort(key=lambda other: (other["seed"] != seed, other["seed"]))
+            if others:
+                yield one, others[0]
 
 
 def judged(

@@ -13,7 +13,7 @@ from pujax.models import lora
 from pujax.models.decoder import LanguageModel
 from pujax.models.logps import response_logps
 from pujax.models.packing import TokenBudget
-from pujax.models.products import rounded, summed_over_rows, times, transposed
+from pujax.models.products import rounded, streamed, summed_over_rows, times, transposed
 from pujax.types import Tokens
 
 SHAPE = (2, 3, 5)
@@ -66,6 +66,15 @@ def test_sums_over_rows_are_float32s(dtype, width):
     found = jax.jit(summed_over_rows)(x, y)
     assert found.dtype == jnp.float32
     theirs = np.einsum("bni,bno->io", *(np.asarray(each, np.float64) for each in (x, y)))
+    np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_streamed_product_is_float32s_where_that_is_asked_for(dtype):
+    x, rows = jnp.asarray(normal(*SHAPE), dtype), jnp.asarray(normal(4, 5, seed=1), dtype)
+    found = streamed(x, rows, jnp.float32)
+    assert (found.shape, found.dtype) == ((2, 3, 4), jnp.float32)
+    theirs = np.asarray(x, np.float64) @ np.asarray(rows, np.float64).T
     np.testing.assert_allclose(found, theirs, rtol=1e-5, atol=1e-5)
 
 
