@@ -1002,19 +1002,35 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
 
 
 def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkeypatch):
-    few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
+    def of(anchors, chosen, **settings):
+        size = {"training": anchors, "evaluated": 40, "with an answer": 40}
+        own = (
+            {
+                "model.path": f"runs/{anchors}",
+                "align.steps": 100,
+                "align.prompts": 4,
+                "sampling.candidates": 8,
+            }
+            | settings
+            | chosen
+        )
+        few = {"group": "anchors"} if anchors < 10 else {}
+        return few | {"prompts": size, "settings": own, "chosen": chosen}
+
     for split in ("validation", "test"):
         for name, values, changed in (
-            ("grpo-lr1", (0.25, 0.5), {}),
-            ("grpo-lr2", (0.5, 0.5), {}),
-            ("grpo-4", (0.25, 0.5), few),
+            ("grpo-lr1", (0.25, 0.5), of(10, {"align.lr": 1})),
+            ("grpo-lr2", (0.5, 0.5), of(10, {"align.lr": 2})),
+            ("grpo-4", (0.25, 0.5), of(4, {"align.lr": 1})),
+            ("grpo-6", (0.0, 0.5), of(6, {"align.lr": 1}, **{"align.steps": 300})),
         ):
             result = made(name, "GRPO", 0, 0, values, split, **changed)
-            raw.write(tmp_path, result | {"arm": "grpo-4" if changed else "grpo"})
-    shown = []
-    monkeypatch.setattr(figures, "anchors", lambda tested: shown.append(tested) or b"")
+            raw.write(tmp_path, result | {"arm": name.partition("-lr")[0]})
+    shown, draw = [], figures.anchors
+    monkeypatch.setattr(figures, "anchors", lambda tested: shown.append(tested) or draw(tested))
     tables.build(tmp_path)
-    assert figures.by_anchors(shown[0]) == {"GRPO": [(4, 0.375), (10, 0.5)]}
+    # A line joins what validation tuned for each number alone, and nothing that took other steps.
+    assert figures.by_anchors(shown[0]) == {"GRPO": ([(4, 0.375), (10, 0.5)], [(6, 0.25)])}
 
 
 def test_figures_are_drawn_of_what_there_is(tmp_path):

@@ -17,6 +17,7 @@ from pujax.evaluation.signal import SHUFFLED
 # Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X"
+HOLLOW = {"linestyle": "none", "mfc": "none"}
 
 _plain = matplotlib.rc_context({"text.parse_math": False})  # a dollar in a title is one
 
@@ -158,17 +159,33 @@ def seeds(arms: Arms) -> bytes:
     return _png(figure)
 
 
-def by_anchors(tested: Arms) -> dict[str, list[tuple[int, float]]]:
-    """Each arm of the curve, by title: numbers of anchors, and the mean of what decides."""
+Point = tuple[int, float]
+"""A number of anchors, and the mean of what decides."""
+
+
+def by_anchors(tested: Arms) -> dict[str, tuple[list[Point], list[Point]]]:
+    """Each arm of the curve, by title: its points, and those made with other settings.
+
+    What differs beside what validation chooses for each number is another setting, and no line may
+    join it to the rest.
+    """
     small = [runs for runs in tested.values() if runs[0]["group"] == "anchors"]
     found = {}
     for name in dict.fromkeys(raw.arm_of(runs[0]) for runs in small):
         own = [runs for runs in tested.values() if raw.arm_of(runs[0]) == name]
-        whole = [runs for runs in own if runs[0]["arm"] == name]
-        found[(whole or own)[0][0]["title"].partition(",")[0]] = sorted(
-            (runs[0]["prompts"]["training"], fmean(raw.mean(run, run["metric"]) for run in runs))
-            for runs in own
-        )
+        whole = next((runs for runs in own if runs[0]["arm"] == name), own[0])
+        tuned = {key for runs in own for run in runs for key in run["chosen"]} | {"model.path"}
+
+        def fixed(run: raw.Raw, tuned: Collection[str] = tuned) -> raw.Raw:
+            return {key: value for key, value in run["settings"].items() if key not in tuned}
+
+        points: tuple[list[Point], list[Point]] = ([], [])
+        for runs in own:
+            mean = fmean(raw.mean(run, run["metric"]) for run in runs)
+            apart = fixed(runs[0]) != fixed(whole[0])
+            points[apart].append((runs[0]["prompts"]["training"], mean))
+        title = whole[0]["title"].partition(",")[0]
+        found[title] = tuple(map(sorted, points))
     return found
 
 
@@ -178,10 +195,16 @@ def anchors(tested: Arms) -> bytes:
     figure = _figure(6.5, 4.2)
     axes = figure.add_subplot()
     arms = by_anchors(tested)
-    for place, (title, points) in enumerate(arms.items()):
+    for place, (title, (points, apart)) in enumerate(arms.items()):
         axes.plot(*zip(*points, strict=True), label=title, **_style(place))
+        if apart:
+            axes.plot(*zip(*apart, strict=True), **_style(place) | HOLLOW)
+    if any(apart for _, apart in arms.values()):
+        axes.plot(
+            [], [], color="#777777", marker="o", label="hollow: with other settings", **HOLLOW
+        )
     axes.set_xscale("log")
-    ticks = sorted({count for points in arms.values() for count, _ in points})
+    ticks = sorted({count for each in arms.values() for count, _ in [*each[0], *each[1]]})
     axes.set_xticks(ticks, [f"{count:,}" for count in ticks])
     axes.minorticks_off()
     _label(axes, "anchors", _title(tested))
