@@ -17,7 +17,7 @@ from pujax.evaluation.signal import SHUFFLED
 # Okabe and Ito's palette, for all kinds of sight, and markers for more arms than it has colours.
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 MARKERS = "osD^vP*X"
-HOLLOW = {"linestyle": "none", "mfc": "none"}
+HOLLOW: dict[str, Any] = {"linestyle": "none", "mfc": "none"}
 
 _plain = matplotlib.rc_context({"text.parse_math": False})  # a dollar in a title is one
 
