@@ -437,7 +437,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
     if of_group(tested, "anchors"):
         yield "## Few anchors\n\n" + anchors_curve(tested, by_arm)
     at_best = best_of_arms(chosen)
-    for text, of in (("", by_arm), ("On the validation split, seed 0.\n\n", at_best)):
+    for text, of in (("", by_arm), ("On the validation split.\n\n", at_best)):
         if ablations := of_group(of.values(), "ablations"):
             bases = {line.first["against"] for line in ablations}
             arms_of = {name: of[name] for name in sorted(bases & of.keys())}

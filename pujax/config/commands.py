@@ -285,7 +285,7 @@ def in_new_words(name: str) -> None:
             words.append(f"{word[2:]}={next(rest, '...')}")
         elif word in VALUED:
             words += [word, *([following] if (following := next(rest, "")) else [])]
-        elif "=" in word or word.startswith("-"):
+        elif "=" in word or word.startswith(("-", "~")):
             words.append(word)
         else:
             words.append(f"run={word}")

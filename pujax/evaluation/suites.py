@@ -287,7 +287,7 @@ def _signal_answer(
             gain = _interval(gains)
             rows.append((*row, "–" if gain is None else _told(gain), over))
             rows.append((*_row(f"{control}{of_oracle}", controls), "", ""))
-            if gain is None or gain.low <= 0:
+            if gain is not None and gain.low <= 0:
                 weak.append(name)
         if weak:
             notes.append(f"no better than their shuffled anchor: {', '.join(weak)}")

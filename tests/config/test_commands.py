@@ -997,6 +997,12 @@ def test_a_folder_of_ones_own_is_not_taken_for_a_run(monkeypatch, tmp_path):
     commands.in_new_words("evaluate")
 
 
+@pytest.mark.parametrize("word", ["~suite.scorers.judge", "~suite.scorers.judge=null"])
+def test_what_takes_a_setting_out_is_not_taken_for_a_run(monkeypatch, word):
+    monkeypatch.setattr(sys, "argv", ["pujax evaluate", "run=a", "suite=signal", word])
+    commands.in_new_words("evaluate")
+
+
 @pytest.mark.parametrize(
     ("said", "told"),
     [
