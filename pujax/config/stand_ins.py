@@ -1,5 +1,7 @@
 """pujax's own functions as their files have them: importing one brings jax, which takes seconds."""
 
+import __future__
+
 import ast
 import builtins
 import functools
@@ -55,7 +57,9 @@ def stand_in(target: str) -> Callable[..., None] | None:
     whole = ast.Module([*light, _cut(function, light)], [])
     known: dict[str, Any] = {}
     with _ONE_AT_A_TIME:
-        exec(compile(whole, f"the checks of {target}", "exec", dont_inherit=True), known)
+        # Annotations stay text: they name what isn't here.
+        how = f"the checks of {target}", "exec", __future__.annotations.compiler_flag
+        exec(compile(whole, *how, dont_inherit=True), known)
         made = known[name]
         names = _Names(known)
         for each in function.args.kwonlyargs:
@@ -89,21 +93,29 @@ def _is_light(node: ast.stmt) -> bool:
     if isinstance(node, ast.ImportFrom):
         module = node.module or ""
         return module in _LIGHT or module.partition(".")[0] in sys.stdlib_module_names
-    if isinstance(node, ast.Assign):
+    if isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None:
         return _is_constant(node.value)
     return False
 
 
+_PLAIN = (ast.Constant, ast.Tuple, ast.List, ast.Set, ast.Dict, ast.UnaryOp, ast.unaryop, ast.Load)
+
+
 def _is_constant(node: ast.expr) -> bool:
-    try:
-        ast.literal_eval(node)
-    except ValueError:
-        return False
-    return True
+    """Whether it is made of literals and of Python's own types, as `(str, type(None))` is."""
+    return all(
+        isinstance(each, _PLAIN)
+        or (isinstance(each, ast.Name) and isinstance(getattr(builtins, each.id, None), type))
+        or (isinstance(each, ast.Call) and ast.unparse(each) == "type(None)")
+        for each in ast.walk(node)
+    )
 
 
 def _cut(function: ast.FunctionDef, light: list[ast.stmt]) -> ast.FunctionDef:
-    """The function without annotations, with its checks alone; a default beyond those is `...`."""
+    """The function without annotations, with its checks alone; a default beyond those is `...`.
+
+    A check of a setting that has such a default is made where the setting is given.
+    """
     given = function.args
     known = {name for each in light for node in ast.walk(each) for name in _set(node)}
     first = {each.arg for each in (*given.posonlyargs, *given.args)}
@@ -119,7 +131,13 @@ def _cut(function: ast.FunctionDef, light: list[ast.stmt]) -> ast.FunctionDef:
         kw_defaults=[default(value) for value in given.kw_defaults],
         defaults=[_UNKNOWN for _ in given.defaults],
     )
-    body = [*_checks(function.body, first), ast.Pass()]
+    unknown = {
+        each.arg
+        for each, value in zip(given.kwonlyargs, arguments.kw_defaults, strict=True)
+        if value is _UNKNOWN
+    }
+    checks = [_where_given(check, unknown) for check in _checks(function.body, first)]
+    body = [*checks, ast.Pass()]
     made = ast.FunctionDef(function.name, arguments, body, [])
     return ast.fix_missing_locations(made)
 
@@ -140,6 +158,15 @@ def _checks(body: list[ast.stmt], first: set[str]) -> Iterator[ast.stmt]:
         if not _is_check(each) or first & {n.id for n in ast.walk(each) if isinstance(n, ast.Name)}:
             return
         yield each
+
+
+def _where_given(check: ast.stmt, unknown: set[str]) -> ast.stmt:
+    """The check, made where none of the `unknown` settings in it is `...`."""
+    named = sorted(unknown & {n.id for n in ast.walk(check) if isinstance(n, ast.Name)})
+    if not named:
+        return check
+    told = " and ".join(f"{name} is not ..." for name in named)
+    return ast.If(ast.parse(told, mode="eval").body, [check], [])
 
 
 def _is_check(node: ast.stmt) -> bool:

@@ -20,10 +20,14 @@ from pujax.evaluation.statistics import FEW, Difference, compare, compare_runs
 
 @dataclass(frozen=True)
 class Arm:
-    """One column of a table: an evaluation, or those of runs that differ in their seed alone."""
+    """One column of a table: an evaluation, or those of runs that differ in their seed alone.
+
+    Of a stage of several runs `of` names them, so that it is compared with another run by run.
+    """
 
     model: str
     runs: tuple[Evaluation, ...]
+    of: tuple[str, ...] = ()
 
     def values(self, metric: str) -> list[float]:
         """The metric's values in all runs."""
@@ -38,7 +42,8 @@ def difference(first: Column, second: Column) -> dict[str, Difference]:
     one, other = runs_of(first), runs_of(second)
     if len(one) == len(other) == 1:
         return compare(one[0], other[0])
-    return compare_runs(one, other)
+    stages = isinstance(first, Arm) and isinstance(second, Arm) and first.of == second.of != ()
+    return compare_runs(one, other, matched=stages)
 
 
 def runs_of(column: Column) -> tuple[Evaluation, ...]:

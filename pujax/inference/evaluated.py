@@ -54,11 +54,13 @@ def arms(
             Arm(name, tuple(final(kept[run]) for run in runs)) for name, runs in grouped.items()
         ]
         return columns, True
-    stages: dict[str, list[Evaluation]] = {}
+    stages: dict[str, dict[str, Evaluation]] = {}
     for directory in directories:
         for found in evaluations_of(kept[directory]):
-            stages.setdefault(found.model, []).append(found)
-    return [Arm(model, tuple(runs)) for model, runs in stages.items()], False
+            stages.setdefault(found.model, {})[str(directory)] = found
+    return [
+        Arm(model, tuple(runs.values()), of=tuple(runs)) for model, runs in stages.items()
+    ], False
 
 
 def by_arm(directories: Sequence[Path], names: Sequence[str] = ()) -> dict[str, list[Path]]:

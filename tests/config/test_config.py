@@ -1,5 +1,6 @@
 import ast
 import builtins
+import dis
 import inspect
 import itertools
 import re
@@ -15,8 +16,9 @@ from hydra.errors import ConfigCompositionException
 from omegaconf import OmegaConf
 
 from pujax.collect import CollectRun, PromptsConfig
+from pujax.config import stand_ins
 from pujax.config.compose import conf_dir, from_hydra, register
-from pujax.config.functions import _fits, build
+from pujax.config.functions import _fits, build, foresee
 from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.config.settings import (
     AlignConfig,
@@ -383,6 +385,51 @@ def test_a_function_that_is_not_imported_takes_what_it_takes(target):
     for given in (1, 0.5, True, "a", None, [0.5], [len], len, {"a": 1}):
         for each in own:
             assert _fits(given, stand.__annotations__[each]) == _fits(given, wanted[each])
+
+
+JSON, RANKING = (
+    {"_target_": f"pujax.{name}", "_partial_": True}
+    for name in ("rewards.json_object", "evaluation.suites.ranking")
+)
+
+
+def functions_with_settings():
+    """The functions of pujax that have settings, each with its place."""
+    root = Path(stand_ins.__file__).parents[2]
+    for file in sorted((root / "pujax").rglob("*.py")):
+        module = ".".join(file.relative_to(root).with_suffix("").parts)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef) and "Settings:" in (ast.get_docstring(node) or ""):
+                yield f"{module}.{node.name}", node
+
+
+def test_a_check_made_early_names_nothing_that_is_not_there():
+    """As a table of types that the stand-in left out, or a default that it doesn't know."""
+    checked = 0
+    for target, node in functions_with_settings():
+        stand = stand_in(target)
+        assert stand is not None
+        names = {
+            each.argval for each in dis.get_instructions(stand) if each.opname == "LOAD_GLOBAL"
+        }
+        assert names <= stand.__globals__.keys() | vars(builtins).keys(), target
+        checked += bool(names)
+        given = node.args
+        if given.kwonlyargs and None not in given.kw_defaults:  # nothing needs to be given
+            stand(*[None] * (len(given.posonlyargs) + len(given.args)))
+    assert checked > 20
+
+
+def test_the_settings_of_a_reward_by_keys_are_checked_early():
+    foresee({**JSON, "required": {"a": "string"}}, "f")
+    with pytest.raises(ConfigError, match=r"required\.a='text'"):
+        foresee({**JSON, "required": {"a": "text"}}, "f")
+
+
+def test_a_default_that_only_the_module_knows_is_not_checked_before_it_is_there():
+    foresee({**RANKING}, "suite")
+    with pytest.raises(ConfigError, match=r"suite\.preference=2\.0"):
+        foresee({**RANKING, "preference": 2.0}, "suite")
 
 
 def test_what_a_function_checks_of_its_settings_alone_stands_first():

@@ -24,7 +24,7 @@ from pujax.evaluation.statistics import Difference, compare
 from pujax.evaluation.text import contains, exact
 from pujax.files import safetensors
 from pujax.files.chat import Chat
-from pujax.inference.evaluated import evaluations_of
+from pujax.inference.evaluated import arms, evaluations_of
 from pujax.models.decoder import LanguageModel
 from pujax.records import Example, Given, Prompt
 from pujax.run import batches
@@ -748,6 +748,27 @@ def test_runs_that_differ_in_their_seed_are_one_arm(tmp_path, called, monkeypatc
     assert re.search(r"ROUGE-L +0.100 +0.300 +\+0.200\* \[0.100,0.300\]", said)
     assert "Means of 2, 2 runs" in said
     assert "over seeds and prompts" in " ".join(said.split())
+
+
+def test_stages_of_several_seeds_are_compared_run_by_run():
+    """By how far its own start a stage is, however far apart the seeds' starts lie."""
+    starts = [evaluation("sft", [level] * 40) for level in (0.2, 0.5, 0.8)]
+    ends = [evaluation("aligned", [level + 0.1] * 40) for level in (0.2, 0.5, 0.8)]
+    runs = ("a", "b", "c")
+    sft, aligned = (tables.Arm(of[0].model, tuple(of), of=runs) for of in (starts, ends))
+    found = tables.difference(sft, aligned)["rouge_l"]
+    assert (found.mean, found.low, found.high) == pytest.approx((0.1, 0.1, 0.1))
+    # Arms that share no start are not: by other seeds the second may be the lower one.
+    found = tables.difference(replace(sft, of=()), replace(aligned, of=()))["rouge_l"]
+    assert found.low < 0 < 0.1 < found.high
+
+
+def test_the_stages_of_several_runs_know_whose_they_are(tmp_path):
+    runs_of(tmp_path, (0, "dpo", 0.2), (1, "dpo", 0.4))
+    directories = sorted(tmp_path.iterdir())
+    columns, between = arms(directories, [])
+    assert not between
+    assert [column.of for column in columns] == [tuple(map(str, directories))] * 2
 
 
 def test_runs_of_other_settings_are_arms_against_the_first(tmp_path, called, monkeypatch):
