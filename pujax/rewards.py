@@ -20,6 +20,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from decimal import Decimal
 from typing import Any
 
 from pujax.errors import ConfigError, one_of, require
@@ -28,7 +29,10 @@ from pujax.records import Prompt
 
 NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?"  # a sign, not a minus between two numbers
-    r"(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
+    # With a decimal comma, which no three digits alone follow; a list's commas are none.
+    r"(?:(?P<comma>(?<![\d,.])(?:\d{1,3}(?:\.\d{3})+|\d+),(?!\d{3}(?!\d))\d+(?![\d,.]*\d)"
+    r"|(?<![\d,.])0,\d+(?![\d,.]*\d))"
+    r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 
 TYPES: Mapping[str, tuple[type, ...]] = {
@@ -73,7 +77,8 @@ def _asked(answer: str, row: Mapping[str, Any]) -> Prompt:
 def number(response: str, answer: str | None, *, tolerance: float = 0.0) -> float | None:
     """1 where the last number in the response is the last one in the true answer.
 
-    None where the answer has no number.
+    None where the answer has no number. Thousands and decimals may be set off as in 1,250.5 or as
+    in 1.250,5; a comma before three digits, or a point, is English.
 
     Settings:
         tolerance: how far they may be apart, a share of the larger of the two.
@@ -82,6 +87,8 @@ def number(response: str, answer: str | None, *, tolerance: float = 0.0) -> floa
     1.0
     >>> number("41.7 or 42", "41.7"), number("no idea", "-3"), number("7", "seven")
     (0.0, 0.0, None)
+    >>> number("13,7 km", "41,7"), number("1.250,50", "1,250.5"), number("1,2,3", "3")
+    (0.0, 1.0, 1.0)
     """
     require(
         0 <= tolerance < math.inf,
@@ -93,12 +100,26 @@ def number(response: str, answer: str | None, *, tolerance: float = 0.0) -> floa
     if wanted is None:
         return None
     found = _last_number(response)
-    return float(found is not None and math.isclose(found, wanted, rel_tol=tolerance))
+    if found is None:
+        return 0.0
+    try:
+        apart = abs(found - wanted)
+        return float(apart <= Decimal(tolerance) * max(abs(found), abs(wanted)))
+    except ArithmeticError:  # beyond all exponents
+        return float(found == wanted)
 
 
-def _last_number(words: str) -> float | None:
-    found = NUMBER.findall(words.replace("\u2212", "-"))
-    return float(found[-1].replace(",", "")) if found else None
+def _last_number(words: str) -> Decimal | None:
+    """The last number, exactly: floats of hundreds of digits would all be infinite."""
+    every = list(NUMBER.finditer(words.replace("\u2212", "-")))
+    if not every:
+        return None
+    last = every[-1]
+    decimal = last[0].replace(".", "").replace(",", ".") if last["comma"] else last[0]
+    try:
+        return Decimal(decimal.replace(",", ""))
+    except ArithmeticError:
+        return None
 
 
 def regex(response: str, *, pattern: str) -> float:

@@ -16,7 +16,7 @@ import pytest
 from experiments.paper import figures, judge, plan, raw, reproduce, tables, together
 from experiments.paper.plan import Found, load_profile, next_tasks, tasks_of
 from pujax import __version__
-from pujax.errors import ConfigError
+from pujax.errors import ConfigError, EvaluationError
 from pujax.files.durable import read_jsonl
 from pujax.records import messages_key
 from pujax.run.fit import stop_signals
@@ -313,7 +313,7 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(profile):
 def test_each_pace_that_was_measured_has_its_own_line():
     def pace(title, sft, align):
         seconds = {"sft": {"processor": sft}, "align": {"processor": align}}
-        return {"group": plan.PACE, "title": title, "step_s": seconds}
+        return {"group": raw.PACE, "title": title, "step_s": seconds}
 
     told = tables.paces(
         {
@@ -388,7 +388,28 @@ def test_arms_that_go_round_in_a_circle_are_refused(tmp_path, profile):
     [
         ("align.lr: [1.0e-5]", "align.lr: 1.0e-5", r"grpo\.choose\.align\.lr=1e-05: give a list"),
         ("align.lr: [1.0e-5]", "align.lr: []", r"grpo\.choose\.align\.lr=\[\]: give a list"),
-        ("seeds: 1\n    from: sft", "seeds: two\n    from: sft", "grpo.seeds='two': give a whole"),
+        (
+            "seeds: 1\n    from: sft",
+            "seeds: two\n    from: sft",
+            "grpo.seeds='two': must be a whole",
+        ),
+        ("seeds: 1\n    from: sft", "seeds: true\n    from: sft", "seeds=True: must be a whole"),
+        ("seeds: 1\n    from: sft", "seeds: -1\n    from: sft", "seeds=-1: must not be neg"),
+        ("seeds: 1\n    from: sft", "chosen_by: 0\n    from: sft", "chosen_by=0: must be pos"),
+        ("seeds: 1\n    from: sft", "prompts: -1\n    from: sft", "grpo.prompts=-1: must be pos"),
+        ("seeds: 1\n    from: sft", "test: 'no'\n    from: sft", "grpo.test='no': must be true"),
+        ("seeds: 1\n    from: sft", "needs: 5\n    from: sft", "grpo.needs=5: must be a text"),
+        ("seeds: 1\n    from: sft", "suite: noone\n    from: sft", "grpo.suite='noone': choose"),
+        ("seeds: 1\n    from: sft", "against: no\n    from: sft", "grpo.against=False: must be"),
+        ("seeds: 1\n    from: sft", "against: nn\n    from: sft", "grpo.against='nn': choose"),
+        ("set: {scorer: random}", "set:", "random.set=None: must be a mapping"),
+        ("    title: random\n", "    title:\n", "random.title=None: must be a text"),
+        ("    after: 2\n", "    after: -2\n", "random.after=-2: must not be negative"),
+        ("    after: 2\n", "    after: 6\n", "random.after=6: leaves none of 6"),
+        ("    prompts: 6\n", "    prompts: '6'\n", "tiny.prompts='6': must be a whole number"),
+        ("    settings: {data", "    clock: cpu\n    settings: {data", "tiny.clock='cpu': choose"),
+        ("settings: {data.max_prompt_tokens: 80, align.steps: 200}", "settings:", "settings=None"),
+        ("  test: ", "  tset: ", "has no test: name the file"),
         ("seeds: 2, from: sft,", "from: sft_continued,", "paced_by='pace': starts from this arm"),
     ],
 )
@@ -555,10 +576,10 @@ def test_every_arm_is_run_once_and_its_result_kept(profile):
     files["random-lr1e-05-seed0-test.json"].unlink()
     reproduce.shutil.rmtree(run / "export", ignore_errors=True)
     kept = files["random-lr1e-05-seed0-validation.json"]
-    kept.write_text(kept.read_text().replace('"machine"', '"the machine"'))
+    kept.write_text(kept.read_text().replace('"evaluation_s"', '"evaluation s"'))
     assert reproduce.work(profile, (["random"], None), again.call) == 0
     assert [name for name in again.called if name != "tables"] == ["train", "evaluate"]
-    assert '"the machine"' in kept.read_text()
+    assert '"evaluation s"' in kept.read_text()
     made_again = raw.read_all(profile.results)["random-lr1e-05", 0, "test"]
     assert made_again["values"] == result["values"]
 
@@ -940,7 +961,7 @@ def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(t
         raw.write(tmp_path, result)
     tables.build(tmp_path)
     _, _, text = (tmp_path / "tables.md").read_text().partition("## Ablations\n\n")
-    assert text.startswith("On the validation split, seed 0.\n")
+    assert text.startswith("On the validation split.\n")
     assert "| GRPO | 1 | 0.500 |" in text
     assert "| K = 4 | 1 | 0.750 |" in text
     assert "| K = 4 − GRPO | 1 | **+0.250 [0.250, 0.250]** |" in text
@@ -948,7 +969,7 @@ def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(t
 
 def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     ids = {"id": ["test-0", "test-1", "test-2"], "kind": ["writing", "sum", "writing"]}
-    kept = {"answer": [None, "4", None]}
+    kept = {"answer": [None, "4", None], "values": {"sampled_exact": [0.25, 1.0, 1.0]}}
     for name, seed, said in (
         ("sft_continued", 0, ["short", "4", "same"]),
         ("grpo", 0, ["a longer one", "5", "same"]),
@@ -1172,3 +1193,57 @@ def test_a_driver_that_is_stopped_goes_on_to_the_same_tables(tmp_path):
     for key, result in whole.items():
         for part in ("values", "response", "steps"):
             assert result[part] == stopped[key][part]
+
+
+def test_a_result_that_is_not_what_its_file_is_called_is_refused(tmp_path):
+    path = raw.write(tmp_path, made("grpo", "GRPO", 1, 0, (0.25, 1.0)))
+    path.with_name("zz-copy.json").write_bytes(path.read_bytes())
+    with pytest.raises(EvaluationError, match=r"zz-copy.*by what it says it is grpo-seed0-test"):
+        raw.read_all(tmp_path)
+
+
+SHAPED = made("grpo", "GRPO", 1, 0, (0.25, 1.0))
+
+
+@pytest.mark.parametrize("key", sorted({*raw.SHAPE, *raw.OF_ANSWERS}))
+@pytest.mark.parametrize("value", [None, True, 5.5])
+def test_a_result_without_what_every_result_has_is_named(tmp_path, key, value):
+    path = raw.write(tmp_path, SHAPED)
+    path.write_text(json.dumps(SHAPED | {key: value}))
+    if value is None and key == "origin":
+        assert raw.read_all(tmp_path)
+        return
+    with pytest.raises(EvaluationError, match=r"grpo-seed0-test\.json: not a result"):
+        raw.read_all(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"group": "nobodys"}, "its group 'nobodys' is none of default"),
+        ({"kind": ["sum"]}, "its kind has not as many entries"),
+        ({"values": {"sampled_exact": [1.0]}}, "its sampled_exact has not as many entries"),
+        ({"values": {"sampled_exact": ["a"] * 40}}, "its sampled_exact has 'a', no number"),
+        ({"values": {"sampled_exact": 1.0}}, "its sampled_exact has not as many entries"),
+    ],
+)
+def test_a_result_whose_columns_do_not_fit_is_named(tmp_path, changed, said):
+    raw.write(tmp_path, SHAPED | changed)
+    with pytest.raises(EvaluationError, match=said):
+        raw.read_all(tmp_path)
+
+
+@pytest.mark.parametrize("text", ['{"arm": ', "[]", '{"arm": "a", "title": "b"}'])
+def test_a_judges_result_that_is_none_is_named(tmp_path, text, capsys):
+    raw.write(tmp_path, SHAPED)
+    (tmp_path / "judged").mkdir()
+    (tmp_path / "judged" / "x.json").write_text(text)
+    assert tables.main([str(tmp_path)]) == 1
+    assert "x.json: not a judge's result" in capsys.readouterr().err
+
+
+def test_where_there_are_no_results_nothing_is_written(tmp_path, capsys):
+    (tmp_path / "tables.md").write_text("my own notes")
+    assert tables.main([str(tmp_path)]) == 1
+    assert "no results in it: name a folder that has some" in capsys.readouterr().err
+    assert (tmp_path / "tables.md").read_text() == "my own notes"

@@ -41,12 +41,19 @@ def test_a_prompt_without_an_answer_has_no_number():
         ("1,2,3", 3),
         (".5e-1", 0.05),
         ("#### 42", 42),
-        ("1,2345", 2345),
+        ("1,2345", 1.2345),  # a decimal comma, which no three digits follow
+        ("Das macht 13,7 km.", 13.7),
+        ("1.250,5", 1250.5),
+        ("0,125", 0.125),
+        ("1,250", 1250),
+        ("2024, 2025", 2025),
+        ("9" * 400, int("9" * 400)),  # as floats they would be infinite, and alike
+        ("1e999", "1e999"),
     ],
 )
 def test_the_last_number_of_a_text(words, last):
     assert rewards.number(words, str(last)) == 1.0
-    assert rewards.number(words, str(last + 1)) == 0.0
+    assert rewards.number(words, f"2{last}".replace("2-", "-2")) == 0.0
 
 
 def test_numbers_are_equal_within_the_tolerance():

@@ -8,20 +8,20 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from experiments.paper import raw
+from pujax.config.functions import described, fits
 from pujax.errors import ConfigError, one_of, require
 from pujax.files.durable import read_jsonl
 from pujax.files.settings import SETTINGS, TORN
 
 ROOT = Path(__file__).resolve().parents[2]
 
-GROUPS = ("default", "main", "fresh", "others", "anchors", "ablations", "methods")
-PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
+CLOCKS = ("processor", "wall")
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
 FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep", "checkpoint.clean")
@@ -211,14 +211,11 @@ def _loaded(path: Path, name: str) -> Profile:
         for key, values in named["choose"].items():
             some = isinstance(values, list) and len(values) > 0
             require(some, f"arms.{arm}.choose.{key}", values, "give a list of values")
-        for key in ("seeds", "chosen_by"):
-            count = named.get(key, 1)
-            require(type(count) is int, f"arms.{arm}.{key}", count, "give a whole number")
         try:
             arms[arm] = Arm(name=arm, **named)
         except TypeError as error:
             raise ConfigError(f"{path}: arms.{arm}: {error}") from error
-        one_of(f"arms.{arm}.group", arms[arm].group, (*GROUPS, PACE))
+        _check_arm(f"arms.{arm}", arms[arm], {*told["arms"], *entries})
         for key in ("origin", "like", "as_long_as", "paced_by"):
             other = getattr(arms[arm], key)
             require(other is None or other in entries, f"arms.{arm}.{key}", other, "no such arm")
@@ -236,7 +233,43 @@ def _loaded(path: Path, name: str) -> Profile:
             )
     folders = {key: path.parent / own.pop(key) for key in ("results", "runs")}
     shared = {"data": told["data"], "metric": told["metric"]}
-    return Profile(name=name, arms=arms, **folders, **shared, **own)
+    profile = Profile(name=name, arms=arms, **folders, **shared, **own)
+    _check_types(f"profiles.{name}", profile)
+    one_of(f"profiles.{name}.clock", profile.clock, CLOCKS)
+    require(profile.prompts > 0, f"profiles.{name}.prompts", profile.prompts, "must be positive")
+    for key in ("train", "validation", "test", "store"):
+        require(key in profile.data, "data", [*profile.data], f"has no {key}: name the file")
+    for arm in arms.values():
+        last = prompts_of(profile, arm.name)
+        require(arm.after < last, f"arms.{arm.name}.after", arm.after, f"leaves none of {last}")
+    return profile
+
+
+def _check_arm(place: str, arm: Arm, known: Collection[str]) -> None:
+    """Raise `ConfigError` for a field of the wrong type, or with a value that means nothing."""
+    _check_types(place, arm)
+    one_of(f"{place}.group", arm.group, (*raw.GROUPS, raw.PACE))
+    require(arm.seeds >= 0, f"{place}.seeds", arm.seeds, "must not be negative")
+    require(arm.chosen_by > 0, f"{place}.chosen_by", arm.chosen_by, "must be positive")
+    require(arm.after >= 0, f"{place}.after", arm.after, "must not be negative")
+    enough = arm.prompts is None or arm.prompts > 0
+    require(enough, f"{place}.prompts", arm.prompts, "must be positive")
+    one_of(f"{place}.against", arm.against, {*known, Arm.against})
+    if arm.suite is not None:
+        suites = {file.stem for file in (ROOT / "conf" / "tools" / "suite").glob("*.yaml")}
+        one_of(f"{place}.suite", arm.suite, suites)
+
+
+def _check_types(place: str, record: Arm | Profile) -> None:
+    for key, wanted in get_type_hints(type(record)).items():
+        value = getattr(record, key)
+        told = {"origin": "from", "settings": "set"} if isinstance(record, Arm) else {}
+        require(
+            fits(value, wanted),
+            f"{place}.{told.get(key, key)}",
+            value,
+            f"must be {described(wanted)}",
+        )
 
 
 def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:
@@ -273,7 +306,7 @@ def tasks_of(
         has_seeds = profile.arms[name].seeds > 0
         require(has_seeds, "--only", name, f"has no seeds but as {', '.join(of_curve)}")
     named = [profile.arms[name] for name in only]
-    groups = [[arm for arm in profile.arms.values() if arm.group == group] for group in GROUPS]
+    groups = [[arm for arm in profile.arms.values() if arm.group == group] for group in raw.GROUPS]
     tasks: dict[raw.Key, Task] = {}
     for group in [named] if only else groups:
         arms = [arm for arm in group if not left_out(profile, found, arm)]
@@ -376,7 +409,7 @@ def made(
     origin = None
     if from_ := next((each.origin for each in line if each.origin), None):
         # What only measures takes the model that is there first.
-        before, origin = way_to(profile, found, from_, 0 if line[0].group == PACE else seed)
+        before, origin = way_to(profile, found, from_, 0 if line[0].group == raw.PACE else seed)
         needs.append(origin)
         settings["model.path"] = str(shown(origin.directory / "export"))
     if line[0].as_long_as:
@@ -584,12 +617,12 @@ def told(
             )
         elif why and (not only or arm.name in only):
             yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
-    for count, group in enumerate(GROUPS, 1):
-        some = [task for task in tasks if task.run.arm.group in (PACE, *GROUPS[:count])]
+    for count, group in enumerate(raw.GROUPS, 1):
+        some = [task for task in tasks if task.run.arm.group in (raw.PACE, *raw.GROUPS[:count])]
         if any(task.run.arm.group == group for task in some):
             left = sum(minutes[task.key] for task in some)
             when = time.strftime("%a %H:%M", time.localtime(time.time() + 60 * left))
-            yield f"{', '.join(GROUPS[:count])}: {left / 60:.1f} hours left, until {when}"
+            yield f"{', '.join(raw.GROUPS[:count])}: {left / 60:.1f} hours left, until {when}"
 
 
 def lines_in(path: Path) -> int:

@@ -23,6 +23,30 @@ Raw = dict[str, Any]
 Key = tuple[str, int, str]
 """A run's name, its seed, and the split that it was read on."""
 
+SHAPE: Mapping[str, Any] = {
+    **dict.fromkeys(("name", "split", "arm", "title", "group", "metric", "against"), str),
+    **{"seed": int, "place": int, "origin": str | None, "chosen": Mapping, "prompts": Mapping},
+}
+"""What every result has, by type."""
+
+OF_ANSWERS: Mapping[str, Any] = {
+    **dict.fromkeys(("settings", "steps", "seconds", "teacher", "machine", "shown"), Mapping),
+    **{"course": list, "id": list, "kind": list, "answer": list, "response": list},
+    "values": Mapping,
+}
+"""What one of a model's answers has too."""
+
+OF_SUITE: Mapping[str, Any] = {"header": list, "rows": list, "note": str}
+"""And one of a suite in their place."""
+
+OF_JUDGE: Mapping[str, Any] = {
+    **dict.fromkeys(("arm", "title", "judge", "note"), str),
+    **{"seed": int, "prompts": int, "against": Mapping, "rows": list, "records": list},
+}
+
+GROUPS = ("default", "main", "fresh", "others", "anchors", "ablations", "methods")
+PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
+
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 
 
@@ -40,9 +64,56 @@ def read_all(folder: Path) -> dict[Key, Raw]:
             # The first results were made when these were not kept yet.
             young = {"metric": "sampled_exact", "against": "sft_continued"}
             result = young | json.loads(path.read_text(encoding="utf-8"))
-            found[result["name"], result["seed"], result["split"]] = result
+            key = result["name"], result["seed"], result["split"]
+            if path.name != file_name(key):
+                raise ValueError(f"by what it says it is {file_name(key)}")
+            _check(result)
+            found[key] = result
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise EvaluationError(f"{path}: not a result ({error!r}): restore it") from error
+    return found
+
+
+def _check(result: Raw) -> None:
+    """Raise ValueError unless a result has the shape of one."""
+    shape = SHAPE | (OF_SUITE if "header" in result else OF_ANSWERS)
+    for key, wanted in shape.items():
+        if not isinstance(result.get(key), wanted) or isinstance(result[key], bool):
+            raise ValueError(f"its {key} is {result.get(key)!r:.60}")
+    if result["group"] not in (*GROUPS, PACE):
+        raise ValueError(f"its group {result['group']!r} is none of {', '.join(GROUPS)}")
+    columns = [] if "header" in result else ["kind", "answer", "response"]
+    values = {key: result[key] for key in columns} | {**result.get("values", {})}
+    for key, column in values.items():
+        if not isinstance(column, list) or len(column) != len(result["id"]):
+            raise ValueError(f"its {key} has not as many entries as there are prompts")
+    for key, column in result.get("values", {}).items():
+        wrong = [v for v in column if isinstance(v, bool) or not isinstance(v, int | float | None)]
+        if wrong:
+            raise ValueError(f"its {key} has {wrong[0]!r:.60}, no number")
+
+
+def read_judged(folder: Path) -> dict[Path, Raw]:
+    """What a judge found, as `experiments.paper.judge` keeps it, by file.
+
+    Raises `EvaluationError` for a file that has something else.
+    """
+    found = {}
+    for path in sorted(folder.glob("judged/*.json")):
+        try:
+            told = json.loads(path.read_text(encoding="utf-8"))
+            for key, wanted in OF_JUDGE.items():
+                if not isinstance(told[key], wanted):
+                    raise ValueError(f"its {key} is {told[key]!r:.60}")
+            named = [(told["against"]["title"], told["against"]["seed"])]
+            named += [(name, value) for name, value in told["rows"]]
+            if not all(isinstance(name, str) for name, _ in named):
+                raise ValueError("its rows and what it is against have no names")
+            found[path] = told
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise EvaluationError(
+                f"{path}: not a judge's result ({error!r}): restore it, or delete it and ask again"
+            ) from error
     return found
 
 

@@ -1,6 +1,6 @@
 """Tables and figures from the raw JSON alone: python -m experiments.paper.tables RESULTS."""
 
-import json
+import argparse
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,8 +11,7 @@ from statistics import fmean
 import numpy as np
 
 from experiments.paper import figures, raw
-from experiments.paper.plan import GROUPS, PACE
-from pujax.errors import PujaxError
+from pujax.errors import EvaluationError, PujaxError
 from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.statistics import Difference, compare_runs
@@ -80,10 +79,10 @@ def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
     """The results on a split as lines, in the order of the arms; each choice of an arm is one."""
     runs: dict[str, list[raw.Raw]] = {}
     for (name, _, of), result in sorted(results.items()):
-        if of == split and result["group"] != PACE:
+        if of == split and result["group"] != raw.PACE:
             runs.setdefault(name, []).append(result)
     groups = sorted(
-        runs.values(), key=lambda some: (GROUPS.index(some[0]["group"]), some[0]["place"])
+        runs.values(), key=lambda some: (raw.GROUPS.index(some[0]["group"]), some[0]["place"])
     )
     arms = [some[0]["arm"] for some in groups]
     return [
@@ -311,7 +310,7 @@ def training(lines: Sequence[Line]) -> str:
 
 def paces(results: Mapping[raw.Key, raw.Raw]) -> str:
     """How long SFT may continue, where that was measured."""
-    found = [result for result in results.values() if result["group"] == PACE]
+    found = [result for result in results.values() if result["group"] == raw.PACE]
     if not found:
         return ""
     clock, of = ("wall", "") if found[0].get("device") else ("processor", "processor ")
@@ -497,7 +496,7 @@ def _named(line: Line) -> str:
 
 def judged(folder: Path) -> str:
     """What a judge prefers, as `experiments.paper.judge` left it; nothing where it wasn't asked."""
-    found = [json.loads(path.read_text()) for path in sorted(folder.glob("judged/*.json"))]
+    found = [*raw.read_judged(folder).values()]
     if not found:
         return ""
     rows = [
@@ -516,8 +515,13 @@ def judged(folder: Path) -> str:
 
 
 def build(folder: Path) -> None:
-    """Write tables.md and the figures of the results in `folder`."""
+    """Write tables.md and the figures of the results in `folder`.
+
+    Raises `EvaluationError` where there are none, as in a folder that isn't one of results.
+    """
     results = raw.read_all(folder)
+    if not results:
+        raise EvaluationError(f"{folder}/raw: no results in it: name a folder that has some")
     text = "\n\n".join(filter(None, [*sections(results), judged(folder)])) + "\n"
     write_whole(folder / "tables.md", text.encode())
     chosen = chosen_of_arms(*(lines_of(results, split) for split in ("test", "validation")))
@@ -525,11 +529,13 @@ def build(folder: Path) -> None:
         write_whole(folder / name, image)
 
 
-def main() -> int:
-    """The command."""
+def main(words: Sequence[str] | None = None) -> int:
+    """The command; its exit status is 1 where something is wrong with the results."""
+    parser = argparse.ArgumentParser(prog="tables", description="Tables and figures of results.")
+    parser.add_argument("folder", type=Path, help="such as experiments/paper/results")
     try:
-        build(Path(sys.argv[1]))
-    except PujaxError as error:
+        build(parser.parse_args(words).folder)
+    except (PujaxError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
     return 0

@@ -250,8 +250,8 @@ def _check_bound(target: str, function: Any, keywords: Mapping[str, Any], key: s
     except Exception:  # an annotation that can't be read says nothing about the value
         return
     for name, value in keywords.items():
-        if not _fits(value, wanted.get(name, Any)):
-            what = _described(wanted[name])
+        if not fits(value, wanted.get(name, Any)):
+            what = described(wanted[name])
             raise ConfigError(f"{key}.{name}={value!r}: write {what}")
 
 
@@ -265,16 +265,16 @@ TYPES: Mapping[Any, str] = {
 """The annotations that a setting's value is held against, and what each asks for."""
 
 
-def _fits(value: Any, wanted: Any) -> bool:
+def fits(value: Any, wanted: Any) -> bool:
     """Whether a keyword's value is of the annotated type; any is where that is none we know."""
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return any(_fits(value, part) for part in parts)
+        return any(fits(value, part) for part in parts)
     if origin is Callable:
         return callable(value)
     if origin in (Sequence, list):
-        return isinstance(value, list) and all(_fits(each, parts[0]) for each in value)
-    if origin is Mapping:
+        return isinstance(value, list) and all(fits(each, parts[0]) for each in value)
+    if origin in (Mapping, dict):
         return isinstance(value, Mapping)
     if wanted in (int, float):
         numbers = int if wanted is int else int | float
@@ -282,15 +282,15 @@ def _fits(value: Any, wanted: Any) -> bool:
     return wanted not in TYPES or isinstance(value, wanted)
 
 
-def _described(wanted: Any) -> str:
+def described(wanted: Any) -> str:
     """What an annotation asks for, in a person's words."""
     origin, parts = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
-        return " or ".join(_described(part) for part in parts)
+        return " or ".join(described(part) for part in parts)
     if origin is Callable:
         return "a function, by _target_ with _partial_: true"
     if origin in (Sequence, list):
-        return f"a list, each {_described(parts[0])}"
-    if origin is Mapping:
+        return f"a list, each {described(parts[0])}"
+    if origin in (Mapping, dict):
         return "a mapping, as in {name: value}"
     return TYPES.get(wanted, str(wanted))

@@ -12,7 +12,7 @@ from pujax.errors import EvaluationError
 from pujax.evaluation import findings, text
 from pujax.evaluation.curves import STAGE_TITLES
 from pujax.evaluation.preferred import preference_of, shown
-from pujax.evaluation.results import Evaluation, Row
+from pujax.evaluation.results import Evaluation, Row, is_number
 from pujax.files.durable import read_jsonl
 from pujax.files.settings import only_preferred
 from pujax.text import blank
@@ -53,7 +53,7 @@ def samples(path: Path) -> list[Group]:
             numbers = [*group.scores, *group.labels]
             whole = len(numbers) == 2 * len(group.texts) and group.stage in STAGE_TITLES
             whole &= all(isinstance(told, str) for told in [group.prompt, *group.texts])
-            whole &= all(isinstance(n, int | float | None) for n in [*numbers, group.step])
+            whole &= all(n is None or is_number(n) for n in [*numbers, group.step])
         except (KeyError, TypeError) as error:
             raise EvaluationError(f"{path}:{number}: no {error}: remove this line") from error
         if not whole:

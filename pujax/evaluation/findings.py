@@ -9,7 +9,7 @@ import numpy as np
 
 from pujax.evaluation import text
 from pujax.evaluation.metrics import METRICS, PAIRS, QUALITY
-from pujax.evaluation.results import Evaluation, Row, of_run, shown_by
+from pujax.evaluation.results import LARGEST, Evaluation, Row, of_run, shown_by
 from pujax.evaluation.signal import UNKNOWN, Control
 from pujax.evaluation.statistics import FEW
 from pujax.evaluation.tables import Column, changed, difference, interval, runs_of, verdict
@@ -183,6 +183,8 @@ def sft_for_as_long(lines: Iterable[Line]) -> str | None:
     if not all(took.values()):
         return None
     sft, align = (median(took[stage]) for stage in STAGES)
+    if sft * LARGEST < align:  # no clock measured that
+        return None
     more = round(len(took["align"]) * align / sft)
     return (
         f"not in the table: SFT for as long as alignment took, about {counted(more, 'step')} more, "

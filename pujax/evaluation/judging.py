@@ -47,7 +47,7 @@ def first_is_better(said: str) -> float | None:
     Either a share, `A=0.8`, or one of the two letters alone, be it quoted, emphasised or led by
     words such as "Answer:".
     """
-    if share := re.fullmatch(r"A=([01]\.\d+)", said):
+    if share := re.fullmatch(r"A=(0\.\d+|1\.0+)", said):
         return float(share[1])
     letter = VERDICT.fullmatch(said)
     return None if letter is None else float(letter[1].upper() == "A")
@@ -120,7 +120,7 @@ def winrate(
     limits, ahead = (interval_of_mean(x.tolist()) for x in (found.wins, found.preferred))
     low, high = controlled_interval(found.wins, lengths[:, 0], lengths[:, 1])
     judged = taken[: len(kept)]
-    agree = np.mean((judged[:, 0] > 0.5) == (judged[:, 1] < 0.5))
+    agree = np.mean(np.sign(judged[:, 0] - 0.5) == np.sign(0.5 - judged[:, 1]))
     lean = judged.mean() - 0.5
     failed = sum(share is None for shares in firsts for share in shares)
     note = (

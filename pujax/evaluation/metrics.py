@@ -60,7 +60,7 @@ class Shown:
         for key, kind in (("title", str), ("digits", int)):
             value = getattr(self, key)
             require(isinstance(value, kind), f"a metric's {key}", value, f"must be {kind.__name__}")
-        require(self.digits >= 0, "a metric's digits", self.digits, "must not be negative")
+        require(0 <= self.digits <= 15, "a metric's digits", self.digits, "must lie in [0, 15]")
         require(
             self.better in ("higher", "lower", None),
             "a metric's better",

@@ -21,7 +21,7 @@ from pujax.evaluation.curves import (
     drawable,
 )
 from pujax.evaluation.markup import compared, document, plain, table
-from pujax.evaluation.results import Evaluation, load_all, shown_by
+from pujax.evaluation.results import Evaluation, is_number, load_all, shown_by
 from pujax.evaluation.signal import control_of, failing
 from pujax.evaluation.statistics import FEW, Difference
 from pujax.evaluation.subjects import kept_answers
@@ -78,7 +78,7 @@ def refuse_foreign(directory: Path) -> None:
 def steps(path: Path) -> list[Line]:
     """The lines of the stages' steps and of the evaluations between them.
 
-    Each number is one, or null where it wasn't finite.
+    Each number is one that a run may have, or null where it wasn't finite.
     """
     lines = []
     for number, line in enumerate(read_jsonl(path), 1):
@@ -90,9 +90,7 @@ def steps(path: Path) -> list[Line]:
             )
         numbers = {name: line[name] for name in line if name not in ("stage", "model")}
         wrong = [
-            name
-            for name, value in numbers.items()
-            if not isinstance(value, int | float | None) or isinstance(value, bool)
+            name for name, value in numbers.items() if value is not None and not is_number(value)
         ]
         if wrong or not isinstance(line.get("step"), int):
             raise EvaluationError(

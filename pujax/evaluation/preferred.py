@@ -10,11 +10,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from pujax.evaluation.results import is_number
 from pujax.method import labels as rules
 
 Numbers = Sequence[float | None]
 
 OURS = "pujax."  # a function of the same name elsewhere may be anything
+
+RULES = {
+    "pairs": ("best_vs_worst", "anchor_vs_worst", "anchor_vs_all"),
+    "sides": ("best_and_worst", "anchor_and_candidates", "flags"),
+}
+"""What of `labels` makes a loss's pairs, and its sides, of scores alone."""
 
 
 @dataclass(frozen=True)
@@ -44,12 +51,13 @@ def preference_of(loss: Any) -> tuple[str, Rule]:
     from the labels.
     """
     name, parts = _name(loss), loss if isinstance(loss, Mapping) else {}
-    pairs, sides = (_rule(parts.get(key)) for key in ("pairs", "sides"))
-    if name == "spo" and pairs is not None:
+    pairs, sides = _rule("pairs", parts), _rule("sides", parts)
+    gamma = parts.get("gamma", 0.1)
+    if name == "spo" and pairs is not None and is_number(gamma):
         return (
             "by falling preference: the loss raises the chosen over the rejected, and orders all "
             "by their degree: those raised and those lowered at the reference; the bar is how far.",
-            partial(_of_degrees, pairs, parts.get("gamma", 0.1)),
+            partial(_of_degrees, pairs, gamma),
         )
     if pairs is not None:
         return (
@@ -103,9 +111,10 @@ def _name(node: Any) -> str:
     return target.rpartition(".")[2] if target.startswith(OURS) else ""
 
 
-def _rule(node: Any) -> Any:
-    name = _name(node)
-    return getattr(rules, name, None) if name else None
+def _rule(key: str, parts: Mapping[str, Any]) -> Any:
+    """The function of pujax that makes a loss's pairs or sides, by these settings of the loss."""
+    name = _name(parts.get(key))
+    return getattr(rules, name, None) if name in RULES[key] else None
 
 
 def _of_labels(scores: Numbers, labels: Numbers) -> list[Regard]:

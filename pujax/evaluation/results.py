@@ -15,6 +15,8 @@ from pujax.files.durable import read_jsonl, write_whole
 
 KNOWN: dict[str, Shown] = {name: metric.shown for name, metric in METRICS.items()}
 
+LARGEST = 3.5e38
+
 TEXTS = ("id", "prompt", "anchor", "response")
 OPTIONAL = ("kind", "answer")
 
@@ -72,17 +74,27 @@ class Evaluation:
         }
 
 
+def is_number(value: Any) -> bool:
+    """Whether a file's value is a number that a run may have: finite, and none beyond float32's.
+
+    NaN is none, nor is true or an integer of hundreds of digits.
+    """
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and abs(value) <= LARGEST
+
+
 def save(evaluation: Evaluation, directory: Path) -> Path:
     """Write `eval-<model>.jsonl` and return its path: one row a line, each with its CRC-32.
 
-    First lines say how metrics are shown that not every reader knows, and `of` what the rows are.
+    First lines say how metrics are shown that not every reader knows, how many rows there are, and
+    `of` what these are.
     """
     path = directory / f"eval-{evaluation.model}.jsonl"
     lines = []
     if dict(evaluation.shown) != KNOWN:
         lines.append({"metrics": {name: vars(shown) for name, shown in evaluation.shown.items()}})
-    if evaluation.of is not None:
-        lines.append({"of": evaluation.of})
+    told = {"rows": len(evaluation.rows)}
+    lines.append(told if evaluation.of is None else {"of": evaluation.of} | told)
     for row in evaluation.rows:
         line = vars(row) | {"values": dict(row.values)}
         if not row.samples:
@@ -98,10 +110,10 @@ def load(path: Path) -> Evaluation:
     """Read what `save` wrote, now or when the values stood in the row beside its texts.
 
     Raises `EvaluationError` naming file and line for anything else, as for a line that is not what
-    was written. Lines of a pujax that wrote none have no CRC-32, but then none in the file has;
-    nor did an earlier one say `of` what the rows are.
+    was written, and for fewer or more rows. Lines of a pujax that wrote none have no CRC-32, but
+    then none in the file has; nor did an earlier one say how many rows there are, or `of` what.
     """
-    rows, shown, of, lines = [], dict(KNOWN), None, read_jsonl(path)
+    rows, shown, of, count, lines = [], dict(KNOWN), None, None, read_jsonl(path)
     sealed = any("crc32" in line for line in lines)
     for number, line in enumerate(lines, 1):
         try:
@@ -109,8 +121,8 @@ def load(path: Path) -> Evaluation:
                 raise ValueError("it is not what was written")
             if "metrics" in line and "id" not in line:
                 shown = {name: Shown(**told) for name, told in line["metrics"].items()}
-            elif line.keys() == {"of"}:
-                of = str(line["of"])
+            elif line and line.keys() <= {"of", "rows"}:
+                of, count = line.get("of", of), line.get("rows", count)
             else:
                 rows.append(_row(line))
         except (TypeError, ValueError, AttributeError) as error:
@@ -120,6 +132,10 @@ def load(path: Path) -> Evaluation:
             ) from error
     if not rows:
         raise EvaluationError(f"{path}: no rows in it: delete it, and evaluate again")
+    if count not in (None, len(rows)):
+        raise EvaluationError(
+            f"{path}: {len(rows)} rows in it, and there were {count}: delete it, and evaluate again"
+        )
     for name in dict.fromkeys(name for row in rows for name in row.values):
         shown.setdefault(name, Shown(name))
     return Evaluation(path.stem.removeprefix("eval-"), tuple(rows), shown, of)
@@ -140,8 +156,8 @@ def _row(line: Mapping[str, Any]) -> Row:
             raise ValueError(f"{name} is {value!r}")
     values = fields if values is None else values
     for name, value in values.items():
-        if isinstance(value, bool) or not isinstance(value, int | float | None):
-            raise ValueError(f"{name} is {value!r}")
+        if not (value is None or isinstance(value, float) or is_number(value)):
+            raise ValueError(f"{name} is {value!r:.80}")
     if not all(isinstance(sample, str) for sample in samples):
         raise ValueError(f"samples are {samples!r}")
     return Row(**texts, values=values, samples=tuple(samples))

@@ -92,6 +92,9 @@ def pair_accuracy(scores: np.ndarray, oracle: np.ndarray) -> float:
     return float(np.mean((agree[better > 0] + 1) / 2))
 
 
+PARTS = ("groups", "pairs", "pairs_shuffled")  # of a control, as a step's line names them
+
+
 @dataclass(frozen=True)
 class Control:
     """How well a run's score ranked its candidates, beside the same score of other anchors.
@@ -106,15 +109,14 @@ class Control:
 
     def and_of(self, line: Mapping[str, Any]) -> "Control":
         """This with the groups of a step's line, where it has looked at any (`metrics`)."""
-        more = line.get("signal/groups") or 0
-        if not more:
+        more, pairs, shuffled = (line.get(f"signal/{key}") for key in PARTS)
+        if more is None or more <= 0 or pairs is None or shuffled is None:
             return self
         whole = self.groups + more
 
         def mean(before: float, now: float) -> float:
             return (self.groups * before + more * now) / whole
 
-        pairs, shuffled = line["signal/pairs"], line["signal/pairs_shuffled"]
         return Control(int(whole), mean(self.pairs, pairs), mean(self.shuffled, shuffled))
 
     @property

@@ -94,8 +94,11 @@ def contains(prompt: Prompt, response: str) -> bool:
     """Whether the true answer stands in the response as a whole word, phrase or number.
 
     Where a script puts no spaces between words, anywhere between its letters will do. A response
-    that lists several answers passes as well: read it beside `exact` and the length.
+    that lists several answers passes as well: read it beside `exact` and the length. A blank answer
+    stands nowhere.
     """
+    if not (prompt.answer or "").strip():
+        return False
     assert prompt.answer is not None
     answer, response = _cased(prompt, prompt.answer.strip()), _cased(prompt, response)
     at = response.find(answer)

@@ -5,8 +5,9 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
+from pujax.config.functions import described, fits
 from pujax.config.settings import DataConfig, EvalConfig, TrainConfig
 from pujax.errors import EvaluationError
 from pujax.evaluation.results import Evaluation, load_all, of_run
@@ -142,13 +143,17 @@ def run_config(directory: Path, trusted: Sequence[str] = ()) -> TrainConfig:
 
 
 def from_stored(schema: Any, told: Mapping[str, Any]) -> Any:
-    """An instance of `schema` from the keys that it knows of; the rest has its defaults."""
-    return schema(
-        **{
-            field.name: from_stored(field.type, told[field.name])
-            if is_dataclass(field.type)
-            else told[field.name]
-            for field in fields(schema)
-            if field.name in told
-        }
-    )
+    """An instance of `schema` from the keys that it knows of; the rest has its defaults.
+
+    Raises TypeError for a value that the schema can't have.
+    """
+    kinds, made = get_type_hints(schema), {}
+    for field in fields(schema):
+        if field.name in told:
+            kind, value = kinds[field.name], told[field.name]
+            if is_dataclass(kind):
+                value = from_stored(kind, value)
+            elif not fits(value, kind):
+                raise TypeError(f"{field.name} is {value!r:.80}, not {described(kind)}")
+            made[field.name] = value
+    return schema(**made)

@@ -95,6 +95,8 @@ def split_of(
         eval=replace(of_eval, metrics=nodes),
         teacher=whose,
     )
+    if of_data.heldout in (None, MISSING):
+        raise ConfigError(f"{directory}/config.yaml: no data.heldout: set data.heldout=FILE")
     folder = Path("evaluations") if directory is None else directory
     name = _stem(of_data.heldout)
     folder = folder / (name if directory is None else f"heldout-{name}")
@@ -149,7 +151,10 @@ def evaluated(
         say(warning)
     if kept.exists():
         say(f"{kept}: has been evaluated")
-        return load(kept)
+        before = load(kept)
+        if [row.id for row in before.rows] != [example.prompt.id for example in examples]:
+            raise EvaluationError(f"{kept}: its rows are not of these prompts: delete it")
+        return before
     subject = subject_for(split.config, path, chat, dataset)
     found = evaluate_subject(subject, split.config, split.metrics, name)
     _refuse_other(split.folder, name, asked)  # another process may have been at it meanwhile

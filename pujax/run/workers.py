@@ -238,9 +238,13 @@ def work(descriptor: int, parent: int) -> None:
         connection.send(_told(error))
         return
     connection.send(None)
+    own = os.getpid()
     with suppress(EOFError, OSError):
         while True:
-            connection.send(answer(function, batched, connection.recv()))
+            found = answer(function, batched, connection.recv())
+            if os.getpid() != own:  # what the function forked came back here: its parent answers
+                os._exit(1)
+            connection.send(found)
 
 
 def answer(

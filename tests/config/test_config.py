@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pujax.collect import CollectRun, PromptsConfig
 from pujax.config import stand_ins
 from pujax.config.compose import conf_dir, from_hydra, register
-from pujax.config.functions import _fits, build, foresee
+from pujax.config.functions import build, fits, foresee
 from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.config.settings import (
     AlignConfig,
@@ -384,7 +384,7 @@ def test_a_function_that_is_not_imported_takes_what_it_takes(target):
     wanted = get_type_hints(real)
     for given in (1, 0.5, True, "a", None, [0.5], [len], len, {"a": 1}):
         for each in own:
-            assert _fits(given, stand.__annotations__[each]) == _fits(given, wanted[each])
+            assert fits(given, stand.__annotations__[each]) == fits(given, wanted[each])
 
 
 JSON, RANKING = (

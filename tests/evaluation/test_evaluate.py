@@ -362,8 +362,27 @@ def test_a_row_that_is_not_one_is_named_with_its_line(tmp_path):
     path = save(evaluation("base", [0.1, 0.2]), tmp_path)
     with path.open("a") as file:
         file.write(json.dumps({"id": "p3"}) + "\n")
-    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:3: not a row of an evaluation"):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(path))}:4: not a row of an evaluation"):
         load(path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "count"),
+    [(lambda lines: lines[:3], 2), (lambda lines: [*lines, lines[-1]], 5)],
+)
+def test_fewer_or_more_rows_than_there_were_are_refused(tmp_path, kept, count):
+    """A file that was cut between two lines, or after half of one, is not a smaller evaluation."""
+    path = save(evaluation("base", [0.1, 0.2, 0.3, 0.4]), tmp_path)
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(kept(lines)) + lines[1][: -len(lines[1]) // 2])
+    with pytest.raises(ValueError, match=rf"{count} rows in it, and there were 4: delete it"):
+        load(path)
+
+
+def test_a_file_of_before_its_rows_were_counted_is_read(tmp_path):
+    path = save(evaluation("base", [0.1, 0.2]), tmp_path)
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[1:]))
+    assert len(load(path).rows) == 2
 
 
 WORDS = [f"w{i}" for i in range(96)]

@@ -187,6 +187,7 @@ def test_what_alignment_has_to_beat_is_said_with_its_steps():
     assert "about 6 steps more, which is what alignment has to beat" in told
     assert "sft.steps=10 and align.steps=0" in told
     assert findings.sft_for_as_long(took("sft", 2.0)) is None
+    assert findings.sft_for_as_long([*took("sft", 1e-320), *took("align", 2.0)]) is None
     assert findings.sft_for_as_long(took("align", 2.0)) is None
 
 

@@ -65,6 +65,21 @@ def test_a_judge_that_always_takes_the_newer_gives_one_wherever_it_is_shown():
     assert cells(turned)["win rate"] == "0.000 [0.000, 0.000]"
 
 
+@pytest.mark.parametrize(("forward", "backward"), [("0.5", "0.7"), ("0.3", "0.5"), ("0.7", "0.5")])
+@pytest.mark.parametrize("model", ["old", "new"])
+def test_a_tie_in_one_order_is_no_verdict_that_the_other_has(forward, backward, model):
+    def judge(first, second):
+        return f"A={forward if first[0].isupper() else backward}"
+
+    found = cells(winrate(PAIR, judge_by(judge), model=model))
+    assert found["same verdict in both orders"] == "0.000"
+
+
+def test_ties_in_both_orders_are_one_verdict():
+    found = cells(winrate(PAIR, judge_by(lambda a, b: "A=0.5")))
+    assert found["same verdict in both orders"] == "1.000"
+
+
 def test_shares_are_averaged_over_both_orders():
     # .9 for new when it is first, .6 against it when it is second: (.9 + .4) / 2.
     found = cells(winrate(PAIR, judge_by(lambda a, b: "A=0.9" if a[0].isupper() else "A=0.6")))
@@ -142,6 +157,7 @@ def test_what_can_not_be_judged_is_named():
         ("... is A", 1.0),
         ("A=0.250000", 0.25),
         ("A=1.000000", 1.0),
+        ("A=1.9", None),  # no share
         ("", None),
         ("Both", None),
         ("A or B", None),

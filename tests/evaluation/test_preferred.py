@@ -75,3 +75,15 @@ def test_a_loss_of_ones_own_is_shown_with_its_labels():
     own = LOSSES["distill"] | {"_target_": "mine.losses.distill"}
     assert told(own) == ["label 0.00", "label 0.75", "label 0.25"]
     assert told(None) == told(own)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"gamma": "x"},
+        {"pairs": {"_target_": "pujax.method.labels.best_and_worst"}},  # which makes sides
+        {"pairs": {"_target_": "pujax.method.labels.standardize"}},
+    ],
+)
+def test_settings_that_the_loss_would_not_take_do_not_break_the_page(changed):
+    assert len(told(LOSSES["spo"] | changed)) == 3

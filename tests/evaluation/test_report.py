@@ -421,10 +421,36 @@ def test_what_another_program_left_in_a_folder_is_not_written_over(
     [
         ("metrics.jsonl", b'{"stage": "sft"}\n', "step is no number"),
         ("metrics.jsonl", b'{"stage": "sft", "step": 1, "loss": "low"}\n', "loss is no number"),
+        *(
+            (
+                "metrics.jsonl",
+                b'{"stage": "sft", "step": 1, "loss": %s}\n' % value,
+                "loss is no num",
+            )
+            for value in (b"1e308", b"1e999", b"NaN", b"true", b"9" * 400)
+        ),
+        ("metrics.jsonl", b'{"stage": "align", "step": 1, "signal/groups": 8}\n', ""),
         ("metrics.jsonl", b"\x00\x00\n", "metrics.jsonl:1: not JSON"),
         ("metrics.jsonl", b'{"stage": "eval", "step": 1}\n', "metrics.jsonl:1: of no model"),
         ("samples.jsonl", b'{"stage": "align", "step": 1}\n', "samples.jsonl:1: no 'prompt'"),
+        (
+            "samples.jsonl",
+            b'{"stage": "align", "step": 1, "prompt": "", "anchor": "", "candidates": [], "labels":'
+            b' [1], "scores": [%s]}\n' % (b"9" * 400),
+            "samples.jsonl:1: not a group of samples",
+        ),
         ("eval-base.jsonl", b'{"id": 1}\n', "eval-base.jsonl:1: not a row"),
+        (
+            "eval-base.jsonl",
+            b'{"id": "", "prompt": "", "anchor": "", "response": "", "values": {"exact": %s}}\n'
+            % (b"9" * 400),
+            "eval-base.jsonl:1: not a row",
+        ),
+        (
+            "eval-base.jsonl",
+            b'{"metrics": {"exact": {"title": "e", "digits": 10000000000}}}\n',
+            "digits=10000000000: must lie in",
+        ),
         ("eval-base.jsonl", b"\xff\n", "eval-base.jsonl:1: not JSON"),
         ("eval-base.jsonl", b"", "eval-base.jsonl: no rows"),
         ("suite-costs.json", b'{"header": ["a"]}', "suite-costs.json: not what a suite found"),

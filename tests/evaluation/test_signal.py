@@ -91,6 +91,18 @@ def test_a_control_is_the_mean_over_groups_and_warns_once_there_are_enough():
     )
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"signal/groups": 8.0},
+        {"signal/groups": 8.0, "signal/pairs": None, "signal/pairs_shuffled": 0.5},
+        {"signal/groups": -8.0, "signal/pairs": 1.0, "signal/pairs_shuffled": 0.5},
+    ],
+)
+def test_a_step_that_does_not_say_how_its_score_ranked_adds_nothing(line):
+    assert Control(8, 0.8, 0.5).and_of(line) == Control(8, 0.8, 0.5)
+
+
 def test_pairs_are_counted_by_hand():
     # Oracle 3 > 2 > 1: of three pairs one is tied, two are wrong.
     assert pair_accuracy(np.array([1.0, 1.0, 2.0]), np.array([3.0, 2.0, 1.0])) == 0.5 / 3

@@ -117,6 +117,11 @@ def test_part_of_a_word_of_any_spaced_script_is_not_the_answer(answer, response)
     assert not contains(prompt(answer), response)
 
 
+@pytest.mark.parametrize("answer", ["", " \n"])
+def test_a_blank_answer_stands_nowhere(answer):
+    assert not contains(prompt(answer), "anything")
+
+
 def test_a_chinese_full_stop_does_not_count_against_an_exact_answer():
     assert exact(prompt("东京"), "东京。")
     assert not exact(prompt("东京"), "东京都")

@@ -16,6 +16,7 @@ from pujax.evaluation.metrics import METRICS
 from pujax.evaluation.results import load
 from pujax.files import safetensors
 from pujax.files.chat import Chat
+from pujax.inference.evaluated import run_config
 from pujax.inference.heldout import _refuse_other_prompts
 from pujax.inference.splits import (
     _beside,
@@ -99,6 +100,12 @@ def test_a_runs_model_is_asked_another_split_once_and_its_own_table_stays(finish
     assert status == 0
     assert "eval-aligned.jsonl: has been evaluated" in said
     assert kept.stat().st_mtime_ns == before
+    whole = kept.read_bytes()
+    *head, first, second = whole.splitlines(keepends=True)
+    kept.write_bytes(b"".join([*head, second, first]))
+    status, said = called(f"run={finished}", f"data.heldout={finished.parent}/test.jsonl", *asked)
+    assert (status, "its rows are not of these prompts: delete it" in said) == (1, True)
+    kept.write_bytes(whole)
     there = f"out={finished}/heldout-test"
     status, said = called(f"run={finished}", f"data.heldout={finished.parent}/other.jsonl", there)
     assert status == 1
@@ -294,3 +301,28 @@ def test_a_models_digest_is_of_its_weights_and_template_alone(tmp_path):
     assert model_digest(str(tmp_path)) == before
     (tmp_path / "model.safetensors").write_text("v")
     assert model_digest(str(tmp_path)) != before
+
+
+@pytest.mark.parametrize(
+    ("group", "key", "value"),
+    [
+        ("data", "anchors", 5),
+        ("data", "max_response_tokens", "40"),
+        ("eval", "metrics", None),
+        ("eval", "batch", 1.5),
+    ],
+)
+def test_a_stored_setting_of_the_wrong_type_is_named(tmp_path, group, key, value):
+    stored = {"model": {}, "loss": {}, "data": {"heldout": "x.jsonl"}, "eval": {}}
+    stored[group][key] = value
+    (tmp_path / "config.yaml").write_text(json.dumps(stored))
+    with pytest.raises(EvaluationError, match=rf"config\.yaml: not a run's settings \({key} is "):
+        run_config(tmp_path)
+
+
+@pytest.mark.parametrize("data", [{}, {"heldout": None}])
+def test_a_run_without_held_out_prompts_is_told_to_be_given_some(tmp_path, data):
+    stored = {"model": {}, "loss": {}, "data": data, "eval": {}}
+    (tmp_path / "config.yaml").write_text(json.dumps(stored))
+    with pytest.raises(ConfigError, match=r"no data\.heldout: set data\.heldout=FILE"):
+        split_of(tmp_path, HeldoutConfig(), MeasureConfig())

@@ -33,6 +33,10 @@ def check(response, answer):
         os._exit(3)
     if response == "exit":
         sys.exit()
+    if response == "fork" and os.fork() == 0:
+        return 7.0  # the child comes back where its parent does
+    if response == "fork":
+        return 8.0
     if response == "setting":
         raise ConfigError("scorer.score.function.x=1: wrong")
     if response == "none":
@@ -103,6 +107,14 @@ def test_each_call_has_its_own_outcome_whatever_the_others_do(checks):
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+def test_what_a_function_forks_answers_for_nobody(checks):
+    """Else each later call would get the answer to one before it."""
+    with Workers(checks.check, count=1, seconds=10) as pool:
+        for _ in range(3):
+            said = [{"response": one, "answer": ""} for one in ("fork", "2", "3", "4")]
+            assert pool.call(said) == [[Outcome(x)] for x in (8.0, 2.0, 3.0, 4.0)]
 
 
 @pytest.mark.parametrize(("number", "fine"), [(1e15, True), (-1.1e15, False), (1e39, False)])
