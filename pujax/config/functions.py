@@ -45,11 +45,11 @@ def build(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., Any
     module, _, name = target.rpartition(".")
     try:
         function = getattr(importlib.import_module(module), name)
-    except Exception as error:  # a package of the user's may fail in any way
-        hint = ""
+    except (Exception, SystemExit) as error:  # a package of the user's may fail in any way
+        said, hint = str(error) or repr(error), ""
         if isinstance(error, ModuleNotFoundError) and f"{module}.".startswith(f"{error.name}."):
             hint = ": its folder must be on PYTHONPATH, as this one is by PYTHONPATH=."
-        raise ConfigError(f"{key}: cannot build {target!r}: {error}{hint}") from error
+        raise ConfigError(f"{key}: cannot build {target!r}: {said}{hint}") from error
     if not (inspect.isfunction(inspect.unwrap(function)) or inspect.isclass(function)):
         raise ConfigError(f"{key}: {target} is a {type(function).__name__}, not a function")
     return _bound(target, function, node, key, trusted, build)

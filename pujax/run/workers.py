@@ -295,8 +295,11 @@ def _number(value: Any) -> tuple[float | None, str | None]:
 
 
 def _told(error: BaseException) -> str:
-    first = (str(error).strip() or "no message").splitlines()[0]
-    return f"{type(error).__name__}: {first:.200}"
+    try:
+        said = str(error).strip() or "no message"
+    except Exception:  # its own __str__ failed
+        said = "no message"
+    return f"{type(error).__name__}: {said.splitlines()[0]:.200}"
 
 
 def _end_with(parent: int) -> None:

@@ -387,6 +387,14 @@ def test_a_function_that_is_not_imported_takes_what_it_takes(target):
             assert fits(given, stand.__annotations__[each]) == fits(given, wanted[each])
 
 
+def test_a_module_that_ends_python_as_it_is_imported_is_named(tmp_path, monkeypatch):
+    (tmp_path / "ends_python.py").write_text("import sys\nsys.exit()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    node = {"_target_": "ends_python.f", "_partial_": True}
+    with pytest.raises(ConfigError, match=r"f: cannot build 'ends_python\.f': SystemExit\(\)"):
+        build(node, "f", ["ends_python"])
+
+
 JSON, RANKING = (
     {"_target_": f"pujax.{name}", "_partial_": True}
     for name in ("rewards.json_object", "evaluation.suites.ranking")

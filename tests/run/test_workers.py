@@ -117,6 +117,14 @@ def test_what_a_function_forks_answers_for_nobody(checks):
             assert pool.call(said) == [[Outcome(x)] for x in (8.0, 2.0, 3.0, 4.0)]
 
 
+def test_an_error_that_cannot_say_what_it_is_is_told_by_its_type():
+    class Mute(Exception):
+        def __str__(self):
+            raise RuntimeError
+
+    assert workers._told(Mute()) == "Mute: no message"
+
+
 @pytest.mark.parametrize(("number", "fine"), [(1e15, True), (-1.1e15, False), (1e39, False)])
 def test_a_reward_that_float32_could_not_standardise_is_a_failure_by_name(number, fine):
     value, failure = workers._number(number)
