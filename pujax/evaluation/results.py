@@ -15,7 +15,7 @@ from pujax.files.durable import read_jsonl, write_whole
 
 KNOWN: dict[str, Shown] = {name: metric.shown for name, metric in METRICS.items()}
 
-LARGEST = 3.5e38
+LARGEST = 1e300  # beyond it sums and pictures overflow
 
 TEXTS = ("id", "prompt", "anchor", "response")
 OPTIONAL = ("kind", "answer")
@@ -75,7 +75,7 @@ class Evaluation:
 
 
 def is_number(value: Any) -> bool:
-    """Whether a file's value is a number that a run may have: finite, and none beyond float32's.
+    """Whether a file's value is a number of a size that can be worked with.
 
     NaN is none, nor is true or an integer of hundreds of digits.
     """

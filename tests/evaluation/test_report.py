@@ -429,6 +429,9 @@ def test_what_another_program_left_in_a_folder_is_not_written_over(
             )
             for value in (b"1e308", b"1e999", b"NaN", b"true", b"9" * 400)
         ),
+        # As the perplexity of a model that has come apart.
+        ("metrics.jsonl", b'{"stage": "align", "step": 1, "loss": 9e299}\n', ""),
+        ("metrics.jsonl", b'{"stage": "align", "step": 1, "loss": -9e299}\n', ""),
         ("metrics.jsonl", b'{"stage": "align", "step": 1, "signal/groups": 8}\n', ""),
         ("metrics.jsonl", b"\x00\x00\n", "metrics.jsonl:1: not JSON"),
         ("metrics.jsonl", b'{"stage": "eval", "step": 1}\n', "metrics.jsonl:1: of no model"),
