@@ -30,8 +30,8 @@ from pujax.records import Prompt
 NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?"  # a sign, not a minus between two numbers
     # With a decimal comma, which no three digits alone follow; a list's commas are none.
-    r"(?:(?P<comma>(?<![\d,.])(?:\d{1,3}(?:\.\d{3})+|\d+),(?!\d{3}(?!\d))\d+(?![\d,.]*\d)"
-    r"|(?<![\d,.])0,\d+(?![\d,.]*\d))"
+    r"(?:(?P<comma>(?<![\d,.])"
+    r"(?:(?:\d{1,3}(?:\.\d{3})+|\d+),(?!\d{3}(?!\d))|0,)\d+(?![\d,.]*\d))"
     r"|(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?"
 )
 

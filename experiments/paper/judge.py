@@ -100,7 +100,8 @@ def judged(
         p.id: p.messages[-1]["content"] for p in load_prompts(str(ROOT / profile.data["test"]))
     }
     compared = [answers_of(result, asked) for result in (other, one)]
-    if before := raw.read_judged(profile.results).get(path):
+    if path.exists():
+        before = raw.read_judged(path)
         # The first verdicts lack the name: an arm was there with one choice of settings alone.
         same = before["prompts"] == prompts and against | before["against"] == against
         if same and all(_judged_of(each, before["records"]) for each in compared):

@@ -22,6 +22,7 @@ from pujax.files.settings import SETTINGS, TORN
 ROOT = Path(__file__).resolve().parents[2]
 
 CLOCKS = ("processor", "wall")
+FIELDS = {"from": "origin", "set": "settings"}  # keys of an arm that are called otherwise here
 
 # Settings that don't touch a result's numbers, so that results made with others stand.
 FREE = ("eval.every", "eval.batch", "checkpoint.every", "checkpoint.keep", "checkpoint.clean")
@@ -204,8 +205,7 @@ def _loaded(path: Path, name: str) -> Profile:
     entries |= _curve(entries, own.pop("curve", told.get("curve") or {}))
     arms = {}
     for arm, entry in entries.items():
-        renamed = {"from": "origin", "set": "settings"}
-        named: dict[str, Any] = {str(renamed.get(k, k)): v for k, v in entry.items()}
+        named: dict[str, Any] = {str(FIELDS.get(k, k)): v for k, v in entry.items()}
         choose = named.get("choose") or {}
         named["choose"] = {key: values for key, values in choose.items() if values is not None}
         for key, values in named["choose"].items():
@@ -261,15 +261,10 @@ def _check_arm(place: str, arm: Arm, known: Collection[str]) -> None:
 
 
 def _check_types(place: str, record: Arm | Profile) -> None:
-    for key, wanted in get_type_hints(type(record)).items():
-        value = getattr(record, key)
-        told = {"origin": "from", "settings": "set"} if isinstance(record, Arm) else {}
-        require(
-            fits(value, wanted),
-            f"{place}.{told.get(key, key)}",
-            value,
-            f"must be {described(wanted)}",
-        )
+    said = {name: key for key, name in FIELDS.items()} if isinstance(record, Arm) else {}
+    for name, wanted in get_type_hints(type(record)).items():
+        key, value = f"{place}.{said.get(name, name)}", getattr(record, name)
+        require(fits(value, wanted), key, value, f"must be {described(wanted)}")
 
 
 def _curve(arms: Mapping[str, Any], curve: Mapping[str, Any]) -> dict[str, Any]:

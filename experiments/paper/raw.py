@@ -13,6 +13,7 @@ from typing import Any
 from pujax import __version__
 from pujax.errors import EvaluationError
 from pujax.evaluation import results
+from pujax.evaluation.results import is_value
 from pujax.files.durable import read_jsonl, write_whole
 from pujax.records import messages_key
 from pujax.teacher.prompts import load_prompts
@@ -76,10 +77,7 @@ def read_all(folder: Path) -> dict[Key, Raw]:
 
 def _check(result: Raw) -> None:
     """Raise ValueError unless a result has the shape of one."""
-    shape = SHAPE | (OF_SUITE if "header" in result else OF_ANSWERS)
-    for key, wanted in shape.items():
-        if not isinstance(result.get(key), wanted) or isinstance(result[key], bool):
-            raise ValueError(f"its {key} is {result.get(key)!r:.60}")
+    _check_types(result, SHAPE | (OF_SUITE if "header" in result else OF_ANSWERS))
     if result["group"] not in (*GROUPS, PACE):
         raise ValueError(f"its group {result['group']!r} is none of {', '.join(GROUPS)}")
     columns = [] if "header" in result else ["kind", "answer", "response"]
@@ -88,33 +86,35 @@ def _check(result: Raw) -> None:
         if not isinstance(column, list) or len(column) != len(result["id"]):
             raise ValueError(f"its {key} has not as many entries as there are prompts")
     for key, column in result.get("values", {}).items():
-        wrong = [v for v in column if isinstance(v, bool) or not isinstance(v, int | float | None)]
+        wrong = [value for value in column if not is_value(value)]
         if wrong:
             raise ValueError(f"its {key} has {wrong[0]!r:.60}, no number")
 
 
-def read_judged(folder: Path) -> dict[Path, Raw]:
-    """What a judge found, as `experiments.paper.judge` keeps it, by file.
+def _check_types(told: Raw, shape: Mapping[str, Any]) -> None:
+    """Raise ValueError naming a key whose value isn't of the type that `shape` has for it."""
+    for key, wanted in shape.items():
+        value = told.get(key)
+        if not isinstance(value, wanted) or isinstance(value, bool):
+            raise ValueError(f"its {key} is {value!r:.60}")
 
-    Raises `EvaluationError` for a file that has something else.
+
+def read_judged(path: Path) -> Raw:
+    """What a judge found, as `experiments.paper.judge` keeps it in a file.
+
+    Raises `EvaluationError` for one that has something else.
     """
-    found = {}
-    for path in sorted(folder.glob("judged/*.json")):
-        try:
-            told = json.loads(path.read_text(encoding="utf-8"))
-            for key, wanted in OF_JUDGE.items():
-                if not isinstance(told[key], wanted):
-                    raise ValueError(f"its {key} is {told[key]!r:.60}")
-            named = [(told["against"]["title"], told["against"]["seed"])]
-            named += [(name, value) for name, value in told["rows"]]
-            if not all(isinstance(name, str) for name, _ in named):
-                raise ValueError("its rows and what it is against have no names")
-            found[path] = told
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise EvaluationError(
-                f"{path}: not a judge's result ({error!r}): restore it, or delete it and ask again"
-            ) from error
-    return found
+    try:
+        told = json.loads(path.read_text(encoding="utf-8"))
+        _check_types(told, OF_JUDGE)
+        _check_types(told["against"], {"title": str, "seed": int})
+        if not all(isinstance(name, str) for name, _ in told["rows"]):
+            raise ValueError("its rows have no names")
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise EvaluationError(
+            f"{path}: not a judge's result ({error!r}): restore it, or delete it and ask again"
+        ) from error
+    return told
 
 
 def arm_of(result: Raw) -> str:

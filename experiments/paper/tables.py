@@ -496,7 +496,7 @@ def _named(line: Line) -> str:
 
 def judged(folder: Path) -> str:
     """What a judge prefers, as `experiments.paper.judge` left it; nothing where it wasn't asked."""
-    found = [*raw.read_judged(folder).values()]
+    found = [raw.read_judged(path) for path in sorted(folder.glob("judged/*.json"))]
     if not found:
         return ""
     rows = [

@@ -83,6 +83,11 @@ def is_number(value: Any) -> bool:
     return number and abs(value) <= LARGEST
 
 
+def is_value(value: Any) -> bool:
+    """Whether a file's value is one of a metric: such a number, any float, or null."""
+    return value is None or isinstance(value, float) or is_number(value)
+
+
 def save(evaluation: Evaluation, directory: Path) -> Path:
     """Write `eval-<model>.jsonl` and return its path: one row a line, each with its CRC-32.
 
@@ -156,7 +161,7 @@ def _row(line: Mapping[str, Any]) -> Row:
             raise ValueError(f"{name} is {value!r}")
     values = fields if values is None else values
     for name, value in values.items():
-        if not (value is None or isinstance(value, float) or is_number(value)):
+        if not is_value(value):
             raise ValueError(f"{name} is {value!r:.80}")
     if not all(isinstance(sample, str) for sample in samples):
         raise ValueError(f"samples are {samples!r}")

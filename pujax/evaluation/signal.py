@@ -92,9 +92,6 @@ def pair_accuracy(scores: np.ndarray, oracle: np.ndarray) -> float:
     return float(np.mean((agree[better > 0] + 1) / 2))
 
 
-PARTS = ("groups", "pairs", "pairs_shuffled")  # of a control, as a step's line names them
-
-
 @dataclass(frozen=True)
 class Control:
     """How well a run's score ranked its candidates, beside the same score of other anchors.
@@ -109,7 +106,8 @@ class Control:
 
     def and_of(self, line: Mapping[str, Any]) -> "Control":
         """This with the groups of a step's line, where it has looked at any (`metrics`)."""
-        more, pairs, shuffled = (line.get(f"signal/{key}") for key in PARTS)
+        names = ("groups", "pairs", "pairs_shuffled")
+        more, pairs, shuffled = (line.get(f"signal/{name}") for name in names)
         if more is None or more <= 0 or pairs is None or shuffled is None:
             return self
         whole = self.groups + more

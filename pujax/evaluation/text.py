@@ -97,11 +97,9 @@ def contains(prompt: Prompt, response: str) -> bool:
     that lists several answers passes as well: read it beside `exact` and the length. A blank answer
     stands nowhere.
     """
-    if not (prompt.answer or "").strip():
-        return False
     assert prompt.answer is not None
     answer, response = _cased(prompt, prompt.answer.strip()), _cased(prompt, response)
-    at = response.find(answer)
+    at = response.find(answer) if answer else -1
     while at >= 0:
         end = at + len(answer)  # two letters on each side tell, however long the response is
         if _stands_alone(answer, response[max(0, at - 2) : at], response[end : end + 2]):
