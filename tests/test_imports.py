@@ -137,6 +137,7 @@ WRONG = {
     "evaluate run=run data.heldout=h.txt data.anchors=s.jsonl": "1 prompt has no anchor (“Hi” in h",
     "evaluate run=far suite=ranking": "gone.jsonl: no such file in ",
     "evaluate run=run out=/dev/null/x": "/dev/null/x can't be written (Not a dir",
+    "evaluate run=run name=mine": "name='mine': a run alone shows its stages: take it out",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "evaluate run=run suite=[costs,signal]": "suite=[costs,signal]: choose one, or go through them",
     "evaluate run=run eval=[foo]": "no such choice (eval has anchor_logp, contains, di",

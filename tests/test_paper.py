@@ -967,7 +967,7 @@ def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(t
     assert "| K = 4 − GRPO | 1 | **+0.250 [0.250, 0.250]** |" in text
 
 
-def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
+def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, monkeypatch, capsys):
     ids = {"id": ["test-0", "test-1", "test-2"], "kind": ["writing", "sum", "writing"]}
     kept = {"answer": [None, "4", None], "values": {"sampled_exact": [0.25, 1.0, 1.0]}}
     for name, seed, said in (
@@ -1020,6 +1020,9 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, capsys):
     assert tables.judged(profile.runs) == ""
     assert judge.main(["nothing.gguf", "--only", "grppo"]) == 1
     assert "--only='grppo'" in capsys.readouterr().err
+    monkeypatch.setattr(judge, "load_profile", lambda *_: replace(profile, results=profile.runs))
+    assert judge.main(["nothing.gguf"]) == 1
+    assert "no test result of any arm and what that is compared" in capsys.readouterr().err
 
 
 def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from typing import Any
 
 from experiments.paper import raw, tables
 from experiments.paper.plan import ROOT, Profile, load_profile
-from pujax.errors import PujaxError, one_of, require
+from pujax.errors import EvaluationError, PujaxError, one_of, require
 from pujax.evaluation.judging import winrate
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.subjects import Judge
@@ -48,7 +48,13 @@ def main(words: Sequence[str] | None = None) -> int:
         arms = options.only.split(",") if options.only else list(profile.arms)
         for arm in arms:
             one_of("--only", arm, profile.arms)
-        for one, other in pairs(raw.read_all(profile.results), arms):
+        found = list(pairs(raw.read_all(profile.results), arms))
+        if not found:
+            raise EvaluationError(
+                f"{profile.results}: no test result of {options.only or 'any arm'} and what that "
+                "is compared with: make reproduce comes first"
+            )
+        for one, other in found:
             judged(profile, one, other, judge, Path(options.model).name, options.prompts)
             tables.build(profile.results)
     except (PujaxError, OSError) as error:

@@ -193,6 +193,9 @@ class EvaluateConfig:
                 "missing value for run: set run=DIRECTORY, or model= and data.heldout=, and beside "
                 "prompts data.anchors=, where their answers are"
             )
+        stages = len(self.runs) == 1 and not self.models
+        needless = "a run alone shows its stages: take it out, or give several runs or a model"
+        require(not (stages and self.names), "name", self.name, needless)
         if self.suite is not None and not self.names:
             return  # what it asks for says what it needs
         wanted = len(self.models) or (len(self.names) and len(self.runs))

@@ -22,6 +22,9 @@ VERDICT = re.compile(
 )
 """A letter alone. Two of `\\W*` that may share marks are quadratic: `\\W*+` gives none back."""
 
+SAID = ("said", "first is better")
+"""A record's keys beside `id` and the two models' names, both orders each."""
+
 QUESTION = (
     "Which of two answers to a question is better?\n\n"
     "Question:\n{x}\n\nAnswer A:\n{a}\n\nAnswer B:\n{b}\n\n"
@@ -103,7 +106,7 @@ def winrate(
         verdicts = [said.get(each.id) for each in questions]
         shares = [None if text is None else first_is_better(text) for text in verdicts]
         record = {"id": a.id, one.model: a.response, other.model: b.response}
-        records.append(record | {"said": verdicts, "first is better": shares})
+        records.append(record | dict(zip(SAID, (verdicts, shares), strict=True)))
         firsts.append(shares)
     kept = [place for place, shares in enumerate(firsts) if None not in shares]
     ties = [(a, b) for a, b in pairs if a.response == b.response]
@@ -159,6 +162,10 @@ def _pair(
     for key, name in (("suite.model", model), ("suite.against", against)):
         if name not in by_name:
             raise EvaluationError(f"{key}={name!r}: has no answers here: choose {', '.join(names)}")
+        if name in ("id", *SAID):
+            raise EvaluationError(
+                f"{key}={name!r}: a record has this key already: name it otherwise"
+            )
     if model == against:
         raise EvaluationError(f"{model} alone has answers here: evaluate another model beside it")
     return by_name[model], by_name[against]

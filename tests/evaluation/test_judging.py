@@ -140,6 +140,11 @@ def test_what_can_not_be_judged_is_named():
         EvaluationError, match=r"same and old say the same to all of .*: choose two"
     ):
         winrate([PAIR[0], same], judge_by(lambda a, b: "A"))
+    said = replace(same, model="said")
+    with pytest.raises(
+        EvaluationError, match=r"suite\.model='said': a record has this key already"
+    ):
+        winrate([PAIR[0], said], judge_by(lambda a, b: "A"))
     other = evaluation("other", ["a", "b"])
     with pytest.raises(EvaluationError, match="different prompts"):
         winrate([PAIR[0], other], judge_by(lambda a, b: "A"))
