@@ -956,13 +956,15 @@ def test_ablations_of_which_the_test_split_is_not_read_are_shown_by_validation(t
     few = {"group": "ablations", "against": "grpo_half", "split": "validation"}
     for result in (
         made("grpo_half", "GRPO", 0, 0, (0.25, 0.75), "validation", group="fresh"),
+        made("grpo_half", "GRPO", 0, 1, (0.75, 0.75), "validation", group="fresh"),
         made("k4", "K = 4", 1, 0, (0.5, 1.0), **few),
     ):
         raw.write(tmp_path, result)
     tables.build(tmp_path)
     _, _, text = (tmp_path / "tables.md").read_text().partition("## Ablations\n\n")
     assert text.startswith("On the validation split.\n")
-    assert "| GRPO | 1 | 0.500 |" in text
+    assert "| GRPO | 2 | 0.625 ± 0.125 |" in text
+    assert "| GRPO, seed 0 | 1 | 0.500 |" in text  # what the one seed of K = 4 is to be seen beside
     assert "| K = 4 | 1 | 0.750 |" in text
     assert "| K = 4 − GRPO | 1 | **+0.250 [0.250, 0.250]** |" in text
 

@@ -441,7 +441,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
             bases = {line.first["against"] for line in ablations}
             arms_of = {name: of[name] for name in sorted(bases & of.keys())}
             arms_of |= {line.first["arm"]: line for line in ablations}
-            shown = quality([*arms_of.values()])
+            shown = quality([*_and_by_seed(arms_of.values(), ablations)])
             yield f"## Ablations\n\n{text}{shown}\n\n{against(ablations, of)}"
             break
     aligned = [line for line in [*default, *arms] if line.first["steps"]["align"]]
@@ -487,6 +487,20 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
         if above := above_origin(named, named):
             text += "\n\nOf each choice, against the model that it starts from.\n\n" + above
         yield text
+
+
+def _and_by_seed(lines: Iterable[Line], others: Sequence[Line]) -> Iterator[Line]:
+    """Each line; where it has more seeds than all that are against it share, by these again."""
+    for line in lines:
+        yield line
+        arm = line.first["arm"]
+        held = [other for other in others if other.first["against"] == arm]
+        seeds = [{run["seed"] for run in each.runs} for each in (line, *held)]
+        shared = set.intersection(*seeds)
+        runs = [run for run in line.runs if run["seed"] in shared]
+        if runs and len(runs) < len(line.runs):
+            named = ", ".join(str(run["seed"]) for run in runs)
+            yield Line(f"{line.title}, seed {named}", tuple(runs))
 
 
 def _named(line: Line) -> str:
