@@ -245,13 +245,17 @@ def best_of_arms(lines: Sequence[Line]) -> dict[str, Line]:
 
 
 def _best(lines: Sequence[Line]) -> Line:
-    seeds = set.intersection(*({run["seed"] for run in line.runs} for line in lines))
-
     def score(line: Line) -> float:
-        runs = [run for run in line.runs if run["seed"] in seeds] or line.runs[:1]
+        runs = _of_shared_seeds(line, lines) or line.runs[:1]
         return fmean(raw.mean(run, run["metric"]) for run in runs)
 
     return max(lines, key=score)
+
+
+def _of_shared_seeds(line: Line, others: Sequence[Line]) -> tuple[raw.Raw, ...]:
+    """The line's runs of the seeds that all of the others have."""
+    shared = set.intersection(*({run["seed"] for run in each.runs} for each in (line, *others)))
+    return tuple(run for run in line.runs if run["seed"] in shared)
 
 
 def chosen_of_arms(lines: Sequence[Line], chosen: Sequence[Line]) -> dict[str, Line]:
@@ -490,17 +494,14 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
 
 
 def _and_by_seed(lines: Iterable[Line], others: Sequence[Line]) -> Iterator[Line]:
-    """Each line; where it has more seeds than all that are against it share, by these again."""
+    """Each line; one with seeds that some against it lack once more, by the shared ones alone."""
     for line in lines:
         yield line
-        arm = line.first["arm"]
-        held = [other for other in others if other.first["against"] == arm]
-        seeds = [{run["seed"] for run in each.runs} for each in (line, *held)]
-        shared = set.intersection(*seeds)
-        runs = [run for run in line.runs if run["seed"] in shared]
-        if runs and len(runs) < len(line.runs):
+        held = [other for other in others if other.first["against"] == line.first["arm"]]
+        runs = _of_shared_seeds(line, held)
+        if 0 < len(runs) < len(line.runs):
             named = ", ".join(str(run["seed"]) for run in runs)
-            yield Line(f"{line.title}, seed {named}", tuple(runs))
+            yield Line(f"{line.title}, seed {named}", runs)
 
 
 def _named(line: Line) -> str:
