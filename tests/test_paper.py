@@ -916,6 +916,15 @@ def test_a_difference_that_no_seed_or_prompt_changes_has_an_interval_of_no_width
     assert "| high − low | 1 | **+0.250 [0.250, 0.250]** |" in text
 
 
+def test_a_mean_over_fewer_seeds_than_a_line_has_says_of_how_many():
+    sft = [made("sft", "SFT", 0, seed, (0.25, 0.75)) for seed in range(2)]
+    [metric] = sft[1]["values"]
+    sft[1]["values"][metric] = [None, None]
+    assert tables.quality([tables.Line("SFT", tuple(sft))]).endswith("| SFT | 2 | 0.500 (of 1) |")
+    sft[0]["values"][metric] = [None, None]
+    assert tables.quality([tables.Line("SFT", tuple(sft))]).endswith("| SFT | 2 | – |")
+
+
 def test_an_arm_is_above_its_origin_by_the_seeds_that_both_have(tmp_path):
     sft = [made("sft", "SFT", 0, seed, (0.25, 0.25 + 0.25 * seed)) for seed in range(3)]
     grpo = [made("grpo", "GRPO", 1, seed, (0.5, 0.5 + 0.25 * seed)) for seed in (1, 2)]

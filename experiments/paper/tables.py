@@ -118,6 +118,13 @@ def spread(shown: Shown, values: Sequence[float]) -> str:
     return f"{mean} ± {number(shown, float(np.std(values, ddof=1)) / len(values) ** 0.5)}"
 
 
+def cell(line: Line, metric: str) -> str:
+    """A metric over the seeds, and of how many that is where some have no value of it."""
+    values = line.means(metric)
+    text = spread(line.shown[metric], values)
+    return f"{text} (of {len(values)})" if 0 < len(values) < len(line.runs) else text
+
+
 def interval(shown: Shown, found: Difference | None) -> str:
     """A difference with its interval, bold where that excludes 0."""
     if found is None:
@@ -132,7 +139,7 @@ def quality(lines: Sequence[Line]) -> str:
     shown = lines[0].shown
     metrics = [metric for metric in METRICS if metric in shown]
     rows = [
-        [line.title, str(len(line.runs)), *(spread(shown[m], line.means(m)) for m in metrics)]
+        [line.title, str(len(line.runs)), *(cell(line, metric) for metric in metrics)]
         for line in lines
     ]
     return grid(["arm", "seeds", *(shown[metric].title for metric in metrics)], rows)
@@ -343,7 +350,7 @@ def anchors_curve(lines: Sequence[Line], by_arm: Mapping[str, Line]) -> str:
     metrics = [metric for metric in COMPARED if metric in shown]
     rows = []
     for line in some:
-        cells = [spread(shown[metric], line.means(metric)) for metric in metrics]
+        cells = [cell(line, metric) for metric in metrics]
         count = str(line.first["prompts"]["training"])
         rows.append([count, line.title.partition(",")[0], str(len(line.runs)), *cells])
     parts = [grid(["anchors", "arm", "seeds", *(shown[metric].title for metric in metrics)], rows)]
