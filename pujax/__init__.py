@@ -10,6 +10,10 @@ What a program of one's own needs stands here by name (`__init__.pyi` has the li
     state, metrics = pujax.update(model, pujax.pair_losses.dpo, optimizer, state, None, group)
 
 A name is imported when it is first used: `import pujax` itself loads nothing.
+
+The method follows Kou et al., Positive-Unlabeled Reinforcement Learning Distillation for On-Premise
+Small Models, ICML 2026 (PMLR 306:60447-60479, arXiv 2601.20687), of which only the abstract was
+known to us: modules and functions say which formulas are ours.
 """
 
 import functools

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 from pujax.errors import EvaluationError
 from pujax.evaluation import findings, text
 from pujax.evaluation.curves import STAGE_TITLES
-from pujax.evaluation.preferred import preference_of, shown
+from pujax.evaluation.preferred import Regard, preference_of, shown
 from pujax.evaluation.results import Evaluation, Row, is_number
 from pujax.files.durable import read_jsonl
 from pujax.files.settings import only_preferred
@@ -190,6 +191,7 @@ def group_cards(groups: Sequence[Group], settings: Mapping[str, Any]) -> str:
     cards = []
     for group in groups:
         found = rule(group.scores, group.labels)
+        pulls = _pulls(found)
         answers = [
             _answer(
                 "anchor" if i == 0 else f"#{i}",
@@ -197,6 +199,7 @@ def group_cards(groups: Sequence[Group], settings: Mapping[str, Any]) -> str:
                 f"{found[i].words} · score {shown(group.scores[i])}",
                 found[i].style,
                 found[i].bar,
+                pulls[i],
                 anchor=i == 0,
             )
             for i in sorted(range(len(group.texts)), key=lambda i: -found[i].preference)
@@ -210,15 +213,39 @@ def group_cards(groups: Sequence[Group], settings: Mapping[str, Any]) -> str:
     whose = "the student's candidates and the teacher's anchor"
     if only_preferred(settings):
         whose = "the given responses, the best of them as the anchor too"
-    note = f"All {len(cards)}: {whose}, {how}"
+    note = (
+        f"All {len(cards)}: {whose}, {how} A text is coloured as its tokens, which share one "
+        "advantage, are raised (green) or lowered (orange): the deeper, the further of its group, "
+        "as a step from the reference has it."
+    )
     return _browser("groups", "Training groups", note, cards)
 
 
+def _pulls(found: Sequence[Regard]) -> list[float]:
+    """How far each response is raised or, negative, lowered: of its group's furthest, in [-1, 1].
+
+    What is imitated beside all that is raised the whole way.
+    """
+    told = [each.preference if each.pull is None else each.pull for each in found]
+    most = max((abs(pull) for pull in told if isfinite(pull)), default=0.0)
+    return [pull / most if isfinite(pull) and most else float(np.sign(pull)) for pull in told]
+
+
 def _answer(
-    who: str, said: str, mark: str, style: str, bar: float | None = None, *, anchor: bool = False
+    who: str,
+    said: str,
+    mark: str,
+    style: str,
+    bar: float | None = None,
+    pull: float = 0.0,
+    *,
+    anchor: bool = False,
 ) -> str:
     drawn = "" if bar is None else f'<i style="width:{100 * bar:.1f}%"></i>'
     words = "<em>nothing that can be seen</em>" if blank(said) else escape(said)
+    if pull:
+        way = "raised" if pull > 0 else "lowered"
+        words = f'<span class="{way}" style="--pull:{abs(pull):.2f}">{words}</span>'
     return (
         f'<div class="answer"><div class="who{" anchor" if anchor else ""}">{escape(who)}</div>'
         f'<div class="text">{words}</div>'

@@ -28,20 +28,23 @@ RULES = {
 class Regard:
     """What becomes of one response: in words, their style, how much of it, and a bar in [0, 1].
 
-    Responses are shown by falling `preference`, which is negative where the loss lowers one.
+    Responses are shown by falling `preference`, which is negative where the loss lowers one, and
+    coloured by `pull`, how far it is raised or, negative, lowered; None: by the preference.
     """
 
     words: str
     style: str
     preference: float
     bar: float | None = None
+    pull: float | None = None
 
 
 Rule = Callable[[Numbers, Numbers], list[Regard]]
 """A group's scores and labels, the anchor first and None where not finite, to what becomes of
 each response."""
 
-UNUSED = Regard("not used", "", 0.0)
+UNUSED = Regard("not used", "", 0.0, pull=0.0)
+BY_LABEL = "by falling label; the bar is the label."
 
 
 def preference_of(loss: Any) -> tuple[str, Rule]:
@@ -97,7 +100,9 @@ def preference_of(loss: Any) -> tuple[str, Rule]:
         told, rule = preference_of(parts.get("loss"))
         told = f"the anchor first, which is imitated, and then {told}"
         return told, partial(_beside_anchor, rule)
-    return "by falling label; the bar is the label.", _of_labels
+    if name == "weighted_sft":
+        return BY_LABEL, _of_labels
+    return BY_LABEL, partial(_of_shares, name == "grpo")
 
 
 def shown(value: float | None) -> str:
@@ -118,7 +123,26 @@ def _rule(key: str, parts: Mapping[str, Any]) -> Any:
 
 
 def _of_labels(scores: Numbers, labels: Numbers) -> list[Regard]:
-    return [Regard(f"label {shown(label)}", "", label or 0.0, label) for label in labels]
+    return [
+        Regard(f"label {shown(label)}", "", label or 0.0, label, label or 0.0) for label in labels
+    ]
+
+
+def _of_shares(without_anchor: bool, scores: Numbers, labels: Numbers) -> list[Regard]:
+    """By the labels: above the mean of those that take part the loss raises, at the reference.
+
+    The anchor takes part where it has a label and is not left out.
+    """
+    found = [replace(each, pull=0.0) for each in _of_labels(scores, labels)]
+    known = [at for at, score in enumerate(scores) if score is not None and labels[at] is not None]
+    if known[:1] == [0] and (without_anchor or not labels[0]):
+        del known[0]
+    mean = sum(found[at].preference for at in known) / max(len(known), 1)
+    for at in known:
+        above = found[at].preference - mean
+        # A label is kept with six digits.
+        found[at] = replace(found[at], pull=above if abs(above) > 1e-5 else 0.0)
+    return found
 
 
 def _of_pairs(pairs: Any, scores: Numbers, labels: Numbers) -> list[Regard]:
@@ -145,12 +169,17 @@ def _of_the_anchor(scores: Numbers, labels: Numbers) -> list[Regard]:
 
 
 def _of_the_unlabeled(scores: Numbers, labels: Numbers) -> list[Regard]:
-    return [Regard("positive", "gain", 1.0), *[Regard("unlabeled", "", -1.0)] * (len(scores) - 1)]
+    return [
+        Regard("positive", "gain", 1.0),
+        *[Regard("unlabeled", "", -1.0, pull=0.0)] * (len(scores) - 1),
+    ]
 
 
 def _beside_anchor(rule: Rule, scores: Numbers, labels: Numbers) -> list[Regard]:
     anchor, *candidates = rule(scores, labels)
-    return [replace(anchor, words="imitated", style="gain", preference=math.inf), *candidates]
+    far = math.inf
+    anchor = replace(anchor, words="imitated", style="gain", preference=far, pull=far)
+    return [anchor, *candidates]
 
 
 def _of_scores(scores: Numbers, labels: Numbers) -> list[Regard]:

@@ -8,7 +8,7 @@ from html import escape, unescape
 
 import pytest
 
-from pujax.evaluation.cards import answer_cards
+from pujax.evaluation.cards import Group, answer_cards, group_cards
 from pujax.evaluation.page import write
 from pujax.evaluation.results import Evaluation, Row, save
 from pujax.report import of_several
@@ -259,6 +259,59 @@ def test_a_pair_is_found_by_whether_it_is_ranked_rightly():
     ]
     assert "no true answer" not in cards
     assert cards.count("ROUGE-L 0.50 · pair margin -2.0") == 2
+
+
+# Scores 0, 1, 4 and 3 of the candidates have the mean 2; DPO's pair is the best and the worst of
+# all; labels 0, 1/8, 1/2 and 3/8 have the mean 1/4. What is furthest in a group is coloured the
+# whole way.
+GRPO = {"_target_": "pujax.method.losses.grpo"}
+COLOURS = {
+    "grpo": (
+        GRPO,
+        {"#1": "lowered 1.00", "#2": "lowered 0.50", "#3": "raised 1.00", "#4": "raised 0.50"},
+    ),
+    "dpo": (
+        {
+            "_target_": "pujax.method.pair_losses.dpo",
+            "pairs": {"_target_": "pujax.method.labels.best_vs_worst"},
+        },
+        {"#1": "lowered 1.00", "#3": "raised 1.00"},
+    ),
+    "ldl_grpo": (
+        {"_target_": "pujax.method.losses.ldl_grpo"},
+        {"#1": "lowered 1.00", "#2": "lowered 0.50", "#3": "raised 1.00", "#4": "raised 0.50"},
+    ),
+    "weighted_sft": (
+        {"_target_": "pujax.method.losses.weighted_sft"},
+        {"#2": "raised 0.25", "#3": "raised 1.00", "#4": "raised 0.75"},
+    ),
+    "grpo_anchor": (
+        {"_target_": "pujax.method.losses.beside_anchor", "loss": GRPO},
+        {
+            "anchor": "raised 1.00",
+            "#1": "lowered 1.00",
+            "#2": "lowered 0.50",
+            "#3": "raised 1.00",
+            "#4": "raised 0.50",
+        },
+    ),
+    "raft": ({"_target_": "pujax.method.losses.raft"}, {"#3": "raised 1.00"}),
+    "nnpu": ({"_target_": "pujax.method.losses.nnpu"}, {"anchor": "raised 1.00"}),
+}
+
+
+@pytest.mark.parametrize(("loss", "expected"), COLOURS.values(), ids=COLOURS)
+def test_texts_are_coloured_by_how_far_the_loss_raises_or_lowers_them(loss, expected):
+    texts = [f"<text {i}>" for i in range(5)]
+    group = Group("align", 1, "?", texts, [9.0, 0.0, 1.0, 4.0, 3.0], [0.0, 0.0, 0.125, 0.5, 0.375])
+    cards = group_cards([group], {"loss": loss})
+    found = re.findall(
+        r'<div class="who[^>]*>([^<]*)</div><div class="text"><span class="(\w+)" '
+        r'style="--pull:([0-9.]+)">&lt;text',
+        cards,
+    )
+    assert {who: f"{way} {pull}" for who, way, pull in found} == expected
+    assert cards.count('<div class="text">&lt;text') == 5 - len(expected)
 
 
 def test_a_reward_that_failed_is_said_on_the_page(tmp_path):
