@@ -226,9 +226,9 @@ def _pulls(found: Sequence[Regard]) -> list[float]:
 
     What is imitated beside all that is raised the whole way.
     """
-    told = [each.preference if each.pull is None else each.pull for each in found]
-    most = max((abs(pull) for pull in told if isfinite(pull)), default=0.0)
-    return [pull / most if isfinite(pull) and most else float(np.sign(pull)) for pull in told]
+    pulls = [each.pull for each in found]
+    most = max((abs(pull) for pull in pulls if isfinite(pull)), default=0.0)
+    return [pull / most if isfinite(pull) and most else float(np.sign(pull)) for pull in pulls]
 
 
 def _answer(

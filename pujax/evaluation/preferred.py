@@ -28,22 +28,27 @@ RULES = {
 class Regard:
     """What becomes of one response: in words, their style, how much of it, and a bar in [0, 1].
 
-    Responses are shown by falling `preference`, which is negative where the loss lowers one, and
-    coloured by `pull`, how far it is raised or, negative, lowered; None: by the preference.
+    Responses are shown by falling `preference`, which is negative where the loss lowers one; of
+    what is shown by its label `above` says how far that is above what the loss takes off.
     """
 
     words: str
     style: str
     preference: float
     bar: float | None = None
-    pull: float | None = None
+    above: float | None = None
+
+    @property
+    def pull(self) -> float:
+        """How far the loss raises the response or, negative, lowers it."""
+        return self.preference if self.above is None else self.above
 
 
 Rule = Callable[[Numbers, Numbers], list[Regard]]
 """A group's scores and labels, the anchor first and None where not finite, to what becomes of
 each response."""
 
-UNUSED = Regard("not used", "", 0.0, pull=0.0)
+UNUSED = Regard("not used", "", 0.0)
 BY_LABEL = "by falling label; the bar is the label."
 
 
@@ -123,9 +128,7 @@ def _rule(key: str, parts: Mapping[str, Any]) -> Any:
 
 
 def _of_labels(scores: Numbers, labels: Numbers) -> list[Regard]:
-    return [
-        Regard(f"label {shown(label)}", "", label or 0.0, label, label or 0.0) for label in labels
-    ]
+    return [Regard(f"label {shown(label)}", "", label or 0.0, label) for label in labels]
 
 
 def _of_shares(without_anchor: bool, scores: Numbers, labels: Numbers) -> list[Regard]:
@@ -133,7 +136,7 @@ def _of_shares(without_anchor: bool, scores: Numbers, labels: Numbers) -> list[R
 
     The anchor takes part where it has a label and is not left out.
     """
-    found = [replace(each, pull=0.0) for each in _of_labels(scores, labels)]
+    found = [replace(each, above=0.0) for each in _of_labels(scores, labels)]
     known = [at for at, score in enumerate(scores) if score is not None and labels[at] is not None]
     if known[:1] == [0] and (without_anchor or not labels[0]):
         del known[0]
@@ -141,7 +144,7 @@ def _of_shares(without_anchor: bool, scores: Numbers, labels: Numbers) -> list[R
     for at in known:
         above = found[at].preference - mean
         # A label is kept with six digits.
-        found[at] = replace(found[at], pull=above if abs(above) > 1e-5 else 0.0)
+        found[at] = replace(found[at], above=above if abs(above) > 1e-5 else 0.0)
     return found
 
 
@@ -169,16 +172,13 @@ def _of_the_anchor(scores: Numbers, labels: Numbers) -> list[Regard]:
 
 
 def _of_the_unlabeled(scores: Numbers, labels: Numbers) -> list[Regard]:
-    return [
-        Regard("positive", "gain", 1.0),
-        *[Regard("unlabeled", "", -1.0, pull=0.0)] * (len(scores) - 1),
-    ]
+    return [Regard("positive", "gain", 1.0), *[Regard("unlabeled", "", -1.0)] * (len(scores) - 1)]
 
 
 def _beside_anchor(rule: Rule, scores: Numbers, labels: Numbers) -> list[Regard]:
     anchor, *candidates = rule(scores, labels)
     far = math.inf
-    anchor = replace(anchor, words="imitated", style="gain", preference=far, pull=far)
+    anchor = replace(anchor, words="imitated", style="gain", preference=far, above=None)
     return [anchor, *candidates]
 
 

@@ -296,7 +296,10 @@ COLOURS = {
         },
     ),
     "raft": ({"_target_": "pujax.method.losses.raft"}, {"#3": "raised 1.00"}),
-    "nnpu": ({"_target_": "pujax.method.losses.nnpu"}, {"anchor": "raised 1.00"}),
+    "nnpu": (
+        {"_target_": "pujax.method.losses.nnpu"},
+        {"anchor": "raised 1.00", **{f"#{i}": "lowered 1.00" for i in range(1, 5)}},
+    ),
 }
 
 
