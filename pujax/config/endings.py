@@ -2,6 +2,7 @@
 
 import difflib
 import errno
+import inspect
 import os
 import re
 import sys
@@ -17,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from pujax.config.compose import A_LIST, A_MAPPING, a_section, conf_dir
 from pujax.config.overrides import type_of
+from pujax.config.stand_ins import stand_in
 from pujax.config.sweeps import LAUNCHERS
 from pujax.errors import PujaxError, StopRequested
 from pujax.text import MASKED
@@ -269,19 +271,33 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     """A key that the settings don't have, with the nearest that they have."""
     known = list(_keys(schema))
     node = getattr(error.__cause__, "parent_node", None)
-    if isinstance(node, DictConfig):  # inside of a function's node, which no schema describes
-        known += [f"{key.rpartition('.')[0]}.{name}" for name in node if "_target_" in node]
+    place, _, last = key.rpartition(".")
+    inside = False
+    if isinstance(node, DictConfig) and isinstance(node.get("_target_"), str):  # a function's
+        settings = _settings(node["_target_"])
+        inside = node._get_full_key(None) == place
+        if inside and (settings is None or last in settings):
+            return f"{key}: no such setting: its file leaves it out: write +{key}="
+        known += [f"{place}.{name}" for name in settings or ()]
     others = [other for other in known if other != key]
-    last = key.rpartition(".")[2]
     alike = [other for other in others if other.rpartition(".")[2] == last and "." in other]
     near = _nearest(key, others)
     if alike:  # of another section
         near = f", did you mean {' or '.join(alike[:3])}?"
-    if key.startswith("scorer.score.function"):
+    if key.startswith("scorer.score.function") and not inside:
         near = ": only a reward has a function: add scorer=reward"
     if key == "prompt":  # of chat, say, which is for several
         near = ", `pujax generate` takes one"
     return f"{key}: no such setting{near or ': take it out'}"
+
+
+def _settings(target: str) -> list[str] | None:
+    """What settings a function has; None of a user's own, which is not imported for this."""
+    if not target.startswith("pujax."):
+        return None
+    function = stand_in(target)
+    found = inspect.signature(function).parameters.values() if function else ()
+    return [each.name for each in found if each.kind is each.KEYWORD_ONLY]
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:

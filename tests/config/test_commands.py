@@ -116,6 +116,24 @@ def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
     assert not re.search(r"ydra|Config\b|Dict|Optional", line)
 
 
+@pytest.mark.parametrize(
+    ("function", "name", "said"),
+    [
+        ("pujax.rewards.regex", "pattern", "its file leaves it out: write +{key}="),
+        ("pujax.rewards.regex", "patern", "did you mean scorer.score.function.pattern?"),
+        ("mine.f", "least", "its file leaves it out: write +{key}="),
+    ],
+)
+def test_a_functions_setting_that_its_file_lacks_is_added_with_a_plus(
+    monkeypatch, capsys, function, name, said
+):
+    key = f"scorer.score.function.{name}"
+    words = ["scorer=reward", f"scorer.score.function._target_={function}", f"{key}=3"]
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", *words) == 1
+    assert f"{key}: no such setting" in (line := capsys.readouterr().err)
+    assert said.format(key=key) in line
+
+
 def test_a_setting_that_is_written_as_an_option_is_told_as_one(monkeypatch, capsys):
     for words, said in (
         (("--seed", "3"), "no option --seed: a setting is written seed=3: --hydra-help"),
