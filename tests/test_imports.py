@@ -140,7 +140,7 @@ WRONG = {
     "evaluate run=run name=mine": "name='mine': a run alone shows its stages: take it out",
     "evaluate run=run suite=costs suite.prompts=0": "suite.prompts=0: must be positive",
     "evaluate run=run suite=[costs,signal]": "suite=[costs,signal]: choose one, or go through them",
-    "evaluate run=run eval=[foo]": "no such choice (eval has anchor_logp, contains, di",
+    "evaluate run=run eval=[foo]": "no such choice (eval has anchor_logp, anchors, co",
     "evaluate run=run suite=winrate suite.model=x": "suite.model='x': has no answers here: choose",
     "export model=m.gguf out=a push=mine": "push='mine': write OWNER/NAME",
     "export model=run out=a": "model=run: a run, or a folder of runs: give it as run=run",

@@ -80,7 +80,7 @@ def called(monkeypatch, act, *arguments, name="train"):
         ("loss.betta=1", "loss.betta: no such setting, did you mean loss.beta?"),
         ("teacher.retries=3", "teacher.retries: no such setting, did you mean collect.retries?"),
         ("scorer.score.function._target_=mine.f", "_target_: no such setting: only a reward has a"),
-        ("eval=nosuch", "no such choice (eval has anchor_logp, contains,"),
+        ("eval=nosuch", "no such choice (eval has anchor_logp, anchors,"),
         ("model=my-model", "; a folder, a file or a hub's name is model.path=my-model"),
         ("teacher.price.output=1,5", "write teacher.price.output=1.5"),
         ("+align.speed=1", "align.speed: no such setting: take it out"),

@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 from pujax.collect import CollectRun, PromptsConfig
 from pujax.config import stand_ins
 from pujax.config.compose import conf_dir, from_hydra, register
-from pujax.config.functions import build, fits, foresee
+from pujax.config.functions import build, build_metrics, fits, foresee
 from pujax.config.model_settings import LoraConfig, ModelConfig, ShapeConfig
 from pujax.config.settings import (
     AlignConfig,
@@ -60,6 +60,19 @@ def test_every_experiment_composes_and_builds_its_functions(name):
         (config.loss, "loss"),
     ):
         assert callable(build(node, key))
+
+
+@pytest.mark.parametrize(
+    ("name", "held"),
+    [
+        ("anchors", ["anchor_logp", "perplexity", "rouge_l", "length", "finished", "distinct_2"]),
+        ("verifiable", ["exact", "contains", "sampled_exact", "sampled_contains", "pass_at_4"]),
+    ],
+)
+def test_a_set_of_metrics_has_those_that_its_file_lists(name, held):
+    config = composed("+experiment=quickstart", f"eval=[{name}]", "eval.samples=4")
+    built = build_metrics(from_hydra(TrainConfig, config).eval)
+    assert [*built] == held
 
 
 @pytest.mark.parametrize("group", ["loss", "scorer", "labels", "model"])
