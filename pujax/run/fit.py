@@ -59,6 +59,7 @@ from pujax.run.rewarding import Rewards, try_rewards
 from pujax.run.selection import criterion_of
 from pujax.run.stages import Fitting, Run, Stage
 from pujax.run.student import check_memory, like_state, load_student, new_state, shape_of
+from pujax.run.symptoms import Symptoms
 from pujax.run.trackers import telling
 from pujax.run.trial import try_recipe
 from pujax.run.unanswered import refuse_batches
@@ -164,6 +165,7 @@ def fit(
                 say,
                 stopping,
                 criterion,
+                symptoms=Symptoms(config.align.steps),
                 fitting=fitting,
                 forecast=forecast(config, student.model, recipe, train_data, asked),
             )

@@ -15,6 +15,7 @@ from pujax.files.durable import Line
 from pujax.types import Group
 
 WINDOW = 20  # steps that are looked at together: a step alone is noise
+FEWEST = 8  # and all of a shorter stage, if it has so many
 
 CORRELATED = 0.5  # |r| of scores with lengths; chance gives 0.06 over 20 steps of 16 candidates
 ONE_HOT, FLAT = 0.05, 0.95  # the labels' entropy as a share of log K; τ = 0.5 gives about 0.6
@@ -103,10 +104,11 @@ class Symptoms:
     """Sees every line of `metrics.jsonl` in its order; `of` returns what there is to say of one.
 
     Each symptom is told of once. A resumed run shows the lines that it had to a new one first, and
-    so doesn't say again what was said.
+    so doesn't say again what was said. `steps` is how many alignment has.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int = 2 * WINDOW) -> None:
+        self._window = max(FEWEST, min(WINDOW, steps))
         self._told: set[str] = set()
         self._first: dict[str, list[Line]] = {}
         self._last: dict[str, deque[Line]] = {}
@@ -121,7 +123,7 @@ class Symptoms:
             return self._once({"memorised": self._memorised(line)})
         self.course(line["stage"]).take(line)
         first = self._first.setdefault(line["stage"], [])
-        last = self._last.setdefault(line["stage"], deque(maxlen=WINDOW))
+        last = self._last.setdefault(line["stage"], deque(maxlen=self._window))
         if len(first) < WINDOW:
             first.append(line)
         last.append(line)
@@ -129,7 +131,7 @@ class Symptoms:
         if (failed := line.get("score/failed")) is not None:
             self.failed.append(failed)
         found = {"control": self.control.warning}
-        if line["stage"] == "align" and len(last) == WINDOW:
+        if line["stage"] == "align" and len(last) == self._window:
             found |= {name: rule(first, last) for name, rule in RULES.items()}
         where = f"align step {line['step']}: "
         return self._once({name: said and where + said for name, said in found.items()})
@@ -175,8 +177,8 @@ def _by_length(first: Sequence[Line], last: deque[Line]) -> str | None:
     what = "scores" if scored else "ratings"
     remedy = "another scorer" if scored else "loss=simpo or another by mean log-probs"
     return (
-        f"{what} go with length (correlation {fmean(values):.2f} over {WINDOW} steps): the student "
-        f"is taught to write {way} answers: read samples.jsonl, or take {remedy}"
+        f"{what} go with length (correlation {fmean(values):.2f} over {len(values)} steps): "
+        f"the student is taught to write {way} answers: read samples.jsonl, or take {remedy}"
     )
 
 
@@ -198,7 +200,7 @@ def _labels(first: Sequence[Line], last: deque[Line]) -> str | None:
 
 def _sinking(first: Sequence[Line], last: deque[Line]) -> str | None:
     before, now = _values(first, "logps/chosen"), _values(last, "logps/chosen")
-    if not before or not now:
+    if not before or len(now) < WINDOW:  # the prompts of a few steps differ by more
         return None
     error = math.hypot(stdev(before), stdev(now)) / math.sqrt(WINDOW)
     if fmean(before) - fmean(now) < max(FALLEN * abs(fmean(before)), SURE * error):
@@ -236,4 +238,4 @@ RULES: Mapping[str, Callable[[Sequence[Line], deque[Line]], str | None]] = {
     "cut off": _cut_off,
     "far": _far,
 }
-"""What is looked for in the first and the last `WINDOW` lines of alignment."""
+"""What is looked for in the first and the last lines of alignment."""

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 from groups import make_group
 
-from pujax.run.symptoms import WINDOW, Course, Symptoms, group_notes
+from pujax.run.symptoms import FEWEST, WINDOW, Course, Symptoms, group_notes
 
 
 def test_the_notes_of_a_group_by_hand():
@@ -74,6 +74,21 @@ def test_a_symptom_is_told_once_when_it_has_lasted(metric, value, said):
     assert said in line
     assert told(Symptoms(), lines(metric, [value] * (WINDOW - 1))) == []
     assert told(Symptoms(), lines(metric, [None] * 3 * WINDOW)) == []
+
+
+@pytest.mark.parametrize(("steps", "said"), [(FEWEST - 1, 0), (FEWEST, 1), (12, 1)])
+def test_all_of_a_short_stage_is_looked_at_at_its_end(steps, said):
+    symptoms = Symptoms(steps)
+    *before, last = lines("kl/ref", [2.0] * steps)
+    assert told(symptoms, before) == []
+    assert len(told(symptoms, [last])) == said
+    assert told(Symptoms(steps), lines("kl/ref", [0.4] * steps)) == []
+
+
+def test_other_prompts_in_a_short_stage_are_no_sinking_of_the_chosen():
+    """Means of eight anchors' log-probs by step in a run that stayed 0.02 nats a token away."""
+    chosen = [-9.4, -2.1, -1.3, -1.0, -12.8, -11.2, -10.2, -13.4]
+    assert told(Symptoms(8), lines("logps/chosen", chosen)) == []
 
 
 def test_chosen_responses_that_sink_are_told_apart_from_noise():
