@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -1068,6 +1069,18 @@ def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkey
     assert figures.by_anchors(shown[0]) == {"GRPO": ([(4, 0.375), (10, 0.5)], [(6, 0.25)])}
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("folder", ["results", "results/gpu"])
+def test_the_tables_that_are_shipped_are_those_of_the_results_beside_them(
+    folder, tmp_path, monkeypatch
+):
+    shipped = Path(tables.__file__).parent / folder
+    shutil.copytree(shipped, tmp_path / "copy", ignore=shutil.ignore_patterns("*.md", "gpu"))
+    monkeypatch.setattr(figures, "drawn", lambda *_: ())
+    tables.build(tmp_path / "copy")
+    assert (tmp_path / "copy" / "tables.md").read_bytes() == (shipped / "tables.md").read_bytes()
+
+
 def test_figures_are_drawn_of_what_there_is(tmp_path):
     course = [
         {"model": "base", "step": 0, "seconds": {"wall": 0, "processor": 0}, "kl": None}
@@ -1083,6 +1096,35 @@ def test_figures_are_drawn_of_what_there_is(tmp_path):
     tables.build(tmp_path)
     for name in ("curves", "kl", "seeds", "anchors"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_curves_are_of_what_each_seed_gained_and_named_by_where_they_end(monkeypatch):
+    def course(*values):
+        return [
+            {"model": "aligned" if step else "base", "step": step, "eval/sampled_exact": value}
+            | {"seconds": {"processor": 60 * step}}
+            for step, value in enumerate(values)
+        ]
+
+    rows = (0.25, 1.0)
+    arms = {
+        "down": [made("down", "Down", 1, 0, rows, course=course(0.5, 0.4))],
+        "up": [
+            made("up", "Up", 2, 0, rows, course=course(0.1, 0.2, 0.5)),
+            made("up", "Up", 2, 1, rows, course=course(0.3, 0.3, 0.5)),
+        ],
+    }
+    shown = []
+    monkeypatch.setattr(figures, "_png", shown.append)
+    figures.curves(arms)
+    (drawn,) = shown
+    by_step, by_minute = drawn.axes
+    zero, down, up = sorted(by_minute.lines, key=lambda line: len(line.get_ydata()))[:3]
+    found = {line.get_label(): line.get_ydata() for line in (zero, down, up)}
+    assert found["Down (1)"] == pytest.approx([0, -0.1])
+    assert found["Up (2)"] == pytest.approx([0, 0.05, 0.3])
+    assert [*by_step.lines[1].get_xdata()] == [0, 1, 2]
+    assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["Up (2)", "Down (1)"]
 
 
 def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():

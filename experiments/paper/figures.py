@@ -7,6 +7,7 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -37,7 +38,7 @@ def drawn(
         _by_name([run for (_, _, of), run in sorted(results.items()) if of == split])
         for split in ("validation", "test")
     )
-    final = {name: runs for name, runs in validated.items() if name in tested} or validated
+    final = {n: runs for n, runs in validated.items() if n in tested and n in chosen} or validated
     started = {
         name: runs
         for name, runs in final.items()
@@ -91,7 +92,11 @@ def _title(arms: Arms) -> str:
 
 @_plain
 def curves(arms: Arms) -> bytes:
-    """The metric on validation over an arm's steps, and over its processor minutes."""
+    """What an arm gained on validation over its steps, and over its processor minutes.
+
+    Over what each of its seeds started from: arms with other seeds begin at other heights. The
+    names are in the order in which the arms end.
+    """
     figure = _figure(13, 4.2)
     for column, (label, at) in enumerate(
         (
@@ -102,14 +107,15 @@ def curves(arms: Arms) -> bytes:
     ):
         axes = figure.add_subplot(1, 2, column)
         for place, (name, runs) in enumerate(zip(_names(arms), arms.values(), strict=True)):
-            courses = [_course(run) for run in runs]
-            points = [each for each in zip(*courses, strict=False) if each]
+            points = [*zip(*map(_course, runs), strict=False)]  # by time, a seed each
             x = [fmean(at(point) for point in each) for each in points]
-            y = [fmean(_value(runs[0], point) for point in each) for each in points]
+            y = [fmean(map(_gain, runs, each)) for each in points]
             axes.plot(x, y, label=f"{name} ({len(runs)})", **_style(place), ms=4)
-        _label(axes, label, _title(arms))
-    handles, titles = figure.axes[0].get_legend_handles_labels()
-    figure.legend(handles, titles, loc="outside right upper", frameon=False, fontsize=8)
+        axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
+        _label(axes, label, f"gain in {_title(arms)}")
+    named = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
+    named.sort(key=lambda line: -np.asarray(line.get_ydata())[-1])
+    figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
 
 
@@ -128,6 +134,11 @@ def _value(run: raw.Raw, point: raw.Raw) -> float:
     return point[f"eval/{run['metric']}"]
 
 
+def _gain(run: raw.Raw, point: raw.Raw) -> float:
+    """What a run has gained by an evaluation of its course over what it started from."""
+    return _value(run, point) - _value(run, _course(run)[0])
+
+
 @_plain
 def kl_against_gain(arms: Arms) -> bytes:
     """Every run's gain on validation over what it started from, against its KL to that."""
@@ -135,7 +146,7 @@ def kl_against_gain(arms: Arms) -> bytes:
     axes = figure.add_subplot()
     for place, (name, runs) in enumerate(zip(_names(arms), arms.values(), strict=True)):
         x = [_last(run)["kl"] for run in runs]
-        y = [_value(run, _course(run)[-1]) - _value(run, _course(run)[0]) for run in runs]
+        y = [_gain(run, _course(run)[-1]) for run in runs]
         axes.plot(x, y, linestyle="none", label=name, **_style(place), ms=6)
     axes.axhline(0, color="#999999", linewidth=0.8)
     _label(axes, "KL to the model that it starts from (nats a token)", f"gain in {_title(arms)}")
