@@ -7,7 +7,7 @@ from unittest.mock import MagicMock
 import jax
 import pytest
 
-from pujax import evaluate
+from pujax import evaluate, export
 from pujax.config.model_settings import ModelConfig
 from pujax.config.settings import DataConfig, TrainConfig
 from pujax.config.tool_settings import HeldoutConfig, MeasureConfig
@@ -120,8 +120,11 @@ def test_models_without_a_run_stand_side_by_side_under_their_files_names(finishe
     other = finished.parent / "other-model"
     if not other.exists():
         other.symlink_to(finished / "export")
+    file = finished.parent / "stored.gguf"
+    source = str(finished / "export")
+    export.run(export.ExportConfig(model=source, out=str(file), format="gguf", kind="F16"))
     status, said = called(
-        f"model=[{finished}/export,{other}]",
+        f"model=[{finished}/export,{other},{file}]",
         f"data.heldout={finished.parent}/other.jsonl",
         f"data.anchors={QUICKSTART}/anchors.jsonl",
         "data.max_response_tokens=8",
@@ -130,10 +133,16 @@ def test_models_without_a_run_stand_side_by_side_under_their_files_names(finishe
     )
     assert status == 0, said
     assert "other-model - export" in said
-    one, two = (
-        load(finished.parent / "beside" / f"eval-{n}.jsonl") for n in ("export", other.name)
+    assert "stored - other-model" in said
+    one, two, stored = (
+        load(finished.parent / "beside" / f"eval-{name}.jsonl")
+        for name in ("export", "other-model", "stored")
     )
     assert one.rows == two.rows
+    for row, same in zip(one.rows, stored.rows, strict=True):  # but for its 16 bits
+        value = row.values["anchor_logp"]
+        assert same.values["anchor_logp"] == pytest.approx(value, abs=1e-3)
+        assert same.values["anchor_logp"] != value
 
 
 @pytest.mark.slow
