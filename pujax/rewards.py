@@ -16,9 +16,6 @@ far as its rewards do: by a clock, a server or a time limit they may not. How th
 is ours.
 """
 
-import functools
-import importlib
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -28,6 +25,7 @@ from typing import Any
 from pujax.errors import ConfigError, one_of, require
 from pujax.evaluation import text
 from pujax.records import Prompt
+from pujax.schemas import Schema, check_schema, holds, parsed
 
 NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?"  # a sign, not a minus between two numbers
@@ -162,88 +160,29 @@ def json_object(response: str, *, required: Mapping[str, str]) -> float:
     """
     for key, kind in required.items():
         one_of(f"scorer.score.function.required.{key}", kind, TYPES)
-    value = _json(response)
+    try:
+        value = parsed(response)
+    except ValueError:
+        return 0.0
     if not isinstance(value, dict):
         return 0.0
     return float(all(key in value and _is(value[key], kind) for key, kind in required.items()))
 
 
-def json_schema(response: str, *, schema: str | Mapping[str, Any]) -> float:
+def json_schema(response: str, *, schema: Schema) -> float:
     """1 where the response is JSON, and nothing else, that a JSON Schema holds of.
 
-    By `jsonschema` (pip install 'pujax[json]') in the draft that its `$schema` names, 2020-12 where
-    it names none. A `format` is no rule; nothing is fetched, so a `$ref` leads within the schema.
+    In the draft that its `$schema` names, 2020-12 where it names none. Patterns are Python's, a
+    `format` is no rule, and nothing is fetched: a `$ref` leads within the schema.
 
     Settings:
-        schema: a file with the schema, or the schema itself.
+        schema: a file with the schema, or the schema itself; it takes pip install 'pujax[json]'.
     """
-    _check_schema(schema)
-    unresolvable = importlib.import_module("referencing.exceptions").Unresolvable
-    value = _json(response)
-    if value is _NO_JSON:
+    check_schema("scorer.score.function.schema", schema)
+    try:
+        return float(holds(schema, parsed(response)))
+    except ValueError:
         return 0.0
-    try:
-        return float(_check_schema(schema).is_valid(value))
-    except unresolvable as error:  # what no response has come to yet, no check of a schema finds
-        raise ConfigError(
-            f"scorer.score.function.schema: a $ref leads nowhere ({error}): nothing is fetched: "
-            "put what it names under $defs"
-        ) from error
-
-
-def _check_schema(schema: str | Mapping[str, Any]) -> Any:
-    """What validates by a schema, itself or in a file. Raises `ConfigError`."""
-    place = "scorer.score.function.schema"
-    if not isinstance(schema, str):
-        return _check_schema_text(json.dumps(schema), place)
-    try:
-        with open(schema, encoding="utf-8-sig") as file:
-            return _check_schema_text(file.read(), f"{place}={schema}")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{place}={schema}: can't be read: {error}") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _check_schema_text(text: str, place: str) -> Any:
-    try:
-        jsonschema, specifications = map(importlib.import_module, _JSONSCHEMA)
-    except ImportError as error:
-        raise ConfigError(
-            f"{place}: schemas are checked by jsonschema, and it can't be imported ({error}): "
-            "pip install 'pujax[json]'"
-        ) from error
-    try:
-        schema = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{place}: no JSON: {error}") from error
-    if not isinstance(schema, dict):
-        raise ConfigError(f"{place}: write a JSON object, not {text[:60]!r}")
-    latest = jsonschema.Draft202012Validator
-    draft = jsonschema.validators.validator_for(schema, None if "$schema" in schema else latest)
-    if draft is None:
-        raise ConfigError(f"{place}: jsonschema knows no draft {schema['$schema']!r}")
-    try:
-        draft.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise ConfigError(f"{place}: no JSON Schema: {error.json_path}: {error.message}") from error
-    return draft(schema, registry=specifications.REGISTRY)
-
-
-_JSONSCHEMA = "jsonschema", "jsonschema_specifications"
-
-_NO_JSON = object()
-
-
-def _json(response: str) -> Any:
-    """The value of a whole text in JSON, which has no NaN; `_NO_JSON` where it is none."""
-    try:
-        return json.loads(response, parse_constant=_no_constant)
-    except (ValueError, RecursionError):
-        return _NO_JSON
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is no JSON")
 
 
 def _is(value: Any, kind: str) -> bool:

@@ -25,6 +25,7 @@ FLOORS = [
     {"method", "files"},
     {"teacher"},
     {"evaluation"},
+    {"schemas"},
     {"rewards"},
     {"config"},
     {"run"},

@@ -122,26 +122,78 @@ def test_a_response_is_held_against_a_whole_schema(response, holds, tmp_path):
 @pytest.mark.parametrize(
     ("written", "said"),
     [
-        ("{", r"order\.json: no JSON: Expecting property name"),
-        ("true", r"order\.json: write a JSON object, not 'true'"),
-        ('{"type": "strin"}', r"order\.json: no JSON Schema: \$\.type: 'strin' is not valid"),
-        ('{"pattern": "("}', r"order\.json: no JSON Schema: \$\.pattern: '\(' is not a 'regex'"),
-        ('{"$schema": "mine"}', r"order\.json: jsonschema knows no draft 'mine'"),
-        (b"\xff", r"order\.json: can't be read: 'utf-8' codec"),
-        ('{"$ref": "#/$defs/none"}', r": a \$ref leads nowhere"),
-        ('{"$ref": "http://127.0.0.1:9/x.json"}', r"leads nowhere .*nothing is fetched"),
+        ("{", "no JSON: Expecting property name"),
+        ('{"minimum": NaN}', "no JSON: NaN is no JSON"),
+        ("true", "write a JSON object, not true"),
+        ('{"type": "strin"}', r"no JSON Schema: \$\.type: 'strin' is not valid"),
+        ('{"pattern": "("}', r"no JSON Schema: \$\.pattern: '\(' is not a 'regex'"),
+        ('{"pattern": "a{99999999999}"}', "no schema that can be followed"),
+        ('{"$schema": "mine"}', "jsonschema knows no draft 'mine': the latest is https://json-"),
+        ('{"$schema": 5}', "jsonschema knows no draft 5"),
+        (b"\xff", "is not UTF-8"),
+        ("[" * 100_000, "no JSON: nested too deeply"),
+        ('{"items": ' * 400 + "{}" + "}" * 400, "no schema that can be followed"),
+        ('{"$ref": "#/$defs/none"}', r"a \$ref leads nowhere \(#/\$defs/none\)"),
+        ('{"properties": {"a": {"$ref": "#/$defs/x"}}}', r"a \$ref leads nowhere \(#/\$defs/x\)"),
+        (
+            '{"items": {"$ref": "http://127.0.0.1:9/x.json"}}',
+            r"a \$ref leads nowhere .*nothing is fetched",
+        ),
+        ('{"$ref": "#/allOf/x", "allOf": [{}]}', r"a \$ref leads nowhere \(#/allOf/x\)"),
+        ('{"$ref": "#/$defs/a/type", "$defs": {"a": {"type": "object"}}}', r"a \$ref leads now"),
+        ('{"$ref": "#"}', "no schema that can be followed"),
+        ('{"allOf": [{"$ref": "#"}]}', "no schema that can be followed"),
     ],
 )
 def test_a_schema_that_is_none_is_refused(written, said, tmp_path):
     pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
     file = tmp_path / "order.json"
     file.write_bytes(written if isinstance(written, bytes) else written.encode())
-    with pytest.raises(ConfigError, match=rf"^scorer\.score\.function\.schema.*{said}"):
+    place = r"^scorer\.score\.function\.schema=.*order\.json: "
+    with pytest.raises(ConfigError, match=place + said):
         rewards.json_schema("{}", schema=str(file))
 
 
+@pytest.mark.parametrize("wrong", [{"enum": {1, 2}}, {"minimum": float("nan")}, b"{}"])
+def test_a_value_that_no_schema_has_is_refused(wrong):
+    with pytest.raises(ConfigError, match=r"^scorer\.score\.function\.schema: no JSON"):
+        rewards.json_schema("{}", schema=wrong)
+
+
+@pytest.mark.parametrize(
+    ("schema", "response", "holds"),
+    [
+        ({"multipleOf": 0.01}, "19.99", 1.0),  # which floats say it isn't
+        ({"multipleOf": 0.01}, "19.995", 0.0),
+        ({"multipleOf": 0.1}, "0.3", 1.0),
+        ({"multipleOf": 2}, "1" + "0" * 400, 1.0),
+        ({"multipleOf": 0.1}, "1e999", 0.0),
+        ({"multipleOf": 3}, '"no number"', 1.0),
+        ({"items": {"$ref": "#"}}, "[" * 90 + "]" * 90, 1.0),
+        ({"items": {"$ref": "#"}}, "[" * 900 + "]" * 900, 0.0),
+        ({"$schema": "http://json-schema.org/draft-04/schema#", "type": "integer"}, "2.0", 0.0),
+        ({"type": "integer"}, "2.0", 1.0),
+        ({"$id": "urn:x", "$defs": {"y": {"$id": "urn:y"}}, "$ref": "urn:y"}, "1", 1.0),
+        ({"properties": {"$ref": {"type": "string"}}}, '{"$ref": "a"}', 1.0),
+        ({"const": {"$ref": "#/nowhere"}}, '{"$ref": "#/nowhere"}', 1.0),
+    ],
+)
+def test_schemas_with_a_twist(schema, response, holds):
+    pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
+    assert rewards.json_schema(response, schema=schema) == holds
+
+
+def test_a_schemas_file_in_ones_home_is_read_once(tmp_path, monkeypatch):
+    pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "once.json").write_text('{"type": "string"}')
+    assert rewards.json_schema('"a"', schema="~/once.json") == 1.0
+    (tmp_path / "once.json").write_text("changed while a run goes on")
+    assert rewards.json_schema("1", schema="~/once.json") == 0.0
+
+
 def test_a_schemas_file_that_is_missing_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"schema=.*none\.json: can't be read"):
+    with pytest.raises(ConfigError, match=r"schema=.*none\.json: can't be read: No such file"):
         rewards.json_schema("{}", schema=str(tmp_path / "none.json"))
 
 

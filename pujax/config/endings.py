@@ -10,10 +10,11 @@ import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from pujax.config.compose import A_LIST, A_MAPPING, a_section, conf_dir
@@ -272,32 +273,45 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     known = list(_keys(schema))
     node = getattr(error.__cause__, "parent_node", None)
     place, _, last = key.rpartition(".")
-    inside = False
-    if isinstance(node, DictConfig) and isinstance(node.get("_target_"), str):  # a function's
-        settings = _settings(node["_target_"])
-        inside = node._get_full_key(None) == place
-        if inside and (settings is None or last in settings):
-            return f"{key}: no such setting: its file leaves it out: write +{key}="
-        known += [f"{place}.{name}" for name in settings or ()]
+    if _is_there(node, key):
+        return f"{key}: what it is given has a setting that it has not yet: write +{key}="
+    settings = _settings(node, place)
+    if settings is not None:  # inside of a function's node, which no schema describes
+        if not settings or last in settings:
+            return f"{key}: no such setting yet: write +{key}="
+        known += [f"{place}.{name}" for name in settings]
     others = [other for other in known if other != key]
     alike = [other for other in others if other.rpartition(".")[2] == last and "." in other]
     near = _nearest(key, others)
     if alike:  # of another section
         near = f", did you mean {' or '.join(alike[:3])}?"
-    if key.startswith("scorer.score.function") and not inside:
+    if key.startswith("scorer.score.function") and not _is_there(node, "scorer.score.function"):
         near = ": only a reward has a function: add scorer=reward"
     if key == "prompt":  # of chat, say, which is for several
         near = ", `pujax generate` takes one"
     return f"{key}: no such setting{near or ': take it out'}"
 
 
-def _settings(target: str) -> list[str] | None:
-    """What settings a function has; None of a user's own, which is not imported for this."""
-    if not target.startswith("pujax."):
+def _settings(node: Any, place: str) -> list[str] | None:
+    """The settings of the function that a node at `place` names; none where it isn't pujax's.
+
+    None where that is no function's node. A user's function is not imported for this.
+    """
+    if not isinstance(node, DictConfig) or node._get_full_key(None) != place:
         return None
-    function = stand_in(target)
+    content: Any = OmegaConf.to_container(node, resolve=False)
+    target = content.get("_target_")
+    if not isinstance(target, str):
+        return None
+    function = stand_in(target) if target.startswith("pujax.") else None
     found = inspect.signature(function).parameters.values() if function else ()
     return [each.name for each in found if each.kind is each.KEYWORD_ONLY]
+
+
+def _is_there(node: Any, key: str) -> bool:
+    """Whether the settings that a node is part of have a section of that name."""
+    root = node._get_root() if isinstance(node, DictConfig) else None
+    return OmegaConf.select(root, key, throw_on_missing=False) is not None if root else False
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:

@@ -84,10 +84,10 @@ def foresee(node: Any, key: str, trusted: Sequence[str] = ()) -> Callable[..., A
         bound(*(None for each in taken if each.kind is not inspect.Parameter.KEYWORD_ONLY))
     except ConfigError as error:  # by a key of where such functions mostly are
         said = str(error)
-        own = re.match(r"[\w.]+\.(\w+)=", said)
+        own = re.match(r"[\w.]+\.(\w+)(?=[=:])", said)
         if own is None or own[1] not in bound.keywords:
             raise
-        raise ConfigError(f"{key}.{own[1]}={said[own.end() :]}") from error
+        raise ConfigError(f"{key}.{own[1]}{said[own.end() :]}") from error
     return bound
 
 
@@ -142,6 +142,13 @@ def _built(value: Any, key: str, trusted: Sequence[str], make: Make) -> Any:
     if isinstance(value, Mapping):
         if "_target_" in value:
             return make(value, key, trusted)
+        for name in value:
+            require(
+                not isinstance(name, bool),
+                f"{key}: the name",
+                name,
+                "was on, off, yes or no: quote it",
+            )
         return {str(n): _built(part, f"{key}.{n}", trusted, make) for n, part in value.items()}
     return value
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-_LIGHT = frozenset({"pujax.errors", "pujax.records"})
+_LIGHT = frozenset({"pujax.errors", "pujax.records", "pujax.schemas"})
 """Modules of pujax by whose functions settings are checked, and which import nothing."""
 
 _CHECK = re.compile(r"_?check_\w+|require|one_of")
@@ -25,7 +25,10 @@ _ONE_AT_A_TIME = threading.Lock()
 def source_of(module: str) -> str:
     """The text of a module of pujax; nothing of one that there is not, or from elsewhere."""
     file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
-    known = module.startswith("pujax.") and file.is_file()
+    try:
+        known = module.startswith("pujax.") and file.is_file()
+    except OSError:  # a name too long for one
+        known = False
     return file.read_text(encoding="utf-8") if known else ""
 
 

@@ -17,7 +17,9 @@ from pujax.types import Group
 WINDOW = 20  # steps that are looked at together: a step alone is noise
 FEWEST = 8  # and all of a shorter stage, if it has so many
 
-CORRELATED = 0.5  # |r| of scores with lengths; chance gives 0.06 over 20 steps of 16 candidates
+# |r| of scores with lengths. Chance gives 0.06 over 20 steps of 16 candidates, 0.07 over 8 of 32;
+# over 8 steps of two candidates it gives as much as this in one stage of four.
+CORRELATED = 0.5
 ONE_HOT, FLAT = 0.05, 0.95  # the labels' entropy as a share of log K; τ = 0.5 gives about 0.6
 FALLEN = 1 / 3  # by which a summed log-prob has sunk, and by SURE standard errors at least
 SURE = 4.0

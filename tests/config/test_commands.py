@@ -119,9 +119,11 @@ def test_what_does_not_compose_is_one_line_with_the_nearest_that_does(
 @pytest.mark.parametrize(
     ("function", "name", "said"),
     [
-        ("pujax.rewards.regex", "pattern", "its file leaves it out: write +{key}="),
+        ("pujax.rewards.regex", "pattern", "no such setting yet: write +{key}="),
         ("pujax.rewards.regex", "patern", "did you mean scorer.score.function.pattern?"),
-        ("mine.f", "least", "its file leaves it out: write +{key}="),
+        ("mine.f", "least", "no such setting yet: write +{key}="),
+        ("${nosuch}", "least", "no such setting yet: write +{key}="),
+        (f"pujax.{'a' * 300}.f", "least", "no such setting yet: write +{key}="),
     ],
 )
 def test_a_functions_setting_that_its_file_lacks_is_added_with_a_plus(
@@ -132,6 +134,15 @@ def test_a_functions_setting_that_its_file_lacks_is_added_with_a_plus(
     assert called(monkeypatch, lambda _: pytest.fail("ran"), "+experiment=smoke", *words) == 1
     assert f"{key}: no such setting" in (line := capsys.readouterr().err)
     assert said.format(key=key) in line
+
+
+def test_a_whole_function_with_a_new_setting_is_given_with_a_plus(monkeypatch, capsys):
+    node = "{_target_: pujax.rewards.regex, _partial_: true, pattern: x}"
+    words = "+experiment=smoke", "scorer=reward", f"scorer.score.function={node}"
+    assert called(monkeypatch, lambda _: pytest.fail("ran"), *words) == 1
+    assert "it has not yet: write +scorer.score.function=" in capsys.readouterr().err
+    words = *words[:2], f"+scorer.score.function={node}"
+    assert called(monkeypatch, lambda _: None, *words) in (None, 0)
 
 
 def test_a_setting_that_is_written_as_an_option_is_told_as_one(monkeypatch, capsys):

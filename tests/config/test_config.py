@@ -447,6 +447,24 @@ def test_the_settings_of_a_reward_by_keys_are_checked_early():
         foresee({**JSON, "required": {"a": "text"}}, "f")
 
 
+SCHEMA = {"_target_": "pujax.rewards.json_schema", "_partial_": True}
+
+
+def test_a_schema_is_checked_early_and_told_by_its_own_place():
+    pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
+    foresee({**SCHEMA, "schema": {"type": "string"}}, "data.gate.check")
+    with pytest.raises(ConfigError, match=r"^data\.gate\.check\.schema: no JSON Schema: \$\.type"):
+        foresee({**SCHEMA, "schema": {"type": "strin"}}, "data.gate.check")
+    with pytest.raises(ConfigError, match=r"^data\.gate\.check\.schema=no\.json: can't be read"):
+        foresee({**SCHEMA, "schema": "no.json"}, "data.gate.check")
+
+
+def test_a_name_that_yaml_reads_as_a_truth_value_is_refused():
+    named = OmegaConf.create("schema: {properties: {on: {type: integer}}}").schema
+    with pytest.raises(ConfigError, match=r"the name=True: was on, off, yes or no: quote it"):
+        foresee({**SCHEMA, "schema": named}, "f")
+
+
 def test_a_default_that_only_the_module_knows_is_not_checked_before_it_is_there():
     foresee({**RANKING}, "suite")
     with pytest.raises(ConfigError, match=r"suite\.preference=2\.0"):
