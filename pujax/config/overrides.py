@@ -47,6 +47,7 @@ def in_hydra_words(
     """
     for given in overrides:
         _refuse_deletion(given, schema, groups)
+    _refuse_lost_choices(overrides)
     words = (_in_hydra_words(given, schema, groups, sweep) for given in overrides)
     return [f"++{word}" if _opens(word, schema) else word for word in words]
 
@@ -62,6 +63,18 @@ def _refuse_deletion(given: str, schema: type, groups: Collection[str]) -> None:
     known = is_dataclass(record) and name in get_type_hints(record)
     if given.startswith("~") and known and key not in groups:
         raise ConfigError(f"{given}: a setting can't be taken out: give it another value")
+
+
+def _refuse_lost_choices(overrides: Sequence[str]) -> None:
+    """Raise `ConfigError` for +GROUP= beside GROUP=, of which Hydra takes the second alone."""
+    for group in LISTS:
+        chosen, more = (
+            [word.partition("=")[2].strip("[]") for word in overrides if word.startswith(start)]
+            for start in (f"{group}=", f"+{group}=")
+        )
+        if chosen and more:
+            whole = f"{group}=[{','.join([chosen[-1], *more])}]"
+            raise ConfigError(f"+{group}={more[0]}: {group}= says which there are: write {whole}")
 
 
 def _opens(word: str, schema: type) -> bool:
