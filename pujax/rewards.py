@@ -25,7 +25,7 @@ from typing import Any
 from pujax.errors import ConfigError, one_of, require
 from pujax.evaluation import text
 from pujax.records import Prompt
-from pujax.schemas import Schema, check_schema, holds, parsed
+from pujax.schemas import Schema, check_schema, is_valid, parsed
 
 NUMBER = re.compile(
     r"(?:(?<![\w.)])[-+])?"  # a sign, not a minus between two numbers
@@ -170,19 +170,21 @@ def json_object(response: str, *, required: Mapping[str, str]) -> float:
 
 
 def json_schema(response: str, *, schema: Schema) -> float:
-    """1 where the response is JSON, and nothing else, that a JSON Schema holds of.
+    """1 where the response is JSON and nothing else, valid against a JSON Schema.
 
     In the draft that its `$schema` names, 2020-12 where it names none. Patterns are Python's, a
     `format` is no rule, and nothing is fetched: a `$ref` leads within the schema.
 
     Settings:
-        schema: a file with the schema, or the schema itself; it takes pip install 'pujax[json]'.
+        schema: a file, which each worker reads when it starts, or the schema itself; both take pip
+            install 'pujax[json]'.
     """
     check_schema("scorer.score.function.schema", schema)
     try:
-        return float(holds(schema, parsed(response)))
+        value = parsed(response)
     except ValueError:
         return 0.0
+    return float(is_valid(value, schema))
 
 
 def _is(value: Any, kind: str) -> bool:

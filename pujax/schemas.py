@@ -1,8 +1,7 @@
-"""JSON Schema, by the package jsonschema (extra json): a schema checked, and what it holds of."""
+"""JSON Schema, by the package jsonschema (extra json): a schema checked, a value validated."""
 
 import importlib
 import json
-import os
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
@@ -17,9 +16,9 @@ _VALIDATORS: dict[str | int, tuple[Schema, Any]] = {}
 
 
 def check_schema(key: str, schema: Schema) -> None:
-    """Raise `ConfigError`, naming `key`, for what is no schema or leads outside itself.
+    """Raise `ConfigError`, naming `key`, for no JSON Schema, or one that refers outside itself.
 
-    A file is read once a process.
+    A process reads a file once.
     """
     at = schema if isinstance(schema, str) else id(schema)
     if at not in _VALIDATORS:
@@ -27,8 +26,8 @@ def check_schema(key: str, schema: Schema) -> None:
         _VALIDATORS[at] = schema, _validator(place, _read(place, schema))
 
 
-def holds(schema: Schema, value: Any) -> bool:
-    """Whether a schema that was checked holds of a value of `json.loads`."""
+def is_valid(value: Any, schema: Schema) -> bool:
+    """Whether a value of `json.loads` is valid against a schema that was checked."""
     _, validator = _VALIDATORS[schema if isinstance(schema, str) else id(schema)]
     try:
         return validator.is_valid(value)
@@ -37,7 +36,7 @@ def holds(schema: Schema, value: Any) -> bool:
 
 
 def parsed(text: str) -> Any:
-    """The value of a whole text in JSON, which has neither NaN nor infinities.
+    """The value of a whole text in JSON, without the constants NaN and Infinity.
 
     Raises ValueError where it is none, or is nested too deeply to be read.
     """
@@ -52,14 +51,14 @@ def _no_constant(name: str) -> Any:
 
 
 def _read(place: str, schema: Schema) -> Any:
-    """The schema as JSON has it."""
+    """The schema as JSON has it. Raises `ConfigError`."""
     try:
         if not isinstance(schema, str):
             return parsed(json.dumps(schema, allow_nan=False))
-        with open(os.path.expanduser(schema), encoding="utf-8-sig") as file:
+        with open(schema, encoding="utf-8-sig") as file:
             return parsed(file.read())
     except OSError as error:
-        raise ConfigError(f"{place}: can't be read: {error.strerror}") from error
+        raise ConfigError(f"{place}: can't be read: {error.strerror}: name another file") from error
     except UnicodeError as error:
         raise ConfigError(f"{place}: is not UTF-8: save it as that") from error
     except (ValueError, TypeError, RecursionError) as error:
@@ -67,6 +66,7 @@ def _read(place: str, schema: Schema) -> Any:
 
 
 def _validator(place: str, schema: Any) -> Any:
+    """A validator by a schema whose references were all followed. Raises `ConfigError`."""
     try:
         jsonschema = importlib.import_module("jsonschema")
         specifications = importlib.import_module("jsonschema_specifications")
@@ -87,25 +87,18 @@ def _validator(place: str, schema: Any) -> Any:
             f"{latest.META_SCHEMA['$schema']}"
         )
 
-    def multiple_of(_: Any, step: Any, number: Any, __: Any) -> Any:
-        """As decimals: 19.99 is a multiple of .01, which floats say it isn't."""
-        if not known.TYPE_CHECKER.is_type(number, "number") or _divides(step, number):
-            return
-        yield jsonschema.ValidationError(f"{number!r} is not a multiple of {step}")
-
-    draft = jsonschema.validators.extend(known, {"multipleOf": multiple_of})
     specification = referencing.specification_with(named)
     try:
         known.check_schema(schema)
         resource = specification.create_resource(schema)
         own = resource.id() or ""
         registry = specifications.REGISTRY.with_resource(own, resource)
-        _check_references(resource, registry.resolver(base_uri=own))
-        validator = draft(schema, registry=registry)
-        for value in (None, {}, [], 0, ""):  # one that refers to itself goes round at once
-            validator.is_valid(value)
+        validator = _in_decimals(jsonschema, known)(schema, registry=registry)
+        _check_followed(resource, registry.resolver(base_uri=own), validator, specification, set())
     except jsonschema.SchemaError as error:
-        raise ConfigError(f"{place}: no JSON Schema: {error.json_path}: {error.message}") from error
+        raise ConfigError(
+            f"{place}: no JSON Schema: {error.json_path}: {error.message}: mend it"
+        ) from error
     except LookupError as error:
         raise ConfigError(
             f"{place}: a $ref leads nowhere ({error}): nothing is fetched: put what it names under "
@@ -119,6 +112,18 @@ def _validator(place: str, schema: Any) -> Any:
     return validator
 
 
+def _in_decimals(jsonschema: Any, draft: Any) -> Any:
+    """The draft's class of validators, by which 19.99 is a multiple of .01; by floats it isn't."""
+    if "multipleOf" not in draft.VALIDATORS:  # draft 3
+        return draft
+
+    def multiple_of(validator: Any, step: Any, number: Any, _: Any) -> Any:
+        if validator.is_type(number, "number") and not _divides(step, number):
+            yield jsonschema.ValidationError(f"{number!r} is not a multiple of {step}")
+
+    return jsonschema.validators.extend(draft, {"multipleOf": multiple_of})
+
+
 def _divides(step: float, number: float) -> bool:
     try:
         return (Fraction(str(number)) / Fraction(str(step))).denominator == 1
@@ -126,18 +131,33 @@ def _divides(step: float, number: float) -> bool:
         return False
 
 
-def _check_references(resource: Any, resolver: Any) -> None:
-    """Raise LookupError for a reference of a schema's, or of one in it, to what is no schema."""
-    names = ("$ref", "$dynamicRef") if isinstance(resource.contents, Mapping) else ()
-    for name in names:
-        reference = resource.contents.get(name)
+def _check_followed(
+    resource: Any, resolver: Any, validator: Any, specification: Any, seen: set[int]
+) -> None:
+    """Follow every reference of a schema, and of those in it, and try each on a value of each kind.
+
+    Raises LookupError for a reference to what is no schema, and RecursionError for one that goes
+    round without looking further into the value.
+    """
+    schema = resource.contents
+    if id(schema) in seen:
+        return
+    seen.add(id(schema))
+    for name in ("$ref", "$dynamicRef") if isinstance(schema, Mapping) else ():
+        reference = schema.get(name)
         if not isinstance(reference, str):
             continue
         try:
-            found = resolver.lookup(reference).contents
+            found = resolver.lookup(reference)
         except Exception as error:  # of a pointer through what is no schema, whatever that is
             raise LookupError(reference) from error
-        if not isinstance(found, Mapping | bool):
+        if not isinstance(found.contents, Mapping | bool):
             raise LookupError(reference)
+        target = specification.create_resource(found.contents)
+        _check_followed(target, found.resolver, validator, specification, seen)
+    for value in (None, {}, [], 0, ""):
+        for _ in validator.descend(value, schema, resolver=resolver):
+            pass
     for each in resource.subresources():
-        _check_references(each, resolver.in_subresource(each))
+        inside = resolver.in_subresource(each)
+        _check_followed(each, inside, validator, specification, seen)

@@ -78,7 +78,7 @@ def test_what_is_no_json_object_scores_nothing(response):
 
 
 @pytest.mark.parametrize("constant", ["NaN", "Infinity", "-Infinity"])
-def test_python_reads_constants_that_are_no_json(constant):
+def test_constants_that_python_reads_and_json_has_not_score_nothing(constant):
     assert rewards.json_object(f'{{"a": {constant}}}', required={"a": "number"}) == 0.0
 
 
@@ -143,6 +143,11 @@ def test_a_response_is_held_against_a_whole_schema(response, holds, tmp_path):
         ('{"$ref": "#/$defs/a/type", "$defs": {"a": {"type": "object"}}}', r"a \$ref leads now"),
         ('{"$ref": "#"}', "no schema that can be followed"),
         ('{"allOf": [{"$ref": "#"}]}', "no schema that can be followed"),
+        ('{"properties": {"a": {"$ref": "#/properties/a"}}}', "no schema that can be followed"),
+        (
+            '{"x": {"$ref": "#/nope"}, "properties": {"q": {"$ref": "#/x"}}}',
+            r"a \$ref leads nowhere \(#/nope\)",
+        ),
     ],
 )
 def test_a_schema_that_is_none_is_refused(written, said, tmp_path):
@@ -160,36 +165,47 @@ def test_a_value_that_no_schema_has_is_refused(wrong):
         rewards.json_schema("{}", schema=wrong)
 
 
-@pytest.mark.parametrize(
-    ("schema", "response", "holds"),
-    [
-        ({"multipleOf": 0.01}, "19.99", 1.0),  # which floats say it isn't
-        ({"multipleOf": 0.01}, "19.995", 0.0),
-        ({"multipleOf": 0.1}, "0.3", 1.0),
-        ({"multipleOf": 2}, "1" + "0" * 400, 1.0),
-        ({"multipleOf": 0.1}, "1e999", 0.0),
-        ({"multipleOf": 3}, '"no number"', 1.0),
-        ({"items": {"$ref": "#"}}, "[" * 90 + "]" * 90, 1.0),
-        ({"items": {"$ref": "#"}}, "[" * 900 + "]" * 900, 0.0),
-        ({"$schema": "http://json-schema.org/draft-04/schema#", "type": "integer"}, "2.0", 0.0),
-        ({"type": "integer"}, "2.0", 1.0),
-        ({"$id": "urn:x", "$defs": {"y": {"$id": "urn:y"}}, "$ref": "urn:y"}, "1", 1.0),
-        ({"properties": {"$ref": {"type": "string"}}}, '{"$ref": "a"}', 1.0),
-        ({"const": {"$ref": "#/nowhere"}}, '{"$ref": "#/nowhere"}', 1.0),
-    ],
-)
-def test_schemas_with_a_twist(schema, response, holds):
+def scored(schema, response):
     pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
-    assert rewards.json_schema(response, schema=schema) == holds
+    return rewards.json_schema(response, schema=schema)
 
 
-def test_a_schemas_file_in_ones_home_is_read_once(tmp_path, monkeypatch):
-    pytest.importorskip("jsonschema", reason="jsonschema, of the extra json, is not installed")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "once.json").write_text('{"type": "string"}')
-    assert rewards.json_schema('"a"', schema="~/once.json") == 1.0
-    (tmp_path / "once.json").write_text("changed while a run goes on")
-    assert rewards.json_schema("1", schema="~/once.json") == 0.0
+def test_decimals_are_multiples_as_decimals():
+    assert scored({"multipleOf": 0.01}, "19.99") == 1.0  # which floats say it isn't
+    assert scored({"multipleOf": 0.01}, "19.995") == 0.0
+    assert scored({"multipleOf": 0.1}, "0.3") == 1.0
+    assert scored({"multipleOf": 2}, "1" + "0" * 400) == 1.0
+    assert scored({"multipleOf": 0.1}, "1e999") == 0.0
+    assert scored({"multipleOf": 3}, '"no number"') == 1.0
+    draft_3 = {"$schema": "http://json-schema.org/draft-03/schema#", "multipleOf": 2}
+    assert scored(draft_3, "3") == 1.0  # which had not this keyword yet
+
+
+def test_a_schema_that_refers_to_itself_is_followed_as_deep_as_the_response_goes():
+    nested = {"items": {"$ref": "#"}, "type": "array"}
+    assert scored(nested, "[" * 90 + "]" * 90) == 1.0
+    assert scored(nested, "[" * 89 + "1" + "]" * 89) == 0.0
+    assert scored(nested, "[" * 900 + "]" * 900) == 0.0  # deeper than Python goes
+
+
+def test_the_draft_that_a_schema_names_decides():
+    old = {"$schema": "http://json-schema.org/draft-04/schema#", "type": "integer"}
+    assert scored(old, "2.0") == 0.0
+    assert scored({"type": "integer"}, "2.0") == 1.0
+
+
+def test_a_reference_leads_within_the_schema_and_one_that_is_data_nowhere():
+    assert scored({"$id": "urn:x", "$defs": {"y": {"$id": "urn:y"}}, "$ref": "urn:y"}, "1") == 1.0
+    assert scored({"properties": {"$ref": {"type": "string"}}}, '{"$ref": "a"}') == 1.0
+    assert scored({"const": {"$ref": "#/nowhere"}}, '{"$ref": "#/nowhere"}') == 1.0
+
+
+def test_a_process_reads_a_schemas_file_once(tmp_path):
+    file = tmp_path / "once.json"
+    file.write_text('{"type": "string"}')
+    assert scored(str(file), '"a"') == 1.0
+    file.write_text("changed")
+    assert scored(str(file), "1") == 0.0
 
 
 def test_a_schemas_file_that_is_missing_is_named(tmp_path):

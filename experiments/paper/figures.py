@@ -7,7 +7,6 @@ from statistics import fmean
 from typing import Any
 
 import matplotlib
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -97,7 +96,7 @@ def curves(arms: Arms) -> bytes:
     Over what each of its seeds started from: arms with other seeds begin at other heights. The
     names are in the order in which the arms end.
     """
-    figure = _figure(13, 4.2)
+    figure, ends = _figure(13, 4.2), []
     for column, (label, at) in enumerate(
         (
             ("steps after the model that it starts from", lambda point: point["step"]),
@@ -110,11 +109,11 @@ def curves(arms: Arms) -> bytes:
             points = [*zip(*map(_course, runs), strict=False)]  # by time, a seed each
             x = [fmean(at(point) for point in each) for each in points]
             y = [fmean(map(_gain, runs, each)) for each in points]
-            axes.plot(x, y, label=f"{name} ({len(runs)})", **_style(place), ms=4)
+            (line,) = axes.plot(x, y, label=f"{name} ({len(runs)})", **_style(place), ms=4)
+            ends.append((y[-1], line))
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
         _label(axes, label, f"gain in {_title(arms)}")
-    named = [line for line in figure.axes[0].lines if not str(line.get_label()).startswith("_")]
-    named.sort(key=lambda line: -np.asarray(line.get_ydata())[-1])
+    named = [line for _, line in sorted(ends[: len(arms)], key=lambda end: -end[0])]
     figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
 

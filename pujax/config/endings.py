@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import is_dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +139,11 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             )
         if any(value.count(one) != value.count(other) for one, other in ("[]", "{}")):
             return f"{key}: {value!r}: close its brackets, as in [A,B] or {{A: B}}"
+        if (
+            value.startswith("{")
+            and (bare := re.sub(r'"([\w$-]+)"(?=\s*:)', r"\1", value)) != value
+        ):
+            return f"{key}: its names stand without quotes, as in '{key}={bare}'"
         if value.startswith("{"):  # of which a text is a part, and not the whole
             inside = re.sub(_UNQUOTED, r'"\g<0>"', value)
             return f"{key}: can't read its value: quote the texts in it, as in '{key}={inside}'"
@@ -270,16 +275,19 @@ def _of_form(why: str, key: str, schema: type) -> str:
 
 def _unknown_key(key: str, error: Exception, schema: type) -> str:
     """A key that the settings don't have, with the nearest that they have."""
+    inner = str(getattr(error.__cause__, "full_key", None))
+    if inner.startswith(f"{key}."):  # of KEY={...} what in it is unknown
+        key = inner
     known = list(_keys(schema))
     node = getattr(error.__cause__, "parent_node", None)
     place, _, last = key.rpartition(".")
-    if _is_there(node, key):
-        return f"{key}: what it is given has a setting that it has not yet: write +{key}="
-    settings = _settings(node, place)
-    if settings is not None:  # inside of a function's node, which no schema describes
-        if not settings or last in settings:
-            return f"{key}: no such setting yet: write +{key}="
-        known += [f"{place}.{name}" for name in settings]
+    target = _target(node, place)
+    if target is not None:  # inside of a function's node, which no schema describes
+        function = stand_in(target) if target.startswith("pujax.") else None
+        names = _settings(function) if function else [str(name) for name in node or ()]
+        if last in names or (function is None and not _nearest(last, names)):
+            return f"{key}: is not set yet: write +{key}="
+        known += [f"{place}.{name}" for name in names]
     others = [other for other in known if other != key]
     alike = [other for other in others if other.rpartition(".")[2] == last and "." in other]
     near = _nearest(key, others)
@@ -292,19 +300,17 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     return f"{key}: no such setting{near or ': take it out'}"
 
 
-def _settings(node: Any, place: str) -> list[str] | None:
-    """The settings of the function that a node at `place` names; none where it isn't pujax's.
-
-    None where that is no function's node. A user's function is not imported for this.
-    """
-    if not isinstance(node, DictConfig) or node._get_full_key(None) != place:
+def _target(node: DictConfig | None, place: str) -> str | None:
+    """The function that a node names, where it is the one at `place` and names one."""
+    if node is None or node._get_full_key(None) != place:
         return None
     content: Any = OmegaConf.to_container(node, resolve=False)
-    target = content.get("_target_")
-    if not isinstance(target, str):
-        return None
-    function = stand_in(target) if target.startswith("pujax.") else None
-    found = inspect.signature(function).parameters.values() if function else ()
+    return content["_target_"] if isinstance(content.get("_target_"), str) else None
+
+
+def _settings(function: Callable[..., Any]) -> list[str]:
+    """What a function takes by name alone."""
+    found = inspect.signature(function).parameters.values()
     return [each.name for each in found if each.kind is each.KEYWORD_ONLY]
 
 

@@ -143,12 +143,8 @@ def _built(value: Any, key: str, trusted: Sequence[str], make: Make) -> Any:
         if "_target_" in value:
             return make(value, key, trusted)
         for name in value:
-            require(
-                not isinstance(name, bool),
-                f"{key}: the name",
-                name,
-                "was on, off, yes or no: quote it",
-            )
+            remedy = "is no text as YAML reads it: quote it"
+            require(type(name) in (str, int), f"{key}: the name", name, remedy)
         return {str(n): _built(part, f"{key}.{n}", trusted, make) for n, part in value.items()}
     return value
 

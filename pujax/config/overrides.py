@@ -47,7 +47,7 @@ def in_hydra_words(
     """
     for given in overrides:
         _refuse_deletion(given, schema, groups)
-    _refuse_lost_choices(overrides)
+    _refuse_lost_choices(overrides, groups)
     words = (_in_hydra_words(given, schema, groups, sweep) for given in overrides)
     return [f"++{word}" if _opens(word, schema) else word for word in words]
 
@@ -65,16 +65,15 @@ def _refuse_deletion(given: str, schema: type, groups: Collection[str]) -> None:
         raise ConfigError(f"{given}: a setting can't be taken out: give it another value")
 
 
-def _refuse_lost_choices(overrides: Sequence[str]) -> None:
-    """Raise `ConfigError` for +GROUP= beside GROUP=, of which Hydra takes the second alone."""
-    for group in LISTS:
-        chosen, more = (
-            [word.partition("=")[2].strip("[]") for word in overrides if word.startswith(start)]
-            for start in (f"{group}=", f"+{group}=")
-        )
+def _refuse_lost_choices(overrides: Sequence[str], groups: Collection[str]) -> None:
+    """Raise `ConfigError` for +GROUP= beside GROUP=, of which Hydra keeps GROUP= alone."""
+    for group in LISTS & set(groups):
+        chosen = [given for given in overrides if given.startswith(f"{group}=")]
+        more = [given for given in overrides if given.startswith(f"+{group}=")]
         if chosen and more:
-            whole = f"{group}=[{','.join([chosen[-1], *more])}]"
-            raise ConfigError(f"+{group}={more[0]}: {group}= says which there are: write {whole}")
+            names = (given.partition("=")[2].strip("[]") for given in (chosen[-1], *more))
+            whole = ",".join(name for name in names if name != "null")
+            raise ConfigError(f"{more[0]}: {chosen[-1]} names all there are: {group}=[{whole}]")
 
 
 def _opens(word: str, schema: type) -> bool:
@@ -224,7 +223,7 @@ def with_files_read(composed: DictConfig, typed: Sequence[str]) -> None:
 PATHS = frozenset(
     {
         *("prompts", "heldout", "anchors", "preferences", "dataset", "data_files"),
-        *("root", "dir", "resume", "reference_cache", "store", "merge", "out"),
+        *("root", "dir", "resume", "reference_cache", "store", "merge", "out", "schema"),
     }
 )
 """What keys are called, after their last point, that name files: of any kind, or several."""

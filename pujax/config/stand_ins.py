@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 _LIGHT = frozenset({"pujax.errors", "pujax.records", "pujax.schemas"})
-"""Modules of pujax by whose functions settings are checked, and which import nothing."""
+"""Modules of pujax by whose functions settings are checked, and which import no jax."""
 
 _CHECK = re.compile(r"_?check_\w+|require|one_of")
 """What a check is called: one of those modules', or of the same file, with an underscore."""

@@ -17,9 +17,7 @@ from pujax.types import Group
 WINDOW = 20  # steps that are looked at together: a step alone is noise
 FEWEST = 8  # and all of a shorter stage, if it has so many
 
-# |r| of scores with lengths. Chance gives 0.06 over 20 steps of 16 candidates, 0.07 over 8 of 32;
-# over 8 steps of two candidates it gives as much as this in one stage of four.
-CORRELATED = 0.5
+CORRELATED = 0.5  # |r| of scores with lengths, by SURE standard errors of its mean over steps too
 ONE_HOT, FLAT = 0.05, 0.95  # the labels' entropy as a share of log K; τ = 0.5 gives about 0.6
 FALLEN = 1 / 3  # by which a summed log-prob has sunk, and by SURE standard errors at least
 SURE = 4.0
@@ -109,7 +107,7 @@ class Symptoms:
     so doesn't say again what was said. `steps` is how many alignment has.
     """
 
-    def __init__(self, steps: int = 2 * WINDOW) -> None:
+    def __init__(self, steps: int = WINDOW) -> None:
         self._window = max(FEWEST, min(WINDOW, steps))
         self._told: set[str] = set()
         self._first: dict[str, list[Line]] = {}
@@ -172,7 +170,10 @@ def _values(lines: Sequence[Line] | deque[Line], metric: str) -> list[float]:
 
 def _by_length(first: Sequence[Line], last: deque[Line]) -> str | None:
     values = _values(last, "score/length_correlation")
-    if not values or abs(fmean(values)) < CORRELATED:
+    if not values:
+        return None
+    error = stdev(values) / math.sqrt(len(values))
+    if abs(fmean(values)) < max(CORRELATED, SURE * error):
         return None
     way = "longer" if fmean(values) > 0 else "shorter"
     scored = "score/mean" in last[-1]  # by the run itself, and not by whoever gave the responses

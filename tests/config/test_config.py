@@ -459,9 +459,10 @@ def test_a_schema_is_checked_early_and_told_by_its_own_place():
         foresee({**SCHEMA, "schema": "no.json"}, "data.gate.check")
 
 
-def test_a_name_that_yaml_reads_as_a_truth_value_is_refused():
-    named = OmegaConf.create("schema: {properties: {on: {type: integer}}}").schema
-    with pytest.raises(ConfigError, match=r"the name=True: was on, off, yes or no: quote it"):
+@pytest.mark.parametrize(("name", "read"), [("on", "True"), ("1.10", "1.1")])
+def test_a_name_that_yaml_reads_as_something_else_is_refused(name, read):
+    named = OmegaConf.create(f"schema: {{properties: {{{name}: {{type: integer}}}}}}").schema
+    with pytest.raises(ConfigError, match=rf"the name={read}: is no text as YAML reads it: quote"):
         foresee({**SCHEMA, "schema": named}, "f")
 
 

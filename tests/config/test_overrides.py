@@ -145,6 +145,6 @@ def test_a_command_gets_the_texts():
 
 def test_a_choice_beside_a_whole_list_of_them_is_refused_and_not_lost():
     words = ["eval=[exact]", "+eval=[anchors]"]
-    with pytest.raises(ConfigError, match=r"^\+eval=anchors: .* write eval=\[exact,anchors\]$"):
-        in_hydra_words(words, TrainConfig, GROUPS)
-    assert in_hydra_words(words[1:], TrainConfig, GROUPS) == words[1:]
+    with pytest.raises(ConfigError, match=r"^\+eval=\[anchors\]: .* eval=\[exact,anchors\]$"):
+        in_hydra_words(words, TrainConfig, [*GROUPS, "eval"])
+    assert in_hydra_words(words[1:], TrainConfig, [*GROUPS, "eval"]) == words[1:]

@@ -85,6 +85,13 @@ def test_all_of_a_short_stage_is_looked_at_at_its_end(steps, said):
     assert told(Symptoms(steps), lines("kl/ref", [0.4] * steps)) == []
 
 
+def test_a_correlation_of_few_candidates_is_told_apart_from_chance():
+    """Of groups of two it is 1 or -1 a step."""
+    by_chance = [1.0, 1.0, 1.0, -1.0, 1.0, 1.0, 1.0, -1.0]
+    assert told(Symptoms(8), lines("score/length_correlation", by_chance)) == []
+    assert len(told(Symptoms(8), lines("score/length_correlation", [1.0] * 8))) == 1
+
+
 def test_other_prompts_in_a_short_stage_are_no_sinking_of_the_chosen():
     """Means of eight anchors' log-probs by step in a run that stayed 0.02 nats a token away."""
     chosen = [-9.4, -2.1, -1.3, -1.0, -12.8, -11.2, -10.2, -13.4]
