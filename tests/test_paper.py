@@ -1069,6 +1069,17 @@ def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkey
     assert figures.by_anchors(shown[0]) == {"GRPO": ([(4, 0.375), (10, 0.5)], [(6, 0.25)])}
 
 
+def test_results_take_the_places_that_their_arms_have_now(tmp_path):
+    for place, name in enumerate(("a", "b", "gone")):
+        raw.write(tmp_path, made(name, name.upper(), place, 0, (0.25, 1.0)))
+    before = raw.read_all(tmp_path)
+    raw.put_in_order(tmp_path, ["new", "a", "b"])
+    after = raw.read_all(tmp_path)
+    assert [run.pop("place") for run in after.values()] == [1, 2, 2]
+    assert [run.pop("place") for run in before.values()] == [0, 1, 2]
+    assert after == before
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("folder", ["results", "results/gpu"])
 def test_the_tables_that_are_shipped_are_those_of_the_results_beside_them(

@@ -64,7 +64,8 @@ def read_all(folder: Path) -> dict[Key, Raw]:
         try:
             # The first results were made when these were not kept yet.
             young = {"metric": "sampled_exact", "against": "sft_continued"}
-            result = young | json.loads(path.read_text(encoding="utf-8"))
+            told = json.loads(path.read_text(encoding="utf-8"))
+            result = told | {key: value for key, value in young.items() if key not in told}
             key = result["name"], result["seed"], result["split"]
             if path.name != file_name(key):
                 raise ValueError(f"by what it says it is {file_name(key)}")
@@ -130,6 +131,17 @@ def write(folder: Path, result: Raw) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, ("{\n" + ",\n".join(lines) + "\n}\n").encode())
     return path
+
+
+def put_in_order(folder: Path, arms: Sequence[str]) -> None:
+    """Give each result in `folder`/raw its arm's place among `arms`, in which tables have them.
+
+    Arms are added between others, and what was kept before would stand elsewhere.
+    """
+    for result in read_all(folder).values():
+        place = arms.index(result["arm"]) if result["arm"] in arms else result["place"]
+        if place != result["place"]:
+            write(folder, result | {"place": place})
 
 
 def chosen(result: Raw) -> str:

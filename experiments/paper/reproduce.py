@@ -233,6 +233,7 @@ def work(
     What failed, and what needs it, is left out and told of.
     """
     require_validation(profile)
+    raw.put_in_order(profile.results, list(profile.arms))
     failed: set[raw.Key] = set()
     at_work: dict[Future[list[bool]], list[Task]] = {}
     with ThreadPoolExecutor(jobs) as pool:
