@@ -1029,6 +1029,9 @@ def test_writing_prompts_are_judged_arm_against_arm_and_once(profile, monkeypatc
     text = tables.judged(profile.results)
     assert "| grpo, seed 0 | sft_continued, seed 0 | 0.750 [" in text  # one won, one tie
     assert "| grpo, seed 1 | sft_continued, seed 0 | 1.000 [" in text
+    assert (
+        "| grpo, 2 seeds together | sft_continued, seed 0 | 0.875 [0.500, 1.000] |  | 0.8" in text
+    )
     assert tables.judged(profile.runs) == ""
     assert judge.main(["nothing.gguf", "--only", "grppo"]) == 1
     assert "--only='grppo'" in capsys.readouterr().err

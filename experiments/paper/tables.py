@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,9 +12,10 @@ import numpy as np
 
 from experiments.paper import figures, raw
 from pujax.errors import EvaluationError, PujaxError
+from pujax.evaluation.judging import SAID
 from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
-from pujax.evaluation.statistics import Difference, compare_runs
+from pujax.evaluation.statistics import Difference, compare_runs, interval_over_runs
 from pujax.evaluation.tables import number
 from pujax.files.durable import write_whole
 
@@ -516,6 +517,34 @@ def _named(line: Line) -> str:
     return line.first["title"] + (f": {chosen}" if chosen else "")
 
 
+def _question(judged: raw.Raw) -> tuple[str, str, str]:
+    """Who is judged, against whom and by whom, whatever the seed."""
+    return judged["title"], judged["against"]["title"], judged["judge"]
+
+
+def _preferred(first: float, second: float) -> float:
+    """1 where the arm's answer is likelier to be called better in the same place, 1/2 in a tie."""
+    return float(np.sign(first - second) + 1) / 2
+
+
+PARTS: Mapping[str, Callable[[float, float], float]] = {
+    "win rate": lambda first, second: (first + 1 - second) / 2,
+    "preferred, the lean taken out": _preferred,
+}
+"""What is asked of all seeds at once, of how likely what is read first is called better."""
+
+
+def _over_seeds(found: Sequence[raw.Raw], part: Callable[[float, float], float]) -> str:
+    """A mean over the prompts that every seed has, with its interval over seeds and prompts."""
+    seeds = [
+        {record["id"]: part(*record.get(SAID[1], (0.5, 0.5))) for record in one["records"]}
+        for one in found
+    ]
+    ids = [id for id in seeds[0] if all(id in other for other in seeds)]
+    mean = interval_over_runs([[each[id] for id in ids] for each in seeds])
+    return f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
+
+
 def judged(folder: Path) -> str:
     """What a judge prefers, as `experiments.paper.judge` left it; nothing where it wasn't asked."""
     found = [raw.read_judged(path) for path in sorted(folder.glob("judged/*.json"))]
@@ -529,6 +558,12 @@ def judged(folder: Path) -> str:
         ]
         for one in found
     ]
+    for (title, other, _), some in groupby(sorted(found, key=_question), _question):
+        if len(of := [*some]) > 1:
+            means = {name: _over_seeds(of, part) for name, part in PARTS.items()}
+            cells = (means.get(name, "") for name, _ in found[0]["rows"])
+            seeds = ", ".join(str(seed) for seed in sorted({one["against"]["seed"] for one in of}))
+            rows.append([f"{title}, {len(of)} seeds together", f"{other}, seed {seeds}", *cells])
     names = ", ".join(sorted({one["judge"] for one in found}))
     notes = dict.fromkeys(one["note"] for one in found)
     header = ["arm", "against", *(name for name, _ in found[0]["rows"])]

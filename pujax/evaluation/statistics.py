@@ -110,6 +110,15 @@ def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
     return Difference(found.mean, float(limits.low), float(limits.high), len(array))
 
 
+def interval_over_runs(values: Sequence[Sequence[float]], *, seed: int = 0) -> Difference:
+    """The mean of one number a run and prompt [R N], with the interval over both at once.
+
+    The bootstrap is that of `compare_runs`.
+    """
+    array = np.asarray(values, dtype=float)
+    return _difference(array.mean(), _crossed_means(array, seed, 0), array.shape[1])
+
+
 def same_prompts(first: Evaluation, second: Evaluation, *, of: tuple[object, ...] = ()) -> None:
     """Raise `EvaluationError` unless row by row prompt, truth and the teacher's words are equal.
 

@@ -7,7 +7,12 @@ import pytest
 from pujax.errors import EvaluationError
 from pujax.evaluation import statistics
 from pujax.evaluation.results import Evaluation, Row
-from pujax.evaluation.statistics import compare, compare_runs, interval_of_mean
+from pujax.evaluation.statistics import (
+    compare,
+    compare_runs,
+    interval_of_mean,
+    interval_over_runs,
+)
 
 
 def evaluation(values, ids=None):
@@ -133,3 +138,16 @@ def test_the_same_ids_of_other_prompts_are_not_compared(field):
     row = replace(first.rows[0], **{field: "other"})
     with pytest.raises(EvaluationError, match=r"different prompts \(the first is p0\)"):
         compare(first, Evaluation("m", (row,)))
+
+
+@pytest.mark.parametrize(
+    ("values", "interval"),
+    [
+        ([[0.0, 1.0], [0.0, 1.0]], (0.5, 0.0, 1.0)),  # other prompts would change all
+        ([[0.0, 0.0], [1.0, 1.0]], (0.5, 0.0, 1.0)),  # and here other seeds
+        ([[0.25, 0.25], [0.25, 0.25]], (0.25, 0.25, 0.25)),
+    ],
+)
+def test_an_interval_over_runs_is_over_seeds_and_prompts_at_once(values, interval):
+    found = interval_over_runs(values)
+    assert (found.mean, found.low, found.high, found.prompts) == (*interval, 2)
