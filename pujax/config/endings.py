@@ -293,16 +293,16 @@ def _unknown_key(key: str, error: Exception, schema: type) -> str:
     near = _nearest(key, others)
     if alike:  # of another section
         near = f", did you mean {' or '.join(alike[:3])}?"
-    if key.startswith("scorer.score.function") and not _is_there(node, "scorer.score.function"):
+    if key.startswith("scorer.score.function") and _lacks(node, "scorer.score.function"):
         near = ": only a reward has a function: add scorer=reward"
     if key == "prompt":  # of chat, say, which is for several
         near = ", `pujax generate` takes one"
     return f"{key}: no such setting{near or ': take it out'}"
 
 
-def _target(node: DictConfig | None, place: str) -> str | None:
+def _target(node: Any, place: str) -> str | None:
     """The function that a node names, where it is the one at `place` and names one."""
-    if node is None or node._get_full_key(None) != place:
+    if not isinstance(node, DictConfig) or node._get_full_key(None) != place:
         return None
     content: Any = OmegaConf.to_container(node, resolve=False)
     return content["_target_"] if isinstance(content.get("_target_"), str) else None
@@ -314,10 +314,10 @@ def _settings(function: Callable[..., Any]) -> list[str]:
     return [each.name for each in found if each.kind is each.KEYWORD_ONLY]
 
 
-def _is_there(node: Any, key: str) -> bool:
-    """Whether the settings that a node is part of have a section of that name."""
+def _lacks(node: Any, key: str) -> bool:
+    """Whether the settings that a node is part of are known to have no section of that name."""
     root = node._get_root() if isinstance(node, DictConfig) else None
-    return OmegaConf.select(root, key, throw_on_missing=False) is not None if root else False
+    return root is not None and OmegaConf.select(root, key, throw_on_missing=False) is None
 
 
 def _keys(schema: type, prefix: str = "") -> Iterator[str]:
