@@ -1072,6 +1072,16 @@ def test_the_curve_over_anchors_has_one_point_an_arm_and_number(tmp_path, monkey
     assert figures.by_anchors(shown[0]) == {"GRPO": ([(4, 0.375), (10, 0.5)], [(6, 0.25)])}
 
 
+def test_what_seeds_say_together_leaves_out_pairs_of_which_a_verdict_failed():
+    first = [{"id": "a", "first is better": [0.9, 0.5]}, {"id": "b", "first is better": [None, 1]}]
+    second = [{"id": "a"}, {"id": "b", "first is better": [1.0, 0.0]}]  # of a the same text
+    found = [{"records": first}, {"records": second}]
+    win, preferred = tables.PARTS.values()
+    assert tables._over_seeds(found, win).startswith("0.600 [")  # (0.7 + 0.5) / 2, of a alone
+    assert tables._over_seeds(found, preferred).startswith("0.750 [")
+    assert tables._over_seeds([{"records": first}, {"records": second[1:]}], win) == ""
+
+
 def test_results_take_the_places_that_their_arms_have_now(tmp_path):
     for place, name in enumerate(("a", "b", "gone")):
         raw.write(tmp_path, made(name, name.upper(), place, 0, (0.25, 1.0)))

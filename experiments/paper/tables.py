@@ -535,12 +535,22 @@ PARTS: Mapping[str, Callable[[float, float], float]] = {
 
 
 def _over_seeds(found: Sequence[raw.Raw], part: Callable[[float, float], float]) -> str:
-    """A mean over the prompts that every seed has, with its interval over seeds and prompts."""
+    """A mean over the prompts that every seed has, with its interval over seeds and prompts.
+
+    Equal answers were not judged and are a tie; a pair of which a verdict failed is left out.
+    """
+    tie = (0.5, 0.5)
     seeds = [
-        {record["id"]: part(*record.get(SAID[1], (0.5, 0.5))) for record in one["records"]}
+        {
+            record["id"]: part(*verdicts)
+            for record in one["records"]
+            if None not in (verdicts := record.get(SAID[1], tie))
+        }
         for one in found
     ]
     ids = [id for id in seeds[0] if all(id in other for other in seeds)]
+    if not ids:  # as of seeds that were asked of other prompts each
+        return ""
     mean = interval_over_runs([[each[id] for id in ids] for each in seeds])
     return f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
 
