@@ -20,7 +20,7 @@ def check_schema(key: str, schema: Schema) -> None:
 
     A process reads a file once.
     """
-    at = schema if isinstance(schema, str) else id(schema)
+    at = _at(schema)
     if at not in _VALIDATORS:
         place = f"{key}={schema}" if isinstance(schema, str) else key
         _VALIDATORS[at] = schema, _validator(place, _read(place, schema))
@@ -28,11 +28,15 @@ def check_schema(key: str, schema: Schema) -> None:
 
 def is_valid(value: Any, schema: Schema) -> bool:
     """Whether a value of `json.loads` is valid against a schema that was checked."""
-    _, validator = _VALIDATORS[schema if isinstance(schema, str) else id(schema)]
+    _, validator = _VALIDATORS[_at(schema)]
     try:
         return validator.is_valid(value)
     except RecursionError:  # nested more deeply than Python's stack
         return False
+
+
+def _at(schema: Schema) -> str | int:
+    return schema if isinstance(schema, str) else id(schema)
 
 
 def parsed(text: str) -> Any:

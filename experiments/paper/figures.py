@@ -96,7 +96,7 @@ def curves(arms: Arms) -> bytes:
     Over what each of its seeds started from: arms with other seeds begin at other heights. The
     names are in the order in which the arms end.
     """
-    figure, ends = _figure(13, 4.2), []
+    figure = _figure(13, 4.2)
     for column, (label, at) in enumerate(
         (
             ("steps after the model that it starts from", lambda point: point["step"]),
@@ -104,7 +104,7 @@ def curves(arms: Arms) -> bytes:
         ),
         1,
     ):
-        axes = figure.add_subplot(1, 2, column)
+        axes, ends = figure.add_subplot(1, 2, column), []
         for place, (name, runs) in enumerate(zip(_names(arms), arms.values(), strict=True)):
             points = [*zip(*map(_course, runs), strict=False)]  # by time, a seed each
             x = [fmean(at(point) for point in each) for each in points]
@@ -113,7 +113,7 @@ def curves(arms: Arms) -> bytes:
             ends.append((y[-1], line))
         axes.axhline(0, color="#999999", linewidth=0.8, zorder=0)
         _label(axes, label, f"gain in {_title(arms)}")
-    named = [line for _, line in sorted(ends[: len(arms)], key=lambda end: -end[0])]
+    named = [line for _, line in sorted(ends, key=lambda end: -end[0])]  # alike in both
     figure.legend(handles=named, loc="outside right upper", frameon=False, fontsize=8)
     return _png(figure)
 

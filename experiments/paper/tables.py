@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
 from pujax.evaluation.statistics import Difference, compare_runs, interval_over_runs
 from pujax.evaluation.tables import number
+from pujax.evaluation.winrate import preferred_of, wins_of
 from pujax.files.durable import write_whole
 
 # Columns of the tables, as far as the results have them.
@@ -522,19 +524,11 @@ def _question(judged: raw.Raw) -> tuple[str, str, str]:
     return judged["title"], judged["against"]["title"], judged["judge"]
 
 
-def _preferred(first: float, second: float) -> float:
-    """1 where the arm's answer is likelier to be called better in the same place, 1/2 in a tie."""
-    return float(np.sign(first - second) + 1) / 2
+PARTS = {"win rate": wins_of, "preferred, the lean taken out": preferred_of}
+"""What is said of all seeds at once, by how surely the judge took what was shown first."""
 
 
-PARTS: Mapping[str, Callable[[float, float], float]] = {
-    "win rate": lambda first, second: (first + 1 - second) / 2,
-    "preferred, the lean taken out": _preferred,
-}
-"""What is asked of all seeds at once, of how likely what is read first is called better."""
-
-
-def _over_seeds(found: Sequence[raw.Raw], part: Callable[[float, float], float]) -> str:
+def _over_seeds(found: Sequence[raw.Raw], part: Callable[[np.ndarray, np.ndarray], Any]) -> str:
     """A mean over the prompts that every seed has, with its interval over seeds and prompts.
 
     Equal answers were not judged and are a tie; a pair of which a verdict failed is left out.
@@ -542,7 +536,7 @@ def _over_seeds(found: Sequence[raw.Raw], part: Callable[[float, float], float])
     tie = (0.5, 0.5)
     seeds = [
         {
-            record["id"]: part(*verdicts)
+            record["id"]: verdicts
             for record in one["records"]
             if None not in (verdicts := record.get(SAID[1], tie))
         }
@@ -551,7 +545,8 @@ def _over_seeds(found: Sequence[raw.Raw], part: Callable[[float, float], float])
     ids = [id for id in seeds[0] if all(id in other for other in seeds)]
     if not ids:  # as of seeds that were asked of other prompts each
         return ""
-    mean = interval_over_runs([[each[id] for id in ids] for each in seeds])
+    firsts = np.array([[each[id] for id in ids] for each in seeds])
+    mean = interval_over_runs(part(firsts[..., 0], firsts[..., 1]))
     return f"{mean.mean:.3f} [{mean.low:.3f}, {mean.high:.3f}]"
 
 

@@ -139,12 +139,10 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
             )
         if any(value.count(one) != value.count(other) for one, other in ("[]", "{}")):
             return f"{key}: {value!r}: close its brackets, as in [A,B] or {{A: B}}"
-        if (
-            value.startswith("{")
-            and (bare := re.sub(r'"([\w$-]+)"(?=\s*:)', r"\1", value)) != value
-        ):
-            return f"{key}: its names stand without quotes, as in '{key}={bare}'"
         if value.startswith("{"):  # of which a text is a part, and not the whole
+            bare = re.sub(r'"([\w$-]+)"(?=\s*:)', r"\1", value)
+            if bare != value:
+                return f"{key}: its names stand without quotes, as in '{key}={bare}'"
             inside = re.sub(_UNQUOTED, r'"\g<0>"', value)
             return f"{key}: can't read its value: quote the texts in it, as in '{key}={inside}'"
         quoted = value.replace('"', '\\"')

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from pujax.errors import EvaluationError
 from pujax.evaluation.results import Evaluation, Row
@@ -110,7 +111,7 @@ def interval_of_mean(values: Sequence[float], *, seed: int = 0) -> Difference:
     return Difference(found.mean, float(limits.low), float(limits.high), len(array))
 
 
-def interval_over_runs(values: Sequence[Sequence[float]], *, seed: int = 0) -> Difference:
+def interval_over_runs(values: ArrayLike, *, seed: int = 0) -> Difference:
     """The mean of one number a run and prompt [R N], with the interval over both at once.
 
     The bootstrap is that of `compare_runs`.

@@ -40,11 +40,21 @@ def win_rate(
     A judge that leans more than it tells answers apart has a rate near one half for all that it
     sees: then `preferred` says it, by whether the first place is taken more surely with A in it.
     """
-    wins = (first_when_a_first + 1 - first_when_b_first) / 2
+    wins = wins_of(first_when_a_first, first_when_b_first)
     bias = (first_when_a_first + first_when_b_first).mean() / 2 - 0.5
     controlled = length_controlled(wins, lengths_a, lengths_b)
-    preferred = (1 + np.sign(first_when_a_first - first_when_b_first)) / 2
+    preferred = preferred_of(first_when_a_first, first_when_b_first)
     return WinRate(float(wins.mean()), controlled, float(bias), wins, preferred)
+
+
+def wins_of(first_when_a_first: PerPrompt, first_when_b_first: PerPrompt) -> PerPrompt:
+    """How surely the judge took A, the mean of both orders."""
+    return (first_when_a_first + 1 - first_when_b_first) / 2
+
+
+def preferred_of(first_when_a_first: PerPrompt, first_when_b_first: PerPrompt) -> PerPrompt:
+    """1 where the first place is taken more surely with A in it, 0 with B, a half where alike."""
+    return (1 + np.sign(first_when_a_first - first_when_b_first)) / 2
 
 
 def length_controlled(wins: PerPrompt, lengths_a: PerPrompt, lengths_b: PerPrompt) -> float:
