@@ -34,12 +34,12 @@ reproduce: setup
 		$(if $(ONLY),--only $(ONLY)) $(if $(SEEDS),--seeds $(SEEDS)) $(if $(JOBS),--jobs $(JOBS)) \
 		$(if $(TOGETHER),--together $(TOGETHER)) $(if $(PLAN),--plan)
 
-# The oracles of the parity tests, what finds key words and what knows JSON Schema; without them those
-# tests skip.
+# The oracles of the parity tests, what finds key words, what knows JSON Schema and the evaluation
+# harness; without them those tests skip.
 torch: setup $(TORCH_READY)
 
 $(TORCH_READY): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch,spo,json]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch,spo,json,lm_eval]'
 	touch $@
 
 # The makers' tokenizers and chat templates of three families, for the tests that render with them;
