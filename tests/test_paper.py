@@ -1150,6 +1150,27 @@ def test_curves_are_of_what_each_seed_gained_and_named_by_where_they_end(monkeyp
     assert [text.get_text() for text in drawn.legends[0].get_texts()] == ["Up (2)", "Down (1)"]
 
 
+def test_arms_asked_on_the_way_are_the_curves_and_in_no_table(tmp_path, monkeypatch):
+    def course(*steps):
+        return [
+            {"model": "aligned" if step else "base", "step": step, "eval/sampled_exact": step / 10}
+            | {"seconds": {"processor": step}, "kl": None}
+            for step in steps
+        ]
+
+    rows, drawn = (0.25, 1.0), []
+    for split in ("validation", "test"):
+        raw.write(tmp_path, made("a", "Ends", 1, 0, rows, split=split, course=course(0, 4)))
+    tables.build(tmp_path)
+    told = (tmp_path / "tables.md").read_text()
+    asked = {"group": "course", "split": "validation", "course": course(0, 2, 4)}
+    raw.write(tmp_path, made("b", "Asked on the way", 2, 0, rows, **asked))
+    monkeypatch.setattr(figures, "curves", lambda arms: drawn.append(sorted(arms)) or b"")
+    tables.build(tmp_path)
+    assert drawn == [["b"]]
+    assert (tmp_path / "tables.md").read_text() == told
+
+
 def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():
     few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
     sft, grpo = (

@@ -38,13 +38,9 @@ def drawn(
         for split in ("validation", "test")
     )
     final = {n: runs for n, runs in validated.items() if n in tested and n in chosen} or validated
-    started = {
-        name: runs
-        for name, runs in final.items()
-        if runs[0]["origin"] and runs[0]["group"] in MAIN and all(map(_course, runs))
-    }
-    if started:
-        yield "curves.png", curves(started)
+    started = _started(final, MAIN)
+    if asked_on_the_way := _started(validated, (raw.COURSE,)) or started:
+        yield "curves.png", curves(asked_on_the_way)
     moved = {name: runs for name, runs in started.items() if _last(runs[0]).get("kl") is not None}
     if moved:
         yield "kl.png", kl_against_gain(moved)
@@ -63,6 +59,15 @@ def _by_name(runs: Sequence[raw.Raw]) -> Arms:
     for run in sorted(runs, key=lambda run: (run["place"], run["name"], run["seed"])):
         found.setdefault(run["name"], []).append(run)
     return found
+
+
+def _started(arms: Arms, groups: Collection[str]) -> Arms:
+    """Those of some groups that start from another's model and were asked what decides."""
+    return {
+        name: runs
+        for name, runs in arms.items()
+        if runs[0]["origin"] and runs[0]["group"] in groups and all(map(_course, runs))
+    }
 
 
 def _last(run: raw.Raw) -> raw.Raw:

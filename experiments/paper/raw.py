@@ -45,8 +45,9 @@ OF_JUDGE: Mapping[str, Any] = {
     **{"seed": int, "prompts": int, "against": Mapping, "rows": list, "records": list},
 }
 
-GROUPS = ("default", "main", "fresh", "others", "anchors", "ablations", "methods")
+GROUPS = ("default", "main", "fresh", "others", "anchors", "ablations", "methods", "course")
 PACE = "pace"  # the group of arms that only measure: run where another needs them, in no table
+COURSE = "course"  # and of arms that are asked on the way too, for the curves: in no table either
 
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy")
 

@@ -82,7 +82,7 @@ def lines_of(results: Mapping[raw.Key, raw.Raw], split: str) -> list[Line]:
     """The results on a split as lines, in the order of the arms; each choice of an arm is one."""
     runs: dict[str, list[raw.Raw]] = {}
     for (name, _, of), result in sorted(results.items()):
-        if of == split and result["group"] != raw.PACE:
+        if of == split and result["group"] not in (raw.PACE, raw.COURSE):
             runs.setdefault(name, []).append(result)
     groups = sorted(
         runs.values(), key=lambda some: (raw.GROUPS.index(some[0]["group"]), some[0]["place"])
