@@ -1171,6 +1171,44 @@ def test_arms_asked_on_the_way_are_the_curves_and_in_no_table(tmp_path, monkeypa
     assert (tmp_path / "tables.md").read_text() == told
 
 
+def test_any_two_arms_are_compared_seed_by_seed_and_nothing_is_written(tmp_path, capsys):
+    def put(arm, seed, values, split="test", **more):
+        raw.write(tmp_path, made(arm, arm.upper(), 1, seed, values, split=split, **more))
+
+    for seed, (low, high) in enumerate([(0.0, 0.5), (0.25, 0.5), (0.0, 1.0)]):
+        put("one", seed, (low, high), origin=f"of-{seed}")
+    for seed in range(2):  # and none that began with the same model
+        put("two", seed, (0.25, 0.25), origin="another")
+    put("two", 0, (0.5, 0.5), split="validation")
+    assert tables.main([str(tmp_path), "--compare", "one,two"]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("On test:")
+    assert "validation" not in said
+    row = next(line for line in said.splitlines() if line.startswith("| ONE − TWO"))
+    seeds, difference = (cell.strip(" *") for cell in row.split("|")[2:4])
+    assert seeds == "2"
+    assert difference.startswith("+0.062 [")  # (.25 + .375) / 2 − .25
+    assert [path.name for path in tmp_path.iterdir()] == ["raw"]
+
+
+@pytest.mark.parametrize(
+    ("named", "told"),
+    [
+        ("one", "name two arms"),
+        ("one,none", "'none': choose one or two"),
+        ("one,two", "they share no seed on test"),
+        ("one,three", "no split has results of both"),
+    ],
+)
+def test_arms_that_can_not_be_compared_are_told(tmp_path, capsys, named, told):
+    raw.write(tmp_path, made("one", "One", 1, 0, (0.0, 0.5), split="test"))
+    raw.write(tmp_path, made("two", "Two", 1, 1, (0.0, 0.5), split="test"))
+    if "three" in named:
+        raw.write(tmp_path, made("three", "Three", 1, 0, (0.0, 0.5), split="validation"))
+    assert tables.main([str(tmp_path), "--compare", named]) == 1
+    assert told in capsys.readouterr().err
+
+
 def test_on_a_few_anchors_an_arm_is_held_against_what_has_as_many():
     few = {"group": "anchors", "prompts": {"training": 4, "evaluated": 40, "with an answer": 40}}
     sft, grpo = (

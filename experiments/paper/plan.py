@@ -587,23 +587,28 @@ def told(
     tasks = tasks_of(profile, whole(found), only, seeds)
     again = to_make_again(tasks, found)
     sizes = {split: lines_in(ROOT / profile.data[split]) for split in ("validation", "test")}
+    counts = [arm.prompts or profile.prompts for arm in profile.arms.values()]
     yield (
-        f"profile {profile.name}: {profile.prompts} training prompts, {sizes['validation']} to "
+        f"profile {profile.name}: up to {max(counts)} training prompts, {sizes['validation']} to "
         f"choose by, {sizes['test']} for the tables"
         + ("" if found.tests else ", which wait for answers")
     )
     minutes = {
         task.key: seconds_left(profile, found, task, task.key in again) / 60 for task in tasks
     }
-    yield f"{'':<10} {'arm':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
+    wide = max(map(len, profile.arms))
+    yield (
+        f"{'':<10} {'arm':<{wide}} {'':<38} {'tasks':>9} {'SFT + align':>13} {'minutes left':>13}"
+    )
     for arm in profile.arms.values():
         own = [task for task in tasks if task.run.arm == arm]
+        named = f"{arm.group:<10} {arm.name:<{wide}} {arm.title:<38}"
         why = left_out(profile, found, arm)
         if own:
             count = f"{sum(task.key in found.results for task in own)} of {len(own)}"
             steps = f"{own[-1].run.steps('sft')} + {own[-1].run.steps('align')}"
             left = sum(minutes[task.key] for task in own)
-            line = f"{arm.group:<10} {arm.title:<38} {count:>9} {steps:>13} {left:>13.0f}"
+            line = f"{named} {count:>9} {steps:>13} {left:>13.0f}"
             lost = sum(task.key in again for task in own)
             yield (
                 line
@@ -611,7 +616,7 @@ def told(
                 + (f"  {lost} to make again: no model here" if lost else "")
             )
         elif why and (not only or arm.name in only):
-            yield f"{arm.group:<10} {arm.title:<38} left out: {why}"
+            yield f"{named} left out: {why}"
     for count, group in enumerate(raw.GROUPS, 1):
         some = [task for task in tasks if task.run.arm.group in (raw.PACE, *raw.GROUPS[:count])]
         if any(task.run.arm.group == group for task in some):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from experiments.paper import figures, raw
-from pujax.errors import EvaluationError, PujaxError
+from pujax.errors import EvaluationError, PujaxError, one_of, require
 from pujax.evaluation.judging import SAID
 from pujax.evaluation.metrics import Shown
 from pujax.evaluation.results import Evaluation, Row
@@ -431,7 +431,7 @@ def sections(results: Mapping[raw.Key, raw.Raw]) -> Iterator[str]:
                 "## Against the model that an arm starts from\n\nBy the seeds that both have.\n\n"
                 + text
             )
-    if fresh:
+    if any(line.first["against"] in by_arm for line in fresh):
         yield (
             "## Prompts that SFT has not seen\n\nSFT on one half of the prompts; the other half is "
             "aligned on, or SFT continues on it.\n\n"
@@ -563,6 +563,7 @@ def judged(folder: Path) -> str:
         ]
         for one in found
     ]
+    notes = "\n".join(f"* {row[0]}: {one['note']}" for row, one in zip(rows, found, strict=True))
     for (title, other, _), some in groupby(sorted(found, key=_question), _question):
         if len(of := [*some]) > 1:
             means = {name: _over_seeds(of, part) for name, part in PARTS.items()}
@@ -570,10 +571,9 @@ def judged(folder: Path) -> str:
             seeds = ", ".join(str(seed) for seed in sorted({one["against"]["seed"] for one in of}))
             rows.append([f"{title}, {len(of)} seeds together", f"{other}, seed {seeds}", *cells])
     names = ", ".join(sorted({one["judge"] for one in found}))
-    notes = dict.fromkeys(one["note"] for one in found)
     header = ["arm", "against", *(name for name, _ in found[0]["rows"])]
     title = f"## The judge\n\nWriting prompts of the test split, judged by {names}."
-    return "\n\n".join([title, grid(header, rows), *notes])
+    return "\n\n".join([title, grid(header, rows), notes])
 
 
 def build(folder: Path) -> None:
@@ -591,12 +591,52 @@ def build(folder: Path) -> None:
         write_whole(folder / name, image)
 
 
+def compared(results: Mapping[raw.Key, raw.Raw], names: Sequence[str]) -> str:
+    """How far an arm is above another, seed by seed, on each split that has both.
+
+    A name is an arm's, which stands for the choice that validation likes best, or that of one
+    choice, such as grpo-lr1e-05. Runs of one seed see the same prompts in the same order, so they
+    are compared with each other whatever model they began with. Raises `EvaluationError` for a
+    name without results, and for two that share no seed.
+    """
+    parts = []
+    validated = lines_of(results, "validation")
+    for split, lines in (("test", lines_of(results, "test")), ("validation", validated)):
+        known = {line.first["name"]: line for line in lines} | chosen_of_arms(lines, validated)
+        if not all(name in known for name in names):
+            continue
+        both = [known[name] for name in names]
+        pair = [Line(line.title, _of_shared_seeds(line, both)) for line in both]
+        if not pair[0].runs:
+            raise EvaluationError(f"--compare {','.join(names)}: they share no seed on {split}")
+        difference = _differences(pair[0].shown, [(pair[0], pair[1], True)])
+        parts.append(f"On {split}:\n\n{quality(pair)}\n\n{difference}")
+    if not parts:
+        arms = {result["arm"] for result in results.values()}
+        for name in names:
+            if name not in {run for run, _, _ in results}:
+                one_of("--compare", name, sorted(arms))
+        raise EvaluationError(f"--compare {','.join(names)}: no split has results of both")
+    return "\n\n".join(parts)
+
+
 def main(words: Sequence[str] | None = None) -> int:
     """The command; its exit status is 1 where something is wrong with the results."""
     parser = argparse.ArgumentParser(prog="tables", description="Tables and figures of results.")
     parser.add_argument("folder", type=Path, help="such as experiments/paper/results")
+    parser.add_argument(
+        "--compare",
+        metavar="ARM,OTHER",
+        help="print how far one arm is above another, seed by seed, and write nothing",
+    )
+    options = parser.parse_args(words)
     try:
-        build(parser.parse_args(words).folder)
+        if options.compare is None:
+            build(options.folder)
+        else:
+            names = options.compare.split(",")
+            require(len(names) == 2, "--compare", options.compare, "name two arms: ARM,OTHER")
+            print(compared(raw.read_all(options.folder), names))
     except (PujaxError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)
         return 1
