@@ -137,16 +137,20 @@ def _composition(error: Exception, overrides: Sequence[str], schema: type) -> st
                 f"{key}: {value!r} has no end: write no space after a comma, or quote the whole, "
                 f"as in '{whole}'"
             )
+        quoted = value.replace('"', '\\"')
+        twice = f"'{key}=\"{quoted}\"'"
         if any(value.count(one) != value.count(other) for one, other in ("[]", "{}")):
-            return f"{key}: {value!r}: close its brackets, as in [A,B] or {{A: B}}"
+            return (
+                f"{key}: {value!r}: close its brackets, as in [A,B] or {{A: B}}; a text with some "
+                f"in it is quoted twice, as in {twice}"
+            )
         if value.startswith("{"):  # of which a text is a part, and not the whole
             bare = re.sub(r'"([\w$-]+)"(?=\s*:)', r"\1", value)
             if bare != value:
                 return f"{key}: its names stand without quotes, as in '{key}={bare}'"
             inside = re.sub(_UNQUOTED, r'"\g<0>"', value)
             return f"{key}: can't read its value: quote the texts in it, as in '{key}={inside}'"
-        quoted = value.replace('"', '\\"')
-        return f"{key}: can't read its value: quote it twice, as in '{key}=\"{quoted}\"'"
+        return f"{key}: can't read its value: quote it twice, as in {twice}"
     if found := re.search(r"Could not override '([^']*)'|could not delete.*'([^']*)'", text, re.I):
         return _unknown_key(found[1] or found[2], error, schema)
     if isinstance(error, MissingConfigException):

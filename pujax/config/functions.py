@@ -103,10 +103,10 @@ def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
             f"{key}={node!r}: name a function by _target_, with _partial_: true{whole}"
         )
     target: str = named_now(node)["_target_"]
-    if not target.rpartition(".")[0]:
-        raise ConfigError(
-            f"{key}: _target_: {target}: name it with its module, as in mine.{target}"
-        )
+    if re.search(r"[:/]", target) or not target.rpartition(".")[0]:
+        parts = [part.removesuffix(".py") for part in re.split(r"[:/]", target) if part.strip(".")]
+        dotted = ".".join(parts if len(parts) > 1 else ["mine", *parts])
+        raise ConfigError(f"{key}: _target_: {target}: name it with its module, as in {dotted}")
     if node.get("_partial_") is not True:
         raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
     if not target.startswith((*OURS, *(f"{name}." for name in trusted))):
@@ -247,7 +247,8 @@ def _check_bound(target: str, function: Any, keywords: Mapping[str, Any], key: s
         if name not in keywords and parameter.default is inspect.Parameter.empty
     ]
     if unset:
-        raise ConfigError(f"{key}: {name} also needs {unset}")
+        first = f"{key}.{unset[0]}"
+        raise ConfigError(f"{key}: {name} also needs {unset}: give +{first}=VALUE")
     try:
         wanted = get_type_hints(function.__init__ if inspect.isclass(function) else function)
     except Exception:  # an annotation that can't be read says nothing about the value

@@ -173,16 +173,16 @@ def remarks(
 def sft_for_as_long(lines: Iterable[Line]) -> str | None:
     """What no run compares by itself, and how to: the steps of SFT that took as long as alignment.
 
-    `lines` are those of metrics.jsonl. A stage's steps count with their median time, so that those
-    that compiled don't. None where one of the stages took no steps.
+    `lines` are those of metrics.jsonl. A stage's steps count with the median time of those after
+    the first, which compiled. None where one of the stages has no such step.
     """
     took: dict[str, list[float]] = {stage: [] for stage in STAGES}
     for line in lines:
         if line["stage"] in took and line.get("time/step_s"):
             took[line["stage"]].append(line["time/step_s"])
-    if not all(took.values()):
+    if any(len(some) < 2 for some in took.values()):
         return None
-    sft, align = (median(took[stage]) for stage in STAGES)
+    sft, align = (median(took[stage][1:]) for stage in STAGES)
     if sft * LARGEST < align:  # no clock measured that
         return None
     more = round(len(took["align"]) * align / sft)

@@ -109,7 +109,8 @@ def fit(
     check(train_data)  # anchors may be refused, or not trusted
     if config.align.steps:
         asked = [example for example in train_data.examples if not example.given]
-        told(lambda: try_rewards(recipe.scorer, asked))
+        for line in told(lambda: try_rewards(recipe.scorer, asked)):
+            say(line)
     for line in filling(config, mesh):
         say(line)
     with waited("reading the student", say):

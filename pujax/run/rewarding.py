@@ -57,20 +57,29 @@ class Rewards:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def try_on(self, examples: Sequence[Example]) -> None:
-        """Raise `ConfigError` as `try_rewards` does."""
-        for each in self._rewards:
+    def try_on(self, examples: Sequence[Example]) -> list[str]:
+        """As `try_rewards`, which raises what this does."""
+        remarks = []
+        for each in self._rewards if examples else ():
+            outcomes = []
             for example in examples:
                 ((outcome,),) = each.outcomes([example], [[example.anchor]])
-                if not outcome.ours:  # it works, or may yet
+                if outcome.failure is None:
                     break
+                outcomes.append(outcome)
             else:
-                if examples:
-                    said = f"{each.name} failed on {outcome.failure}, on the teacher's answer to"
+                said = f"{each.name} failed on {outcome.failure}, on the teacher's answer to"
+                where = f"prompt {example.prompt.id!r}"
+                if all(outcome.ours for outcome in outcomes):
                     raise ConfigError(
-                        f"scorer.score.function: {said} prompt {example.prompt.id!r}: mend it, or "
-                        "the prompts; return None where it has nothing to say"
+                        f"scorer.score.function: {said} {where}: mend it, or the prompts; return "
+                        "None where it has nothing to say"
                     )
+                remarks.append(
+                    f"warning: scorer.score.function: {said} {where}, and on those before it: if "
+                    f"it fails on every sampled response of {HOPELESS} steps too, the run ends"
+                )
+        return remarks
 
     def of(self, examples: Sequence[Example], responses: Sequence[Sequence[str]]) -> Rewarded:
         """The rewards of each example's anchor, at index 0, and of its `responses` [B K].
@@ -124,14 +133,15 @@ class Rewards:
         return Rewarded(tuple(scores), metrics, tuple(failures))
 
 
-def try_rewards(scorer: Any, examples: Sequence[Example]) -> None:
+def try_rewards(scorer: Any, examples: Sequence[Example]) -> list[str]:
     """Call each reward of a scorer on the anchors of the first prompts, before the first step.
 
-    Raises `ConfigError` for one that fails on all of them by what can't lie in a response: a column
-    that their lines lack, or a name, a module or an attribute that there is not.
+    A line for each that fails on all of them, which may lie in these answers, or in a first call
+    that takes its time. Raises `ConfigError` where it can't lie in a response: a column that their
+    lines lack, or a name, a module or an attribute that there is not.
     """
     with Rewards(scorer) as rewards:
-        rewards.try_on(examples[:TRIED])
+        return rewards.try_on(examples[:TRIED])
 
 
 def anchor_check(function: Callable[..., Any], *, seconds: float) -> AnchorCheck:

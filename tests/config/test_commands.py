@@ -52,6 +52,11 @@ def called(monkeypatch, act, *arguments, name="train"):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
+        (
+            "+loss.pattern=[a-",
+            "loss.pattern: '[a-': close its brackets, as in [A,B] or {A: B}; a text with some in "
+            "it is quoted twice, as in '+loss.pattern=\"[a-\"'",
+        ),
         ("data.dimensions={x: [}", "data.dimensions: '{x: [}': close its brackets, as in [A,B] or"),
         (
             "data.heldout={dataset: json, data_files: [~/x, b]}",

@@ -224,7 +224,10 @@ def test_a_function_is_found_under_the_name_that_older_runs_have_for_it():
             node("pair_losses.dpo", pairs=node("labels.best_vs_worst", x=1)),
             r"loss\.pairs: best_vs_worst",
         ),
-        (node("scoring.blend", scores=[]), r"loss: blend also needs \['weights'\]"),
+        (
+            node("scoring.blend", scores=[]),
+            r"loss: blend also needs \['weights'\]: give \+loss\.weights=VALUE",
+        ),
     ],
 )
 def test_build_refuses_unknown_functions_and_keywords(bad, message):
@@ -330,7 +333,9 @@ def test_a_function_of_a_trusted_package_is_taken(tmp_path, monkeypatch):
             "my_slips.hinge",
             r"hinge takes margin as an argument, .*: write a \* before it, as in",
         ),
-        ("hinge", r"_target_: hinge: name it with its module, as in mine\.hinge"),
+        ("hinge", r"_target_: hinge: name it with its module, as in mine\.hinge$"),
+        ("mine:hinge", r"name it with its module, as in mine\.hinge$"),
+        ("./my/mine.py:hinge", r"name it with its module, as in my\.mine\.hinge$"),
         ("my_absent.hinge", "No module named 'my_absent': its folder must be on PYTHONPATH"),
         ("my_slips_import.hinge", r"No module named 'my_absent'$"),
     ],

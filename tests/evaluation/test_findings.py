@@ -186,8 +186,12 @@ def test_what_alignment_has_to_beat_is_said_with_its_steps():
     assert told is not None
     assert "about 6 steps more, which is what alignment has to beat" in told
     assert "sft.steps=10 and align.steps=0" in told
-    assert findings.sft_for_as_long(took("sft", 2.0)) is None
-    assert findings.sft_for_as_long([*took("sft", 1e-320), *took("align", 2.0)]) is None
+    short = findings.sft_for_as_long([*took("sft", 9.0, 2.0), *took("align", 30.0, 4.0)])
+    assert short is not None
+    assert "about 4 steps more" in short
+    assert findings.sft_for_as_long([*took("sft", 9.0, 2.0), *took("align", 30.0)]) is None
+    assert findings.sft_for_as_long(took("sft", 2.0, 2.0)) is None
+    assert findings.sft_for_as_long([*took("sft", 1, 1e-320), *took("align", 2.0, 2.0)]) is None
     assert findings.sft_for_as_long(took("align", 2.0)) is None
 
 

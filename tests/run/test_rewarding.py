@@ -142,6 +142,18 @@ def test_a_reward_is_refused_before_a_run_for_what_cannot_lie_in_a_response(
         try_rewards(scorer, EXAMPLES)
 
 
+def test_a_reward_that_fails_on_every_anchor_that_is_tried_is_told_before_a_run(
+    checks, in_this_process
+):
+    (told,) = try_rewards(partial(scoring.reward, function=checks.never), EXAMPLES)
+    assert told == (
+        "warning: scorer.score.function: never failed on RuntimeError: down, on the teacher's "
+        "answer to prompt 'Q3', and on those before it: if it fails on every sampled response of "
+        "3 steps too, the run ends"
+    )
+    assert try_rewards(partial(scoring.reward, function=checks.fussy), EXAMPLES) == []
+
+
 def test_a_line_that_lacks_a_column_is_refused_only_where_all_that_are_looked_at_lack_it(
     checks, in_this_process
 ):
