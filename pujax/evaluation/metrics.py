@@ -259,6 +259,11 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
     return values
 
 
+def is_of_samples(metric: Metric) -> bool:
+    """Whether it is of sampled answers, so that no prompt has it where `eval.samples` is 0."""
+    return getattr(metric.function, "func", metric.function) in (sampled, pass_at_k)
+
+
 def missing(
     metrics: Mapping[str, Metric],
     found: Collection[str],

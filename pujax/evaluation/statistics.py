@@ -129,7 +129,7 @@ def same_prompts(first: Evaluation, second: Evaluation, *, of: tuple[object, ...
         one, other, remedy = first.model, second.model, "evaluate both on the same"
         if of:
             one, other = f"{one} of {of[0]}", f"{other} of {of[1]}"
-            remedy += f": pujax evaluate 'run=[{of[0]},{of[1]}]' data.heldout=FILE"
+            remedy += f": pujax evaluate 'run=[{of[0]},{of[1]}]' data.heldout=FILE out=FOLDER"
         raise EvaluationError(
             f"{one} and {other} were evaluated on different prompts ({differing}): {remedy}"
         )

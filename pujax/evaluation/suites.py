@@ -268,6 +268,8 @@ def _signal_answer(
         ordered = sum(len(set(record["oracle"])) > 1 for record in part)
         beaten = [_beats_anchor(record) for record in part]
         told = f"{len(part)} prompts by {by}, which orders {ordered} groups"
+        if not ordered:
+            told += " (give more prompts, or more suite.samples: nothing is known of any score)"
         notes.append(told + (f", {sum(beaten)} of them over the anchor" if any(beaten) else ""))
         weak = []
         for name in scorers:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from math import isnan
 
 from pujax.config.settings import TrainConfig
-from pujax.errors import one_of
-from pujax.evaluation.metrics import Metric
+from pujax.errors import one_of, require
+from pujax.evaluation.metrics import Metric, is_of_samples
 
 Values = Mapping[int, float | None]
 """A metric by the steps of a stage at which it was measured, 0 for what the stage began with."""
@@ -67,4 +67,6 @@ def criterion_of(config: TrainConfig, metrics: Mapping[str, Metric]) -> Criterio
     if name is None:
         return None
     one_of("checkpoint.best", name, [key for key, one in metrics.items() if one.shown.better])
+    drawn = config.eval.samples > 0 or not is_of_samples(metrics[name])
+    require(drawn, "checkpoint.best", name, "is of sampled answers: set eval.samples too")
     return Criterion(name, metrics[name].shown.better == "higher", config.eval.patience)

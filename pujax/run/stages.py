@@ -385,7 +385,7 @@ class Run:
             first is not None,
             "checkpoint.best",
             criterion.metric,
-            "no held-out prompt has it (a true answer, eval.samples?): choose another metric",
+            "no held-out prompt has it (a true answer?): choose another metric",
         )
         return values | {0: first}
 

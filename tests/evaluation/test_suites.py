@@ -184,7 +184,10 @@ def test_a_scorer_that_does_not_look_at_the_anchor_has_no_control_and_one_that_c
     # Where the oracle orders no group nothing is known of any score.
     level = [record | {"oracle": [1.0] * 3} for record in records]
     found = suites._signal_answer(level, ["good", "bad", "blind"], 0.0, 3, 0.7)
-    assert found.note.startswith("5 prompts by words, which orders 0 groups. 3 candidates")
+    assert found.note.startswith(
+        "5 prompts by words, which orders 0 groups (give more prompts, or more suite.samples: "
+        "nothing is known of any score). 3 candidates"
+    )
 
 
 def test_pairs_of_groups_whose_anchor_a_candidate_beats_are_told_apart():
