@@ -311,6 +311,20 @@ def test_a_teacher_without_a_place_is_told_what_it_needs(prompts, tmp_path, teac
     assert said in one_line(collect(tmp_path, *words))
 
 
+def test_answers_in_a_file_are_kept_as_a_teachers(tmp_path):
+    (tmp_path / "replies.csv").write_text("prompt,reply\nHi,Hello\nBye,See you\n")
+    words = ["store=a.jsonl", "teacher=recorded", "teacher.path=replies.csv", "teacher.model=ann"]
+    words += ["data.prompts=replies.csv", "+teacher.protocol.column=reply"]
+    done = collect(tmp_path, *words)
+    assert (done.returncode, done.stderr) == (0, "")
+    kept = [json.loads(line) for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    assert [(one["response"], one["seconds"], one["cost"]) for one in kept] == [
+        ("Hello", None, None),
+        ("See you", None, None),
+    ]
+    assert "had 2, asked 0" in collect(tmp_path, *words).stdout
+
+
 def test_an_unknown_key_is_refused(prompts, tmp_path):
     done = collect(tmp_path, *asking("http://127.0.0.1:9/v1", prompts), "collect.concurency=2")
     assert done.returncode == 1

@@ -279,12 +279,17 @@ def _unfinished(
     """The newest run under `parent` with these settings that isn't done or in use, locked.
 
     Of the others that aren't done it prints where they are: nothing goes on with these by itself.
+    Where there is none, it prints in what the newest that isn't done has other settings.
     """
-    found, used, left = None, list[Path](), list[Path]()
+    found, used, left, other = None, list[Path](), list[Path](), ""
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
         directory = stored.parent
         try:
-            if (directory / DONE).exists() or _differing(kept_settings(directory), settings, apart):
+            if (directory / DONE).exists():
+                continue
+            if differing := _differing(kept_settings(directory), settings, apart):
+                more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+                other = other or f"{directory} has others ({'; '.join(differing[:3])}{more})"
                 continue
             if found is not None:
                 left.append(directory)
@@ -305,6 +310,8 @@ def _unfinished(
         begins = f"a new run begins beside it (resume={directory} once that one has stopped)"
         gone_on = found and f"{found[0]} is gone on with beside it"
         print(f"{_in_use(directory)}: {gone_on or begins}", flush=True)
+    if other and not (found or used or apart):
+        print(f"no unfinished run of these settings, so a new one begins: {other}", flush=True)
     for directory in left:
         print(
             f"another unfinished run of these settings: {directory} (resume={directory} goes on "

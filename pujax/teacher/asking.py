@@ -310,7 +310,8 @@ class Collection:
         try:
             begun = time.monotonic()
             answer = await self._teacher.ask(prompt.messages)
-            answer = replace(answer, seconds=time.monotonic() - begun)
+            if answer.timed:
+                answer = replace(answer, seconds=time.monotonic() - begun)
             tally.replies += 1
             self._heard, self._unheard = True, 0
             prompt_tokens, completion_tokens = self._used(prompt, answer)

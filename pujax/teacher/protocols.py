@@ -66,7 +66,8 @@ class Unreachable(Retryable):
 class Answer:
     """What the teacher said. `usage` has prompt_tokens and completion_tokens, when it told them.
 
-    `seconds` is how long the request took that it answered.
+    `seconds` is how long the request took that it answered, which who asks fills in where it is
+    `timed`: what somebody wrote down earlier took no time that would say anything.
     """
 
     text: str
@@ -77,6 +78,7 @@ class Answer:
     calls_tools: bool = False
     holds_key: bool = False
     seconds: float | None = None
+    timed: bool = True
 
     @property
     def failure(self) -> str | None:

@@ -35,7 +35,7 @@ class PriceConfig:
 
 @dataclass(frozen=True)
 class TeacherConfig:
-    """The black box: a server at `base_url`, a model on this disk at `path`, or neither (replay).
+    """The black box: a server at `base_url`, what is on this disk at `path`, or neither (replay).
 
     `model` and the sampling parameters (`system`, `temperature`, `max_tokens`, `extra_body`) are
     part of an anchor's key, so an answer is asked for again when one of them changes.
@@ -43,7 +43,8 @@ class TeacherConfig:
     Attributes:
         protocol: the function, by `_target_`, that opens the teacher; null is OpenAI's over HTTP.
         base_url: a server's address, up to the protocol's own path (such as /chat/completions).
-        path: a model on this disk, with teacher=local.
+        path: a model on this disk, with teacher=local: a Hugging Face directory, a GGUF file or
+            package://NAME/FILE; with teacher=recorded a file of answers.
         model: the teacher's name there; in a replay, whose answers to take.
         api_key_env: the NAME of the environment variable that holds the key.
         api_key: never set; it is here to be refused without being shown.
@@ -82,7 +83,7 @@ class TeacherConfig:
             self.path is None or self.protocol is not None,
             "teacher.path",
             self.path,
-            "a model on this disk needs teacher=local",
+            "a model on this disk needs teacher=local, a file of answers teacher=recorded",
         )
         if self.base_url is not None:
             require(
@@ -91,7 +92,10 @@ class TeacherConfig:
                 self.base_url,
                 "must start with http:// or https://",
             )
-        where = "name the model: a Hugging Face directory or a GGUF file"
+        where = (
+            "name the model: a Hugging Face directory or a GGUF file; or, with teacher=recorded, "
+            "the file of answers"
+        )
         require(self.path != "", "teacher.path", self.path, where)
         if self.asks:
             require(bool(self.model), "teacher.model", self.model, "name the teacher's model")

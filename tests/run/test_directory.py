@@ -221,6 +221,23 @@ def test_a_run_that_begins_beside_one_in_use_or_leaves_one_behind_says_so(tmp_pa
     assert capsys.readouterr().out == ""
 
 
+def test_a_run_that_begins_for_a_setting_that_was_changed_says_which(tmp_path, capsys):
+    first = begun(f"run.root={tmp_path}")
+    second = begun(f"run.root={tmp_path}", "align.steps=7", "sft.steps=7", "align.lr=.7", "seed=7")
+    told = capsys.readouterr().out
+    assert told.startswith(
+        f"no unfinished run of these settings, so a new one begins: {first} has others "
+        "(align.lr was "
+    )
+    assert told.endswith("; and 1 more)\n")
+    (second / "done").touch()
+    with run_directory(config_of(f"run.root={tmp_path}", "seed=1"), {"seed": "1"}):  # of a sweep
+        assert capsys.readouterr().out == ""
+    (first / "done").touch()
+    begun(f"run.root={tmp_path}", "seed=1")
+    assert "begins" not in capsys.readouterr().out
+
+
 def test_a_run_whose_lock_file_was_deleted_is_in_use_all_the_same(tmp_path):
     with run_directory(config_of(f"run.dir={tmp_path}/run")) as directory:
         for _ in range(2):
