@@ -349,8 +349,9 @@ class Run:
             return False
         self._save(stage, step, state)
         self.say(
-            f"{stage.name} ends after step {step} of {stage.steps}: {self.criterion.patience} "
-            f"evaluations without a gain in {self.criterion.metric}"
+            f"{stage.name} ends after step {step} of {stage.steps}: "
+            f"{counted(self.criterion.patience or 0, 'evaluation')} without a gain in "
+            f"{self.criterion.metric}"
         )
         return True
 
