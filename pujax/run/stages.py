@@ -43,6 +43,7 @@ from pujax.run.processes import told
 from pujax.run.rewarding import Rewards
 from pujax.run.selection import Criterion
 from pujax.run.symptoms import Symptoms, group_notes
+from pujax.text import counted
 from pujax.types import Batch, Completions, Group, Params, TrainState
 
 DRAWN = 500  # batches by whose lengths a budget of tokens is chosen
