@@ -302,7 +302,8 @@ def test_a_protocol_of_a_trusted_package_is_taken(server, prompts, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "said"),
     [
-        ("local", "teacher.path='': name the model: a Hugging Face directory or a GGUF file"),
+        ("local", "teacher.path='': name the model: a Hugging Face directory, a GGUF file"),
+        ("recorded", "with teacher=recorded the file of answers"),
         ("generic", "teacher.base_url='': must start with http"),
     ],
 )

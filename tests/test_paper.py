@@ -1195,6 +1195,7 @@ def test_any_two_arms_are_compared_seed_by_seed_and_nothing_is_written(tmp_path,
     ("named", "told"),
     [
         ("one", "name two arms"),
+        ("one,one", "name two arms"),
         ("one,none", "'none': choose one or two"),
         ("one,two", "they share no seed on test"),
         ("one,three", "no split has results of both"),

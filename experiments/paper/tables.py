@@ -595,9 +595,9 @@ def compared(results: Mapping[raw.Key, raw.Raw], names: Sequence[str]) -> str:
     """How far an arm is above another, seed by seed, on each split that has both.
 
     A name is an arm's, which stands for the choice that validation likes best, or that of one
-    choice, such as grpo-lr1e-05. Runs of one seed see the same prompts in the same order, so they
-    are compared with each other whatever model they began with. Raises `EvaluationError` for a
-    name without results, and for two that share no seed.
+    choice, such as grpo-lr1e-05. Runs of one seed are compared with each other whatever model they
+    began with; the tables do so where it was the same. Raises `ConfigError` for an arm that there
+    is not, and `EvaluationError` for two that share no split or no seed.
     """
     parts = []
     validated = lines_of(results, "validation")
@@ -612,10 +612,12 @@ def compared(results: Mapping[raw.Key, raw.Raw], names: Sequence[str]) -> str:
         difference = _differences(pair[0].shown, [(pair[0], pair[1], True)])
         parts.append(f"On {split}:\n\n{quality(pair)}\n\n{difference}")
     if not parts:
-        arms = {result["arm"] for result in results.values()}
+        lines = [
+            line.first for split in ("test", "validation") for line in lines_of(results, split)
+        ]
         for name in names:
-            if name not in {run for run, _, _ in results}:
-                one_of("--compare", name, sorted(arms))
+            if name not in {first["name"] for first in lines}:
+                one_of("--compare", name, sorted({first["arm"] for first in lines}))
         raise EvaluationError(f"--compare {','.join(names)}: no split has results of both")
     return "\n\n".join(parts)
 
@@ -634,8 +636,8 @@ def main(words: Sequence[str] | None = None) -> int:
         if options.compare is None:
             build(options.folder)
         else:
-            names = options.compare.split(",")
-            require(len(names) == 2, "--compare", options.compare, "name two arms: ARM,OTHER")
+            names = [name.strip() for name in options.compare.split(",")]
+            require(len({*names}) == len(names) == 2, "--compare", options.compare, "name two arms")
             print(compared(raw.read_all(options.folder), names))
     except (PujaxError, OSError) as error:
         print(f"tables: {error}", file=sys.stderr)

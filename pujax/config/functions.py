@@ -103,10 +103,13 @@ def _named(node: Any, key: str, trusted: Sequence[str]) -> str:
             f"{key}={node!r}: name a function by _target_, with _partial_: true{whole}"
         )
     target: str = named_now(node)["_target_"]
-    if re.search(r"[:/]", target) or not target.rpartition(".")[0]:
-        parts = [part.removesuffix(".py") for part in re.split(r"[:/]", target) if part.strip(".")]
-        dotted = ".".join(parts if len(parts) > 1 else ["mine", *parts])
-        raise ConfigError(f"{key}: _target_: {target}: name it with its module, as in {dotted}")
+    if re.search(r"[:/]|\.py$", target) or not target.rpartition(".")[0]:
+        *before, last = re.split(r"[:/]", target)
+        module = before[-1] if before and before[-1].strip(".") else "mine"
+        if last.endswith(".py"):
+            module, last = last, "FUNCTION"
+        named = f"{module.removesuffix('.py')}.{last}"
+        raise ConfigError(f"{key}: _target_: {target}: name it with its module, as in {named}")
     if node.get("_partial_") is not True:
         raise ConfigError(f"{key}: {target} is not called here: write _partial_: true beside it")
     if not target.startswith((*OURS, *(f"{name}." for name in trusted))):

@@ -30,7 +30,7 @@ from pujax.files.settings import (
     refuse_secrets,
     within,
 )
-from pujax.text import counted
+from pujax.text import counted, printable
 
 LOCK, OUTPUT = ".lock", "output.log"
 
@@ -288,8 +288,11 @@ def _unfinished(
             if (directory / DONE).exists():
                 continue
             if differing := _differing(kept_settings(directory), settings, apart):
-                more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-                other = other or f"{directory} has others ({'; '.join(differing[:3])}{more})"
+                if not (other or apart):
+                    _lock(directory, remedy).__exit__()  # InUse: nobody left it
+                    few = "; ".join(printable(one, 80) for one in differing[:3])
+                    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+                    other = f"{directory} ({few}{more})"
                 continue
             if found is not None:
                 left.append(directory)
@@ -310,8 +313,12 @@ def _unfinished(
         begins = f"a new run begins beside it (resume={directory} once that one has stopped)"
         gone_on = found and f"{found[0]} is gone on with beside it"
         print(f"{_in_use(directory)}: {gone_on or begins}", flush=True)
-    if other and not (found or used or apart):
-        print(f"no unfinished run of these settings, so a new one begins: {other}", flush=True)
+    if other and not (found or used):
+        print(
+            f"a new run begins: of other settings is the unfinished one in {other}, which goes on "
+            "where these are set back",
+            flush=True,
+        )
     for directory in left:
         print(
             f"another unfinished run of these settings: {directory} (resume={directory} goes on "

@@ -109,7 +109,9 @@ def fit(
     check(train_data)  # anchors may be refused, or not trusted
     if config.align.steps:
         asked = [example for example in train_data.examples if not example.given]
-        for line in told(lambda: try_rewards(recipe.scorer, asked)):
+        with waited("trying the reward", say):
+            remarks = told(lambda: try_rewards(recipe.scorer, asked))
+        for line in remarks:
             say(line)
     for line in filling(config, mesh):
         say(line)

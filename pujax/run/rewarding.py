@@ -15,6 +15,7 @@ from pujax.evaluation import text
 from pujax.method.scoring import reward, rewards_of
 from pujax.records import Example, Prompt
 from pujax.run.workers import Outcome, PromptLine, Workers
+from pujax.text import counted
 
 TAKEN = ("prompt", "response", "anchor", "answer", "row")
 """What a reward may take, by name."""
@@ -76,8 +77,9 @@ class Rewards:
                         "None where it has nothing to say"
                     )
                 remarks.append(
-                    f"warning: scorer.score.function: {said} {where}, and on those before it: if "
-                    f"it fails on every sampled response of {HOPELESS} steps too, the run ends"
+                    f"warning: scorer.score.function: {said} {where}, the last of "
+                    f"{counted(len(outcomes), 'answer')} that it was tried on and failed on: if it "
+                    f"fails on every sampled response of {HOPELESS} steps too, the run ends"
                 )
         return remarks
 

@@ -23,6 +23,7 @@ from typing import Any
 
 from pujax.errors import ConfigError, PujaxError, in_code
 from pujax.records import LARGEST
+from pujax.text import printable
 
 STARTING = 120.0  # seconds that a worker may take to load the function's module
 
@@ -299,7 +300,7 @@ def _told(error: BaseException) -> str:
         said = str(error).strip() or "no message"
     except Exception:  # its own __str__ failed
         said = "no message"
-    return f"{type(error).__name__}: {said.splitlines()[0]:.200}"
+    return f"{type(error).__name__}: {printable(said.splitlines()[0], 200)}"
 
 
 def _end_with(parent: int) -> None:

@@ -93,8 +93,8 @@ class TeacherConfig:
                 "must start with http:// or https://",
             )
         where = (
-            "name the model: a Hugging Face directory or a GGUF file; or, with teacher=recorded, "
-            "the file of answers"
+            "name the model: a Hugging Face directory, a GGUF file or package://NAME/FILE; with "
+            "teacher=recorded the file of answers"
         )
         require(self.path != "", "teacher.path", self.path, where)
         if self.asks:

@@ -48,6 +48,11 @@ def found(response, answer):
 def misnamed(response):
     return float(jsn.loads(response))
 
+def mixed(prompt, response):
+    if prompt == "Q1":
+        raise RuntimeError("down")
+    return float(jsn.loads(response))
+
 def of_a_module(response):
     return float(re.serach("a", response) is not None)
 
@@ -148,10 +153,13 @@ def test_a_reward_that_fails_on_every_anchor_that_is_tried_is_told_before_a_run(
     (told,) = try_rewards(partial(scoring.reward, function=checks.never), EXAMPLES)
     assert told == (
         "warning: scorer.score.function: never failed on RuntimeError: down, on the teacher's "
-        "answer to prompt 'Q3', and on those before it: if it fails on every sampled response of "
-        "3 steps too, the run ends"
+        "answer to prompt 'Q3', the last of 3 answers that it was tried on and failed on: if it "
+        "fails on every sampled response of 3 steps too, the run ends"
     )
     assert try_rewards(partial(scoring.reward, function=checks.fussy), EXAMPLES) == []
+    # One failure that may lie in the answer, and the run may begin.
+    (told,) = try_rewards(partial(scoring.reward, function=checks.mixed), EXAMPLES)
+    assert "mixed failed on NameError: name 'jsn' is not defined" in told
 
 
 def test_a_line_that_lacks_a_column_is_refused_only_where_all_that_are_looked_at_lack_it(

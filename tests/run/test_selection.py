@@ -33,7 +33,8 @@ def chosen(best=None, patience=None, every=0, samples=0):
         eval=EvalConfig(every=every, patience=patience, samples=samples),
     )
     sampled = Metric(partial(metrics.sampled, metric=metrics.exact), Shown("", 3, "higher"))
-    return criterion_of(config, {**METRICS, "sampled_exact": sampled})
+    passed = Metric(partial(metrics.pass_at_k, k=4), Shown("", 3, "higher"))
+    return criterion_of(config, {**METRICS, "sampled_exact": sampled, "pass_at_4": passed})
 
 
 def test_the_direction_is_the_metrics_own():
@@ -47,6 +48,7 @@ def test_the_direction_is_the_metrics_own():
     [
         ({"best": "bleu", "every": 1}, r"checkpoint\.best='bleu': choose anchor_logp, rouge_l"),
         ({"best": "length", "every": 1}, r"checkpoint\.best='length': choose anchor_logp"),
+        ({"best": "pass_at_4", "every": 1}, r"is of sampled answers"),
         ({"best": "sampled_exact", "every": 1}, r"is of sampled answers: set eval\.samples too"),
         ({"best": "exact"}, r"checkpoint\.best='exact': .*eval\.every"),
         ({"patience": 2, "every": 1}, r"eval\.patience=2: .*checkpoint\.best"),
