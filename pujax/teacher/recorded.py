@@ -63,8 +63,9 @@ class Recorded:
         answer = self._answers.get(messages_key(messages))
         if answer is None:
             raise TeacherError(
-                f"teacher.path={self._path}: has no answer to {printable(str(messages), 120)}: add "
-                "it, or leave the prompt out; of several files collect each by itself"
+                f"teacher.path={self._path}: has no answer to "
+                f"{printable(messages[-1]['content'], 60)!r}: add it, or leave the prompt out; of "
+                "several files collect each by itself"
             )
         return answer
 
