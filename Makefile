@@ -39,7 +39,7 @@ reproduce: setup
 torch: setup $(TORCH_READY)
 
 $(TORCH_READY): $(READY)
-	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch,spo,json,lm_eval]'
+	$(BIN)/pip install --quiet --disable-pip-version-check -c requirements.lock --editable '.[torch,spo,json,lm-eval]'
 	touch $@
 
 # The makers' tokenizers and chat templates of three families, for the tests that render with them;

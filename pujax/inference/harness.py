@@ -2,7 +2,7 @@
 
     python -m pujax.inference.harness run --model pujax --model_args path=runs/mine --tasks gsm8k
 
-is the harness's own command with this model in it; `pip install 'pujax[lm_eval]'` installs it
+is the harness's own command with this model in it; `pip install 'pujax[lm-eval]'` installs it
 (its core has no torch). Nothing else imports this module.
 """
 
@@ -27,7 +27,7 @@ from pujax.run.data import with_system
 from pujax.types import Params, Tokens, right_padded
 
 if __name__ == "__main__" and find_spec("lm_eval") is None:
-    sys.exit("pujax.inference.harness: lm_eval is not installed: pip install 'pujax[lm_eval]'")
+    sys.exit("pujax.inference.harness: lm_eval is not installed: pip install 'pujax[lm-eval]'")
 
 _harness: Any = import_module("lm_eval.api.model")
 _registry: Any = import_module("lm_eval.api.registry")

