@@ -288,11 +288,12 @@ def _unfinished(
             if (directory / DONE).exists():
                 continue
             if differing := _differing(kept_settings(directory), settings, apart):
-                if not (other or apart):
-                    _lock(directory, remedy).__exit__()  # InUse: nobody left it
-                    few = "; ".join(printable(one, 80) for one in differing[:3])
-                    more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-                    other = f"{directory} ({few}{more})"
+                few = "; ".join(printable(one, 80) for one in differing[:3])
+                more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+                with suppress(InUse):  # one that somebody is at is not left behind
+                    if not (other or apart):
+                        _lock(directory, remedy).__exit__()
+                        other = f"{directory} ({few}{more})"
                 continue
             if found is not None:
                 left.append(directory)
