@@ -600,9 +600,10 @@ def compared(results: Mapping[raw.Key, raw.Raw], names: Sequence[str]) -> str:
     is not, and `EvaluationError` for two that share no split or no seed.
     """
     parts = []
-    validated = lines_of(results, "validation")
-    for split, lines in (("test", lines_of(results, "test")), ("validation", validated)):
-        known = {line.first["name"]: line for line in lines} | chosen_of_arms(lines, validated)
+    splits = {split: lines_of(results, split) for split in ("test", "validation")}
+    for split, lines in splits.items():
+        known = {line.first["name"]: line for line in lines}
+        known |= chosen_of_arms(lines, splits["validation"])
         if not all(name in known for name in names):
             continue
         both = [known[name] for name in names]
@@ -612,12 +613,10 @@ def compared(results: Mapping[raw.Key, raw.Raw], names: Sequence[str]) -> str:
         difference = _differences(pair[0].shown, [(pair[0], pair[1], True)])
         parts.append(f"On {split}:\n\n{quality(pair)}\n\n{difference}")
     if not parts:
-        lines = [
-            line.first for split in ("test", "validation") for line in lines_of(results, split)
-        ]
+        firsts = [line.first for lines in splits.values() for line in lines]
         for name in names:
-            if name not in {first["name"] for first in lines}:
-                one_of("--compare", name, sorted({first["arm"] for first in lines}))
+            if name not in {first["name"] for first in firsts}:
+                one_of("--compare", name, sorted({first["arm"] for first in firsts}))
         raise EvaluationError(f"--compare {','.join(names)}: no split has results of both")
     return "\n\n".join(parts)
 

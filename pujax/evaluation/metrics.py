@@ -259,9 +259,13 @@ def measure(reading: Reading, metrics: Mapping[str, Metric]) -> dict[str, float 
     return values
 
 
+OF_SAMPLES = (sampled, pass_at_k)
+"""What no prompt has where `eval.samples` is 0."""
+
+
 def is_of_samples(metric: Metric) -> bool:
-    """Whether it is of sampled answers, so that no prompt has it where `eval.samples` is 0."""
-    return getattr(metric.function, "func", metric.function) in (sampled, pass_at_k)
+    """Whether its function is one of `OF_SAMPLES`."""
+    return getattr(metric.function, "func", metric.function) in OF_SAMPLES
 
 
 def missing(
@@ -280,7 +284,7 @@ def missing(
     rated = any(example.given for example in examples)
     answered = any(example.prompt.answer is not None for example in examples) or not found
     lacking = [
-        *(() if samples else (sampled, pass_at_k)),
+        *(() if samples else OF_SAMPLES),
         *(() if rated else (pair_accuracy, pair_margin)),
         *(() if answered else (exact, contains, correct)),
     ]

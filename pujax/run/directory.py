@@ -5,7 +5,7 @@ import glob
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
@@ -281,19 +281,15 @@ def _unfinished(
     Of the others that aren't done it prints where they are: nothing goes on with these by itself.
     Where there is none, it prints in what the newest that isn't done has other settings.
     """
-    found, used, left, other = None, list[Path](), list[Path](), ""
+    found, used, left = None, list[Path](), list[Path]()
+    others: list[tuple[Path, list[str]]] = []
     for stored in sorted(parent.glob(f"*/{SETTINGS}"), reverse=True):
         directory = stored.parent
         try:
             if (directory / DONE).exists():
                 continue
             if differing := _differing(kept_settings(directory), settings, apart):
-                few = "; ".join(printable(one, 80) for one in differing[:3])
-                more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
-                with suppress(InUse):  # one that somebody is at is not left behind
-                    if not (other or apart):
-                        _lock(directory, remedy).__exit__()
-                        other = f"{directory} ({few}{more})"
+                others.append((directory, differing))
                 continue
             if found is not None:
                 left.append(directory)
@@ -314,12 +310,8 @@ def _unfinished(
         begins = f"a new run begins beside it (resume={directory} once that one has stopped)"
         gone_on = found and f"{found[0]} is gone on with beside it"
         print(f"{_in_use(directory)}: {gone_on or begins}", flush=True)
-    if other and not (found or used):
-        print(
-            f"a new run begins: of other settings is the unfinished one in {other}, which goes on "
-            "where these are set back",
-            flush=True,
-        )
+    if not (found or used or apart):
+        _tell_of_other(others, remedy)
     for directory in left:
         print(
             f"another unfinished run of these settings: {directory} (resume={directory} goes on "
@@ -327,6 +319,21 @@ def _unfinished(
             flush=True,
         )
     return found
+
+
+def _tell_of_other(others: Sequence[tuple[Path, list[str]]], remedy: str) -> None:
+    """Print the first of these runs that nobody is at, and in which settings it differs."""
+    for directory, differing in others:
+        with suppress(PujaxError):
+            _lock(directory, remedy).__exit__()
+            few = "; ".join(printable(one, 80) for one in differing[:3])
+            more = f"; and {len(differing) - 3} more" if len(differing) > 3 else ""
+            print(
+                f"a new run begins: of other settings is the unfinished one in {directory} "
+                f"({few}{more}), which goes on where these are set back",
+                flush=True,
+            )
+            return
 
 
 def _fresh(parent: Path, label: str, remedy: str) -> tuple[Path, _Lock]:
